@@ -1,0 +1,30 @@
+"""The fully connected network."""
+
+import math
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class FCN(nn.Module):
+    """`depth` linear layers, `width` wide, each but the last followed by sqrt(2) relu.
+
+    The factor keeps the size of the activations: relu halves the second moment.
+    Inputs of any shape (batch, ...) are flattened to (batch, inputs); outputs are (batch, classes).
+    """
+
+    def __init__(self, depth, width, inputs, classes):
+        super().__init__()
+        if depth < 2:
+            raise ValueError(f"a fully connected network has a depth of 2 or more, not {depth}")
+        sizes = [inputs] + [width] * (depth - 1) + [classes]
+        self.layers = nn.ModuleList(
+            nn.Linear(fan_in, fan_out, bias=False)
+            for fan_in, fan_out in zip(sizes[:-1], sizes[1:])
+        )
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x)) * math.sqrt(2)
+        return self.layers[-1](x)

@@ -1,0 +1,85 @@
+"""The data sets, by name, as batches of (inputs, labels) on the device."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from data.arrays import ArrayBatches, load_arrays
+from data.common import DataError, default_data_dir
+
+__all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "load"]
+
+
+class Spec(NamedTuple):
+    """What is fixed about a data set; mean and deviation of a channel in units of 0..1."""
+
+    classes: int
+    mean: tuple = None  # None: measured on the training images
+    std: tuple = None
+    pad: int = 0  # zero padding before a random crop of the original size, in training
+    flip: bool = False  # random horizontal flip, in training
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+DATASETS = {
+    "digits": Spec(10),
+    "mnist": Spec(10, (0.1307,), (0.3081,)),
+    "cifar10": Spec(10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True),
+    "cifar100": Spec(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), pad=4, flip=True),
+    "imagenet": Spec(1000, IMAGENET_MEAN, IMAGENET_STD, flip=True),
+}
+
+
+class Data(NamedTuple):
+    """`train` and `test` have a length (their batches), `set_epoch(n)`, and iterate over (inputs
+    float32 (batch, *shape), labels int64 (batch,)) on the device; `examples` counts the images."""
+
+    train: object
+    test: object
+    shape: tuple  # (channels, height, width)
+    classes: int
+    source: dict  # what identifies the images that were used
+
+
+def load(
+    name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,
+    skip_bad_images=False, rank=0, size=1,
+):  # fmt: skip
+    """The data set `name`, one of DATASETS or "folder:PATH".
+
+    Batch sizes are global: of each batch this rank gets every `size`-th example from `rank` on.
+    Raises DataError, with what to do about it, where the images cannot be had.
+    """
+    shard = {"device": device, "rank": rank, "size": size}
+    if name == "imagenet" or name.startswith("folder:"):
+        from data.folders import folder_batches  # torchvision takes a second to import
+
+        path = Path(data_dir, "imagenet") if name == "imagenet" else Path(name[len("folder:") :])
+        classes = DATASETS[name].classes if name in DATASETS else None
+        return Data(*folder_batches(
+            path.expanduser(), train_bs, test_bs, image_size or 224, classes, IMAGENET_MEAN,
+            IMAGENET_STD, seed=seed, workers=workers, skip_bad_images=skip_bad_images, **shard,
+        ))  # fmt: skip
+
+    spec = DATASETS[name]
+    if name == "digits":
+        path = Path(__file__).with_name("digits.npz")
+    else:
+        from data.prepare import prepare
+
+        path = prepare(name, data_dir)
+    arrays, source = load_arrays(path, spec.classes)
+    images = arrays["train_images"]
+    mean, std = spec.mean, spec.std
+    if mean is None:
+        mean, std = (images / 255).mean((0, 1, 2)), (images / 255).std((0, 1, 2))
+    train = ArrayBatches(
+        images, arrays["train_labels"], mean, std, train_bs, shuffle=True, pad=spec.pad,
+        flip=spec.flip, seed=seed, **shard,
+    )  # fmt: skip
+    test = ArrayBatches(
+        arrays["test_images"], arrays["test_labels"], mean, std, test_bs, **shard
+    )
+    height, side, channels = images.shape[1:]
+    return Data(train, test, (channels, height, side), spec.classes, source)
+
