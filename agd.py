@@ -69,7 +69,9 @@ class AGD(torch.optim.Optimizer):
                 raise ValueError("AGD got an empty parameter list: pass net.parameters()")
         super().__init__(params, {"lr": gain})
         device = next(p for _, p in _named(self.param_groups)).device
-        self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
+        # Apple's GPU has no float64.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.eta = torch.full((), math.nan, dtype=wide, device=device)
         self.G = torch.full_like(self.eta, math.nan)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -104,42 +106,37 @@ class AGD(torch.optim.Optimizer):
         if not buckets:
             self.G, self.eta = torch.zeros_like(self.G), torch.zeros_like(self.eta)
             return loss
-        home = self.skipped.device
+        home, wide = self.skipped.device, self.eta.dtype
 
-        # One scratch tensor a bucket, (layers, *shape), so that the number of kernels grows with
-        # the number of distinct shapes and not with L; one norm a matrix, (layers, 1, 1, *kernel).
-        scratch = [torch.stack(b.grads).to(b.dtype) for b in buckets]
-        norms = [
-            torch.linalg.vector_norm(u, dim=b.matrix, keepdim=True, dtype=_wide(u.device))
-            for b, u in zip(buckets, scratch)
-        ]
-        scaled = torch._foreach_mul(norms, [b.s for b in buckets])
-        G = torch.cat([x.flatten().to(home) for x in scaled]).sum() / L
+        # Each gradient as u = grad / m, m the largest magnitude in its matrix: no square over- or
+        # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
+        # of kernels grows with the number of distinct shapes and not with L.
+        normalised = [b.normalise() for b in buckets]
+        largest = [m.flatten() if m.device == home else m.flatten().to(home) for _, m, _ in normalised]
+        squares = [q.flatten() if q.device == home else q.flatten().to(home) for _, _, q in normalised]
+        norm = torch.cat(squares).to(wide).sqrt_()  # of u, one a matrix
+        scaled = torch.cat(torch._foreach_mul(largest, [b.s for b in buckets])).to(wide)
+        G = (scaled * norm).sum() / L
         # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G
         eta = torch.log1p(2 * G / (1 + torch.sqrt(1 + 4 * G)))
         finite = torch.isfinite(G)
 
-        # The factor eta / (L norm) of a float32 gradient can lie outside float32's range, though
-        # the update never does: so it is applied as a division and a product that both lie inside.
-        n = torch.cat([x.flatten().to(home) for x in norms])
-        moves = (n > 0) & finite
-        divisor = n.clamp(2.0**-126, 2.0**126)
-        factor = (eta / L * divisor / n).masked_fill(~moves, 0)
+        moves = (norm > 0) & finite
+        factors = (eta / L / norm).masked_fill_(~moves, 0)
         # All ones where the weight moves, else all zeros. Where it stays, the update is to be +0
         # bit for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
-        keep = moves.to(torch.int32).neg()
+        keeps = moves.to(torch.int32).neg_()
 
-        counts = [x.numel() for x in norms]
+        sizes = [q.numel() for q in squares]
         weights, updates = [], []
-        for b, u, norm, d, c, k in zip(
-            buckets, scratch, norms, divisor.split(counts), factor.split(counts), keep.split(counts)
+        for b, (u, m, _), factor, keep in zip(
+            buckets, normalised, factors.split(sizes), keeps.split(sizes)
         ):
             if isinstance(b.gain, (int, float)) and b.gain == 0:
                 continue
-            u.div_(d.view_as(norm).to(u))
             bits = u.view(torch.int64 if u.dtype == torch.float64 else torch.int32)
-            bits.bitwise_and_(k.view_as(norm).to(bits))
-            u.mul_((c * (b.s * b.gain)).view_as(norm).to(u))
+            bits.bitwise_and_(keep.view(m.shape).to(bits))
+            u.mul_((factor * (b.s * b.gain)).view(m.shape).to(u))
             weights += b.weights
             updates += u.unbind()
         if weights:
@@ -154,25 +151,22 @@ class AGD(torch.optim.Optimizer):
         buckets = {}
         for group in self.param_groups:
             gain = group["lr"]
-            names = group.get("param_names", [None] * len(group["params"]))
-            for name, p in zip(names, group["params"]):
-                if p.grad is None:
+            kind = id(gain) if isinstance(gain, Tensor) else gain
+            for i, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    kind = "complex" if p.grad.is_complex() else "sparse"
+                if grad.layout != torch.strided or grad.is_complex():
+                    name = group["param_names"][i] if "param_names" in group else None
                     raise ValueError(
-                        f"the gradient of {_label(name, p)} is {kind}, and AGD needs a dense, real "
-                        "one: build the layer with sparse=False and real weights"
+                        f"the gradient of {_label(name, p)} is "
+                        f"{'complex' if grad.is_complex() else 'sparse'}, and AGD needs a dense, "
+                        "real one: build the layer with sparse=False and real weights"
                     )
-                # Dimensions as they lie in memory, so that channels_last weights are as fast.
-                order = tuple(sorted(range(p.ndim), key=lambda i: -p.stride(i)))
-                key = (p.shape, order, p.dtype, p.grad.dtype, p.device)
-                key += (id(gain) if isinstance(gain, Tensor) else gain,)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = _Bucket(p, order, gain)
-                bucket.weights.append(p.permute(order))
-                bucket.grads.append(p.grad.permute(order))
+                key = (p.shape, p.stride(), p.dtype, p.device, kind)
+                if key not in buckets:
+                    buckets[key] = _Bucket(p, gain)
+                buckets[key].add(p, grad)
         return list(buckets.values())
 
     def __getstate__(self):
@@ -180,13 +174,41 @@ class AGD(torch.optim.Optimizer):
 
 
 class _Bucket:
-    """Weights of one shape, and what AGD derives from that shape."""
+    """Weights of one shape and layout, and what AGD derives from them."""
 
-    def __init__(self, p, order, gain):
-        self.weights, self.grads, self.gain = [], [], gain
-        self.s = _scale(p.shape)
+    def __init__(self, p, gain):
+        self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(p.shape)
         self.dtype = torch.promote_types(p.dtype, torch.float32)
-        self.matrix = (1 + order.index(0), 1 + order.index(1))
+        # Dimensions in the order in which they lie in memory, so that any format is as fast.
+        self.order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
+        # The two of a matrix in (layers, *dimensions). The one that is contiguous is reduced
+        # first, else the outermost: both sweeps run along memory.
+        outer, inner = sorted((1 + self.order.index(0), 1 + self.order.index(1)))
+        self.contiguous = inner == p.ndim
+        self.dims = (inner, outer) if self.contiguous else (outer, inner)
+
+    def add(self, p, grad):
+        self.weights.append(p.permute(self.order))
+        self.grads.append(grad.permute(self.order))
+
+    def normalise(self):
+        """(u = grad / m, m the largest magnitude of each matrix, the sum of squares of each matrix
+        of u): u (layers, *dimensions), the others likewise with 1 for a matrix's dimensions."""
+        first, second = self.dims
+        alone = len(self.grads) == 1
+        x = self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)
+        x = x.to(self.dtype)
+        top, bottom = x.amax(first, keepdim=True), x.amin(first, keepdim=True)
+        m = torch.maximum(top, bottom.neg_()).amax(second, keepdim=True)
+        # Not 0 / 0, and no subnormal divisor: some devices have none.
+        m = m.clamp_min_(torch.finfo(self.dtype).tiny)
+        u = x / m if alone else x.div_(m)
+        # Along memory a norm is one pass and exact enough, elsewhere it sums less exactly.
+        if self.contiguous:
+            rows = torch.linalg.vector_norm(u, dim=first, keepdim=True).square_()
+        else:
+            rows = u.square().sum(first, keepdim=True)
+        return u, m, rows.sum(second, keepdim=True)
 
 
 @torch.no_grad()
@@ -230,15 +252,6 @@ def init_weights(params, generator=None):
 def _scale(shape):
     """s of a weight of shape (out, in, *kernel)."""
     return math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))
-
-
-def _wide(device):
-    """Norms accumulate in float64: no square of a float32 over- or underflows in it.
-
-    Apple's GPU has float32 alone: there a norm below about 1e-19 counts as zero and one above
-    about 1e19 as infinite, which leaves the weights as they were.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _tensor(entry):

@@ -1,0 +1,1 @@
+"""Tools around the runs; start each as `python -m scripts.NAME`."""

@@ -1,0 +1,40 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT.parent / "shared" / "data"  # real images, where a checkout has them beside it
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """f(name, ...) -> a data directory with those sets of real images; skips where they are not."""
+    out = tmp_path_factory.mktemp("samples")
+
+    def lay_out(*names):
+        if not (SAMPLES / "unpack.py").exists():
+            pytest.skip(f"the sample images ({', '.join(names)}) are not beside this checkout")
+        subprocess.run(
+            [sys.executable, str(SAMPLES / "unpack.py"), str(out), *names],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return out
+
+    return lay_out
+
+
+@pytest.fixture
+def run_main(tmp_path):
+    """f(*flags, **options) -> a finished `python main.py ...` in a process of its own."""
+
+    def run(*flags, out=tmp_path, env=None, cwd=ROOT, timeout=300, launcher=()):
+        command = [sys.executable, *launcher, str(ROOT / "main.py"), "--out", str(out)]
+        return subprocess.run(
+            [*command, *map(str, flags)], cwd=cwd, timeout=timeout, text=True,
+            capture_output=True, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+
+    return run

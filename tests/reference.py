@@ -1,0 +1,38 @@
+"""The paper, transcribed line by line in float64: slow, literal, and what the fast code must match."""
+
+import math
+
+import torch
+
+
+def matrices(tensor):
+    """The (out, in) matrices of a weight (out, in, *kernel), as views: one a kernel position."""
+    flat = tensor.reshape(*tensor.shape[:2], -1)
+    return [flat[:, :, i] for i in range(flat.shape[2])]
+
+
+def reference_step(weights, grads, gain=1.0):
+    """(new weights, eta, G), everything float64; a gradient of None counts in L alone."""
+    L = len(weights)
+    G = 0.0
+    for W, grad in zip(weights, grads):
+        if grad is not None:
+            d_out, d_in = W.shape[:2]
+            s = math.sqrt(d_out / d_in) / math.sqrt(math.prod(W.shape[2:]))
+            for g in matrices(grad.double()):
+                G += s * g.square().sum().sqrt().item()
+    G /= L
+    eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
+    new = []
+    for W, grad in zip(weights, grads):
+        W = W.double().clone()
+        if grad is not None:
+            d_out, d_in = W.shape[:2]
+            s = math.sqrt(d_out / d_in) / math.sqrt(math.prod(W.shape[2:]))
+            columns = []
+            for w, g in zip(matrices(W), matrices(grad.double())):
+                norm = g.square().sum().sqrt().item()
+                columns.append(w if norm == 0 else w - gain * eta / L * s * g / norm)
+            W = torch.stack(columns, dim=2).reshape(W.shape)
+        new.append(W)
+    return new, eta, G
