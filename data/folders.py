@@ -29,7 +29,7 @@ class FolderBatches:
             folder = ImageFolder(root)
         except (OSError, RuntimeError) as error:
             raise DataError(f"no images under {root}, one folder a class: {error}") from error
-        self.classes, self.examples = folder.classes, len(folder.samples)
+        self.root, self.classes, self.examples = root, folder.classes, len(folder.samples)
         self.batch_size, self.device = batch_size, device
         self.sampler = _EpochSampler(self.examples, batch_size, train, seed, rank, size)
         self.skip_bad_images, self.bad_images = skip_bad_images, set()
@@ -52,6 +52,7 @@ class FolderBatches:
         self.sampler.epoch = epoch
 
     def __iter__(self):
+        yielded = False
         for images, labels, bad in self.loader:
             for path, reason in bad:
                 if not self.skip_bad_images:
@@ -63,7 +64,10 @@ class FolderBatches:
             if len(labels):
                 images = images.to(self.device, non_blocking=True)
                 labels = labels.to(self.device, non_blocking=True)
+                yielded = True
                 yield images.float().sub_(self.shift).mul_(self.scale), labels
+        if not yielded:
+            raise DataError(f"none of the {self.examples} images under {self.root} can be decoded")
 
 
 def folder_batches(

@@ -68,6 +68,20 @@ def bare(args, data, device):
     return epoch
 
 
+@torch.no_grad()
+def plain_agd_step(weights):
+    """The paper's update, layer by layer; returns eta, a Python number."""
+    norms, scales = [], []
+    for p in weights:
+        norms.append(p.grad.norm(dim=(0, 1), keepdim=True))
+        scales.append(math.sqrt(p.shape[0] / p.shape[1] / math.prod(p.shape[2:])))
+    G = sum(s * n.sum() for s, n in zip(scales, norms)) / len(weights)
+    eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
+    for p, s, n in zip(weights, scales, norms):
+        p -= eta / len(weights) * s * torch.nan_to_num(p.grad / n)
+    return eta
+
+
 def conventional(args, data, device):
     """What most people write, read by read."""
     from PIL import Image
@@ -99,18 +113,6 @@ def conventional(args, data, device):
     net = network(args, data, device)
     weights = list(net.parameters())
 
-    @torch.no_grad()
-    def agd_step():
-        norms, scales = [], []
-        for p in weights:
-            norms.append(p.grad.norm(dim=(0, 1), keepdim=True))
-            scales.append(math.sqrt(p.shape[0] / p.shape[1] / math.prod(p.shape[2:])))
-        G = sum(s * n.sum() for s, n in zip(scales, norms)) / len(weights)
-        eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
-        for p, s, n in zip(weights, scales, norms):
-            p -= eta / len(weights) * s * torch.nan_to_num(p.grad / n)
-        return eta
-
     def epoch():
         sums = np.zeros(3)
         net.train()
@@ -119,7 +121,7 @@ def conventional(args, data, device):
             outputs = net(inputs)
             loss = mse(outputs, labels).mean()
             loss.backward()
-            eta = agd_step()
+            eta = plain_agd_step(weights)
             net.zero_grad()
             sums += loss.item(), (outputs.argmax(1) == labels).float().mean().item(), eta
         net.eval()

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from architecture import NETWORKS, build
+
+
+@pytest.mark.parametrize(
+    "arch, shape, classes, weights, tensors",
+    [
+        ("fcn", (3, 32, 32), 10, 1_313_280, 10),
+        ("fcn", (1, 28, 28), 10, 727_552, 10),
+        ("vgg", (3, 32, 32), 10, 14_715_584, 14),
+        ("vgg", (3, 32, 32), 100, 14_761_664, 14),
+        ("resnet18", (3, 32, 32), 10, 11_164_352, 21),
+        ("resnet50", (3, 32, 32), 10, 23_467_712, 54),
+        ("resnet50", (3, 224, 224), 1000, 25_502_912, 54),
+        ("resnet18", (3, 224, 224), 1000, 11_678_912, 21),
+    ],
+)
+def test_weights_are_the_papers(arch, shape, classes, weights, tensors):
+    with torch.device("meta"):
+        parameters = list(build(arch, shape, classes).parameters())
+    assert sum(p.numel() for p in parameters) == weights
+    assert len(parameters) == tensors
+    assert all(p.ndim >= 2 for p in parameters)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 40, 40), (3, 96, 64)])
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_every_network_takes_every_shape(arch, shape):
+    net = build(arch, shape, 7, depth=3, width=32).eval()
+    with torch.inference_mode():
+        assert net(torch.randn(2, *shape)).shape == (2, 7)
+
+
+def test_fcn_keeps_the_size_of_activations():
+    """Orthogonal layers and sqrt(2) relu: no growth and no decay over 30 layers."""
+    from agd import init_weights
+
+    net = build("fcn", (1, 16, 16), 256, depth=30, width=256)
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    x = torch.randn(64, 1, 16, 16)
+    assert 0.5 < (net(x).norm() / x.norm()).item() < 2
+    assert torch.equal(
+        net.layers[0](x.flatten(1)).mul_(math.sqrt(2)).relu_(),
+        net.layers[0](x.flatten(1)).relu() * math.sqrt(2),
+    )
+
+
+def test_pre_activation_block_by_hand():
+    net = build("resnet18", (3, 32, 32), 10).eval()
+    block = net.blocks[2]  # the first with a projection
+    x = torch.randn(2, 64, 8, 8)
+    relu, bn = nn.functional.relu, nn.functional.batch_norm
+    stats = [(n.running_mean, n.running_var) for n in block.norms]
+    y = relu(bn(x, *stats[0]))
+    hidden = relu(bn(block.convs[0](y), *stats[1]))
+    expected = block.convs[1](hidden) + block.project(y)
+    assert torch.allclose(block(x), expected, atol=1e-5)
+    assert block.convs[0].stride == block.project.stride == (2, 2)
+    # nothing but a mean stands between the last block and the linear layer
+    images = torch.randn(2, 3, 32, 32)
+    features = net.blocks(net.stem(images)).mean((2, 3))
+    assert torch.allclose(net(images), net.linear(features), atol=1e-4)
+
+
+def test_resnet50_of_large_images_strides_in_the_3x3():
+    net = build("resnet50", (3, 224, 224), 10)
+    strided = [b for b in net.blocks if b.convs[1].stride == (2, 2)]
+    assert len(strided) == 3
+    assert all(b.convs[0].stride == (1, 1) for b in net.blocks)
+
+
+@pytest.mark.parametrize("arch, shape", [("resnet50", (3, 64, 64)), ("resnet18", (3, 64, 64))])
+def test_post_activation_matches_torchvision(arch, shape):
+    torchvision = pytest.importorskip("torchvision")
+    ours = build(arch, shape, 10).eval()
+    # Fresh norms have a gain of 1 and a bias of 0: as ours, which have neither.
+    theirs = getattr(torchvision.models, arch)(num_classes=10).eval()
+    theirs.fc.bias = None
+    matrices = [p for p in theirs.parameters() if p.ndim > 1]
+    with torch.no_grad():
+        for a, b in zip(ours.parameters(), matrices, strict=True):
+            assert a.shape == b.shape
+            b.copy_(a)
+        x = torch.randn(2, *shape)
+        assert torch.allclose(ours(x), theirs(x), atol=1e-4)

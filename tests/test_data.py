@@ -1,0 +1,436 @@
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import socket
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.prepare
+from data import DATASETS, DataError, load
+from data.arrays import ArrayBatches, load_arrays
+from data.folders import centre_crop, random_crop_and_flip
+from data.prepare import MNIST_MD5, prepare
+
+CPU = torch.device("cpu")
+MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
+
+
+def batches(images, labels, batch_size=7, **options):
+    return ArrayBatches(images, labels, MEAN, STD, batch_size, CPU, **options)
+
+
+def real_images(samples, count=40):
+    with np.load(samples("cifar10") / "cifar10.npz") as file:
+        return file["train_images"][:count], file["train_labels"][:count]
+
+
+def some_images(count=40):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return images, rng.integers(0, 10, count)
+
+
+def test_crop_and_flip_match_a_loop_over_images(samples):
+    images, labels = real_images(samples)
+    ours = batches(images, labels, shuffle=True, pad=4, flip=True, seed=3)
+    ours.set_epoch(5)
+    order, top, left, mirror = (x.numpy() for x in ours._draw())
+    expected = []
+    for i in order:
+        padded = np.zeros((40, 40, 3), np.uint8)
+        padded[4:36, 4:36] = images[i]
+        crop = padded[top[i] : top[i] + 32, left[i] : left[i] + 32]
+        crop = crop[:, ::-1] if mirror[i] else crop
+        expected.append(((crop / 255 - MEAN) / STD).transpose(2, 0, 1))
+    got = list(ours)
+    assert [len(x) for x, _ in got] == [7] * 5 + [5]
+    assert torch.cat([x for x, _ in got]).numpy() == pytest.approx(np.stack(expected), abs=1e-5)
+    assert torch.cat([y for _, y in got]).tolist() == labels[order].tolist()
+    assert sorted(order) == list(range(40))
+    assert {*top} <= {*range(9)} and {*mirror} == {False, True}
+
+
+def test_normalisation_matches_torchvision(samples):
+    transforms = pytest.importorskip("torchvision.transforms")
+    images, labels = real_images(samples)
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    expected = torch.stack([theirs(Image.fromarray(image)) for image in images])
+    got = torch.cat([x for x, _ in batches(images, labels)])
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
+    images, labels = some_images()
+
+    def epoch(n, **options):
+        b = batches(images, labels, **{"shuffle": True, "pad": 4, "flip": True, **options})
+        b.set_epoch(n)
+        return torch.cat([x for x, _ in b])
+
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+    assert not torch.equal(epoch(1), epoch(1, seed=1))
+    # The draws lie at about the frequencies they should.
+    b = batches(*some_images(9000), shuffle=True, pad=4, flip=True)
+    _, top, left, mirror = b._draw()
+    for offsets in (top, left):
+        assert (np.abs(np.bincount(offsets, minlength=9) - 1000) < 200).all()
+    assert mirror.double().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_share_the_batches_out(size):
+    images, labels = some_images()
+    options = {"shuffle": True, "pad": 4, "flip": True}
+    whole = list(batches(images, labels, **options))
+    parts = [list(batches(images, labels, rank=r, size=size, **options)) for r in range(size)]
+    for i, (inputs, _) in enumerate(whole):
+        for r in range(size):
+            assert torch.equal(parts[r][i][0], inputs[r::size])
+
+
+def test_test_images_come_once_and_in_order():
+    images, labels = some_images()
+    assert torch.cat([y for _, y in batches(images, labels)]).tolist() == labels.tolist()
+
+
+def test_digits_need_no_network(monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)
+    digits = load("digits", "/nowhere", 128, 128, CPU)
+    assert (digits.train.examples, digits.test.examples) == (1437, 360)
+    assert (digits.shape, digits.classes) == ((1, 8, 8), 10)
+    inputs = torch.cat([x for x, _ in digits.train])
+    assert inputs.mean().item() == pytest.approx(0, abs=1e-5)
+    assert inputs.std().item() == pytest.approx(1, abs=1e-3)
+    counts = torch.cat([y for _, y in digits.train]).bincount() / 1437
+    assert counts.min() > 0.08
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped byte", "labels", "dtype", "empty", "no zip"])
+def test_damaged_arrays_are_named(fault, tmp_path):
+    path = tmp_path / "cifar10.npz"
+    images, labels = some_images()
+    if fault == "labels":
+        labels = labels + 5
+    if fault == "dtype":
+        images = images.astype(np.float32)
+    if fault == "empty":
+        images, labels = images[:0], labels[:0]
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    content = bytearray(path.read_bytes())
+    if fault == "cut":
+        content = content[: len(content) // 2]
+    if fault == "flipped byte":
+        content[len(content) // 3] ^= 1
+    if fault == "no zip":
+        content = b"<html>not found</html>"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cifar10.npz is damaged.*python -m data.prepare cifar10"):
+        load_arrays(path, 10)
+
+
+def cifar_archive(tmp_path, monkeypatch, images, labels):
+    """An archive in CIFAR-10's own format, which torchvision's class is made to expect."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    files = {f"data_batch_{i + 1}": slice(5 * i, 5 * i + 5) for i in range(5)}
+    files["test_batch"] = slice(25, 40)
+    contents = {
+        name: pickle.dumps({"data": flat[part], "labels": labels[part].tolist()})
+        for name, part in files.items()
+    }
+    contents["batches.meta"] = pickle.dumps({"label_names": [str(i) for i in range(10)]})
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+    def md5(content):
+        return hashlib.md5(content).hexdigest()
+
+    cifar = datasets.CIFAR10
+    lists = [[[n, md5(contents[n])] for n in files if (n == "test_batch") == test]
+             for test in (False, True)]  # fmt: skip
+    monkeypatch.setattr(cifar, "tgz_md5", md5(path.read_bytes()))
+    monkeypatch.setattr(cifar, "train_list", lists[0])
+    monkeypatch.setattr(cifar, "test_list", lists[1])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5(contents["batches.meta"])})
+    monkeypatch.setattr(cifar, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # refused
+    return path
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address at which the files of tmp_path are served."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "layout", "archive beside", "url", "npz"])
+def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
+    images, labels = some_images()
+    archive = cifar_archive(tmp_path, monkeypatch, images, labels)
+    folder, source = tmp_path / "data", None
+    folder.mkdir()
+    if way == "file":
+        source = archive
+    elif way == "url":
+        source = f"{web}/{archive.name}"
+    elif way == "archive beside":
+        archive.rename(folder / archive.name)
+    elif way == "npz":
+        source = prepare("cifar10", tmp_path / "other", archive)
+    else:
+        with tarfile.open(archive) as file:
+            file.extractall(folder if way == "layout" else tmp_path, filter="data")
+        source = None if way == "layout" else tmp_path / "cifar-10-batches-py"
+    path = prepare("cifar10", folder, source)
+    assert path == folder / "cifar10.npz"
+    arrays, _ = load_arrays(path, 10)
+    assert np.array_equal(arrays["train_images"], images[:25])
+    assert arrays["test_labels"].tolist() == labels[25:].tolist()
+    left = {p.name for p in folder.iterdir()} - {archive.name, "cifar-10-batches-py"}
+    assert left == {"cifar10.npz"}
+    # from now on nothing but the one file is touched
+    monkeypatch.setattr(data.prepare, "_find", None)
+    assert prepare("cifar10", folder) == path
+
+
+@pytest.mark.parametrize("fault", ["refused", "cut file", "cut url", "missing", "web page"])
+def test_what_cannot_be_had_is_told_and_leaves_the_good_file(fault, tmp_path, monkeypatch, web):
+    images, labels = some_images()
+    archive = cifar_archive(tmp_path, monkeypatch, images, labels)
+    folder = tmp_path / "data"
+    good = prepare("cifar10", folder, archive).read_bytes()
+    source = {"cut file": archive, "cut url": f"{web}/{archive.name}",
+              "web page": f"{web}/", "missing": tmp_path / "missing.tar.gz"}.get(fault)  # fmt: skip
+    archive.write_bytes(archive.read_bytes()[:500])
+    if fault == "refused":
+        (folder / "cifar10.npz").rename(folder / "kept")
+    with pytest.raises(DataError) as error:
+        prepare("cifar10", folder, source)
+    words = {
+        "refused": ["http://127.0.0.1:9/", "cifar-10-python.tar.gz", "MD5", "--from FILE",
+                    "--dataset digits"],
+        "cut file": ["MD5", str(archive)],
+        "cut url": [web, "MD5", "--from FILE"],
+        "web page": [web, "MD5"],
+        "missing": ["there is no", "missing.tar.gz"],
+    }  # fmt: skip
+    assert all(word in str(error.value) for word in words[fault]), error.value
+    left = [p for p in folder.iterdir() if p.is_file()]
+    assert [p.read_bytes() for p in left] == [good]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.tobytes()
+
+
+@pytest.mark.parametrize("way", ["packed", "unpacked", "layout"])
+def test_prepare_mnist(way, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    labels = rng.integers(0, 10, 30, dtype=np.uint8)
+    parts = [images[:20], labels[:20], images[20:], labels[20:]]
+    folder = tmp_path / "data" / "MNIST" / "raw" if way == "layout" else tmp_path / "copy"
+    folder.mkdir(parents=True)
+    for name, part in zip(list(MNIST_MD5), parts):
+        content = idx(part)
+        monkeypatch.setitem(MNIST_MD5, name, hashlib.md5(content).hexdigest())
+        if way == "packed":
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    path = prepare("mnist", tmp_path / "data", None if way == "layout" else folder)
+    arrays, _ = load_arrays(path, 10)
+    assert np.array_equal(arrays["train_images"][..., 0], images[:20])
+    assert arrays["test_labels"].tolist() == labels[20:].tolist()
+    if way == "packed":
+        damaged = folder / "t10k-labels-idx1-ubyte.gz"
+        damaged.write_bytes(damaged.read_bytes()[:10])
+        with pytest.raises(DataError, match="t10k-labels"):
+            prepare("mnist", tmp_path / "data", folder)
+        assert load_arrays(path, 10)
+
+
+def test_real_mnist_in_torchvisions_layout(samples):
+    root = samples("mnist")
+    mnist = load("mnist", root, 128, 1000, CPU)
+    assert (mnist.train.examples, mnist.test.examples, mnist.shape) == (60000, 10000, (1, 28, 28))
+    inputs = torch.cat([x for x, _ in mnist.test])
+    assert inputs.mean().item() == pytest.approx(0, abs=0.02)
+
+
+# Image folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small image folder; the images of a class have its own colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for c, name in enumerate(("apple", "pear", "plum")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                size = rng.integers(40, 90, 2)
+                pixels = rng.integers(0, 30, (*size, 3), dtype=np.uint8)
+                pixels[..., c] += 200
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
+    return tmp_path
+
+
+def open_folder(path, **options):
+    return load(f"folder:{path}", "", 4, 4, CPU, image_size=32, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_yields_every_image_once(folder, workers):
+    found = open_folder(folder, workers=workers)
+    assert (found.shape, found.classes) == ((3, 32, 32), 3)
+    assert (found.train.examples, found.test.examples, len(found.train)) == (15, 9, 4)
+    for part, count in ((found.train, 5), (found.test, 3)):
+        part.set_epoch(1)
+        got = list(part)
+        labels = torch.cat([y for _, y in got])
+        assert labels.bincount().tolist() == [count] * 3
+        inputs = torch.cat([x for x, _ in got])
+        assert inputs.dtype == torch.float32
+        assert torch.equal(inputs.mean((2, 3)).argmax(1), labels)  # image and label belong together
+
+
+def test_folder_order_and_augmentation_do_not_depend_on_workers_or_history(folder):
+    def epoch(n, before=0, **options):
+        train = open_folder(folder, **options).train
+        for i in range(before):
+            train.set_epoch(i)
+            list(train)
+        train.set_epoch(n)
+        return torch.cat([x for x, _ in train])
+
+    one = epoch(3)
+    assert torch.equal(one, epoch(3, before=2, workers=2))
+    assert not torch.equal(one, epoch(4))
+    assert not torch.equal(one, epoch(3, seed=1))
+
+
+def test_random_crop_draws_as_torchvisions(samples):
+    """The windows' areas and ratios have the distribution of RandomResizedCrop's."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
+    image = Image.open(next(root.glob("*/*"))).convert("RGB")
+    windows = []
+
+    class Spy:
+        size = image.size
+
+    def resized_crop(_, top, left, h, w, size):
+        windows.append((h * w, w / h, top, left))
+        return image
+
+    original = data.folders.T
+    data.folders.T = type("T", (), {"resized_crop": staticmethod(resized_crop),
+                                    "hflip": staticmethod(lambda x: x)})  # fmt: skip
+    try:
+        for i in range(4000):
+            random_crop_and_flip(Spy, 224, np.random.default_rng(i))
+    finally:
+        data.folders.T = original
+    torch.manual_seed(0)
+    theirs = []
+    tensor = torch.empty(3, image.height, image.width)
+    for _ in range(4000):
+        top, left, h, w = transforms.RandomResizedCrop.get_params(tensor, (0.08, 1), (3 / 4, 4 / 3))
+        theirs.append((h * w, w / h, top, left))
+    for ours, expected in zip(np.array(windows).T, np.array(theirs).T):
+        for q in (0.1, 0.5, 0.9):
+            spread = expected.max() - expected.min()
+            assert abs(np.quantile(ours, q) - np.quantile(expected, q)) < 0.05 * spread
+
+
+def test_a_window_that_never_fits_falls_back_to_the_centre():
+    image = Image.fromarray(np.zeros((4, 400, 3), np.uint8))
+    out = random_crop_and_flip(image, 32, np.random.default_rng(0))
+    assert out.size == (32, 32)
+
+
+def test_centre_crop_matches_torchvision(samples):
+    transforms = pytest.importorskip("torchvision.transforms")
+    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
+    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for path in sorted(root.glob("*/*"))[:5]:
+        image = Image.open(path).convert("RGB")
+        assert np.array_equal(np.asarray(centre_crop(image, 224)), np.asarray(theirs(image)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_stop_the_run_or_are_left_out(folder, workers):
+    cut, text = folder / "train" / "pear" / "1.jpg", folder / "train" / "plum" / "2.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    text.write_text("no image")
+    with pytest.raises(DataError, match=r"(pear.1|plum.2)\.jpg.*--skip_bad_images"):
+        list(open_folder(folder, workers=workers).train)
+    train = open_folder(folder, workers=workers, skip_bad_images=True).train
+    for n in range(2):
+        train.set_epoch(n)
+        assert sum(len(y) for _, y in train) == 13
+    assert {Path(p).name for p in train.bad_images} == {"1.jpg", "2.jpg"}
+
+
+def test_a_folder_of_nothing_but_bad_images(folder):
+    for path in folder.glob("train/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 15 images"):
+        list(open_folder(folder, skip_bad_images=True).train)
+
+
+def test_folder_faults_are_named(folder, tmp_path):
+    with pytest.raises(DataError, match="no folder .*train"):
+        open_folder(tmp_path / "nowhere")
+    (folder / "val" / "plum").rename(folder / "val" / "grape")
+    with pytest.raises(DataError, match="grape, plum"):
+        open_folder(folder)
+    (folder / "val" / "grape").rename(folder / "val" / "plum")
+    (folder / "imagenet").mkdir()
+    for split in ("train", "val"):
+        (folder / split).rename(folder / "imagenet" / split)
+    with pytest.raises(DataError, match="3 class folders, not 1000"):
+        load("imagenet", folder, 4, 4, CPU)
+    for path in (folder / "imagenet" / "train" / "pear").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no images under"):
+        open_folder(folder / "imagenet")
+
+
+def test_the_imagenet_sample(samples, tmp_path):
+    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
+    (tmp_path / "imagenet").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "imagenet" / split).symlink_to(root)
+    found = load("imagenet", tmp_path, 100, 100, CPU, workers=2)
+    assert (found.classes, found.shape, found.train.examples) == (1000, (3, 224, 224), 1000)
+    inputs, labels = next(iter(found.test))
+    assert inputs.shape == (100, 3, 224, 224)
+    assert labels.tolist() == list(range(100))
+    assert inputs.mean().abs() < 0.5

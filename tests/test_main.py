@@ -1,0 +1,329 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main as program
+from tests.conftest import ROOT
+
+QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
+NAME = "fcn3x32-digits-mse-bs128-agd-seed0"
+
+
+def rows(out, name=NAME):
+    text = (Path(out) / "logs" / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def comparable(rows):
+    """The rows without what differs from run to run: times and date."""
+    drop = ("seconds", "images_per_second", "date")
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+def weights(out, name=NAME):
+    path = Path(out) / "checkpoints" / f"{name}.pt"
+    return torch.load(path, weights_only=True)["net"]
+
+
+def call(*flags):
+    """main() in this process, quickly; returns its exit code."""
+    return program.main([str(flag) for flag in flags])
+
+
+def test_readme_first_command_reaches_97_percent(run_main, tmp_path):
+    """The command as README prints it, without a network: sockets are off in that process."""
+    command = re.search(r"^python main.py (--dataset digits.*)$", (ROOT / "README.md").read_text(), re.M)
+    blocker = tmp_path / "site" / "sitecustomize.py"
+    blocker.parent.mkdir()
+    blocker.write_text(
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise OSError('no network in this test')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+    )
+    done = run_main(*command.group(1).split(), env={"PYTHONPATH": str(blocker.parent)})
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "logs").iterdir()
+    last = [json.loads(line) for line in log.read_text().splitlines()][-1]
+    assert last["kind"] == "end" and last["stopped"] is None
+    assert last["test_acc"] >= 0.97
+    assert "layers.0.weight" in done.stdout and "Curves" in done.stdout
+
+
+def test_log_has_the_rows_that_others_read(tmp_path):
+    assert call(*QUICK, "--out", tmp_path, "--log_steps", "--seed", 3) == 0
+    first, *middle, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-agd-seed3-steps")
+    assert first["kind"] == "run" and first["flags"]["epochs"] == 4
+    for key in ("torch", "python", "device", "commit", "data", "weights", "date"):
+        assert key in first
+    epochs = [row for row in middle if row["kind"] == "epoch"]
+    steps = [row for row in middle if row["kind"] == "step"]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4]
+    assert set(epochs[0]) == {
+        "kind", "epoch", "train_loss", "train_acc", "test_loss", "test_acc", "eta_min", "eta_mean",
+        "eta_max", "seconds", "images_per_second",
+    }  # fmt: skip
+    assert [(row["epoch"], row["step"]) for row in steps] == [
+        (e, s) for e in range(1, 5) for s in range(1, 13)
+    ]
+    counts = [128] * 11 + [29]
+    for row in epochs:
+        assert 0 <= row["test_acc"] <= 1 and round(row["test_acc"] * 360, 6).is_integer()
+        mine = [step for step in steps if step["epoch"] == row["epoch"]]
+        loss = np.average([step["loss"] for step in mine], weights=counts)
+        acc = np.average([step["acc"] for step in mine], weights=counts)
+        etas = [step["eta"] for step in mine]
+        assert row["train_loss"] == pytest.approx(loss, rel=1e-9)
+        assert row["train_acc"] == pytest.approx(acc, rel=1e-9)
+        expected = [min(etas), np.mean(etas), max(etas)]
+        assert [row["eta_min"], row["eta_mean"], row["eta_max"]] == pytest.approx(expected)
+    assert end["kind"] == "end" and end["stopped"] is None and end["epochs"] == 4
+    assert end["test_acc"] == epochs[-1]["test_acc"]
+
+
+@pytest.mark.parametrize("optimizer", ["agd", "adam", "torch.optim.SGD"])
+def test_a_longer_run_goes_on_bit_for_bit(optimizer, tmp_path):
+    """Two epochs and then four leave what four at once leave."""
+    flags = [*QUICK, "--optimizer", optimizer]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(*flags, "--out", whole) == 0
+    assert call(*flags, "--epochs", 2, "--out", parts) == 0
+    assert call(*flags, "--out", parts) == 0
+    (name,) = [path.stem for path in (whole / "logs").iterdir()]
+    ours, theirs = weights(parts, name), weights(whole, name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    expected = comparable(rows(whole, name))
+    expected[0]["flags"]["out"] = str(parts)
+    assert comparable(rows(parts, name)) == expected
+
+
+def start(*flags, out):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *map(str, flags), "--out", str(out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_epoch(process, epoch):
+    for line in process.stdout:
+        if line.startswith(f"epoch {epoch}/"):
+            return
+    pytest.fail(process.stderr.read())
+
+
+def kill(process, how):
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    return out, err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):
+    flags = [*QUICK[:-1], 60]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert call(*flags, "--out", whole) == 0
+    process = start(*flags, out=broken)
+    wait_for_epoch(process, 7)
+    out, err = kill(process, how)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in err and "Interrupted after" in out
+        assert rows(broken)[-1]["stopped"] == "interrupted"
+    done = len([row for row in rows(broken) if row["kind"] == "epoch"])
+    assert 7 <= done < 60
+    again = start(*flags, out=broken)
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and re.search(r"Going on after epoch \d+", out)
+    assert all(torch.equal(weights(broken)[k], v) for k, v in weights(whole).items())
+    expected = comparable(rows(whole))
+    expected[0]["flags"]["out"] = str(broken)
+    assert comparable(rows(broken)) == expected
+
+
+def test_ctrl_c_before_training_is_clean_too(tmp_path):
+    process = start(*QUICK, out=tmp_path)
+    time.sleep(0.7)
+    out, err = kill(process, signal.SIGINT)
+    assert process.returncode in (130, -signal.SIGINT, 1) or "Finished" in out
+    assert not list(tmp_path.glob("checkpoints/*.partial"))
+
+
+def test_a_finished_run_says_so_and_fresh_starts_over(tmp_path, capsys):
+    assert call(*QUICK, "--out", tmp_path) == 0
+    before = (tmp_path / "logs" / f"{NAME}.jsonl").read_bytes()
+    capsys.readouterr()
+    assert call(*QUICK, "--out", tmp_path) == 0
+    assert "Already finished: 4 epochs" in capsys.readouterr().out
+    assert call(*QUICK, "--epochs", 2, "--out", tmp_path) == 0
+    assert (tmp_path / "logs" / f"{NAME}.jsonl").read_bytes() == before
+    assert call(*QUICK, "--epochs", 2, "--out", tmp_path, "--fresh") == 0
+    assert len(rows(tmp_path)) == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    flags = [*QUICK, "--epochs", 50, "--optimizer", "sgd", "--lr", 1e6, "--out", tmp_path]
+    assert call(*flags) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"Stopped: the loss was (nan|inf) at epoch 1, step \d+; try a smaller --lr", out)
+    first, epoch, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-sgd-lr1e+06-seed0")
+    assert epoch["train_loss"] is None and end["stopped"].startswith("the loss was")
+    assert call(*flags) == 0
+    assert "Already ended: the loss was" in capsys.readouterr().out
+
+
+def test_what_does_not_belong_to_the_run_is_refused(tmp_path, capsys):
+    assert call(*QUICK, "--out", tmp_path) == 0
+    log, checkpoint = tmp_path / "logs" / f"{NAME}.jsonl", tmp_path / "checkpoints" / f"{NAME}.pt"
+    text, state = log.read_text(), checkpoint.read_bytes()
+    log.write_text("".join(text.splitlines(keepends=True)[:2]))
+    capsys.readouterr()
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert "lacks epochs" in capsys.readouterr().err
+    log.write_text(text)
+    checkpoint.write_bytes(state[:1000])
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert re.search("cannot be read.*--fresh", capsys.readouterr().err)
+    saved = tmp_path / "other.pt"
+    saved.write_bytes(state)
+    content = torch.load(saved, weights_only=True)
+    settings = json.loads(content["settings"])
+    settings["data"]["crc32"]["train_images"] = "00000000"
+    torch.save({**content, "settings": json.dumps(settings)}, checkpoint)
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert "is of another run of this name (data" in capsys.readouterr().err
+
+
+def test_seeds_gain_and_losses_change_the_run(tmp_path):
+    variants = [[], ["--seed", 1], ["--gain", 0.5], ["--loss", "xent"], ["--train_bs", 64]]
+    finals = set()
+    for flags in variants:
+        assert call(*QUICK, "--epochs", 1, *flags, "--out", tmp_path) == 0
+    names = [path.stem for path in (tmp_path / "logs").iterdir()]
+    assert len(names) == len(variants)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.+-]{1,120}", name) for name in names)
+    for name in names:
+        finals.add(rows(tmp_path, name)[-1]["train_loss"])
+    assert len(finals) == len(variants)
+
+
+def test_an_image_folder_by_main(samples, tmp_path):
+    root = samples("tiny-imagenet-20") / "tiny-imagenet-20"
+    small = tmp_path / "små images"  # a name that needs care
+    for split, count in (("train", 12), ("val", 5)):
+        for folder in sorted((root / split).iterdir())[:3]:
+            (small / split / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                (small / split / folder.name / image.name).symlink_to(image)
+    bad = small / "train" / folder.name / "zz.JPEG"
+    bad.write_bytes(b"no image")
+    flags = ["--dataset", f"folder:{small}", "--image_size", 32, "--arch", "fcn", "--depth", 3,
+             "--train_bs", 10, "--epochs", 2, "--out", tmp_path, "--workers", 2]  # fmt: skip
+    assert call(*flags) == 1
+    assert call(*flags, "--skip_bad_images") == 0
+    (log,) = [p for p in (tmp_path / "logs").glob("*skip*.jsonl")]
+    first, *epochs, end = [json.loads(line) for line in log.read_text().splitlines()]
+    assert first["train_examples"] == 37 and len(epochs) == 2
+    assert round(end["test_acc"] * 15, 6).is_integer()
+    assert round(end["train_acc"] * 36, 6).is_integer()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--trainbs=3"], "--train_bs"),
+        (["--arch", "resnet"], "resnet18"),
+        (["--dataset", "cifar"], "cifar10"),
+        (["--dataset", "folder:"], "folder:PATH"),
+        (["--loss", "mes"], "mse"),
+        (["--optimizer", "adm"], "adam"),
+        (["--epochs", "0"], "whole number from 1"),
+        (["--train_bs", "1.5"], "whole number"),
+        (["--depth", "1"], "from 2"),
+        (["--gain", "nan"], "finite"),
+        (["--gain", "-1"], "from 0"),
+        (["--lr", "0.1"], "AGD has no learning rate"),
+        (["--optimizer", "adam", "--gain", "2"], "--lr"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "gpu"], "gpu"),
+        (["--cpu", "--device", "cuda"], "--cpu"),
+        (["--image_size", "64"], "folder:PATH"),
+        (["--optimizer", "torch.optim.Nope", "--dataset", "digits"], "torch.optim.Nope"),
+        (["--optimizer", "nowhere.Class", "--dataset", "digits"], "nowhere"),
+        (["--dataset", "folder:/nowhere/at/all"], "/nowhere/at/all/train"),
+        (["--distribute", "--dataset", "digits"], "torchrun"),
+    ],
+)
+def test_wrong_flags_say_what_was_meant(flags, words, run_main):
+    done = run_main(*flags)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert call(*QUICK, "--out", tmp_path / "file") == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_the_bar_fits_80_columns(tmp_path):
+    """On a terminal: a bar with the figures, one line, no wider than the terminal."""
+    controller, terminal = pty.openpty()
+    subprocess.run(["stty", "rows", "24", "cols", "80"], stdin=terminal, check=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *QUICK, "--epochs", "120", "--out", str(tmp_path)],
+        cwd=ROOT, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(controller, 1 << 16)
+        except OSError:
+            break
+        if process.poll() is not None and not seen:
+            break
+    assert process.wait(60) == 0, process.stderr.read()
+    lines = [line for line in re.split(r"[\r\n]+", seen.decode()) if re.match(r"\d+/120 ", line)]
+    assert len(lines) > 5
+    assert max(map(len, lines)) <= 80
+    assert re.match(
+        r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} [\d.]+k? img/s "
+        r"\d\d:\d\d<00:00 ", lines[-1],
+    )  # fmt: skip
+
+
+def test_plain_output_where_the_encoding_lacks_eta(run_main):
+    done = run_main(*QUICK, "--epochs", 1, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"epoch 1/1  loss .* eta \d", done.stdout)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg"])
+def test_convolutional_networks_learn_real_images(arch, samples, tmp_path):
+    """The loss of the same 96 CIFAR images falls, epoch by epoch."""
+    with np.load(samples("cifar10") / "cifar10.npz") as file:
+        np.savez(tmp_path / "cifar10.npz", **{key: file[key][:96] for key in file})
+    flags = ["--arch", arch, "--epochs", 3, "--train_bs", 16, "--data_dir", tmp_path]
+    assert call(*flags, "--out", tmp_path) == 0
+    losses = [row["train_loss"] for row in rows(tmp_path, f"{arch}-cifar10-mse-bs16-agd-seed0")[1:-1]]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_cifar_lies_where_the_authors_code_lies(samples, tmp_path):
+    """One epoch of the default network: loss and eta of three runs of theirs and ours agree there."""
+    out = samples("cifar10")
+    assert call("--epochs", 1, "--data_dir", out, "--out", tmp_path) == 0
+    row = rows(tmp_path, "fcn10x256-cifar10-mse-bs128-agd-seed0")[1]
+    assert row["train_loss"] == pytest.approx(0.839, abs=0.01)
+    assert row["eta_mean"] == pytest.approx(0.17, abs=0.02)

@@ -1,0 +1,96 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import main as program
+from scripts import benchmark, plot
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    for flags in (["--seed", "0"], ["--seed", "1"], ["--optimizer", "adam"]):
+        program.main(["--dataset", "digits", "--depth", "3", "--width", "16", "--epochs", "3",
+                      "--out", str(out), *flags])  # fmt: skip
+    return sorted((out / "logs").iterdir())
+
+
+def test_plot_draws_loss_accuracy_and_eta(logs, tmp_path):
+    figure = plot.draw(logs)
+    loss, accuracy, eta = figure.axes
+    assert len(loss.lines) == len(accuracy.lines) == 6  # three runs, train and test
+    assert len(eta.lines) == 2  # Adam has no eta
+    first, epochs = plot.read(logs[0])
+    drawn = loss.lines[0].get_ydata()
+    assert list(drawn) == [row["train_loss"] for row in epochs]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(names)) == 3 and any("adam" in name for name in names)
+    for suffix in ("png", "pdf"):
+        path = tmp_path / f"curves.{suffix}"
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.plot", *map(str, logs), "-o", str(path)], cwd=ROOT
+        )
+        assert done.returncode == 0 and path.stat().st_size > 5000
+
+
+def test_plot_of_one_epoch_and_of_a_loss_that_is_not_finite(logs, tmp_path):
+    lines = logs[0].read_text().splitlines()
+    one = tmp_path / "one.jsonl"
+    one.write_text("\n".join(lines[:2]) + "\n")
+    assert plot.draw([one]).axes
+    row = {**json.loads(lines[1]), "train_loss": None, "test_loss": None}
+    one.write_text("\n".join([lines[0], json.dumps(row)]) + "\n")
+    assert math.isnan(plot.draw([one]).axes[0].lines[0].get_ydata()[0])
+
+
+@pytest.mark.parametrize("content", [None, "", "text", '{"kind": "run", "flags": {}}', "[1]", "\x00"])
+def test_plot_names_what_is_no_log(content, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="bad.jsonl"):
+        plot.main([str(path), "-o", str(tmp_path / "x.png")])
+
+
+def test_benchmark_measures_and_writes(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "cifar10.npz",
+        **{f"{split}_images": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+           for split, n in (("train", 64), ("test", 32))},
+        **{f"{split}_labels": rng.integers(0, 10, n) for split, n in (("train", 64), ("test", 32))},
+    )  # fmt: skip
+    benchmark.main(["--depth", "3", "--width", "16", "--batch_size", "16", "--repeats", "2",
+                    "--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path)])  # fmt: skip
+    result = json.loads((tmp_path / "benchmark" / "epoch.json").read_text())
+    assert set(result["ratios"]) == {
+        "ours / bare", "ours, training / bare", "conventional / ours",
+    }  # fmt: skip
+    for times in result["seconds"].values():
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+    assert "Ratio of medians" in capsys.readouterr().out
+
+
+def test_benchmarks_plain_loop_trains_as_the_optimiser_does():
+    """The peer is an honest one: after an epoch in the same order its weights are ours."""
+    import torch
+
+    from agd import AGD, init_weights
+    from architecture import build
+    from tests.reference import reference_step
+
+    net = build("fcn", (1, 4, 4), 3, depth=3, width=8).double()
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    weights = list(net.parameters())
+    net(torch.randn(5, 1, 4, 4, dtype=torch.float64)).square().mean().backward()
+    expected, eta, _ = reference_step(weights, [p.grad for p in weights])
+    assert benchmark.plain_agd_step(weights) == pytest.approx(eta, rel=1e-12)
+    for p, q in zip(weights, expected):
+        assert torch.allclose(p, q, rtol=1e-12)
+    assert AGD(weights)

@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from agd import AGD, init_weights
+from architecture import build
+from data import load
+from tests.test_agd import Reads
+from train import LOSSES, Totals, evaluate, mse, train_epoch, xent
+
+CPU = torch.device("cpu")
+
+
+def digits(train_bs=128, test_bs=100, **options):
+    return load("digits", "", train_bs, test_bs, CPU, **options)
+
+
+def network(data, seed=0):
+    net = build("fcn", data.shape, data.classes, depth=3, width=64)
+    init_weights(net.parameters(), torch.Generator().manual_seed(seed))
+    return net
+
+
+def test_losses_by_hand():
+    outputs = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    labels = torch.tensor([1, 3])
+    # The target is 2 at the label, sqrt of 4 classes; the mean is over classes.
+    assert mse(outputs, labels).tolist() == pytest.approx([(1 + 0 + 0 + 1) / 4, 4 / 4])
+    expected = [math.log(math.e + math.e**2 + 1 + 1 / math.e) - 2, math.log(4)]
+    assert xent(outputs, labels).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_has_the_gradient_of_the_mean(loss):
+    data = digits()
+    net = network(data)
+    ours = AGD(net.parameters(), gain=0.0)
+    inputs, labels = next(iter(data.train))
+    seen = []
+
+    class Spy:
+        def step(self):
+            seen.extend(p.grad.clone() for p in net.parameters())
+
+        def zero_grad(self):
+            ours.zero_grad()
+
+    train_epoch(net, [(inputs, labels)], LOSSES[loss], Spy())
+    outputs = net(inputs)
+    onehot = torch.nn.functional.one_hot(labels, 10) * math.sqrt(10)
+    expected = {"mse": (outputs - onehot).square().mean(),
+                "xent": torch.nn.functional.cross_entropy(outputs, labels)}[loss]  # fmt: skip
+    for p, g in zip(torch.autograd.grad(expected, list(net.parameters())), seen):
+        assert torch.allclose(p, g, atol=1e-6)
+
+
+def test_an_epoch_and_an_evaluation_read_nothing_back():
+    data = digits()
+    net = network(data)
+    optimizer = AGD(net.parameters())
+    train_epoch(net, data.train, mse, optimizer)  # torch's own first-time set-up
+    data.train.set_epoch(1)
+    with Reads() as reads:
+        totals = train_epoch(net, data.train, mse, optimizer)
+        tested = evaluate(net, data.test, mse)
+    assert reads.count == 0
+    assert reads.kernels > 1000
+    assert math.isfinite(totals.read()["loss"] + tested.read()["loss"])
+
+
+def test_the_count_of_reads_can_fail():
+    with Reads() as reads:
+        x = torch.ones(2)
+        x.sum().item()
+        float(x[0])
+        bool(x[0] > 0)
+        x[x > 0]
+        torch.ones(()).tolist()
+    assert reads.count == 5
+
+
+def test_totals_weigh_every_example_alike():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(10, 4, generator=generator)
+    labels = torch.randint(4, (10,), generator=generator)
+    totals = Totals()
+    for part in (slice(0, 7), slice(7, 10)):
+        totals.add(mse(outputs[part], labels[part]), outputs[part], labels[part], torch.ones(()))
+    figures = totals.read()
+    assert figures["examples"] == 10
+    assert figures["loss"] == pytest.approx(mse(outputs, labels).mean().item(), rel=1e-6)
+    assert figures["acc"] == (outputs.argmax(1) == labels).sum().item() / 10
+    steps = figures["steps"]
+    assert steps["loss"][1] == pytest.approx(mse(outputs[7:], labels[7:]).mean().item(), rel=1e-6)
+    assert steps["eta"] == [1.0, 1.0]
+
+
+def test_accuracy_does_not_depend_on_the_test_batch():
+    net = network(digits())
+    figures = [evaluate(net, digits(test_bs=n).test, mse).read() for n in (1, 7, 128, 1000)]
+    assert {f["examples"] for f in figures} == {360}
+    assert len({f["acc"] for f in figures}) == 1
+
+
+def test_agd_learns_the_digits():
+    data = digits()
+    net = network(data)
+    optimizer = AGD(net.parameters())
+    losses = []
+    for epoch in range(1, 9):
+        data.train.set_epoch(epoch)
+        losses.append(train_epoch(net, data.train, mse, optimizer).read()["loss"])
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.3 * losses[0]
+    assert evaluate(net, data.test, mse).read()["acc"] > 0.9
+
+
+PAIRS = [
+    (arch, dataset)
+    for dataset in ("digits", "mnist", "cifar10", "cifar100", "imagenet", "folder")
+    for arch in ("fcn", "vgg", "resnet18", "resnet50")
+]
+
+
+@pytest.fixture(scope="module")
+def every_set(samples, tmp_path_factory):
+    """A data directory with all sets: real images, of Tiny-ImageNet in CIFAR-100's place."""
+    root, out = samples("mnist", "cifar10", "tiny100", "imagenet1k-sample", "tiny-imagenet-20"), (
+        tmp_path_factory.mktemp("every")
+    )
+    for name, link in (("cifar10.npz", "cifar10.npz"), ("tiny100.npz", "cifar100.npz"),
+                       ("MNIST", "MNIST"), ("tiny-imagenet-20", "folder")):  # fmt: skip
+        (out / link).symlink_to(root / name)
+    (out / "imagenet").mkdir()
+    for split in ("train", "val"):
+        (out / "imagenet" / split).symlink_to(root / "imagenet1k-sample" / "train")
+    return out
+
+
+@pytest.mark.parametrize("arch, dataset", PAIRS)
+def test_every_network_trains_two_steps_on_every_set(arch, dataset, every_set):
+    name = f"folder:{every_set / 'folder'}" if dataset == "folder" else dataset
+    batch = 2 if dataset == "imagenet" else 4
+    data = load(name, every_set, batch, batch, CPU, image_size=64 if dataset == "folder" else None)
+    torch.manual_seed(0)
+    net = build(arch, data.shape, data.classes)
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in net.parameters()]
+    batches = iter(data.train)
+    two = [next(batches), next(batches)]
+    figures = train_epoch(net, two, mse, AGD(net.parameters())).read()
+    assert figures["examples"] == 2 * batch
+    assert np.isfinite(figures["steps"]["loss"] + figures["steps"]["eta"]).all()
+    assert min(figures["steps"]["eta"]) > 0
+    assert all(not torch.equal(p, b) for p, b in zip(net.parameters(), before))
+    tested = evaluate(net, [next(iter(data.test))], mse).read()
+    assert tested["examples"] == batch
