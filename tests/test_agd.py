@@ -39,18 +39,38 @@ def relative(a, b):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would make the host wait for a device."""
+    """Counts what would make the host wait for a device, on whatever device it runs."""
 
     BLOCKING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal"}
+    METHODS = ("tolist", "numpy", "cpu")  # not seen by the dispatcher where the tensor is the host's
 
     def __init__(self):
         super().__init__()
         self.count = self.kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__.split(".")[-1] in self.BLOCKING
+        name = func.overloadpacket.__name__
+        masks = [x for x in args[1] if x is not None] if name.startswith("index") else []
+        mask = any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in masks)
+        self.count += name in self.BLOCKING or mask
         self.kernels += not func.is_view
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.methods = {name: getattr(torch.Tensor, name) for name in self.METHODS}
+        for name, method in self.methods.items():
+
+            def counted(*args, method=method, **kwargs):
+                self.count += 1
+                return method(*args, **kwargs)
+
+            setattr(torch.Tensor, name, counted)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*error)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
