@@ -77,21 +77,20 @@ class AGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         """Add a group, {"params": ..., "lr": gain}, checked as in the constructor."""
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
-            group = {"lr": self.defaults["lr"], **param_group, "params": list(param_group["params"])}
-            if "gain" in group:
-                group["lr"] = group.pop("gain")
-            if not 0 <= group["lr"] < math.inf:
-                raise ValueError(f"the gain must be finite and not negative, not {group['lr']}")
+        group = {"lr": self.defaults["lr"], **param_group}
+        group["lr"] = group.pop("gain", group["lr"])
+        if not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"the gain must be finite and not negative, not {group['lr']}")
+        params = group["params"]
+        if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
+            params = list(params)
             # A tied weight is one layer, however often it is listed.
-            entries = {id(_tensor(entry)): entry for entry in group["params"]}
-            group["params"] = list(entries.values())
-            for name, p in _named([group]):
-                _check(name, p)
-            param_group = group
-        elif isinstance(param_group, dict) and isinstance(param_group["params"], Tensor):
-            return self.add_param_group({**param_group, "params": [param_group["params"]]})
-        super().add_param_group(param_group)
+            tensor = {id(x[1] if isinstance(x, tuple) else x): x for x in reversed(params)}
+            params = list(reversed(tensor.values()))
+        group["params"] = params
+        for name, p in _named([group]):
+            _check(name, p)
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -112,22 +111,24 @@ class AGD(torch.optim.Optimizer):
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
         # of kernels grows with the number of distinct shapes and not with L.
         normalised = [b.normalise() for b in buckets]
-        largest = [m.flatten() if m.device == home else m.flatten().to(home) for _, m, _ in normalised]
-        squares = [q.flatten() if q.device == home else q.flatten().to(home) for _, _, q in normalised]
+        largest = [m.flatten() for _, m, _ in normalised]
+        squares = [q.flatten() for _, _, q in normalised]
+        sizes = [q.numel() for q in squares]
+        if any(q.device != home for q in squares):
+            largest, squares = ([x.to(home) for x in part] for part in (largest, squares))
         norm = torch.cat(squares).to(wide).sqrt_()  # of u, one a matrix
-        scaled = torch.cat(torch._foreach_mul(largest, [b.s for b in buckets])).to(wide)
-        G = (scaled * norm).sum() / L
+        largest = torch.cat(torch._foreach_mul(largest, [b.s for b in buckets])).to(wide)
+        G = (largest * norm).sum() / L
         # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G
         eta = torch.log1p(2 * G / (1 + torch.sqrt(1 + 4 * G)))
         finite = torch.isfinite(G)
 
         moves = (norm > 0) & finite
         factors = (eta / L / norm).masked_fill_(~moves, 0)
-        # All ones where the weight moves, else all zeros. Where it stays, the update is to be +0
-        # bit for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
+        # All ones where the weight moves, else all zeros. Where it stays, the update is +0, bit
+        # for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
         keeps = moves.to(torch.int32).neg_()
 
-        sizes = [q.numel() for q in squares]
         weights, updates = [], []
         for b, (u, m, _), factor, keep in zip(
             buckets, normalised, factors.split(sizes), keeps.split(sizes)
@@ -147,7 +148,7 @@ class AGD(torch.optim.Optimizer):
         return loss
 
     def _buckets(self):
-        """The weights that have a gradient, in buckets of one shape, layout, dtype, device, gain."""
+        """The weights that have a gradient, by shape, layout, dtype, device and gain."""
         buckets = {}
         for group in self.param_groups:
             gain = group["lr"]
@@ -254,10 +255,6 @@ def _scale(shape):
     return math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))
 
 
-def _tensor(entry):
-    return entry[1] if isinstance(entry, tuple) else entry
-
-
 def _named(params):
     """(name or None, tensor) for each tensor in what a torch optimiser takes."""
     for entry in [params] if isinstance(params, Tensor) else params:
@@ -285,4 +282,4 @@ def _check(name, p):
         raise ValueError(f"AGD has no rule for {_label(name, p)}: it takes weights of two or more "
                          "dimensions; build the layer without this one (bias=False, affine=False)")
     if p.numel() == 0:
-        raise ValueError(f"AGD has no rule for {_label(name, p)}, which has no elements: leave it out")
+        raise ValueError(f"AGD has no rule for {_label(name, p)}: it has no elements; leave it out")

@@ -16,6 +16,10 @@ LAUNCHERS = {
 }
 
 
+class LaunchError(RuntimeError):
+    """The launcher's variables do not describe a run; the message names them."""
+
+
 class World:
     """The ranks of a run: this one's `rank`, `local_rank` and `device`, and their number `size`."""
 
@@ -56,7 +60,7 @@ class World:
 def start(device, distribute=False):
     """The World of this process; `device` is a torch.device, without an index for one a rank.
 
-    Raises RuntimeError with one sentence where `distribute` is set and the launcher's variables
+    Raises LaunchError with one sentence where `distribute` is set and the launcher's variables
     are missing.
     """
     if not distribute:
@@ -66,13 +70,13 @@ def start(device, distribute=False):
             rank, size, local_rank = (int(os.environ[name]) for name in names)
             break
     else:
-        raise RuntimeError(
+        raise LaunchError(
             "--distribute needs a launcher, and none of its variables are set: start with "
             "`torchrun --nproc_per_node=N main.py --distribute ...`, srun or mpirun"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ and names is not LAUNCHERS["torchrun"]:
-            raise RuntimeError(f"--distribute needs {name}: export {name} before srun or mpirun")
+            raise LaunchError(f"--distribute needs {name}: export {name} before srun or mpirun")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -30,7 +30,10 @@ class Run:
         self.log_path = Path(out, "logs", f"{name}.jsonl")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         for path in (self.log_path, self.checkpoint_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{path.parent} cannot be made: {error}; choose --out") from error
 
     def rows(self):
         """The rows of the log; a last line that was cut off is left out."""
@@ -42,6 +45,14 @@ class Run:
                 except ValueError:
                     break
         return rows
+
+    def finished(self, epochs):
+        """The last row of the log if nothing is left to do up to `epochs`, else None."""
+        rows = self.rows()
+        end = rows[-1] if rows else {"kind": None}
+        if end["kind"] != "end" or end["stopped"] == "interrupted":
+            return None
+        return None if end["stopped"] is None and end["epochs"] < epochs else end
 
     def start(self, first_row, device):
         """Open the log, cut to the last checkpoint; returns that checkpoint, or None at the start.

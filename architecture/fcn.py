@@ -1,6 +1,7 @@
 """The fully connected network."""
 
 import math
+from itertools import pairwise
 
 import torch.nn as nn
 
@@ -18,8 +19,7 @@ class FCN(nn.Module):
             raise ValueError(f"a fully connected network has a depth of 2 or more, not {depth}")
         sizes = [inputs] + [width] * (depth - 1) + [classes]
         self.layers = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=False)
-            for fan_in, fan_out in zip(sizes[:-1], sizes[1:])
+            nn.Linear(fan_in, fan_out, bias=False) for fan_in, fan_out in pairwise(sizes)
         )
 
     def forward(self, x):

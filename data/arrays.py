@@ -73,7 +73,7 @@ class ArrayBatches:
 
 
 def load_arrays(path, classes):
-    """The arrays of a prepared data set, by KEYS, and what identifies them: file name and CRC-32."""
+    """The arrays of a prepared data set, by KEYS, and what identifies them: its name and CRCs."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:

@@ -107,8 +107,9 @@ def _from_copy(name, source, scratch):
             if (at / file).exists():
                 shutil.copyfile(at / file, raw / file)
             elif (at / f"{file}.gz").exists():
-                with contextlib.suppress(OSError, EOFError, zlib.error):  # found by its checksum
-                    raw.joinpath(file).write_bytes(gzip.decompress((at / f"{file}.gz").read_bytes()))
+                packed = (at / f"{file}.gz").read_bytes()
+                with contextlib.suppress(OSError, EOFError, zlib.error):  # then its MD5 is wrong
+                    (raw / file).write_bytes(gzip.decompress(packed))
             else:
                 raise DataError(f"there is no {file} or {file}.gz in {at}")
     elif source.is_file():

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import main as program
 from agd import AGD, init_weights
 from architecture import build
 from data import DATASETS, DataError, default_data_dir, load
 from data.prepare import prepare
+from display import table
 from run import environment
 from train import evaluate, mse, train_epoch
 
@@ -148,8 +148,7 @@ def measure(cases, repeats):
                 if middle:
                     parts["ours, training"].append(middle - start)
                     parts["ours, test"].append(end - middle)
-            print(f"\rround {i}/{repeats}: {name:<14} {end - start:8.3f} s", end="", file=sys.stderr)
-    print(file=sys.stderr)
+            print(f"round {i}/{repeats}: {name} {end - start:.3f} s", file=sys.stderr)
     return {**seconds, **parts}
 
 
@@ -198,8 +197,8 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    program.table(("Ratio of medians", ""), [(k, f"{v:.2f}") for k, v in ratios.items()])
-    program.table(
+    table(("Ratio of medians", ""), [(k, f"{v:.2f}") for k, v in ratios.items()])
+    table(
         ("Seconds an epoch", "median (min .. max)"),
         [(k, f"{v['median']:.3f} ({v['min']:.3f} .. {v['max']:.3f})")
          for k, v in result["seconds"].items()],

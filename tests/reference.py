@@ -1,4 +1,4 @@
-"""The paper, transcribed line by line in float64: slow, literal, and what the fast code must match."""
+"""The paper in float64, line by line: slow, literal, and what the fast code must match."""
 
 import math
 

@@ -42,7 +42,7 @@ class Reads(TorchDispatchMode):
     """Counts what would make the host wait for a device, on whatever device it runs."""
 
     BLOCKING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal"}
-    METHODS = ("tolist", "numpy", "cpu")  # not seen by the dispatcher where the tensor is the host's
+    METHODS = ("tolist", "numpy", "cpu")  # of a tensor on the host the dispatcher sees none
 
     def __init__(self):
         super().__init__()

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from distributed import start
+from distributed import LaunchError, start
 
 FLAGS = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2",
          "--train_bs", "100", "--test_bs", "77", "--cpu"]  # fmt: skip
@@ -41,7 +41,7 @@ def test_missing_launcher_variables_are_named(variables, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match="torchrun"):
+    with pytest.raises(LaunchError, match="torchrun"):
         start(torch.device("cpu"), distribute=True)
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,8 @@ def call(*flags):
 
 def test_readme_first_command_reaches_97_percent(run_main, tmp_path):
     """The command as README prints it, without a network: sockets are off in that process."""
-    command = re.search(r"^python main.py (--dataset digits.*)$", (ROOT / "README.md").read_text(), re.M)
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^python main.py (--dataset digits.*)$", readme, re.M)
     blocker = tmp_path / "site" / "sitecustomize.py"
     blocker.parent.mkdir()
     blocker.write_text(
@@ -149,12 +149,12 @@ def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):
     assert comparable(rows(broken)) == expected
 
 
-def test_ctrl_c_before_training_is_clean_too(tmp_path):
-    process = start(*QUICK, out=tmp_path)
-    time.sleep(0.7)
+def test_ctrl_c_before_the_first_epoch_is_clean_too(tmp_path):
+    process = start(*QUICK[:-1], 1000, out=tmp_path)
+    assert process.stdout.readline().startswith("Setting")
     out, err = kill(process, signal.SIGINT)
-    assert process.returncode in (130, -signal.SIGINT, 1) or "Finished" in out
-    assert not list(tmp_path.glob("checkpoints/*.partial"))
+    assert process.returncode == 130
+    assert "Traceback" not in err and "nterrupted" in out + err
 
 
 def test_a_finished_run_says_so_and_fresh_starts_over(tmp_path, capsys):
@@ -173,10 +173,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     flags = [*QUICK, "--epochs", 50, "--optimizer", "sgd", "--lr", 1e6, "--out", tmp_path]
     assert call(*flags) == 1
     out = capsys.readouterr().out
-    assert re.search(r"Stopped: the loss was (nan|inf) at epoch 1, step \d+; try a smaller --lr", out)
+    assert re.search(r"Stopped: the loss was (nan|inf) at epoch 1, step \d+; try a smaller", out)
     first, epoch, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-sgd-lr1e+06-seed0")
     assert epoch["train_loss"] is None and end["stopped"].startswith("the loss was")
-    assert call(*flags) == 0
+    assert call(*flags) == 1
     assert "Already ended: the loss was" in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_an_image_folder_by_main(samples, tmp_path):
              "--train_bs", 10, "--epochs", 2, "--out", tmp_path, "--workers", 2]  # fmt: skip
     assert call(*flags) == 1
     assert call(*flags, "--skip_bad_images") == 0
-    (log,) = [p for p in (tmp_path / "logs").glob("*skip*.jsonl")]
+    (log,) = (tmp_path / "logs").glob("*skip*.jsonl")
     first, *epochs, end = [json.loads(line) for line in log.read_text().splitlines()]
     assert first["train_examples"] == 37 and len(epochs) == 2
     assert round(end["test_acc"] * 15, 6).is_integer()
@@ -316,12 +316,13 @@ def test_convolutional_networks_learn_real_images(arch, samples, tmp_path):
         np.savez(tmp_path / "cifar10.npz", **{key: file[key][:96] for key in file})
     flags = ["--arch", arch, "--epochs", 3, "--train_bs", 16, "--data_dir", tmp_path]
     assert call(*flags, "--out", tmp_path) == 0
-    losses = [row["train_loss"] for row in rows(tmp_path, f"{arch}-cifar10-mse-bs16-agd-seed0")[1:-1]]
+    _, *epochs, _ = rows(tmp_path, f"{arch}-cifar10-mse-bs16-agd-seed0")
+    losses = [row["train_loss"] for row in epochs]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_cifar_lies_where_the_authors_code_lies(samples, tmp_path):
-    """One epoch of the default network: loss and eta of three runs of theirs and ours agree there."""
+    """After an epoch of the default network: the loss and eta of ten such runs, give or take."""
     out = samples("cifar10")
     assert call("--epochs", 1, "--data_dir", out, "--out", tmp_path) == 0
     row = rows(tmp_path, "fcn10x256-cifar10-mse-bs128-agd-seed0")[1]

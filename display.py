@@ -1,0 +1,85 @@
+"""What a run prints: tables, the progress of its epochs, its end."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def table(title, rows):
+    """Two columns, the first as wide as it has to be."""
+    width = max(len(str(row[0])) for row in [title, *rows])
+    lines = [f"{row[0]!s:<{width}}  {row[1]}" for row in [title, ("-" * width, "-" * 20), *rows]]
+    print("\n".join(line.rstrip() for line in lines) + "\n", flush=True)
+
+
+class Progress:
+    """What a person sees of the epochs: a bar on a terminal, else a line an epoch; or nothing."""
+
+    def __init__(self, epochs, steps, done, quiet):
+        self.epochs, self.terminal = epochs, sys.stdout.isatty()
+        self.quiet = quiet
+        encoding = sys.stdout.encoding or "ascii"
+        self.eta = "η" if "η".encode(encoding, "ignore") else "eta"
+        self.bar = tqdm(
+            total=epochs * steps, initial=done * steps, disable=quiet or not self.terminal,
+            file=sys.stdout, bar_format="{desc} {elapsed}<{remaining} {bar}", dynamic_ncols=True,
+            desc=f"{done}/{epochs}", ascii=None if self.eta == "η" else " #",
+        )  # fmt: skip
+
+    def step(self):
+        self.bar.update()
+
+    def epoch(self, row):
+        eta = row["eta_mean"]
+        if self.terminal:
+            parts = [f"{row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.3f}"]
+            parts += [f"train {row['train_acc']:.1%}", f"test {row['test_acc']:.1%}"]
+            parts += [] if eta is None else [f"{self.eta} {eta:.3f}"]
+            parts += [tqdm.format_sizeof(row["images_per_second"]) + " img/s"]
+            self.bar.set_description_str(" ".join(parts))
+        elif not self.quiet:
+            parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.4f}"]
+            parts += [f"train {row['train_acc']:.2%}", f"test {row['test_acc']:.2%}"]
+            parts += [] if eta is None else [f"{self.eta} {eta:.4f}"]
+            parts += [f"{row['images_per_second']:,.0f} img/s", f"{row['seconds']:.2f} s"]
+            print("  ".join(parts), flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def already(run, end):
+    """The words for a run that has nothing left to do; `end` is the last row of its log."""
+    if end["stopped"] is None:
+        print(f"Already finished: {end['epochs']} epochs, test accuracy {end['test_acc']:.2%}.")
+    else:
+        print(f"Already ended: {end['stopped']}.")
+    print(f"{run.log_path} has it; --fresh starts over.")
+
+
+def summary(run, rows, done, stopped, seconds, skipped, bad_images):
+    """The last lines of a run: its epoch rows, of which `done` were there before."""
+    print()
+    if stopped == "interrupted":
+        print(f"Interrupted after {len(rows)} whole epochs; the same command goes on from there.")
+    elif stopped is not None:
+        print(f"Stopped: {stopped}.")
+    else:
+        now = f", {len(rows) - done} of them now," if done else ""
+        print(f"Finished {len(rows)} epochs{now} in {seconds:.1f} s.")
+    if rows and stopped in (None, "interrupted"):
+        last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
+        print(f"Train loss {last['train_loss']:.4f}, train accuracy {last['train_acc']:.2%}, "
+              f"test accuracy {last['test_acc']:.2%} "
+              f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
+    if skipped:
+        print(f"{skipped} steps were skipped for a gradient that was not finite")
+    if bad_images:
+        more = ", ..." if len(bad_images) > 5 else ""
+        print(f"{len(bad_images)} images could not be decoded and were left out: "
+              f"{', '.join(bad_images[:5])}{more}")
+    print(f"Log      {run.log_path}")
+    if run.checkpoint_path.exists():
+        print(f"Weights  {run.checkpoint_path}")
+    if rows:
+        print(f"Curves   python -m scripts.plot {run.log_path} -o curves.png")

@@ -1,0 +1,105 @@
+"""The command line: flags, their defaults, and a suggestion where one is mistyped."""
+
+import argparse
+import difflib
+import math
+import os
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that suggests what was meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"there is no flag {flag}{near(flag, self._option_string_actions)}")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n       python main.py --help lists the flags\n")
+
+
+def near(word, words):
+    """A suggestion, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_of(names, prefix=None):
+    """An argument type: one of `names`, or anything that starts with `prefix`."""
+
+    def check(value):
+        if value in names or (prefix and value.startswith(prefix) and value != prefix):
+            return value
+        listed = ", ".join(names) + (f", {prefix}PATH" if prefix else "")
+        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near(value, names)}")
+
+    return check
+
+
+def number(kind, least, above=False):
+    """An argument type: an int or a finite float, from `least` on, or above it."""
+
+    def check(value):
+        try:
+            x = kind(value)
+        except ValueError:
+            x = math.nan
+        if not (math.isfinite(x) and (x > least if above else x >= least)):
+            what = "a whole number" if kind is int else "a finite number"
+            bound = "above" if above else "from"
+            raise argparse.ArgumentTypeError(f"{value!r} is not {what} {bound} {least}")
+        return x
+
+    return check
+
+
+def parser(networks, datasets, losses, optimizers, data_dir):
+    """The command line, given the names to choose from and the default data directory."""
+
+    def optimizer(value):
+        return value if "." in value else one_of(optimizers)(value)
+
+    p = Parser(
+        prog="main.py",
+        allow_abbrev=False,
+        description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
+        epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
+        "from a finished run.",
+    )
+    add = p.add_argument_group("what to train").add_argument
+    add("--arch", type=one_of(networks), default="fcn", metavar="NET",
+        help=f"{', '.join(networks)} (default: %(default)s)")
+    add("--dataset", type=one_of(datasets, "folder:"), default="cifar10", metavar="SET",
+        help=f"{', '.join(datasets)}, or folder:PATH with train/ and val/ (default: %(default)s)")
+    add("--loss", type=one_of(losses), default="mse", metavar="LOSS",
+        help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
+    add("--depth", type=number(int, 2), default=10, help="layers of the fcn (default: 10)")
+    add("--width", type=number(int, 1), default=256, help="width of the fcn (default: 256)")
+    add = p.add_argument_group("how").add_argument
+    add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
+    add("--train_bs", type=number(int, 1), default=128, help="images a step (default: 128)")
+    add("--test_bs", type=number(int, 1), default=128, help="in testing (default: 128)")
+    add("--gain", type=number(float, 0), default=1.0, help="multiplies AGD's update (default: 1)")
+    add("--optimizer", type=optimizer, default="agd", metavar="OPT",
+        help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
+    add("--lr", type=number(float, 0), help="a baseline's learning rate (default: adam 0.001, "
+        "sgd 0.1, the class's own)")
+    add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
+    add = p.add_argument_group("where").add_argument
+    add("--data_dir", default=data_dir,
+        help="data sets (default: $AGD_DATA or ~/.cache/agd)")
+    add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
+    add("--fresh", action="store_true", help="forget an earlier run of the same name")
+    add("--device", help="as torch spells it (default: a GPU if there is one)")
+    add("--cpu", action="store_true", help="the same as --device cpu")
+    add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
+    add = p.add_argument_group("image folders").add_argument
+    add("--image_size", type=number(int, 32), help="side in pixels (default: 224)")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+        help="processes that decode images (default: %(default)s)")
+    add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded")
+    add = p.add_argument_group("log").add_argument
+    add("--log_steps", action="store_true", help="a row a step beside the row an epoch")
+    return p
