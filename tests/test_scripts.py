@@ -95,3 +95,25 @@ def test_benchmarks_plain_loop_trains_as_the_optimiser_does():
     for p, q in zip(weights, expected):
         assert torch.allclose(p, q, rtol=1e-12)
     assert AGD(weights)
+
+
+def test_gpu_checks_that_run_anywhere_hold(tmp_path):
+    import argparse
+
+    import torch
+
+    from scripts import gpu_checks
+
+    args = argparse.Namespace(device=torch.device("cpu"))
+    assert gpu_checks.not_finite_and_scale(args)["worst difference of a direction"] < 1e-6
+    assert gpu_checks.same_step_as_the_cpu(args)["worst relative difference of an update"] == 0
+
+
+def test_gpu_checks_without_a_gpu_say_so(monkeypatch):
+    import torch
+
+    from scripts import gpu_checks
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu_checks.main([])

@@ -1,0 +1,179 @@
+"""What only a GPU can show, the most valuable first: `python -m scripts.gpu_checks`.
+
+Each check writes its finding to <out>/gpu_checks.json as soon as it has one, and a check that is
+there is not repeated: stop the command at any time, start it again, and it goes on. --fresh starts
+over. The exit code is 1 if a check failed.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from agd import AGD, init_weights
+from architecture import build
+from data import default_data_dir, load
+from run import environment
+from train import evaluate, mse, train_epoch
+
+CPU = torch.device("cpu")
+
+
+def network(arch, shape, classes, device, seed=0):
+    torch.manual_seed(seed)
+    net = build(arch, shape, classes).to(device)
+    init_weights(net.parameters(), torch.Generator().manual_seed(seed))
+    return net
+
+
+def same_step_as_the_cpu(args):
+    """A step of AGD on the GPU and on the CPU, same weights and gradients, each format."""
+    worst = 0.0
+    for arch, shape in (("fcn", (3, 32, 32)), ("resnet18", (3, 32, 32)), ("vgg", (3, 32, 32))):
+        for channels_last in (False, True):
+            form = torch.channels_last if channels_last else torch.contiguous_format
+            nets = [network(arch, shape, 10, d).to(memory_format=form) for d in (CPU, args.device)]
+            pairs = list(zip(nets[0].parameters(), nets[1].parameters()))
+            for p, q in pairs:
+                if not torch.equal(p, q.cpu()):
+                    raise AssertionError("one seed gave two sets of weights")
+                p.grad = torch.randn_like(p) * 1e-3
+                q.grad = p.grad.to(args.device)
+            before = [p.detach().clone() for p, _ in pairs]
+            for net in nets:
+                AGD(net.parameters()).step()
+            for (p, q), w in zip(pairs, before):
+                worst = max(worst, ((q.cpu() - p).norm() / (p - w).norm()).item())
+    if not worst < 1e-5:
+        raise AssertionError(f"updates differ by {worst:.1e}")
+    return {"worst relative difference of an update": worst}
+
+
+def not_finite_and_scale(args):
+    """A NaN leaves every weight, and gradients from 1e-37 to 1e37 keep their direction."""
+    worst = 0.0
+    for k in range(-37, 38):
+        p = torch.zeros(64, 32, device=args.device, requires_grad=True)
+        p.grad = torch.randn(64, 32, device=args.device) * 10.0**k
+        AGD([p]).step()
+        expected = -p.grad.double() / p.grad.double().norm()
+        worst = max(worst, (p.double() / p.double().norm() - expected).norm().item())
+    if not worst < 1e-6:
+        raise AssertionError(f"directions differ by {worst:.1e}")
+    p = torch.randn(64, 32, device=args.device, requires_grad=True)
+    p.grad = torch.randn_like(p)
+    p.grad[3, 3] = float("nan")
+    before, optimizer = p.detach().clone(), AGD([p])
+    optimizer.step()
+    if not torch.equal(p, before) or int(optimizer.skipped) != 1:
+        raise AssertionError("a NaN changed weights")
+    return {"worst difference of a direction": worst}
+
+
+def no_host_read_in_an_epoch(args):
+    """Batches, training and evaluation under CUDA's own check for synchronisation."""
+    data = load(args.dataset, args.data_dir, 128, 1000, args.device)
+    net = network("fcn", data.shape, data.classes, args.device)
+    optimizer = AGD(net.parameters())
+    train_epoch(net, data.train, mse, optimizer).read()
+    evaluate(net, data.test, mse).read()
+    data.train.set_epoch(1)
+    train, test = iter(data.train), iter(data.test)
+    next(train), next(test)  # the epoch's draws have gone to the device with the first batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        totals = train_epoch(net, train, mse, optimizer)
+        tested = evaluate(net, test, mse)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"train_loss": totals.read()["loss"], "test_acc": tested.read()["acc"]}
+
+
+def epoch_times(args):
+    """Seconds of an epoch, training and evaluation, as main.py runs it: medians of three."""
+    found = {}
+    for arch in ("fcn", "resnet18", "vgg"):
+        data = load(args.dataset, args.data_dir, 128, 1000, args.device)
+        net = network(arch, data.shape, data.classes, args.device)
+        optimizer, seconds = AGD(net.parameters()), []
+        for epoch in range(4):
+            start = time.perf_counter()
+            data.train.set_epoch(epoch)
+            train_epoch(net, data.train, mse, optimizer).read()
+            figures = evaluate(net, data.test, mse).read()
+            seconds.append(time.perf_counter() - start)
+        found[arch] = {"seconds": sorted(seconds[1:])[1], "test_acc": figures["acc"]}
+    return found
+
+
+def step_times(args):
+    """Milliseconds of a step beside torch's fused SGD and AdamW, interleaved, medians of 30."""
+    found = {}
+    for arch, shape, classes in (("fcn", (3, 32, 32), 10), ("resnet18", (3, 32, 32), 10),
+                                 ("resnet50", (3, 224, 224), 1000)):  # fmt: skip
+        net = network(arch, shape, classes, args.device)
+        weights = list(net.parameters())
+        for p in weights:
+            p.grad = torch.randn_like(p) * 1e-3
+        peers = {
+            "agd": AGD(weights),
+            "sgd, fused": torch.optim.SGD(weights, lr=1e-6, fused=True),
+            "adamw, fused": torch.optim.AdamW(weights, lr=1e-6, fused=True),
+        }
+        times = {name: [] for name in peers}
+        for _ in range(35):
+            for name, optimizer in peers.items():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                optimizer.step()
+                torch.cuda.synchronize()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        found[arch] = {name: sorted(t[5:])[15] for name, t in times.items()}
+    return found
+
+
+CHECKS = [same_step_as_the_cpu, not_finite_and_scale, no_host_read_in_an_epoch, epoch_times,
+          step_times]  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu_checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data_dir", default=default_data_dir())
+    parser.add_argument("--out", default="results/benchmark")
+    parser.add_argument("--fresh", action="store_true")
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: there is no GPU here")
+    path = Path(args.out, "gpu_checks.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
+    done.setdefault("environment", environment(args.device))
+    failed = False
+    for check in CHECKS:
+        if check.__name__ in done and "error" not in done[check.__name__]:
+            print(f"{check.__name__}: done before")
+            continue
+        try:
+            finding = check(args)
+        except Exception as error:  # a failed check must not keep the others from running
+            traceback.print_exc()
+            finding, failed = {"error": f"{type(error).__name__}: {error}"}, True
+        done[check.__name__] = finding
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        print(f"{check.__name__}: {json.dumps(finding)}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
