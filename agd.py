@@ -110,40 +110,38 @@ class AGD(torch.optim.Optimizer):
         # Each gradient as u = grad / m, m the largest magnitude in its matrix: no square over- or
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
         # of kernels grows with the number of distinct shapes and not with L.
-        normalised = [b.normalise() for b in buckets]
-        largest = [m.flatten() for _, m, _ in normalised]
-        squares = [q.flatten() for _, _, q in normalised]
-        sizes = [q.numel() for q in squares]
-        if any(q.device != home for q in squares):
-            largest, squares = ([x.to(home) for x in part] for part in (largest, squares))
-        norm = torch.cat(squares).to(wide).sqrt_()  # of u, one a matrix
-        largest = torch.cat(torch._foreach_mul(largest, [b.s for b in buckets])).to(wide)
-        G = (largest * norm).sum() / L
+        us, ms, squares = zip(*[b.normalise() for b in buckets])
+        shapes, sizes = [m.shape for m in ms], [m.numel() for m in ms]
+        ms = torch._foreach_mul(ms, [b.s for b in buckets])
+        flat = [x.flatten() for x in (*squares, *ms)]
+        if any(x.device != home for x in flat):
+            flat = [x.to(home) for x in flat]
+        squares, ms = torch.cat(flat).to(wide).chunk(2)  # an entry a matrix
+        norms = squares.sqrt()
+        G = torch.dot(norms, ms) / L
         # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G
-        eta = torch.log1p(2 * G / (1 + torch.sqrt(1 + 4 * G)))
-        finite = torch.isfinite(G)
+        eta = (2 * G / (1 + (4 * G + 1).sqrt_())).log1p_()
+        finite = G < math.inf
 
-        moves = (norm > 0) & finite
-        factors = (eta / L / norm).masked_fill_(~moves, 0)
+        moves = (norms > 0) & finite
+        factors = (eta / L / norms).masked_fill_(~moves, 0).split(sizes)
         # All ones where the weight moves, else all zeros. Where it stays, the update is +0, bit
         # for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
-        keeps = moves.to(torch.int32).neg_()
+        keeps = moves.to(torch.int32).neg_().split(sizes)
 
         weights, updates = [], []
-        for b, (u, m, _), factor, keep in zip(
-            buckets, normalised, factors.split(sizes), keeps.split(sizes)
-        ):
+        for b, u, shape, factor, keep in zip(buckets, us, shapes, factors, keeps):
             if isinstance(b.gain, (int, float)) and b.gain == 0:
                 continue
             bits = u.view(torch.int64 if u.dtype == torch.float64 else torch.int32)
-            bits.bitwise_and_(keep.view(m.shape).to(bits))
-            u.mul_((factor * (b.s * b.gain)).view(m.shape).to(u))
+            bits.bitwise_and_(keep.view(shape).to(bits))
+            u.mul_((factor * (b.s * b.gain)).view(shape).to(u))
             weights += b.weights
             updates += u.unbind()
         if weights:
             torch._foreach_sub_(weights, updates)
 
-        self.G, self.eta = G, eta.masked_fill(~finite, math.nan)
+        self.G, self.eta = G, eta.masked_fill_(~finite, math.nan)
         self.skipped += ~finite
         return loss
 
@@ -165,9 +163,10 @@ class AGD(torch.optim.Optimizer):
                         "real one: build the layer with sparse=False and real weights"
                     )
                 key = (p.shape, p.stride(), p.dtype, p.device, kind)
-                if key not in buckets:
-                    buckets[key] = _Bucket(p, gain)
-                buckets[key].add(p, grad)
+                bucket = buckets.get(key)
+                if bucket is None:
+                    bucket = buckets[key] = _Bucket(p, gain)
+                bucket.add(p, grad)
         return list(buckets.values())
 
     def __getstate__(self):
@@ -182,6 +181,7 @@ class _Bucket:
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         # Dimensions in the order in which they lie in memory, so that any format is as fast.
         self.order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
+        self.in_order = self.order == list(range(p.ndim))
         # The two of a matrix in (layers, *dimensions). The one that is contiguous is reduced
         # first, else the outermost: both sweeps run along memory.
         outer, inner = sorted((1 + self.order.index(0), 1 + self.order.index(1)))
@@ -189,8 +189,10 @@ class _Bucket:
         self.dims = (inner, outer) if self.contiguous else (outer, inner)
 
     def add(self, p, grad):
-        self.weights.append(p.permute(self.order))
-        self.grads.append(grad.permute(self.order))
+        if not self.in_order:
+            p, grad = p.permute(self.order), grad.permute(self.order)
+        self.weights.append(p)
+        self.grads.append(grad)
 
     def normalise(self):
         """(u = grad / m, m the largest magnitude of each matrix, the sum of squares of each matrix

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from data.common import DataError
 
+GATHER = 1024  # images that are gathered at a time, in batches of which there are enough
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -48,19 +49,26 @@ class ArrayBatches:
 
     def __iter__(self):
         order, top, left, mirror = self._draw()
+        # This rank's share of each batch; several small batches are gathered at a time.
+        starts = range(0, self.examples, self.batch_size)
+        shares = [order[i : i + self.batch_size][self.rank :: self.size] for i in starts]
+        group = max(1, GATHER // self.batch_size)
         # A view of every possible crop, (N, C, top, left, H, W), without a copy.
         height, width = self.side
         windows = self.images.unfold(2, height, 1).unfold(3, width, 1)
-        for start in range(0, self.examples, self.batch_size):
-            index = order[start : start + self.batch_size][self.rank :: self.size]
+        for i in range(0, len(shares), group):
+            sizes = [len(share) for share in shares[i : i + group]]
+            index = torch.cat(shares[i : i + group])
             if self.pad:
                 images = windows[index, :, top[index], left[index]]
             else:
                 images = self.images[index]
             if self.flip:
-                images = torch.where(mirror[index, None, None, None], images.flip(3), images)
-            inputs = images.float().sub_(self.shift).mul_(self.scale)
-            yield inputs, self.labels[index]
+                # A choice without a branch; uint8 wraps around, so the sum is exact.
+                choice = mirror[index, None, None, None]
+                images = (images.flip(3) - images).mul_(choice).add_(images)
+            for batch, labels in zip(images.split(sizes), self.labels[index].split(sizes)):
+                yield batch.float().sub_(self.shift).mul_(self.scale), labels
 
     def _draw(self):
         """This epoch's order of all N images, and crop offsets and flip of each, by its index."""
@@ -68,7 +76,7 @@ class ArrayBatches:
         N = self.examples
         order = rng.permutation(N) if self.shuffle else np.arange(N)
         top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (order, order)
-        mirror = rng.integers(0, 2, N).astype(bool) if self.flip else order
+        mirror = rng.integers(0, 2, N).astype(np.uint8) if self.flip else order
         return [torch.from_numpy(x).to(self.device) for x in (order, top, left, mirror)]
 
 

@@ -75,7 +75,7 @@ def test_benchmark_measures_and_writes(tmp_path, capsys):
     }  # fmt: skip
     for times in result["seconds"].values():
         assert 0 < times["min"] <= times["median"] <= times["max"]
-    assert "Ratio of medians" in capsys.readouterr().out
+    assert "Median of the ratios" in capsys.readouterr().out
 
 
 def test_benchmarks_plain_loop_trains_as_the_optimiser_does():
