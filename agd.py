@@ -109,8 +109,18 @@ class AGD(torch.optim.Optimizer):
 
         # Each gradient as u = grad / m, m the largest magnitude in its matrix: no square over- or
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
-        # of kernels grows with the number of distinct shapes and not with L.
-        us, ms, squares = zip(*[b.normalise() for b in buckets])
+        # of kernels grows with the number of distinct shapes and not with L; m and the squared
+        # norm of u have 1 in the place of a matrix's dimensions.
+        xs = [b.stack() for b in buckets]
+        ms = torch._foreach_neg([x.amin(b.first, keepdim=True) for b, x in zip(buckets, xs)])
+        torch._foreach_maximum_(ms, [x.amax(b.first, keepdim=True) for b, x in zip(buckets, xs)])
+        ms = [m.amax(b.second, keepdim=True) for b, m in zip(buckets, ms)]
+        # Not 0 / 0, and no subnormal divisor: some devices have none.
+        torch._foreach_clamp_min_(ms, [torch.finfo(b.dtype).tiny for b in buckets])
+        us = torch._foreach_div(xs, ms)
+        del xs
+        squares = [b.squared_norm(u) for b, u in zip(buckets, us)]
+
         shapes, sizes = [m.shape for m in ms], [m.numel() for m in ms]
         ms = torch._foreach_mul(ms, [b.s for b in buckets])
         flat = [x.flatten() for x in (*squares, *ms)]
@@ -125,21 +135,18 @@ class AGD(torch.optim.Optimizer):
 
         moves = (norms > 0) & finite
         factors = (eta / L / norms).masked_fill_(~moves, 0).split(sizes)
+        factors = [(b.s * b.gain * c).view(shape) for b, c, shape in zip(buckets, factors, shapes)]
         # All ones where the weight moves, else all zeros. Where it stays, the update is +0, bit
         # for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
         keeps = moves.to(torch.int32).neg_().split(sizes)
-
-        weights, updates = [], []
-        for b, u, shape, factor, keep in zip(buckets, us, shapes, factors, keeps):
-            if isinstance(b.gain, (int, float)) and b.gain == 0:
-                continue
+        for u, shape, keep in zip(us, shapes, keeps):
             bits = u.view(torch.int64 if u.dtype == torch.float64 else torch.int32)
             bits.bitwise_and_(keep.view(shape).to(bits))
-            u.mul_((factor * (b.s * b.gain)).view(shape).to(u))
-            weights += b.weights
-            updates += u.unbind()
-        if weights:
-            torch._foreach_sub_(weights, updates)
+        torch._foreach_mul_(us, [c.to(u) for c, u in zip(factors, us)])
+        moving = [(b, u) for b, u in zip(buckets, us) if b.moves]
+        if moving:
+            weights = [p for b, _ in moving for p in b.weights]
+            torch._foreach_sub_(weights, [x for _, u in moving for x in u.unbind()])
 
         self.G, self.eta = G, eta.masked_fill_(~finite, math.nan)
         self.skipped += ~finite
@@ -178,6 +185,7 @@ class _Bucket:
 
     def __init__(self, p, gain):
         self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(p.shape)
+        self.moves = isinstance(gain, Tensor) or gain > 0
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         # Dimensions in the order in which they lie in memory, so that any format is as fast.
         self.order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
@@ -186,7 +194,7 @@ class _Bucket:
         # first, else the outermost: both sweeps run along memory.
         outer, inner = sorted((1 + self.order.index(0), 1 + self.order.index(1)))
         self.contiguous = inner == p.ndim
-        self.dims = (inner, outer) if self.contiguous else (outer, inner)
+        self.first, self.second = (inner, outer) if self.contiguous else (outer, inner)
 
     def add(self, p, grad):
         if not self.in_order:
@@ -194,24 +202,19 @@ class _Bucket:
         self.weights.append(p)
         self.grads.append(grad)
 
-    def normalise(self):
-        """(u = grad / m, m the largest magnitude of each matrix, the sum of squares of each matrix
-        of u): u (layers, *dimensions), the others likewise with 1 for a matrix's dimensions."""
-        first, second = self.dims
+    def stack(self):
+        """The gradients, (layers, *dimensions); the gradient itself where there is one."""
         alone = len(self.grads) == 1
-        x = self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)
-        x = x.to(self.dtype)
-        top, bottom = x.amax(first, keepdim=True), x.amin(first, keepdim=True)
-        m = torch.maximum(top, bottom.neg_()).amax(second, keepdim=True)
-        # Not 0 / 0, and no subnormal divisor: some devices have none.
-        m = m.clamp_min_(torch.finfo(self.dtype).tiny)
-        u = x / m if alone else x.div_(m)
-        # Along memory a norm is one pass and exact enough, elsewhere it sums less exactly.
+        return (self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)).to(self.dtype)
+
+    def squared_norm(self, u):
+        """The sum of squares of each matrix of u, (layers, ...) with 1 for its dimensions."""
+        # Along memory a norm is one pass and exact enough; elsewhere it sums less exactly.
         if self.contiguous:
-            rows = torch.linalg.vector_norm(u, dim=first, keepdim=True).square_()
+            rows = torch.linalg.vector_norm(u, dim=self.first, keepdim=True).square_()
         else:
-            rows = u.square().sum(first, keepdim=True)
-        return u, m, rows.sum(second, keepdim=True)
+            rows = u.square().sum(self.first, keepdim=True)
+        return rows.sum(self.second, keepdim=True)
 
 
 @torch.no_grad()
