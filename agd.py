@@ -39,7 +39,8 @@ class AGD(torch.optim.Optimizer):
             in any number of dimensions, grouped or depthwise; any memory format and float dtype.
         gain: multiplies the update and nothing else; a number or a 0-dim tensor, finite and not
             negative. It is the group key `lr`, so that torch's schedulers work and 0 freezes a
-            group (which still counts in L and G).
+            group (which still counts in L and G). Under torch.compile, let a scheduler change a
+            tensor: a number is compiled in.
 
     L counts every tensor of every group; G and eta are one for all groups. A tensor without a
     gradient is skipped: it adds nothing to G and still counts in L.
@@ -52,7 +53,8 @@ class AGD(torch.optim.Optimizer):
             a NaN or an infinity.
 
     A zero gradient, of a matrix or of one kernel position, leaves those weights as they were. A
-    step needs one scratch copy of the gradients (float32 at least) and keeps no state.
+    step needs a scratch copy of the gradients (float32 at least), and another of those of one shape
+    at a time; it keeps no state. What was counted in `skipped` is part of the state dict.
 
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
@@ -61,14 +63,10 @@ class AGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, gain=1.0):
-        if hasattr(params, "named_parameters"):
-            raise TypeError("AGD takes net.parameters() or net.named_parameters(), not the network")
-        if not isinstance(params, Tensor):
-            params = list(params)
-            if not any(True for _ in _named(params)):
-                raise ValueError("AGD got an empty parameter list: pass net.parameters()")
-        super().__init__(params, {"lr": gain})
-        device = next(p for _, p in _named(self.param_groups)).device
+        super().__init__(_listed(params), {"lr": gain})
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(EMPTY)
+        device = next(p for group in self.param_groups for p in group["params"]).device
         # Apple's GPU has no float64.
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.eta = torch.full((), math.nan, dtype=wide, device=device)
@@ -79,8 +77,7 @@ class AGD(torch.optim.Optimizer):
         """Add a group, {"params": ..., "lr": gain}, checked as in the constructor."""
         group = {"lr": self.defaults["lr"], **param_group}
         group["lr"] = group.pop("gain", group["lr"])
-        if not 0 <= group["lr"] < math.inf:
-            raise ValueError(f"the gain must be finite and not negative, not {group['lr']}")
+        _check_gain(group["lr"])
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             params = list(params)
@@ -111,42 +108,39 @@ class AGD(torch.optim.Optimizer):
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
         # of kernels grows with the number of distinct shapes and not with L; m and the squared
         # norm of u have 1 in the place of a matrix's dimensions.
-        xs = [b.stack() for b in buckets]
-        ms = torch._foreach_neg([x.amin(b.first, keepdim=True) for b, x in zip(buckets, xs)])
-        torch._foreach_maximum_(ms, [x.amax(b.first, keepdim=True) for b, x in zip(buckets, xs)])
-        ms = [m.amax(b.second, keepdim=True) for b, m in zip(buckets, ms)]
-        # Not 0 / 0, and no subnormal divisor: some devices have none.
-        torch._foreach_clamp_min_(ms, [torch.finfo(b.dtype).tiny for b in buckets])
-        us = torch._foreach_div(xs, ms)
-        del xs
-        squares = [b.squared_norm(u) for b, u in zip(buckets, us)]
-
+        us, ms, squares = zip(*[b.normalise() for b in buckets])
         shapes, sizes = [m.shape for m in ms], [m.numel() for m in ms]
-        ms = torch._foreach_mul(ms, [b.s for b in buckets])
         flat = [x.flatten() for x in (*squares, *ms)]
         if any(x.device != home for x in flat):
             flat = [x.to(home) for x in flat]
         squares, ms = torch.cat(flat).to(wide).chunk(2)  # an entry a matrix
         norms = squares.sqrt()
+        torch._foreach_mul_(ms.split(sizes), [b.s for b in buckets])
         G = torch.dot(norms, ms) / L
-        # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G
-        eta = (2 * G / (1 + (4 * G + 1).sqrt_())).log1p_()
-        finite = G < math.inf
+        # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G or the overflow at large
+        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+        finite = eta < math.inf
 
         moves = (norms > 0) & finite
         factors = (eta / L / norms).masked_fill_(~moves, 0).split(sizes)
-        factors = [(b.s * b.gain * c).view(shape) for b, c, shape in zip(buckets, factors, shapes)]
         # All ones where the weight moves, else all zeros. Where it stays, the update is +0, bit
         # for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
         keeps = moves.to(torch.int32).neg_().split(sizes)
-        for u, shape, keep in zip(us, shapes, keeps):
+        weights, updates = [], []
+        for b, u, shape, factor, keep in zip(buckets, us, shapes, factors, keeps):
+            gain = b.gain
+            if isinstance(gain, Tensor):  # checked without a read: out of range, it is 0
+                gain = gain.detach().nan_to_num(0, 0, 0).clamp_min(0)
+                keep = keep * (gain > 0)
+            elif gain == 0:
+                continue
             bits = u.view(torch.int64 if u.dtype == torch.float64 else torch.int32)
             bits.bitwise_and_(keep.view(shape).to(bits))
-        torch._foreach_mul_(us, [c.to(u) for c, u in zip(factors, us)])
-        moving = [(b, u) for b, u in zip(buckets, us) if b.moves]
-        if moving:
-            weights = [p for b, _ in moving for p in b.weights]
-            torch._foreach_sub_(weights, [x for _, u in moving for x in u.unbind()])
+            u.mul_((factor * (b.s * gain)).view(shape).to(u))
+            weights += b.weights
+            updates += u.unbind()
+        if weights:
+            torch._foreach_sub_(weights, updates)
 
         self.G, self.eta = G, eta.masked_fill_(~finite, math.nan)
         self.skipped += ~finite
@@ -157,6 +151,8 @@ class AGD(torch.optim.Optimizer):
         buckets = {}
         for group in self.param_groups:
             gain = group["lr"]
+            if not isinstance(gain, Tensor):
+                _check_gain(gain)  # a scheduler may have changed it
             kind = id(gain) if isinstance(gain, Tensor) else gain
             for i, p in enumerate(group["params"]):
                 grad = p.grad
@@ -176,6 +172,15 @@ class AGD(torch.optim.Optimizer):
                 bucket.add(p, grad)
         return list(buckets.values())
 
+    def state_dict(self):
+        """torch's, and the count of skipped steps."""
+        return {**super().state_dict(), "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if "skipped" in state_dict:
+            self.skipped.copy_(state_dict["skipped"])
+
     def __getstate__(self):
         return {**super().__getstate__(), "eta": self.eta, "G": self.G, "skipped": self.skipped}
 
@@ -185,7 +190,6 @@ class _Bucket:
 
     def __init__(self, p, gain):
         self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(p.shape)
-        self.moves = isinstance(gain, Tensor) or gain > 0
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         # Dimensions in the order in which they lie in memory, so that any format is as fast.
         self.order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
@@ -193,8 +197,13 @@ class _Bucket:
         # The two of a matrix in (layers, *dimensions). The one that is contiguous is reduced
         # first, else the outermost: both sweeps run along memory.
         outer, inner = sorted((1 + self.order.index(0), 1 + self.order.index(1)))
-        self.contiguous = inner == p.ndim
-        self.first, self.second = (inner, outer) if self.contiguous else (outer, inner)
+        contiguous = inner == p.ndim
+        self.first, self.second = (inner, outer) if contiguous else (outer, inner)
+        # The length of runs in which a float32 norm along memory is exact to 1e-6, the fastest
+        # way; where rows do not divide into such runs, a pairwise sum of squares takes its place.
+        row = p.shape[self.order[-1]]
+        runs = [row] if row <= 1024 else [n for n in range(1024, 31, -32) if row % n == 0]
+        self.run = runs[0] if contiguous and runs else None
 
     def add(self, p, grad):
         if not self.in_order:
@@ -202,19 +211,25 @@ class _Bucket:
         self.weights.append(p)
         self.grads.append(grad)
 
-    def stack(self):
-        """The gradients, (layers, *dimensions); the gradient itself where there is one."""
+    def normalise(self):
+        """(u = grad / m, m the largest magnitude of each matrix, the sum of squares of each matrix
+        of u): u (layers, *dimensions), the others likewise with 1 for a matrix's dimensions."""
+        first, second = self.first, self.second
         alone = len(self.grads) == 1
-        return (self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)).to(self.dtype)
-
-    def squared_norm(self, u):
-        """The sum of squares of each matrix of u, (layers, ...) with 1 for its dimensions."""
-        # Along memory a norm is one pass and exact enough; elsewhere it sums less exactly.
-        if self.contiguous:
-            rows = torch.linalg.vector_norm(u, dim=self.first, keepdim=True).square_()
+        x = (self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)).to(self.dtype)
+        top, bottom = x.amax(first, keepdim=True), x.amin(first, keepdim=True)
+        m = torch.maximum(top, bottom.neg_()).amax(second, keepdim=True)
+        # Not 0 / 0, and no subnormal divisor: some devices have none.
+        m = m.clamp_min_(torch.finfo(self.dtype).tiny)
+        u = x / m if alone else x.div_(m)
+        if self.run is None:
+            rows = u.square().sum(first, keepdim=True)
+        elif self.run == u.shape[-1]:
+            rows = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_()
         else:
-            rows = u.square().sum(self.first, keepdim=True)
-        return rows.sum(self.second, keepdim=True)
+            runs = torch.linalg.vector_norm(u.unflatten(-1, (-1, self.run)), dim=-1).square_()
+            rows = runs.sum(-1, keepdim=True)
+        return u, m, rows.sum(second, keepdim=True)
 
 
 @torch.no_grad()
@@ -236,13 +251,18 @@ def init_weights(params, generator=None):
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
     sizes, seen = {}, set()
-    for name, p in _named(params):
+    params = list(_named(_listed(params)))
+    if not params:
+        raise ValueError(EMPTY)
+    for name, p in params:
         _check(name, p)
         if id(p) not in seen:
             seen.add(id(p))
             rows, columns = max(p.shape[:2]), min(p.shape[:2])
             positions = math.prod(p.shape[2:])
-            z = torch.randn(positions, rows, columns, dtype=torch.float64, generator=generator)
+            z = torch.randn(
+                positions, rows, columns, dtype=torch.float64, device="cpu", generator=generator
+            )
             sizes.setdefault((rows, columns), []).append((p, z))
     for size in list(sizes):
         weights, draws = zip(*sizes.pop(size))
@@ -260,17 +280,28 @@ def _scale(shape):
     return math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))
 
 
+EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
+
+
+def _listed(params):
+    """What a torch optimiser takes, as a list if it is an iterable."""
+    if hasattr(params, "named_parameters"):
+        raise TypeError("AGD takes net.parameters() or net.named_parameters(), not the network")
+    if isinstance(params, Tensor):
+        return params
+    params = list(params)
+    if not params:
+        raise ValueError(EMPTY)
+    return params
+
+
 def _named(params):
-    """(name or None, tensor) for each tensor in what a torch optimiser takes."""
+    """(name or None, tensor) for each tensor in a list of tensors, pairs or groups."""
     for entry in [params] if isinstance(params, Tensor) else params:
         if isinstance(entry, dict):
-            names = entry.get("param_names", [])
-            for i, (name, p) in enumerate(_named(entry["params"])):
-                yield names[i] if i < len(names) else name, p
-        elif isinstance(entry, tuple):
-            yield entry
+            yield from _named(entry["params"])
         else:
-            yield None, entry
+            yield entry if isinstance(entry, tuple) else (None, entry)
 
 
 def _label(name, p):
@@ -280,11 +311,18 @@ def _label(name, p):
 def _check(name, p):
     if not isinstance(p, Tensor):
         raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
-    if not p.is_floating_point():
+    if not p.is_floating_point() or p.dtype.itemsize < 2:
         raise ValueError(f"AGD has no rule for {_label(name, p)}, of dtype {p.dtype}: make it real "
-                         "and floating point, or leave it out")
+                         "floating point of 16 bits or more, or leave it out")
     if p.ndim < 2:
         raise ValueError(f"AGD has no rule for {_label(name, p)}: it takes weights of two or more "
                          "dimensions; build the layer without this one (bias=False, affine=False)")
     if p.numel() == 0:
         raise ValueError(f"AGD has no rule for {_label(name, p)}: it has no elements; leave it out")
+
+
+def _check_gain(gain):
+    """Reads a tensor: for the constructor and add_param_group, never for a step."""
+    number = isinstance(gain, (int, float)) or (isinstance(gain, Tensor) and gain.numel() == 1)
+    if not (number and 0 <= gain < math.inf):
+        raise ValueError(f"the gain must be a number, finite and not negative, not {gain!r}")

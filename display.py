@@ -22,7 +22,7 @@ class Progress:
         self.eta = "η" if "η".encode(encoding, "ignore") else "eta"
         self.bar = tqdm(
             total=epochs * steps, initial=done * steps, disable=quiet or not self.terminal,
-            file=sys.stdout, bar_format="{desc} {elapsed}<{remaining} {bar}", dynamic_ncols=True,
+            file=sys.stdout, bar_format="{desc} {remaining} left {bar}", dynamic_ncols=True,
             desc=f"{done}/{epochs}", ascii=None if self.eta == "η" else " #",
         )  # fmt: skip
 
@@ -35,7 +35,8 @@ class Progress:
             parts = [f"{row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.3f}"]
             parts += [f"train {row['train_acc']:.1%}", f"test {row['test_acc']:.1%}"]
             parts += [] if eta is None else [f"{self.eta} {eta:.3f}"]
-            parts += [tqdm.format_sizeof(row["images_per_second"]) + " img/s"]
+            rate = row["images_per_second"]
+            parts += [f"{rate:.0f} img/s" if rate < 1e4 else f"{rate / 1e3:.0f}k img/s"]
             self.bar.set_description_str(" ".join(parts))
         elif not self.quiet:
             parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.4f}"]
@@ -48,12 +49,12 @@ class Progress:
         self.bar.close()
 
 
-def already(run, end):
-    """The words for a run that has nothing left to do; `end` is the last row of its log."""
-    if end["stopped"] is None:
-        print(f"Already finished: {end['epochs']} epochs, test accuracy {end['test_acc']:.2%}.")
+def already(run, epochs, test_acc, stopped):
+    """The words for a run that has nothing left to do."""
+    if stopped is None:
+        print(f"Already finished: {epochs} epochs, test accuracy {test_acc:.2%}.")
     else:
-        print(f"Already ended: {end['stopped']}.")
+        print(f"Already ended: {stopped}.")
     print(f"{run.log_path} has it; --fresh starts over.")
 
 
@@ -63,7 +64,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images):
     if stopped == "interrupted":
         print(f"Interrupted after {len(rows)} whole epochs; the same command goes on from there.")
     elif stopped is not None:
-        print(f"Stopped: {stopped}.")
+        print(f"Stopped: {stopped.rstrip('.')}.")
     else:
         now = f", {len(rows) - done} of them now," if done else ""
         print(f"Finished {len(rows)} epochs{now} in {seconds:.1f} s.")

@@ -8,11 +8,12 @@ import os
 import torch
 import torch.distributed as dist
 
-# launcher -> the variables that give (rank, size, local rank)
+# launcher -> the variables that give (rank, size, local rank). A batch job has SLURM's variables
+# whatever starts its processes, so srun comes last.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 
 
@@ -65,20 +66,31 @@ def start(device, distribute=False):
     """
     if not distribute:
         return World(device)
-    for names in LAUNCHERS.values():
-        if all(name in os.environ for name in names):
-            rank, size, local_rank = (int(os.environ[name]) for name in names)
-            break
-    else:
+    launcher, names = next(
+        ((k, names) for k, names in LAUNCHERS.items() if any(n in os.environ for n in names)),
+        (None, ()),
+    )
+    if launcher is None:
         raise LaunchError(
             "--distribute needs a launcher, and none of its variables are set: start with "
             "`torchrun --nproc_per_node=N main.py --distribute ...`, srun or mpirun"
         )
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ and names is not LAUNCHERS["torchrun"]:
-            raise LaunchError(f"--distribute needs {name}: export {name} before srun or mpirun")
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise LaunchError(f"--distribute under {launcher} needs the variable {name}: export it")
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError as error:
+        raise LaunchError(f"{', '.join(names)} should be whole numbers: {error}") from error
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if device.index is not None:
+            raise LaunchError(f"--distribute gives each rank a GPU of its own; leave out {device}")
+        if local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"there are {torch.cuda.device_count()} GPUs on this node and a local rank "
+                f"{local_rank}: start one rank a GPU"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size)

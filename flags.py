@@ -13,7 +13,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            self.error(f"there is no flag {flag}{near(flag, self._option_string_actions)}")
+            what = "flag" if flag.startswith("-") else "place for"
+            self.error(f"there is no {what} {flag}{near(flag, self._option_string_actions)}")
         return args
 
     def error(self, message):
@@ -22,8 +23,9 @@ class Parser(argparse.ArgumentParser):
 
 def near(word, words):
     """A suggestion, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_lower = {x.lower(): x for x in words}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def one_of(names, prefix=None):
@@ -33,23 +35,23 @@ def one_of(names, prefix=None):
         if value in names or (prefix and value.startswith(prefix) and value != prefix):
             return value
         listed = ", ".join(names) + (f", {prefix}PATH" if prefix else "")
-        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near(value, names)}")
+        near_one = near(value, [*names, prefix] if prefix else names)
+        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near_one}")
 
     return check
 
 
-def number(kind, least, above=False):
-    """An argument type: an int or a finite float, from `least` on, or above it."""
+def number(kind, least):
+    """An argument type: an int that fits in 63 bits or a finite float, from `least` on."""
 
     def check(value):
         try:
-            x = kind(value)
+            x = abs(kind(value)) if kind(value) == 0 else kind(value)  # -0.0 is 0.0
         except ValueError:
             x = math.nan
-        if not (math.isfinite(x) and (x > least if above else x >= least)):
+        if not least <= x < (2**63 if kind is int else math.inf):
             what = "a whole number" if kind is int else "a finite number"
-            bound = "above" if above else "from"
-            raise argparse.ArgumentTypeError(f"{value!r} is not {what} {bound} {least}")
+            raise argparse.ArgumentTypeError(f"{value!r} is not {what} from {least}")
         return x
 
     return check

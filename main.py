@@ -1,10 +1,16 @@
 """Train a network with AGD, or with a baseline, from one command: see `python main.py --help`."""
 
+import signal
+import sys
+
+if __name__ == "__main__":  # no traceback of half an import, until main() takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib
 import math
 import os
-import sys
 import time
+import traceback
 from datetime import datetime, timezone
 
 import torch
@@ -32,8 +38,8 @@ def parse(argv=None):
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=args.device).cpu()
+    except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         p.error(f"no device {args.device!r} here: {str(error).splitlines()[0]}")
     if args.optimizer == "agd" and args.lr is not None:
         p.error("AGD has no learning rate; --lr is for the baselines (--gain scales AGD's update)")
@@ -41,7 +47,15 @@ def parse(argv=None):
         p.error(f"--gain is AGD's; {args.optimizer} has --lr")
     if args.optimizer in BASELINES and args.lr is None:
         args.lr = BASELINES[args.optimizer][1]
+    if args.optimizer not in ("agd", *BASELINES):
+        try:
+            optimizer_class(args.optimizer)
+        except ValueError as error:
+            p.error(str(error))
     folder = args.dataset == "imagenet" or args.dataset.startswith("folder:")
+    if args.dataset.startswith("folder:"):
+        path = os.path.expanduser(args.dataset[len("folder:") :])
+        args.dataset = "folder:" + os.path.abspath(path)
     if folder:
         args.image_size = args.image_size or 224
     elif args.image_size is not None:
@@ -55,17 +69,15 @@ def name_and_settings(args):
     keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
     keys += ["skip_bad_images"] + (["depth", "width"] if args.arch == "fcn" else [])
     settings = {key: getattr(args, key) for key in keys}
-    if args.dataset.startswith("folder:"):
-        settings["dataset"] = "folder:" + os.path.abspath(args.dataset[len("folder:") :])
     name = run_name(
         f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
-        settings["dataset"],
+        args.dataset.replace("folder:", "folder", 1).replace(os.sep, "_"),
         args.image_size,
         args.loss,
         f"bs{args.train_bs}",
         args.optimizer,
-        None if args.gain == 1 else f"gain{args.gain:g}",
-        None if args.lr is None else f"lr{args.lr:g}",
+        None if args.gain == 1 else f"gain{args.gain!r}",
+        None if args.lr is None else f"lr{args.lr!r}",
         f"seed{args.seed}",
         "skip" if args.skip_bad_images else None,
         "steps" if args.log_steps else None,
@@ -80,12 +92,24 @@ def make_optimizer(args, net):
         return AGD(net.named_parameters(), args.gain)
     if args.optimizer in BASELINES:
         return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
-    module, _, name = args.optimizer.rpartition(".")
+    rate = {} if args.lr is None else {"lr": args.lr}
+    return optimizer_class(args.optimizer)(net.parameters(), **rate)
+
+
+def optimizer_class(dotted):
+    """The optimiser that package.Class names; ValueError, with what is wrong, where it is none."""
+    module, _, name = dotted.rpartition(".")
     try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        sys.exit(f"error: no optimiser {args.optimizer}: {error}")
-    return make(net.parameters(), **({} if args.lr is None else {"lr": args.lr}))
+        package = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"no optimiser {dotted}: {error}") from error
+    found = getattr(package, name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        near = flags.near(name, [x for x in dir(package) if x[:1].isupper()])
+        raise ValueError(f"{dotted} is no optimiser{near}")
+    if found is AGD:
+        raise ValueError("--optimizer agd is AGD, with its own initialisation")
+    return found
 
 
 def epoch_row(epoch, train, test, seconds, training_seconds):
@@ -126,6 +150,11 @@ def not_finite(args, epoch, losses):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's way to end a job
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     try:
         world = distributed.start(torch.device(args.device), args.distribute)
@@ -173,16 +202,16 @@ def train(args, world):
 
     name, settings = name_and_settings(args)
     run = Run(args.out, name, {**settings, "data": data.source})
-    end = None
+    finished = None
     if first:
         if args.fresh:
             run.discard()
-        end = run.finished(args.epochs)
-    end = world.agree(end)
-    if end is not None:
+        finished = run.finished(args.epochs)
+    finished = world.agree(finished)
+    if finished is not None:
         if first:
-            display.already(run, end)
-        return exit_code(end["stopped"])
+            display.already(run, *finished)
+        return exit_code(finished[-1])
 
     checkpoint = None
     if first:
@@ -202,8 +231,8 @@ def train(args, world):
             print(f"Going on after epoch {done} of {run.log_path}\n", flush=True)
 
     model, loss_fn = world.wrap(net), LOSSES[args.loss]
-    rows = [row for row in run.rows() if row["kind"] == "epoch"] if first else []
-    stopped, began = None, time.perf_counter()
+    rows = run.epochs() if first else []
+    stopped, final, began = None, True, time.perf_counter()
     progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
     try:
         for epoch in range(done + 1, args.epochs + 1):
@@ -216,26 +245,31 @@ def train(args, world):
             world.share(net.buffers())  # batch-norm statistics: those of the first rank
             tested = evaluate(net, data.test, loss_fn).read(world.sum)
             row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
-            rows.append(row)
             stopped = not_finite(args, epoch, trained["steps"]["loss"])
             if first:
                 run.log(*(step_rows(epoch, trained["steps"]) if args.log_steps else []), row)
                 progress.epoch(row)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())
+            rows.append(row)
             if stopped is not None:
                 break
     except KeyboardInterrupt:
-        stopped = "interrupted"
+        stopped, final = "interrupted", False
+    except (DataError, OSError, RuntimeError) as error:
+        stopped, final = f"{type(error).__name__}: {error}", False
+        if not isinstance(error, DataError):
+            traceback.print_exc()
     finally:
         progress.close()
     if first:
-        final = rows[-1] if rows else {}
-        final = {k: final.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
-        run.log({"kind": "end", "epochs": len(rows), **final, "stopped": stopped,
-                 "seconds": sum(row["seconds"] for row in rows)})  # fmt: skip
+        last = rows[-1] if rows else {}
+        last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
         bad = [path for part in data[:2] for path in sorted(getattr(part, "bad_images", ()))]
         skipped = int(optimizer.skipped) if args.optimizer == "agd" else 0
+        seconds = sum(row["seconds"] for row in rows)
+        run.log({"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
+                 "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds})
         display.summary(run, rows, done, stopped, time.perf_counter() - began, skipped, bad)
     return exit_code(stopped)
 

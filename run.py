@@ -16,14 +16,42 @@ from pathlib import Path
 
 import torch
 
+KEYS = {"epoch", "settings", "net", "optimizer"}  # of a checkpoint
+
 
 class RunError(RuntimeError):
     """The run cannot go on from what lies on disk; the message says what to do about it."""
 
 
+def read_rows(path):
+    """The rows of a log; a last line that was cut off is left out.
+
+    Raises RunError where there is something else in the file.
+    """
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        for i, line in enumerate(lines):
+            try:
+                row = json.loads(line or "null")
+            except ValueError:
+                if i < len(lines) - 1:
+                    raise
+                break
+            if row is not None:
+                rows.append(row)
+        if not rows or any(not isinstance(row, dict) or "kind" not in row for row in rows):
+            raise ValueError("it has other rows, or none")
+        if rows[0]["kind"] != "run" or not {"flags", "settings"} <= set(rows[0]):
+            raise ValueError("its first row is of another kind")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is no log of a run: {error}") from error
+    return rows
+
+
 class Run:
-    """The files of one run. `settings` is what shapes its result; an unfinished run of the same
-    name goes on only with the same settings."""
+    """The files of one run. `settings` is what shapes its result: what lies there of a run of the
+    same name counts only if it has the same settings."""
 
     def __init__(self, out, name, settings):
         self.name, self.settings = name, settings
@@ -36,23 +64,29 @@ class Run:
                 raise RunError(f"{path.parent} cannot be made: {error}; choose --out") from error
 
     def rows(self):
-        """The rows of the log; a last line that was cut off is left out."""
-        rows = []
-        if self.log_path.exists():
-            for line in self.log_path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    break
+        """The rows of the log, or none where there is no log; RunError where they are another's."""
+        try:
+            if not self.log_path.exists() or self.log_path.stat().st_size == 0:
+                return []
+        except OSError as error:
+            raise RunError(f"{self.log_path} cannot be read: {error}") from error
+        rows = read_rows(self.log_path)
+        self._compare(rows[0]["settings"], self.log_path)
         return rows
 
+    def epochs(self):
+        """The epoch rows of the log."""
+        return [row for row in self.rows() if row["kind"] == "epoch"]
+
     def finished(self, epochs):
-        """The last row of the log if nothing is left to do up to `epochs`, else None."""
+        """(epochs done, test accuracy, why it stopped) if nothing is left to do up to `epochs`."""
         rows = self.rows()
-        end = rows[-1] if rows else {"kind": None}
-        if end["kind"] != "end" or end["stopped"] == "interrupted":
-            return None
-        return None if end["stopped"] is None and end["epochs"] < epochs else end
+        done = [row for row in rows if row["kind"] == "epoch"]
+        end = rows[-1] if rows and rows[-1]["kind"] == "end" else {"final": False}
+        if end["final"] and (end["stopped"] or len(done) >= epochs):
+            return len(done), done[-1]["test_acc"], end["stopped"]
+        # cut off after more epochs than are asked for now
+        return (len(done), done[-1]["test_acc"], None) if len(done) > epochs else None
 
     def start(self, first_row, device):
         """Open the log, cut to the last checkpoint; returns that checkpoint, or None at the start.
@@ -60,6 +94,7 @@ class Run:
         A checkpoint is a dict with "epoch", "net" and "optimizer".
         """
         rows, checkpoint = self.rows(), None
+        first_row = {**first_row, "settings": self.settings}
         if self.checkpoint_path.exists():
             try:
                 checkpoint = torch.load(
@@ -70,33 +105,42 @@ class Run:
                     f"{self.checkpoint_path} cannot be read ({type(error).__name__}); "
                     "--fresh starts over"
                 ) from error
-            self._check(checkpoint, rows)
-            done = checkpoint["epoch"]
-            first_row = {**rows[0], "flags": first_row["flags"]}
-            rows = [r for r in rows if r["kind"] in ("epoch", "step") and r["epoch"] <= done]
-        else:
-            rows = []
-        # The cut log replaces the old one at once, or not at all.
-        partial = self.log_path.with_suffix(".partial")
-        partial.write_text("".join(_line(r) for r in [first_row, *rows]), encoding="utf-8")
-        os.replace(partial, self.log_path)
-        self.file = open(self.log_path, "a", encoding="utf-8")
-        return checkpoint
-
-    def _check(self, checkpoint, rows):
+            if not isinstance(checkpoint, dict) or set(checkpoint) != KEYS:
+                raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
+            self._compare(json.loads(checkpoint["settings"]), self.checkpoint_path)
+        done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
-        if epochs[: checkpoint["epoch"]] != list(range(1, checkpoint["epoch"] + 1)):
+        if epochs[:done] != list(range(1, done + 1)):
             raise RunError(
                 f"{self.log_path} lacks epochs that {self.checkpoint_path} has behind it; "
                 "--fresh starts over"
             )
-        then = json.loads(checkpoint["settings"])
-        odd = [k for k in self.settings if then.get(k) != self.settings[k]]
-        if odd:
-            was = ", ".join(f"{k} {then.get(k)} then, {self.settings[k]} now" for k in odd)
+        if len(epochs) > done + 1:
             raise RunError(
-                f"{self.checkpoint_path} is of another run of this name ({was}); use another "
-                "--out, or --fresh to start over"
+                f"{self.log_path} holds {len(epochs)} epochs, and there is no checkpoint to go on "
+                "from; --fresh starts over, another --out keeps it"
+            )
+        if done:
+            first_row = _resumed(rows[0], first_row, done)
+        rows = [r for r in rows if r["kind"] in ("epoch", "step") and r["epoch"] <= done]
+        # The cut log replaces the old one at once, or not at all.
+        partial = self.log_path.with_suffix(".partial")
+        try:
+            partial.write_text("".join(_line(r) for r in [first_row, *rows]), encoding="utf-8")
+            os.replace(partial, self.log_path)
+            self.file = open(self.log_path, "a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
+        return checkpoint
+
+    def _compare(self, then, path):
+        now = json.loads(json.dumps(self.settings))
+        odd = [k for k in now if then.get(k) != now[k]]
+        if odd:
+            was = ", ".join(f"{k} {then.get(k)} then, {now[k]} now" for k in odd)
+            raise RunError(
+                f"{path} is of another run of this name ({was}); use another --out, or --fresh to "
+                "start over"
             )
 
     def log(self, *rows):
@@ -115,15 +159,20 @@ class Run:
     def discard(self):
         """Forget what an earlier run of this name left."""
         for path in (self.log_path, self.checkpoint_path):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"{path} cannot be removed: {error}") from error
 
 
 def run_name(*parts):
     """A file name for every system from words and numbers; None is left out."""
-    words = [re.sub(r"[^A-Za-z0-9.+]+", "_", str(part)).strip("_.") for part in parts if part]
+    parts = [str(part) for part in parts if part is not None]
+    words = [re.sub(r"[^A-Za-z0-9.+]+", "_", part).strip("_.") for part in parts]
     name = "-".join(words)
-    if len(name) > 120:  # systems allow 255 bytes, with the folder's length beside it
-        name = f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
+    # What was replaced or cut still tells runs apart; systems allow 255 bytes with the suffix.
+    if words != parts or len(name) > 120:
+        name = f"{name[:110]}-{zlib.crc32(repr(parts).encode()):08x}"
     return name
 
 
@@ -149,6 +198,18 @@ def environment(device):
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def _resumed(then, now, done):
+    """The first row of a run that goes on after `done` epochs: as it was, with the flags of now,
+    and with the environment where that is another."""
+    keys = ("python", "torch", "device", "device_name", "threads", "commit", "ranks")
+    changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
+    row = {**then, "flags": now["flags"]}
+    if changed:
+        resumed = {"after_epoch": done, "date": now.get("date"), **changed}
+        row["resumed"] = [*then.get("resumed", []), resumed]
+    return row
 
 
 def _line(row):

@@ -13,7 +13,7 @@ def mse(outputs, labels):
     difference. outputs (B, C), labels (B,).
     """
     C = outputs.shape[1]
-    onehot = labels[:, None] == torch.arange(C, device=labels.device)
+    onehot = (labels[:, None] == torch.arange(C, device=labels.device)).to(outputs.dtype)
     return (outputs - onehot * math.sqrt(C)).square().mean(1)
 
 
@@ -76,6 +76,7 @@ def train_epoch(net, batches, loss_fn, optimizer, reduce=None, size=1, on_step=N
     """
     net.train()
     totals = Totals()
+    agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
     for inputs, labels in batches:
         outputs = net(inputs)
         losses = loss_fn(outputs, labels)
@@ -87,7 +88,7 @@ def train_epoch(net, batches, loss_fn, optimizer, reduce=None, size=1, on_step=N
         (losses.sum() / examples).backward()
         optimizer.step()
         optimizer.zero_grad()
-        totals.add(losses, outputs, labels, getattr(optimizer, "eta", None))
+        totals.add(losses, outputs, labels, optimizer.eta if agd else None)
         if on_step is not None:
             on_step()
     return totals

@@ -12,6 +12,7 @@ __all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "load"]
 class Spec(NamedTuple):
     """What is fixed about a data set; mean and deviation of a channel in units of 0..1."""
 
+    shape: tuple  # of an image as stored, (H, W, C)
     classes: int
     mean: tuple = None  # None: measured on the training images
     std: tuple = None
@@ -22,11 +23,15 @@ class Spec(NamedTuple):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
-    "digits": Spec(10),
-    "mnist": Spec(10, (0.1307,), (0.3081,)),
-    "cifar10": Spec(10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True),
-    "cifar100": Spec(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), pad=4, flip=True),
-    "imagenet": Spec(1000, IMAGENET_MEAN, IMAGENET_STD, flip=True),
+    "digits": Spec((8, 8, 1), 10),
+    "mnist": Spec((28, 28, 1), 10, (0.1307,), (0.3081,)),
+    "cifar10": Spec(
+        (32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True
+    ),
+    "cifar100": Spec(
+        (32, 32, 3), 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), pad=4, flip=True
+    ),
+    "imagenet": Spec((None, None, 3), 1000, IMAGENET_MEAN, IMAGENET_STD, flip=True),
 }
 
 
@@ -68,7 +73,7 @@ def load(
         from data.prepare import prepare
 
         path = prepare(name, data_dir)
-    arrays, source = load_arrays(path, spec.classes)
+    arrays, source = load_arrays(path, spec.shape, spec.classes)
     images = arrays["train_images"]
     mean, std = spec.mean, spec.std
     if mean is None:

@@ -80,7 +80,7 @@ class ArrayBatches:
         return [torch.from_numpy(x).to(self.device) for x in (order, top, left, mirror)]
 
 
-def load_arrays(path, classes):
+def load_arrays(path, shape, classes):
     """The arrays of a prepared data set, by KEYS, and what identifies them: its name and CRCs."""
     path = Path(path)
     try:
@@ -90,15 +90,19 @@ def load_arrays(path, classes):
             arrays = {key: file[key] for key in KEYS}
         for split in ("train", "test"):
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-            if images.dtype != np.uint8 or images.ndim != 4:
-                raise ValueError(f"{split}_images is not uint8 (N, H, W, C)")
+            if images.dtype != np.uint8 or images.shape[1:] != shape:
+                raise ValueError(f"{split}_images is not uint8 (N, {', '.join(map(str, shape))})")
             if labels.dtype != np.int64 or labels.shape != images.shape[:1] or not len(labels):
                 raise ValueError(f"{split}_labels is not int64 (N,) with an entry an image")
-            if labels.min() < 0 or labels.max() >= classes:
-                raise ValueError(f"{split}_labels lie outside 0..{classes - 1}")
+            if labels.min() != 0 or labels.max() != classes - 1:
+                raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} is damaged or no prepared data set ({error}). Delete it; it is made anew by "
-            f"`python -m data.prepare {path.stem} --data_dir {path.parent}`."
+            f"{path} is damaged or another data set ({error}). "
+            + (
+                "It is part of this repository: `git checkout data/digits.npz`."
+                if path.stem == "digits"
+                else f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
+            )
         ) from error
     return arrays, {"file": path.name, "crc32": crc}

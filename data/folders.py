@@ -1,6 +1,7 @@
 """Image folders: decoded, cropped and flipped by worker processes, normalised on the device."""
 
 import math
+import signal
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class FolderBatches:
             collate_fn=_collate,
             pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
         )
 
     def __len__(self):
@@ -94,7 +96,7 @@ def folder_batches(
         )
     if classes is not None and len(train.classes) != classes:
         raise DataError(f"{root}/train holds {len(train.classes)} class folders, not {classes}")
-    source = {"folder": root.name, "train": train.examples, "val": test.examples}
+    source = {"train": train.examples, "val": test.examples}
     return train, test, (3, image_size, image_size), len(train.classes), source
 
 
@@ -128,8 +130,8 @@ class _Images(Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return None, label, (path, str(error).replace(repr(path), "it"))
+        except Exception as error:  # a damaged file raises whatever its decoder comes upon
+            return None, label, (path, str(error).replace(repr(path), "this file"))
         if self.train:
             image = random_crop_and_flip(
                 image, self.image_size, np.random.default_rng((self.seed, epoch, index))
@@ -164,6 +166,11 @@ def random_crop_and_flip(image, side, rng):
 def centre_crop(image, side):
     """The central window of `side`, once the shorter side measures 256/224 of it."""
     return T.center_crop(T.resize(image, round(side * 256 / 224)), [side, side])
+
+
+def _ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a terminal; the main one ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items):

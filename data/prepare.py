@@ -26,7 +26,12 @@ import numpy as np
 from data.arrays import load_arrays
 from data.common import DataError, default_data_dir
 
-CLASSES = {"mnist": ("MNIST", 10), "cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}
+# name -> torchvision's class, the shape of an image, the number of classes
+SETS = {
+    "mnist": ("MNIST", (28, 28, 1), 10),
+    "cifar10": ("CIFAR10", (32, 32, 3), 10),
+    "cifar100": ("CIFAR100", (32, 32, 3), 100),
+}
 
 # torchvision knows the checksums of MNIST's packed files; these are of the unpacked ones.
 MNIST_MD5 = {
@@ -56,11 +61,11 @@ def prepare(name, data_dir, source=None):
         # step is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as scratch:
             made = Path(scratch, path.name)
-            if source is not None and str(source).endswith(".npz"):
-                shutil.copyfile(source, made)
+            if str(source).endswith(".npz") and "://" not in str(source):
+                shutil.copyfile(Path(source).expanduser(), made)
             else:
                 _write(made, _find(name, data_dir, source, Path(scratch)))
-            load_arrays(made, CLASSES[name][1])
+            load_arrays(made, *SETS[name][1:])
             os.replace(made, path)
     except OSError as error:
         raise DataError(f"{name} could not be prepared in {data_dir}: {error}") from error
@@ -155,11 +160,12 @@ def _dataset(name, url=None):
         from torchvision import datasets
     except ImportError as error:
         raise DataError(f"{name} is made with torchvision: pip install torchvision") from error
-    dataset = getattr(datasets, CLASSES[name][0])
+    dataset = getattr(datasets, SETS[name][0])
     if url is None:
         return dataset
     # torchvision derives MNIST's folder from the name of the class, so the name stays.
-    return type(dataset.__name__, (dataset,), {"url": url, "mirrors": [url.rstrip("/") + "/"]})
+    place = {"mirrors": [url.rstrip("/") + "/"]} if name == "mnist" else {"url": url}
+    return type(dataset.__name__, (dataset,), place)
 
 
 def _verified(path, md5):
@@ -195,11 +201,18 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=CLASSES)
+    parser.add_argument("name", choices=SETS)
     parser.add_argument("--data_dir", default=default_data_dir(), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", metavar="FILE_OR_URL", help="a copy to use")
     args = parser.parse_args(argv)
     try:
+        path = Path(args.data_dir).expanduser() / f"{args.name}.npz"
+        if path.exists() and args.source is None:
+            try:
+                load_arrays(path, *SETS[args.name][1:])
+            except DataError as error:
+                print(f"Made anew: {error}", file=sys.stderr)
+                path.rename(path.with_suffix(".damaged"))
         path = prepare(args.name, args.data_dir, args.source)
     except DataError as error:
         sys.exit(f"error: {error}")

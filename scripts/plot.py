@@ -6,7 +6,6 @@ within the band from its least to its greatest. PNG, PDF or SVG, by the name of 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from run import RunError, read_rows
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the lightest one is left out.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -34,21 +35,13 @@ STYLE = {
 }
 
 
-class LogError(ValueError):
-    """A file that is no log of a run; the message says why."""
-
-
 def read(path):
     """(first row, list of epoch rows) of a log."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line]
-        epochs = [row for row in rows if row["kind"] == "epoch"]
-        if not epochs:
-            raise LogError(f"{path} holds no finished epoch")
-        return rows[0], epochs
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise LogError(f"{path} is no log of a run: {error}") from error
+    rows = read_rows(path)
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    if not epochs:
+        raise RunError(f"{path} holds no finished epoch")
+    return rows[0], epochs
 
 
 def labels(flags):
@@ -130,10 +123,12 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a log, results/logs/*.jsonl")
     parser.add_argument("-o", "--output", default="curves.png", help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"{args.output} does not end in .png, .pdf or .svg")
     try:
         figure = draw(args.runs)
         figure.savefig(args.output)
-    except (LogError, OSError, ValueError) as error:
+    except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     plt.close(figure)
     print(f"Drawn: {args.output}")

@@ -1,4 +1,6 @@
-"""The paper in float64, line by line: slow, literal, and what the fast code must match."""
+"""The paper in float64, line by line: slow, literal, and what the fast code must match.
+
+Eta is as the paper writes it, so its digits are good from G of about 1e-4 on."""
 
 import math
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from architecture import NETWORKS, build
+from architecture.padding import pad_to_32
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,24 @@ def test_fcn_keeps_the_size_of_activations():
     init_weights(net.parameters(), torch.Generator().manual_seed(0))
     x = torch.randn(64, 1, 16, 16)
     assert 0.5 < (net(x).norm() / x.norm()).item() < 2
-    assert torch.equal(
-        net.layers[0](x.flatten(1)).mul_(math.sqrt(2)).relu_(),
-        net.layers[0](x.flatten(1)).relu() * math.sqrt(2),
-    )
+
+
+def test_fcn_by_hand():
+    net = build("fcn", (3, 4, 4), 5, depth=3, width=16)
+    x = torch.randn(7, 3, 4, 4)
+    first, second, third = [layer.weight for layer in net.layers]
+    hidden = (x.flatten(1) @ first.T).relu() * math.sqrt(2)
+    hidden = (hidden @ second.T).relu() * math.sqrt(2)
+    assert torch.allclose(net(x), hidden @ third.T, atol=1e-6)
+
+
+def test_padding_is_even_zeros():
+    x = torch.randn(2, 1, 8, 20)
+    y = pad_to_32(x)
+    assert y.shape == (2, 1, 32, 32)
+    assert torch.equal(y[:, :, 12:20, 6:26], x)
+    assert y.abs().sum() == x.abs().sum()
+    assert pad_to_32(y) is y
 
 
 def test_pre_activation_block_by_hand():

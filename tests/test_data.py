@@ -35,7 +35,7 @@ def real_images(samples, count=40):
 def some_images(count=40):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return images, rng.integers(0, 10, count)
+    return images, np.arange(count) % 10
 
 
 def test_crop_and_flip_match_a_loop_over_images(samples):
@@ -114,7 +114,9 @@ def test_digits_need_no_network(monkeypatch):
     assert counts.min() > 0.08
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped byte", "labels", "dtype", "empty", "no zip"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "flipped byte", "labels", "dtype", "shape", "empty", "no zip"]
+)
 def test_damaged_arrays_are_named(fault, tmp_path):
     path = tmp_path / "cifar10.npz"
     images, labels = some_images()
@@ -122,6 +124,8 @@ def test_damaged_arrays_are_named(fault, tmp_path):
         labels = labels + 5
     if fault == "dtype":
         images = images.astype(np.float32)
+    if fault == "shape":
+        images = images[:, :28]
     if fault == "empty":
         images, labels = images[:0], labels[:0]
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
@@ -133,8 +137,8 @@ def test_damaged_arrays_are_named(fault, tmp_path):
     if fault == "no zip":
         content = b"<html>not found</html>"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="cifar10.npz is damaged.*python -m data.prepare cifar10"):
-        load_arrays(path, 10)
+    with pytest.raises(DataError, match=r"cifar10\.npz is damaged.*python -m data\.prepare cifar10"):
+        load_arrays(path, (32, 32, 3), 10)
 
 
 def cifar_archive(tmp_path, monkeypatch, images, labels):
@@ -205,7 +209,7 @@ def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
         source = None if way == "layout" else tmp_path / "cifar-10-batches-py"
     path = prepare("cifar10", folder, source)
     assert path == folder / "cifar10.npz"
-    arrays, _ = load_arrays(path, 10)
+    arrays, _ = load_arrays(path, (32, 32, 3), 10)
     assert np.array_equal(arrays["train_images"], images[:25])
     assert arrays["test_labels"].tolist() == labels[25:].tolist()
     left = {p.name for p in folder.iterdir()} - {archive.name, "cifar-10-batches-py"}
@@ -215,14 +219,18 @@ def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
     assert prepare("cifar10", folder) == path
 
 
-@pytest.mark.parametrize("fault", ["refused", "cut file", "cut url", "missing", "web page"])
+@pytest.mark.parametrize("fault", ["refused", "cut file", "cut url", "missing", "web page", "npz"])
 def test_what_cannot_be_had_is_told_and_leaves_the_good_file(fault, tmp_path, monkeypatch, web):
     images, labels = some_images()
     archive = cifar_archive(tmp_path, monkeypatch, images, labels)
     folder = tmp_path / "data"
     good = prepare("cifar10", folder, archive).read_bytes()
     source = {"cut file": archive, "cut url": f"{web}/{archive.name}",
-              "web page": f"{web}/", "missing": tmp_path / "missing.tar.gz"}.get(fault)  # fmt: skip
+              "web page": f"{web}/", "missing": tmp_path / "missing.tar.gz",
+              "npz": tmp_path / "cifar100.npz"}.get(fault)  # fmt: skip
+    rest = {f"{s}_{k}": v for s in ("train", "test") for k, v in
+            (("images", images), ("labels", np.arange(40) % 20))}  # fmt: skip
+    np.savez(tmp_path / "cifar100.npz", **rest)
     archive.write_bytes(archive.read_bytes()[:500])
     if fault == "refused":
         (folder / "cifar10.npz").rename(folder / "kept")
@@ -235,6 +243,7 @@ def test_what_cannot_be_had_is_told_and_leaves_the_good_file(fault, tmp_path, mo
         "cut url": [web, "MD5", "--from FILE"],
         "web page": [web, "MD5"],
         "missing": ["there is no", "missing.tar.gz"],
+        "npz": ["cifar10.npz is damaged or another data set"],
     }  # fmt: skip
     assert all(word in str(error.value) for word in words[fault]), error.value
     left = [p for p in folder.iterdir() if p.is_file()]
@@ -252,7 +261,7 @@ def test_prepare_mnist(way, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8)
-    labels = rng.integers(0, 10, 30, dtype=np.uint8)
+    labels = np.arange(30, dtype=np.uint8) % 10
     parts = [images[:20], labels[:20], images[20:], labels[20:]]
     folder = tmp_path / "data" / "MNIST" / "raw" if way == "layout" else tmp_path / "copy"
     folder.mkdir(parents=True)
@@ -264,7 +273,7 @@ def test_prepare_mnist(way, tmp_path, monkeypatch):
         else:
             (folder / name).write_bytes(content)
     path = prepare("mnist", tmp_path / "data", None if way == "layout" else folder)
-    arrays, _ = load_arrays(path, 10)
+    arrays, _ = load_arrays(path, (28, 28, 1), 10)
     assert np.array_equal(arrays["train_images"][..., 0], images[:20])
     assert arrays["test_labels"].tolist() == labels[20:].tolist()
     if way == "packed":
@@ -272,7 +281,73 @@ def test_prepare_mnist(way, tmp_path, monkeypatch):
         damaged.write_bytes(damaged.read_bytes()[:10])
         with pytest.raises(DataError, match="t10k-labels"):
             prepare("mnist", tmp_path / "data", folder)
-        assert load_arrays(path, 10)
+        assert load_arrays(path, (28, 28, 1), 10)
+
+
+def test_prepare_makes_a_damaged_file_anew(tmp_path, monkeypatch, capsys):
+    archive = cifar_archive(tmp_path, monkeypatch, *some_images())
+    (tmp_path / "data").mkdir()
+    archive.rename(tmp_path / "data" / archive.name)
+    flags = ["cifar10", "--data_dir", str(tmp_path / "data")]
+    data.prepare.main(flags)
+    good = (tmp_path / "data" / "cifar10.npz").read_bytes()
+    (tmp_path / "data" / "cifar10.npz").write_bytes(good[:1000])
+    data.prepare.main(flags)
+    assert "Made anew" in capsys.readouterr().err
+    assert load_arrays(tmp_path / "data" / "cifar10.npz", (32, 32, 3), 10)
+
+
+@pytest.mark.parametrize(
+    "name, shape, classes, mean, std, pad, flip",
+    [
+        ("mnist", (1, 28, 28), 10, [0.1307], [0.3081], 0, False),
+        ("cifar10", (3, 32, 32), 10, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010], 4, True),
+        ("cifar100", (3, 32, 32), 100, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761], 4,
+         True),
+    ],
+)  # fmt: skip
+def test_sets_are_normalised_and_augmented_as_documented(
+    name, shape, classes, mean, std, pad, flip, tmp_path
+):
+    images = np.full((200, *shape[1:], shape[0]), 51, np.uint8)  # 0.2
+    images[:, :, 0] = 255
+    arrays = {"images": images, "labels": np.arange(200) % classes}
+    np.savez(tmp_path / f"{name}.npz",
+             **{f"{s}_{k}": v for s in ("train", "test") for k, v in arrays.items()})  # fmt: skip
+    found = load(name, tmp_path, 50, 50, CPU)
+    assert (found.shape, found.classes) == (shape, classes)
+    inputs = torch.cat([x for x, _ in found.test])
+    for x, level in ((inputs[..., 1], 0.2), (inputs[..., 0], 1.0)):  # nothing moved in testing
+        expected = (level - np.array(mean)) / np.array(std)
+        assert x.mean((0, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.cat([y for _, y in found.test]).tolist() == arrays["labels"].tolist()
+    train = found.train
+    assert (train.pad, train.flip, train.shuffle) == (pad, flip, True)
+    assert torch.cat([y for _, y in train]).tolist() != arrays["labels"].tolist()
+    inputs = torch.cat([x for x, _ in train])
+    left, right = inputs[:, 0, :, 0].amax(1), inputs[:, 0, :, -1].amax(1)
+    assert bool((right > left).any()) == flip  # the white column on the other side
+    black = inputs[:, 0].amin((1, 2)) < (0.1 - mean[0]) / std[0]
+    assert bool(black.any()) == (pad > 0)
+
+
+def test_folders_are_normalised_and_augmented_as_documented(folder):
+    found = open_folder(folder)
+    train, test = found.train.loader.dataset, found.test.loader.dataset
+    assert train.train and not test.train
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    first = next(iter(found.test))[0][0]
+    image = Image.open(test.samples[0][0]).convert("RGB")
+    expected = (np.asarray(centre_crop(image, 32)) / 255 - mean) / std
+    assert first.numpy() == pytest.approx(expected.transpose(2, 0, 1), abs=1e-5)
+    # half of the training images are mirrored: brighter on the left or on the right
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
+    sides = [
+        np.asarray(random_crop_and_flip(ramp, 32, np.random.default_rng(i)), dtype=float)
+        for i in range(200)
+    ]
+    mirrored = np.mean([x[:, 0].mean() > x[:, -1].mean() for x in sides])
+    assert 0.35 < mirrored < 0.65
 
 
 def test_real_mnist_in_torchvisions_layout(samples):

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from distributed import LaunchError, start
+from distributed import LAUNCHERS, LaunchError, start
 
 FLAGS = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2",
          "--train_bs", "100", "--test_bs", "77", "--cpu"]  # fmt: skip
@@ -35,13 +35,26 @@ def test_ranks_train_as_one_process(run_main, tmp_path):
         assert round(b["test_acc"] * 360, 6).is_integer()
 
 
-@pytest.mark.parametrize("variables", [{}, {"SLURM_PROCID": "0"}])
-def test_missing_launcher_variables_are_named(variables, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({}, "torchrun.*srun or mpirun"),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "srun.*SLURM_NTASKS"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun.*LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+          "MASTER_PORT": "1"}, "RANK.*whole numbers"),
+        # an mpirun within a SLURM job, whose variables say rank 0 everywhere
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+          "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+          "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "mpirun.*MASTER_ADDR"),
+    ],
+)  # fmt: skip
+def test_missing_launcher_variables_are_named(variables, words, monkeypatch):
+    for name in [n for names in LAUNCHERS.values() for n in names] + ["MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match="torchrun"):
+    with pytest.raises(LaunchError, match=words):
         start(torch.device("cpu"), distribute=True)
 
 

@@ -87,6 +87,7 @@ def test_log_has_the_rows_that_others_read(tmp_path):
         expected = [min(etas), np.mean(etas), max(etas)]
         assert [row["eta_min"], row["eta_mean"], row["eta_max"]] == pytest.approx(expected)
     assert end["kind"] == "end" and end["stopped"] is None and end["epochs"] == 4
+    assert end["final"] and end["skipped_steps"] == end["bad_images"] == 0
     assert end["test_acc"] == epochs[-1]["test_acc"]
 
 
@@ -104,6 +105,51 @@ def test_a_longer_run_goes_on_bit_for_bit(optimizer, tmp_path):
     expected = comparable(rows(whole, name))
     expected[0]["flags"]["out"] = str(parts)
     assert comparable(rows(parts, name)) == expected
+
+
+def test_augmented_images_and_batch_norm_go_on_bit_for_bit(samples, tmp_path):
+    with np.load(samples("cifar10") / "cifar10.npz") as file:
+        np.savez(tmp_path / "cifar10.npz", **{key: file[key][:96] for key in file})
+    flags = ["--arch", "vgg", "--train_bs", 40, "--data_dir", tmp_path, "--log_steps"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(*flags, "--epochs", 2, "--out", whole) == 0
+    for epochs in (1, 2):
+        assert call(*flags, "--epochs", epochs, "--out", parts) == 0
+    name = "vgg-cifar10-mse-bs40-agd-seed0-steps"
+    assert all(torch.equal(weights(parts, name)[k], v) for k, v in weights(whole, name).items())
+    assert comparable(rows(parts, name)[1:]) == comparable(rows(whole, name)[1:])
+
+
+def test_an_interrupt_before_the_checkpoint_counts_what_is_saved(tmp_path, monkeypatch, capsys):
+    from run import Run
+
+    save = Run.save
+
+    def interrupted(run, epoch, *states):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        save(run, epoch, *states)
+
+    monkeypatch.setattr(Run, "save", interrupted)
+    assert call(*QUICK, "--out", tmp_path) == 130
+    assert "Interrupted after 2 whole epochs" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert call(*QUICK, "--out", tmp_path) == 0
+    assert "Going on after epoch 2" in capsys.readouterr().out
+    assert [row["kind"] for row in rows(tmp_path)] == ["run", *["epoch"] * 4, "end"]
+
+
+def test_a_full_disk_ends_the_log_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    from run import Run
+
+    def full(run, epoch, *states):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Run, "save", full)
+    assert call(*QUICK, "--out", tmp_path) == 1
+    assert "No space left" in rows(tmp_path)[-1]["stopped"]
+    monkeypatch.undo()
+    assert call(*QUICK, "--out", tmp_path) == 0
 
 
 def start(*flags, out):
@@ -126,7 +172,7 @@ def kill(process, how):
     return out, err
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):
     flags = [*QUICK[:-1], 60]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -134,7 +180,7 @@ def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):
     process = start(*flags, out=broken)
     wait_for_epoch(process, 7)
     out, err = kill(process, how)
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert process.returncode == 130
         assert "Traceback" not in err and "Interrupted after" in out
         assert rows(broken)[-1]["stopped"] == "interrupted"
@@ -174,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert call(*flags) == 1
     out = capsys.readouterr().out
     assert re.search(r"Stopped: the loss was (nan|inf) at epoch 1, step \d+; try a smaller", out)
-    first, epoch, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-sgd-lr1e+06-seed0")
+    _, epoch, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-sgd-lr1000000.0-seed0")
     assert epoch["train_loss"] is None and end["stopped"].startswith("the loss was")
     assert call(*flags) == 1
     assert "Already ended: the loss was" in capsys.readouterr().out
@@ -192,13 +238,15 @@ def test_what_does_not_belong_to_the_run_is_refused(tmp_path, capsys):
     checkpoint.write_bytes(state[:1000])
     assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
     assert re.search("cannot be read.*--fresh", capsys.readouterr().err)
-    saved = tmp_path / "other.pt"
-    saved.write_bytes(state)
-    content = torch.load(saved, weights_only=True)
-    settings = json.loads(content["settings"])
-    settings["data"]["crc32"]["train_images"] = "00000000"
-    torch.save({**content, "settings": json.dumps(settings)}, checkpoint)
+    checkpoint.unlink()
     assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert re.search("4 epochs.*no checkpoint.*--fresh", capsys.readouterr().err)
+    assert log.read_text() == text
+    checkpoint.write_bytes(state)
+    first = json.loads(text.splitlines()[0])
+    first["settings"]["data"]["crc32"]["train_images"] = "00000000"
+    log.write_text("\n".join([json.dumps(first), *text.splitlines()[1:]]) + "\n")
+    assert call(*QUICK, "--out", tmp_path) == 1  # finished, but on other images
     assert "is of another run of this name (data" in capsys.readouterr().err
 
 
@@ -228,10 +276,14 @@ def test_an_image_folder_by_main(samples, tmp_path):
     flags = ["--dataset", f"folder:{small}", "--image_size", 32, "--arch", "fcn", "--depth", 3,
              "--train_bs", 10, "--epochs", 2, "--out", tmp_path, "--workers", 2]  # fmt: skip
     assert call(*flags) == 1
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
+    end = json.loads(log.read_text().splitlines()[-1])
+    assert "zz.JPEG" in end["stopped"] and not end["final"]
+    assert call(*flags) == 1  # the run is not over: it tries again
     assert call(*flags, "--skip_bad_images") == 0
     (log,) = (tmp_path / "logs").glob("*skip*.jsonl")
     first, *epochs, end = [json.loads(line) for line in log.read_text().splitlines()]
-    assert first["train_examples"] == 37 and len(epochs) == 2
+    assert first["train_examples"] == 37 and len(epochs) == 2 and end["bad_images"] == 1
     assert round(end["test_acc"] * 15, 6).is_integer()
     assert round(end["train_acc"] * 36, 6).is_integer()
 
@@ -261,6 +313,15 @@ def test_an_image_folder_by_main(samples, tmp_path):
         (["--optimizer", "nowhere.Class", "--dataset", "digits"], "nowhere"),
         (["--dataset", "folder:/nowhere/at/all"], "/nowhere/at/all/train"),
         (["--distribute", "--dataset", "digits"], "torchrun"),
+        (["--dataset", "CIFAR-10"], "did you mean cifar10"),
+        (["--dataset", "folders:/x"], "did you mean folder:"),
+        (["digits"], "no place for digits"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+        (["--device", "meta"], "meta"),
+        (["--optimizer", "torch.optim.Adm"], "did you mean Adam"),
+        (["--optimizer", ".SGD"], "no optimiser"),
+        (["--optimizer", "math.sqrt"], "no optimiser"),
+        (["--optimizer", "agd.AGD"], "--optimizer agd"),
     ],
 )
 def test_wrong_flags_say_what_was_meant(flags, words, run_main):
@@ -298,8 +359,8 @@ def test_the_bar_fits_80_columns(tmp_path):
     assert len(lines) > 5
     assert max(map(len, lines)) <= 80
     assert re.match(
-        r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} [\d.]+k? img/s "
-        r"\d\d:\d\d<00:00 ", lines[-1],
+        r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} \d+k? img/s "
+        r"00:00 left █{6}", lines[-1],
     )  # fmt: skip
 
 

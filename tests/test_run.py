@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ def state(epoch):
 
 
 def epoch_row(epoch):
-    return {"kind": "epoch", "epoch": epoch, "train_loss": 1 / epoch}
+    return {"kind": "epoch", "epoch": epoch, "train_loss": 1 / epoch, "test_acc": 0.5}
 
 
 def written(run, epochs):
@@ -41,11 +42,69 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
 
 
 def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
+    """One epoch may have been logged before its checkpoint; more are not thrown away."""
     run = Run(tmp_path, "a", {})
-    written(run, [1, 2])
+    written(run, [1])
     run.checkpoint_path.unlink()
     assert Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}, torch.device("cpu")) is None
     assert [row["kind"] for row in run.rows()] == ["run"]
+    run = Run(tmp_path, "b", {})
+    written(run, [1, 2])
+    run.checkpoint_path.unlink()
+    before = run.log_path.read_bytes()
+    with pytest.raises(RunError, match=r"2 epochs.*--fresh"):
+        Run(tmp_path, "b", {}).start({"kind": "run", "flags": {}}, torch.device("cpu"))
+    assert run.log_path.read_bytes() == before
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    run = Run(tmp_path, "a", {"dataset": "x"})
+    written(run, [1, 2])
+    run.log({"kind": "end", "epochs": 2, "stopped": None, "final": True})
+    assert Run(tmp_path, "a", {"dataset": "x"}).finished(2)[0] == 2
+    with pytest.raises(RunError, match="dataset x then, y now"):
+        Run(tmp_path, "a", {"dataset": "y"}).finished(2)
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(tmp_path, monkeypatch):
+    run = Run(tmp_path, "a", {})
+    written(run, [1])
+
+    def fail(content, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        run.save(*state(2))
+    monkeypatch.undo()
+    again = Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}, torch.device("cpu"))
+    assert again["epoch"] == 1 and again["net"]["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("fault", ["foreign checkpoint", "binary log", "list", "folder"])
+def test_foreign_files_are_named(fault, tmp_path):
+    run = Run(tmp_path, "a", {})
+    if fault == "foreign checkpoint":
+        torch.save({"model": 1}, run.checkpoint_path)
+    elif fault == "folder":
+        run.log_path.mkdir()
+    else:
+        run.log_path.write_bytes(b"\xff\xfe\n\n" if fault == "binary log" else b"[1]\n")
+    with pytest.raises(RunError, match=r"a\.(pt|jsonl)"):
+        run.start({"kind": "run", "flags": {}}, torch.device("cpu"))
+
+
+def test_another_environment_is_noted_on_resuming(tmp_path):
+    run = Run(tmp_path, "a", {})
+    run.start({"kind": "run", "flags": {}, "torch": "1", "date": "then"}, torch.device("cpu"))
+    run.log(epoch_row(1))
+    run.save(*state(1))
+    run = Run(tmp_path, "a", {})
+    run.start({"kind": "run", "flags": {}, "torch": "2", "date": "now"}, torch.device("cpu"))
+    first = run.rows()[0]
+    assert (first["torch"], first["date"]) == ("1", "then")
+    assert first["resumed"] == [{"after_epoch": 1, "date": "now", "torch": "2"}]
 
 
 def test_rows_are_strict_json(tmp_path):
@@ -57,21 +116,12 @@ def test_rows_are_strict_json(tmp_path):
     assert run.rows()[1] == {"kind": "epoch", "loss": None, "list": [1.0, None]}
 
 
-@pytest.mark.parametrize(
-    "parts, name",
-    [
-        (("fcn", "cifar10", None, "bs128"), "fcn-cifar10-bs128"),
-        (("fcn", "folder:/data/My images/ä"), "fcn-folder_data_My_images"),
-        (("lr1e-05", "a:b"), "lr1e_05-a_b"),
-    ],
-)
-def test_names_are_portable(parts, name):
-    assert run_name(*parts) == name
-
-
-def test_long_names_stay_apart():
-    a, b = run_name("x" * 300 + "a"), run_name("x" * 300 + "b")
-    assert a != b and len(a) == len(b) <= 120
+def test_names_are_portable_and_stay_apart():
+    assert run_name("fcn", "cifar10", None, "bs128", 0) == "fcn-cifar10-bs128-0"
+    odd = ["a b", "a_b", "a:b", "ä", "ö", "A/b", "x" * 300 + "a", "x" * 300 + "b", "lr1e-05"]
+    names = [run_name("fcn", part) for part in odd]
+    assert len({name.lower() for name in names}) == len(odd)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.+-]{1,120}", name) for name in names)
 
 
 def test_environment_is_plain_json():

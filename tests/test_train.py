@@ -107,6 +107,26 @@ def test_accuracy_does_not_depend_on_the_test_batch():
     assert len({f["acc"] for f in figures}) == 1
 
 
+def test_batch_norm_trains_in_training_and_rests_in_evaluation():
+    data = digits(test_bs=90)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, bias=False), torch.nn.BatchNorm2d(8, affine=False),
+        torch.nn.Flatten(), torch.nn.Linear(288, 10, bias=False),
+    )  # fmt: skip
+    statistics = net[1].running_mean
+    before = statistics.clone()
+    train_epoch(net, data.train, mse, AGD(net.parameters()))
+    trained = statistics.clone()
+    assert not torch.equal(trained, before)
+    seen = []
+    net.register_forward_hook(lambda net, inputs, outputs: seen.append(outputs))
+    figures = evaluate(net, data.test, mse).read()
+    assert torch.equal(statistics, trained)
+    assert all(outputs.is_inference() for outputs in seen)
+    assert evaluate(net, digits(test_bs=7).test, mse).read()["acc"] == figures["acc"]
+
+
 def test_agd_learns_the_digits():
     data = digits()
     net = network(data)
