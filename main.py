@@ -11,6 +11,7 @@ import math
 import os
 import time
 import traceback
+import zlib
 from datetime import datetime, timezone
 
 import torch
@@ -69,9 +70,12 @@ def name_and_settings(args):
     keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
     keys += ["skip_bad_images"] + (["depth", "width"] if args.arch == "fcn" else [])
     settings = {key: getattr(args, key) for key in keys}
+    dataset = args.dataset
+    if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
+        dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
     name = run_name(
         f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
-        args.dataset.replace("folder:", "folder", 1).replace(os.sep, "_"),
+        dataset,
         args.image_size,
         args.loss,
         f"bs{args.train_bs}",

@@ -137,7 +137,7 @@ def test_damaged_arrays_are_named(fault, tmp_path):
     if fault == "no zip":
         content = b"<html>not found</html>"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cifar10\.npz is damaged.*python -m data\.prepare cifar10"):
+    with pytest.raises(DataError, match=r"cifar10\.npz is damaged.*data\.prepare cifar10"):
         load_arrays(path, (32, 32, 3), 10)
 
 
