@@ -67,9 +67,7 @@ class AGD(torch.optim.Optimizer):
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
         device = next(p for group in self.param_groups for p in group["params"]).device
-        # Apple's GPU has no float64.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.eta = torch.full((), math.nan, dtype=wide, device=device)
+        self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
         self.G = torch.full_like(self.eta, math.nan)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -102,7 +100,10 @@ class AGD(torch.optim.Optimizer):
         if not buckets:
             self.G, self.eta = torch.zeros_like(self.G), torch.zeros_like(self.eta)
             return loss
-        home, wide = self.skipped.device, self.eta.dtype
+        home = buckets[0].weights[0].device
+        wide = _wide(home)
+        if self.skipped.device != home:  # the network has moved since
+            self.skipped = self.skipped.to(home)
 
         # Each gradient as u = grad / m, m the largest magnitude in its matrix: no square over- or
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
@@ -273,6 +274,11 @@ def init_weights(params, generator=None):
             q = q if p.shape[0] >= p.shape[1] else q.mT
             q = q.unflatten(0, p.shape[2:]) if p.ndim > 2 else q.squeeze(0)
             p.copy_(q.movedim((-2, -1), (0, 1)) * _scale(p.shape))
+
+
+def _wide(device):
+    """The dtype of G and eta; Apple's GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scale(shape):

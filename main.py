@@ -154,8 +154,6 @@ def not_finite(args, epoch, losses):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's way to end a job
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -284,4 +282,6 @@ def exit_code(stopped):
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; a queue's way to end a job
+        signal.signal(ending, signal.default_int_handler)
     sys.exit(main())
