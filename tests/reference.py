@@ -8,9 +8,8 @@ import torch
 
 
 def matrices(tensor):
-    """The (out, in) matrices of a weight (out, in, *kernel), as views: one a kernel position."""
-    flat = tensor.reshape(*tensor.shape[:2], -1)
-    return [flat[:, :, i] for i in range(flat.shape[2])]
+    """The (out, in) matrices of a weight (out, in, *kernel): one a kernel position."""
+    return list(tensor.reshape(*tensor.shape[:2], -1).movedim(2, 0).contiguous())
 
 
 def reference_step(weights, grads, gain=1.0):
