@@ -85,7 +85,7 @@ class Run:
         end = rows[-1] if rows and rows[-1]["kind"] == "end" else {"final": False}
         if end["final"] and (end["stopped"] or len(done) >= epochs):
             return len(done), done[-1]["test_acc"], end["stopped"]
-        # cut off after more epochs than are asked for now
+        # An unfinished run may hold more epochs than this command asks for.
         return (len(done), done[-1]["test_acc"], None) if len(done) > epochs else None
 
     def start(self, first_row, device):

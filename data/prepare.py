@@ -211,7 +211,7 @@ def main(argv=None):
             try:
                 load_arrays(path, *SETS[args.name][1:])
             except DataError as error:
-                print(f"Made anew: {error}", file=sys.stderr)
+                print(f"Set aside: {error}", file=sys.stderr)
                 path.rename(path.with_suffix(".damaged"))
         path = prepare(args.name, args.data_dir, args.source)
     except DataError as error:

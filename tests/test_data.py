@@ -293,7 +293,7 @@ def test_prepare_makes_a_damaged_file_anew(tmp_path, monkeypatch, capsys):
     good = (tmp_path / "data" / "cifar10.npz").read_bytes()
     (tmp_path / "data" / "cifar10.npz").write_bytes(good[:1000])
     data.prepare.main(flags)
-    assert "Made anew" in capsys.readouterr().err
+    assert "Set aside" in capsys.readouterr().err
     assert load_arrays(tmp_path / "data" / "cifar10.npz", (32, 32, 3), 10)
 
 
