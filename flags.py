@@ -28,14 +28,14 @@ def near(word, words):
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
-def one_of(names, prefix=None):
-    """An argument type: one of `names`, or anything that starts with `prefix`."""
+def one_of(names, *prefixes):
+    """An argument type: one of `names`, or what follows one of `prefixes`."""
 
     def check(value):
-        if value in names or (prefix and value.startswith(prefix) and value != prefix):
+        if value in names or any(value.startswith(x) and value != x for x in prefixes):
             return value
-        listed = ", ".join(names) + (f", {prefix}PATH" if prefix else "")
-        near_one = near(value, [*names, prefix] if prefix else names)
+        listed = ", ".join([*names, *(f"{prefix}PATH" for prefix in prefixes)])
+        near_one = near(value, [*names, *prefixes])
         raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near_one}")
 
     return check
@@ -57,6 +57,11 @@ def number(kind, least):
     return check
 
 
+def all_or(kind):
+    """An argument type: the word all, or what `kind` takes."""
+    return lambda value: value if value == "all" else kind(value)
+
+
 def parser(networks, datasets, losses, optimizers, data_dir):
     """The command line, given the names to choose from and the default data directory."""
 
@@ -73,12 +78,15 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add = p.add_argument_group("what to train").add_argument
     add("--arch", type=one_of(networks), default="fcn", metavar="NET",
         help=f"{', '.join(networks)} (default: %(default)s)")
-    add("--dataset", type=one_of(datasets, "folder:"), default="cifar10", metavar="SET",
-        help=f"{', '.join(datasets)}, or folder:PATH with train/ and val/ (default: %(default)s)")
+    add("--dataset", type=one_of(datasets, "folder:", "npz:"), default="cifar10", metavar="SET",
+        help=f"{', '.join(datasets)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
+        "arrays as data.prepare writes them (default: %(default)s)")
     add("--loss", type=one_of(losses), default="mse", metavar="LOSS",
         help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
     add("--depth", type=number(int, 2), default=10, help="layers of the fcn (default: 10)")
     add("--width", type=number(int, 1), default=256, help="width of the fcn (default: 256)")
+    add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
+    add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
     add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
     add("--train_bs", type=number(int, 1), default=128, help="images a step (default: 128)")
@@ -103,5 +111,8 @@ def parser(networks, datasets, losses, optimizers, data_dir):
         help="processes that decode images (default: %(default)s)")
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded")
     add = p.add_argument_group("log").add_argument
-    add("--log_steps", action="store_true", help="a row a step beside the row an epoch")
+    add("--log_steps", nargs="?", const="all", type=all_or(number(int, 1)), metavar="EPOCHS",
+        help="a row a step beside the row an epoch, in the first EPOCHS or in all")
+    add("--log_updates", action="store_true",
+        help="how large the updates are, relative to the weights")
     return p

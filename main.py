@@ -54,6 +54,9 @@ def parse(argv=None):
         except ValueError as error:
             p.error(str(error))
     folder = args.dataset == "imagenet" or args.dataset.startswith("folder:")
+    for part in ("train", "test"):
+        if folder and getattr(args, f"{part}_examples") is not None:
+            p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
     if args.dataset.startswith("folder:"):
         path = os.path.expanduser(args.dataset[len("folder:") :])
         args.dataset = "folder:" + os.path.abspath(path)
@@ -68,15 +71,20 @@ def name_and_settings(args):
     """The run's name, and the settings that shape its result: those with the same weights after
     the same epoch agree in them."""
     keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
-    keys += ["skip_bad_images"] + (["depth", "width"] if args.arch == "fcn" else [])
+    keys += ["train_examples", "test_examples", "skip_bad_images"]
+    keys += (["depth", "width"] if args.arch == "fcn" else [])
     settings = {key: getattr(args, key) for key in keys}
     dataset = args.dataset
     if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
+    if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
+        dataset = settings["dataset"] = os.path.basename(dataset).removesuffix(".npz")
     name = run_name(
         f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
         dataset,
         args.image_size,
+        None if args.train_examples is None else f"train{args.train_examples}",
+        None if args.test_examples is None else f"test{args.test_examples}",
         args.loss,
         f"bs{args.train_bs}",
         args.optimizer,
@@ -84,7 +92,8 @@ def name_and_settings(args):
         None if args.lr is None else f"lr{args.lr!r}",
         f"seed{args.seed}",
         "skip" if args.skip_bad_images else None,
-        "steps" if args.log_steps else None,
+        {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
+        "updates" if args.log_updates else None,
     )
     return name, settings
 
@@ -116,8 +125,15 @@ def optimizer_class(dotted):
     return found
 
 
+def spread(key, values):
+    """The least, the mean and the greatest of an epoch's finite values, or None for each."""
+    values = [x for x in values or [] if math.isfinite(x)]
+    found = (min(values), sum(values) / len(values), max(values)) if values else (None,) * 3
+    return dict(zip((f"{key}_min", f"{key}_mean", f"{key}_max"), found))
+
+
 def epoch_row(epoch, train, test, seconds, training_seconds):
-    etas = [x for x in train["steps"]["eta"] or [] if math.isfinite(x)]
+    steps = train["steps"]
     return {
         "kind": "epoch",
         "epoch": epoch,
@@ -125,19 +141,19 @@ def epoch_row(epoch, train, test, seconds, training_seconds):
         "train_acc": train["acc"],
         "test_loss": test["loss"],
         "test_acc": test["acc"],
-        "eta_min": min(etas) if etas else None,
-        "eta_mean": sum(etas) / len(etas) if etas else None,
-        "eta_max": max(etas) if etas else None,
+        **spread("eta", steps["eta"]),
+        **(spread("update", steps["update"]) if steps["update"] else {}),
         "seconds": seconds,
         "images_per_second": train["examples"] / training_seconds,
     }
 
 
 def step_rows(epoch, steps):
-    etas = steps["eta"] or [None] * len(steps["loss"])
+    columns = {key: values for key, values in steps.items() if values or key == "eta"}
+    columns["eta"] = steps["eta"] or [None] * len(steps["loss"])
     return [
-        {"kind": "step", "epoch": epoch, "step": i, "loss": loss, "acc": acc, "eta": eta}
-        for i, (loss, acc, eta) in enumerate(zip(steps["loss"], steps["acc"], etas), 1)
+        {"kind": "step", "epoch": epoch, "step": i, **dict(zip(columns, values))}
+        for i, values in enumerate(zip(*columns.values()), 1)
     ]
 
 
@@ -183,6 +199,7 @@ def train(args, world):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, world.device, args.seed,
         args.workers, args.image_size, args.skip_bad_images, world.rank, world.size,
+        args.train_examples, args.test_examples,
     )  # fmt: skip
     if first:
         world.agree()
@@ -241,7 +258,8 @@ def train(args, world):
             start = time.perf_counter()
             data.train.set_epoch(epoch)
             trained = train_epoch(
-                model, data.train, loss_fn, optimizer, world.sum, world.size, progress.step
+                model, data.train, loss_fn, optimizer, world.sum, world.size, progress.step,
+                args.log_updates,
             ).read(world.sum)
             training_seconds = time.perf_counter() - start
             world.share(net.buffers())  # batch-norm statistics: those of the first rank
@@ -249,7 +267,8 @@ def train(args, world):
             row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
             stopped = not_finite(args, epoch, trained["steps"]["loss"])
             if first:
-                run.log(*(step_rows(epoch, trained["steps"]) if args.log_steps else []), row)
+                steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
+                run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
                 progress.epoch(row)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.arrays import ArrayBatches, load_arrays
 from data.common import DataError, default_data_dir
 
@@ -48,9 +50,12 @@ class Data(NamedTuple):
 
 def load(
     name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,
-    skip_bad_images=False, rank=0, size=1,
+    skip_bad_images=False, rank=0, size=1, train_examples=None, test_examples=None,
 ):  # fmt: skip
-    """The data set `name`, one of DATASETS or "folder:PATH".
+    """The data set `name`: one of DATASETS, "folder:PATH", or "npz:FILE", a prepared file of any
+    classes and side in `data_dir`, augmented like CIFAR's if it has colours.
+
+    Of the sets that are arrays, `train_examples` and `test_examples` take the first so many.
 
     Batch sizes are global: of each batch this rank gets every `size`-th example from `rank` on.
     Raises DataError, with what to do about it, where the images cannot be had.
@@ -66,21 +71,37 @@ def load(
             IMAGENET_STD, seed=seed, workers=workers, skip_bad_images=skip_bad_images, **shard,
         ))  # fmt: skip
 
-    spec = DATASETS[name]
+    spec, remedy = DATASETS.get(name, Spec(None, None)), None
     if name == "digits":
         path = Path(__file__).with_name("digits.npz")
+        remedy = "It is part of this repository: `git checkout data/digits.npz`."
+    elif name.startswith("npz:"):
+        path = Path(data_dir).expanduser() / Path(name[len("npz:") :]).expanduser()
+        remedy = "What such a file holds: `python -m data.prepare --help`."
     else:
         from data.prepare import prepare
 
         path = prepare(name, data_dir)
-    arrays, source = load_arrays(path, spec.shape, spec.classes)
+    arrays, source = load_arrays(path, spec.shape, spec.classes, remedy)
     images = arrays["train_images"]
+    if spec.shape is None:
+        side, colours = images.shape[1], images.shape[3] == 3
+        spec = Spec(
+            images.shape[1:], int(arrays["train_labels"].max()) + 1,
+            pad=side // 8 if colours else 0, flip=colours,
+        )  # fmt: skip
     mean, std = spec.mean, spec.std
     if mean is None:
-        mean, std = (images / 255).mean((0, 1, 2)), (images / 255).std((0, 1, 2))
+        mean, std = channel_statistics(images)
+    for split, wanted in (("train", train_examples), ("test", test_examples)):
+        there = len(arrays[f"{split}_labels"])
+        if wanted is not None and wanted > there:
+            raise DataError(f"{name} has {there} images for --{split}_examples, not {wanted}")
+        for part in ("images", "labels"):
+            arrays[f"{split}_{part}"] = arrays[f"{split}_{part}"][:wanted]
     train = ArrayBatches(
-        images, arrays["train_labels"], mean, std, train_bs, shuffle=True, pad=spec.pad,
-        flip=spec.flip, seed=seed, **shard,
+        arrays["train_images"], arrays["train_labels"], mean, std, train_bs, shuffle=True,
+        pad=spec.pad, flip=spec.flip, seed=seed, **shard,
     )  # fmt: skip
     test = ArrayBatches(
         arrays["test_images"], arrays["test_labels"], mean, std, test_bs, **shard
@@ -88,3 +109,12 @@ def load(
     height, side, channels = images.shape[1:]
     return Data(train, test, (channels, height, side), spec.classes, source)
 
+
+def channel_statistics(images):
+    """Mean and deviation of each channel of images (N, H, W, C) uint8, in units of 0..1."""
+    channels = [images[..., c].ravel() for c in range(images.shape[3])]
+    counts = np.array([np.bincount(x, minlength=256) for x in channels])
+    p, x = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = p @ x
+    std = np.sqrt((p * (x - mean[:, None]) ** 2).sum(1))
+    return mean, np.maximum(std, 1 / 255)  # a channel may be blank

@@ -80,8 +80,12 @@ class ArrayBatches:
         return [torch.from_numpy(x).to(self.device) for x in (order, top, left, mirror)]
 
 
-def load_arrays(path, shape, classes):
-    """The arrays of a prepared data set, by KEYS, and what identifies them: its name and CRCs."""
+def load_arrays(path, shape=None, classes=None, remedy=None):
+    """The arrays of a prepared data set, by KEYS, and what identifies them: its name and CRCs.
+
+    Checks the shape of an image and the number of classes; None takes them as they are. `remedy`
+    says what to do about a file that is not right.
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -90,19 +94,23 @@ def load_arrays(path, shape, classes):
             arrays = {key: file[key] for key in KEYS}
         for split in ("train", "test"):
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            if shape is None and images.ndim == 4 and images.size:
+                shape = images.shape[1:]
             if images.dtype != np.uint8 or images.shape[1:] != shape:
-                raise ValueError(f"{split}_images is not uint8 (N, {', '.join(map(str, shape))})")
+                sides = ", ".join(map(str, shape or "HWC"))
+                raise ValueError(f"{split}_images is not uint8 (N, {sides})")
             if labels.dtype != np.int64 or labels.shape != images.shape[:1] or not len(labels):
                 raise ValueError(f"{split}_labels is not int64 (N,) with an entry an image")
+            if classes is None:
+                classes = labels.max() + 1
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is damaged or another data set ({error}). "
             + (
-                "It is part of this repository: `git checkout data/digits.npz`."
-                if path.stem == "digits"
-                else f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
+                remedy
+                or f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
             )
         ) from error
     return arrays, {"file": path.name, "crc32": crc}

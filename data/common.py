@@ -1,7 +1,6 @@
 """What the modules of this package share."""
 
 import os
-from pathlib import Path
 
 
 class DataError(RuntimeError):
@@ -10,4 +9,4 @@ class DataError(RuntimeError):
 
 def default_data_dir():
     """$AGD_DATA, or ~/.cache/agd."""
-    return os.environ.get("AGD_DATA") or str(Path("~/.cache/agd").expanduser())
+    return os.environ.get("AGD_DATA") or "~/.cache/agd"

@@ -1,0 +1,143 @@
+"""Every run of every figure, at two scales: `python -m scripts.experiments [quick|full]` prints it.
+
+`full` is the paper's, `quick` the same pictures from runs that two CPU cores finish in under a
+quarter of an hour a figure. A figure is drawn from these runs and no others.
+
+No rate here has a schedule, so that a run is the beginning of a longer one: figures that share a
+run may stop reading it at different epochs.
+"""
+
+import shlex
+import sys
+from typing import NamedTuple
+
+FIGURES = {
+    "fig1": "AGD beside defaults and beside learning rates",
+    "fig2": "a learning rate too small, right and too large",
+    "fig3": "the objective and its majorisation",
+    "fig4": "breadth: networks and data sets",
+    "fig5": "AGD beside tuned Adam and SGD",
+    "fig6": "width and depth",
+    "fig7": "batch size",
+    "fig8": "the cost of tuning",
+    "phases": "a training set that is fitted",
+}
+SCALES = ("quick", "full")
+
+TUNED = tuple(f"1e{k}" for k in range(-5, 0))  # the grid over which a baseline is tuned
+WIDE = tuple(f"1e{k}" for k in range(-7, 2))  # the grid of figure 1
+PEERS = {  # without a learning rate to choose: class, and the name of its package
+    "Prodigy": "prodigyopt.Prodigy",
+    "Schedule-free AdamW": "schedulefree.AdamWScheduleFree",
+    "D-Adapted Adam": "dadaptation.DAdaptAdam",
+}
+DEPTHS = (2, 4, 8, 16, 32)
+WIDTHS = {"quick": (64, 128, 256, 512), "full": (64, 128, 256, 512, 1024, 2048)}
+BATCHES = (32, 128, 1024, 4096)
+
+
+class Experiment(NamedTuple):
+    """One run. Those of one figure, panel and curve are the points of a grid, or its seeds."""
+
+    figure: str  # of FIGURES
+    panel: str
+    curve: str  # "AGD", "Adam", "SGD" or one of PEERS
+    epochs: int  # that the figure reads; another figure may read more of the same run
+    flags: tuple  # of main.py: all but --epochs and where things lie
+
+    def flag(self, name, default=None):
+        """The value of a flag, as it is written."""
+        return self.flags[self.flags.index(name) + 1] if name in self.flags else default
+
+
+def experiments(scale):
+    """The table, a list of Experiments."""
+    quick, rows = scale == "quick", []
+
+    def add(figure, panel, curve, epochs, flags, rates=(None,), seeds=(0,)):
+        optimizer = PEERS.get(curve, curve.lower())
+        for rate in rates:
+            for seed in seeds:
+                words = shlex.split(flags) + ["--optimizer", optimizer]
+                words += [] if rate is None else ["--lr", rate]
+                words += ["--seed", str(seed)]
+                rows.append(Experiment(figure, panel, curve, epochs, tuple(words)))
+
+    def cifar(depth, width):
+        return f"--arch fcn --depth {depth} --width {width} --dataset cifar10 --test_bs 1000"
+
+    eight = f"{cifar(8, 256)} --log_updates"  # the network of figure 5
+    # Quick convolutional runs see a part of the images, in smaller batches.
+    part = "--train_examples {} --test_examples {} --train_bs 32" if quick else ""
+    resnet = f"--arch resnet18 --dataset cifar10 --test_bs 1000 {part.format(640, 250)}"
+    vgg = f"--arch vgg --dataset {{}} --test_bs 1000 {part.format(1280, 500)}"
+    imagenet = "--arch resnet50 --dataset imagenet --loss xent --train_bs 1024 --test_bs 1000"
+
+    # Figure 1. Left: the defaults of Adam (0.001) and SGD (0.1) on a deep network.
+    epochs = 15 if quick else 1000
+    for curve, rate in (("AGD", None), ("Adam", "1e-3"), ("SGD", "1e-1")):
+        add("fig1", "deep", curve, epochs, cifar(32, 256), [rate])
+    # Middle: final accuracy against the learning rate; the quick scale in the smaller network.
+    network, epochs = (eight, 5) if quick else (resnet, 2000)
+    add("fig1", "rates", "AGD", epochs, network)
+    for curve in ("Adam", "SGD"):
+        add("fig1", "rates", curve, epochs, network, WIDE)
+    # Right, and the last panel of figure 4: ImageNet, beyond the quick scale.
+    if not quick:
+        add("fig1", "imagenet", "AGD", 350, imagenet)
+        add("fig1", "imagenet", "SGD", 350, imagenet, ["1e-1"])
+
+    # Figure 3 measures the network of figure 5 at its start and at its end.
+    add("fig3", "majorisation", "AGD", 20 if quick else 2000, eight)
+
+    # Figure 4. tiny100, where it is at hand, stands in for a CIFAR-100 that is not.
+    panels = (
+        ("fcn", cifar(16, 512), 3),
+        ("resnet18", resnet, 3),
+        ("vgg", vgg.format("cifar100"), 3),
+        ("vgg, tiny100", vgg.format("npz:tiny100.npz"), 3),
+    )
+    for panel, flags, epochs in panels:
+        epochs = epochs if quick else 2000
+        add("fig4", panel, "AGD", epochs, flags)
+        add("fig4", panel, "Adam", epochs, flags, TUNED)
+    if not quick:
+        add("fig4", "imagenet", "AGD", 350, imagenet)
+        add("fig4", "imagenet", "SGD", 350, imagenet, ["1e-1"])
+
+    # Figure 5, and figure 8 on the same runs with other optimisers that need no tuning.
+    epochs = 20 if quick else 2000
+    for figure in ("fig5", "fig8"):
+        add(figure, "fcn", "AGD", epochs, eight, seeds=(0, 1, 2))
+        for curve in ("Adam", "SGD"):
+            add(figure, "fcn", curve, epochs, eight, TUNED)
+    for curve in PEERS:
+        add("fig8", "fcn", curve, epochs, eight)
+
+    # Figure 6.
+    for depth in DEPTHS:
+        for width in WIDTHS[scale]:
+            add("fig6", f"{depth}x{width}", "AGD", 6 if quick else 2000, cifar(depth, width))
+
+    # Figure 7, every step in the first epoch.
+    for batch in BATCHES:
+        flags = f"{cifar(4, 256)} --train_bs {batch} --log_steps 1"
+        add("fig7", f"batch {batch}", "AGD", 20 if quick else 1000, flags, seeds=(0, 1, 2))
+
+    # A thousand images are fitted within minutes, and show what the whole set shows in days.
+    flags = f"{cifar(8, 512)} --train_examples 1000 --test_examples 1000"
+    add("phases", "fcn", "AGD", 600, flags)
+    return rows
+
+
+def main(argv=None):
+    for scale in (sys.argv[1:] if argv is None else argv) or SCALES:
+        if scale not in SCALES:
+            sys.exit(f"error: no scale {scale!r}: {' or '.join(SCALES)}")
+        for row in experiments(scale):
+            command = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
+            print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {command}")
+
+
+if __name__ == "__main__":
+    main()
