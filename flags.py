@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n       python main.py --help lists the flags\n")
+        self.exit(2, f"error: {message}\n       {self.prog} --help lists the flags\n")
 
 
 def near(word, words):
@@ -69,7 +69,7 @@ def parser(networks, datasets, losses, optimizers, data_dir):
         return value if "." in value else one_of(optimizers)(value)
 
     p = Parser(
-        prog="main.py",
+        prog="python main.py",
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "

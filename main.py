@@ -13,6 +13,7 @@ import time
 import traceback
 import zlib
 from datetime import datetime, timezone
+from decimal import Decimal
 
 import torch
 
@@ -28,8 +29,9 @@ from train import LOSSES, evaluate, train_epoch
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
-def parse(argv=None):
-    """The settings, complete and consistent."""
+def parse(argv=None, check=True):
+    """The settings, complete and consistent; without `check`, whether or not the device and the
+    optimiser's package are there."""
     p = flags.parser(NETWORKS, DATASETS, LOSSES, ["agd", *BASELINES], default_data_dir())
     args = p.parse_args(argv)
     if args.cpu:
@@ -39,7 +41,7 @@ def parse(argv=None):
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device).cpu()
+        torch.empty(0, device=args.device if check else "cpu").cpu()
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         p.error(f"no device {args.device!r} here: {str(error).splitlines()[0]}")
     if args.optimizer == "agd" and args.lr is not None:
@@ -48,7 +50,7 @@ def parse(argv=None):
         p.error(f"--gain is AGD's; {args.optimizer} has --lr")
     if args.optimizer in BASELINES and args.lr is None:
         args.lr = BASELINES[args.optimizer][1]
-    if args.optimizer not in ("agd", *BASELINES):
+    if check and args.optimizer not in ("agd", *BASELINES):
         try:
             optimizer_class(args.optimizer)
         except ValueError as error:
@@ -88,14 +90,19 @@ def name_and_settings(args):
         args.loss,
         f"bs{args.train_bs}",
         args.optimizer,
-        None if args.gain == 1 else f"gain{args.gain!r}",
-        None if args.lr is None else f"lr{args.lr!r}",
+        None if args.gain == 1 else f"gain{decimal(args.gain)}",
+        None if args.lr is None else f"lr{decimal(args.lr)}",
         f"seed{args.seed}",
         "skip" if args.skip_bad_images else None,
         {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
         "updates" if args.log_updates else None,
     )
     return name, settings
+
+
+def decimal(x):
+    """A float without an exponent: 1e-05 as 0.00001."""
+    return format(Decimal(repr(x)), "f")
 
 
 def make_optimizer(args, net):

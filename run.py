@@ -71,7 +71,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.log_path} cannot be read: {error}") from error
         rows = read_rows(self.log_path)
-        self._compare(rows[0]["settings"], self.log_path)
+        self.compare(self.settings, rows[0]["settings"], self.log_path)
         return rows
 
     def epochs(self):
@@ -107,7 +107,8 @@ class Run:
                 ) from error
             if not isinstance(checkpoint, dict) or set(checkpoint) != KEYS:
                 raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
-            self._compare(json.loads(checkpoint["settings"]), self.checkpoint_path)
+            then = json.loads(checkpoint["settings"])
+            self.compare(self.settings, then, self.checkpoint_path)
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
         if epochs[:done] != list(range(1, done + 1)):
@@ -133,8 +134,10 @@ class Run:
             raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
         return checkpoint
 
-    def _compare(self, then, path):
-        now = json.loads(json.dumps(self.settings))
+    @staticmethod
+    def compare(settings, then, path):
+        """Raises RunError, naming the settings, if `then` of a file on disk has others."""
+        now = json.loads(json.dumps(settings))
         odd = [k for k in now if then.get(k) != now[k]]
         if odd:
             was = ", ".join(f"{k} {then.get(k)} then, {now[k]} now" for k in odd)

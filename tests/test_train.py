@@ -90,7 +90,8 @@ def test_totals_weigh_every_example_alike():
     labels = torch.randint(4, (10,), generator=generator)
     totals = Totals()
     for part in (slice(0, 7), slice(7, 10)):
-        totals.add(mse(outputs[part], labels[part]), outputs[part], labels[part], torch.ones(()))
+        outs, ys = outputs[part], labels[part]
+        totals.add(mse(outs, ys), outs, ys, eta=torch.ones(()))
     figures = totals.read()
     assert figures["examples"] == 10
     assert figures["loss"] == pytest.approx(mse(outputs, labels).mean().item(), rel=1e-6)

@@ -1,0 +1,222 @@
+"""Run what a figure of the paper needs, and draw it: `python -m scripts.reproduce fig5`.
+
+Runs that are finished are skipped, runs that were cut go on after their last whole epoch: the same
+command, again and again, ends with the figure. `all` is every figure; what the data at hand does
+not allow is named and left out. The result lies under --out:
+
+    <out>/<scale>/logs/*.jsonl       a log a run
+    <out>/<scale>/figures/*.png      and .pdf
+    <out>/README.md                  the paper's numbers beside these, and a verdict on each claim
+
+Exit code: 0 when everything that can be run here is there, 75 when --time_limit came first, 130
+after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flags
+from data import default_data_dir
+from run import RunError
+from scripts.experiments import FIGURES, SCALES
+from scripts.results import Results, epochs_done
+from scripts.runner import Availability, Runner, is_finished, tasks
+
+TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
+
+
+def duration(text):
+    """Seconds of 90s, 9m, 1.5h, 1h30m."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
+    seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError("no time at all")
+    return seconds
+
+
+def submit(args, todo, numbers, results):
+    """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
+    again = [sys.executable, "-m", "scripts.reproduce", *args.figures, "--scale", args.scale]
+    again += ["--out", str(args.out), "--data_dir", str(args.data_dir)]
+    again += ["--device", args.device] if args.device else []
+    folder = results.folder / "output"
+    folder.mkdir(parents=True, exist_ok=True)
+    extra = shlex.split(args.sbatch)
+
+    def sbatch(*words, command):
+        script = f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} && {command}\n"
+        done = subprocess.run(
+            ["sbatch", "--parsable", *extra, *words], input=script, text=True, capture_output=True
+        )
+        if done.returncode:
+            raise RunError(f"sbatch: {done.stderr.strip() or done.returncode}")
+        return done.stdout.strip().split(";")[0]
+
+    at_once = f"%{args.jobs}" if args.jobs else ""
+    try:
+        array = sbatch(
+            f"--array={','.join(map(str, numbers))}{at_once}", "--job-name=agd", "--requeue",
+            f"--output={folder}/slurm-%A_%a.txt",
+            command=f'{shlex.join(again)} --jobs 1 --runs "$SLURM_ARRAY_TASK_ID"',
+        )  # fmt: skip
+        after = sbatch(
+            f"--dependency=afterany:{array}", "--job-name=agd-draw",
+            f"--output={folder}/slurm-%j.txt", command=f"{shlex.join(again)} --draw",
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise RunError("there is no sbatch here: --submit slurm is for a SLURM cluster") from None
+    print(f"{len(todo)} runs are job {array}; job {after} draws. What they say: {folder}")
+    return 0
+
+
+def show(args, every, results, available):
+    """The table of the runs and where they stand."""
+    for i, task in enumerate(every):
+        done = min(task.epochs, epochs_done(results.folder / "logs" / f"{task.name}.jsonl"))
+        state = f"{done}/{task.epochs} epochs"
+        if is_finished(results, task):
+            state = "finished" if done == task.epochs else f"stopped after {done} epochs"
+        elif reason := available.lacking(task):
+            state += f", left out: {reason}"
+        print(f"{i:3}  {task.name}  {state}")
+
+
+def parse(argv):
+    parser = flags.Parser(
+        prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
+    )  # fmt: skip
+    add = parser.add_argument
+    add("figures", nargs="+", metavar="FIGURE", type=flags.one_of([*FIGURES, "all"]),
+        help="fig1 to fig8, phases, or all")
+    add("--scale", type=flags.one_of(SCALES), default="quick", metavar="quick|full",
+        help="(default: quick)")
+    add("--jobs", type=flags.number(int, 1), metavar="K",
+        help="runs at once (default: one a core, 8 at most; 1 on a GPU)")
+    add("--time_limit", type=duration, metavar="TIME",
+        help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
+    add("--out", default="reproduced", type=Path,
+        help="(default: %(default)s; results holds the published ones)")
+    add("--data_dir", default=default_data_dir(), help="as main.py's")
+    add("--device", help="as main.py's")
+    add("--draw", action="store_true", help="run nothing, draw what is there")
+    add("--list", action="store_true", help="list the runs by number, with their state, and stop")
+    add("--runs", metavar="N,N", type=lambda text: [int(x) for x in text.split(",")],
+        help="these runs of the list alone, without drawing")
+    add("--submit", choices=["slurm"], help="send the runs to a queue as an array job, --jobs of "
+        "them at once, and the drawing after them")
+    add("--sbatch", default="", metavar="OPTIONS",
+        help="options of sbatch, such as '--gres gpu:1 --time 4:00:00 --partition gpu'")
+    args = parser.parse_args(argv)
+    if "all" in args.figures:
+        args.figures = list(FIGURES)
+    args.figures = [figure for figure in FIGURES if figure in args.figures]
+    if args.submit and (args.draw or args.runs or args.time_limit):
+        parser.error("--submit sends whole runs: leave out --draw, --runs and --time_limit")
+    if args.sbatch and not args.submit:
+        parser.error("--sbatch goes with --submit slurm")
+    return parser, args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    began = time.monotonic()
+    parser, args = parse(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return reproduce(parser, args, began)
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def reproduce(parser, args, began):
+    results, available = Results(args.out, args.scale), Availability(args.data_dir)
+    every = tasks(results, args.figures)
+    if args.list:
+        show(args, every, results, available)
+        return 0
+    chosen = range(len(every)) if args.runs is None else args.runs
+    if any(not 0 <= i < len(every) for i in chosen):
+        parser.error(f"--runs: the list has the numbers 0 to {len(every) - 1}")
+    code = 0
+    if not args.draw:
+        todo, left_out = [], {}
+        for i in chosen:
+            if is_finished(results, every[i]):
+                continue
+            reason = available.lacking(every[i])
+            if reason:
+                left_out.setdefault(reason, []).append(every[i].name)
+            else:
+                todo.append(i)
+        done = len(chosen) - len(todo) - sum(map(len, left_out.values()))
+        print(f"{len(chosen)} runs: {done} finished, {len(todo)} to do"
+              + (f", {len(chosen) - done - len(todo)} left out" if left_out else ""), flush=True)
+        for reason, names in left_out.items():
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            print(f"  left out, {reason}: {some}", flush=True)
+        if args.submit and todo:
+            return submit(args, [every[i] for i in todo], todo, results)
+        if todo:
+            code = run(args, [every[i] for i in todo], results, began)
+    if args.runs is None and not args.submit:
+        draw(args, results)
+    return code
+
+
+def run(args, todo, results, began):
+    """Run the tasks; returns the exit code."""
+    cores = os.cpu_count() or 1
+    jobs = args.jobs or (min(cores, 8) if on_cpu(args.device) else 1)
+    place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
+    deadline = None
+    if args.time_limit is not None:
+        deadline = began + args.time_limit - min(15, args.time_limit / 4)  # to stop and to draw
+    runner = Runner(results, jobs, place, deadline, " ".join(args.figures[:3]))
+    whole = runner.run(todo)
+    for name, reason in runner.failed.items():
+        print(f"{name} {reason}", file=sys.stderr)
+    if not whole:
+        print(f"The time is up: {len(runner.ended)} of {len(todo)} runs came to their end; "
+              "the same command goes on", flush=True)
+        return TIME_IS_UP
+    return 1 if runner.failed else 0
+
+
+def on_cpu(device):
+    if device is None:
+        import torch
+
+        return not torch.cuda.is_available()
+    return device == "cpu"
+
+
+def draw(args, results):
+    """Draw the figures for which there is something, and write the page that shows them."""
+    from scripts import figures, report
+
+    for figure in args.figures:
+        paths = figures.save(figure, results)
+        print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
+    print(f"All of it: {report.write(args.out)}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

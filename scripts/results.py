@@ -1,0 +1,92 @@
+"""The logs of the runs in the table, found by the table's rows."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import main as program
+from run import Run, RunError, read_rows
+from scripts.experiments import experiments
+
+
+class Result(NamedTuple):
+    """What is there of an experiment's run."""
+
+    experiment: object
+    first: dict  # the log's first row
+    epochs: list  # its epoch rows, up to those that the figure reads
+    steps: list  # its step rows
+    stopped: str  # why it ended before its time, or None
+    finished: bool  # there is nothing left to run
+
+    def column(self, key, start=0):
+        """A value an epoch, NaN where it was not finite or not measured."""
+        return [float("nan") if row.get(key) is None else row[key] for row in self.epochs[start:]]
+
+    @property
+    def last(self):
+        """The last epoch row."""
+        return self.epochs[-1]
+
+
+class Results:
+    """The runs of one scale under `<out>/<scale>`."""
+
+    def __init__(self, out, scale):
+        self.out, self.scale, self.folder = Path(out), scale, Path(out, scale)
+
+    @cached_property
+    def table(self):
+        return experiments(self.scale)
+
+    def log_path(self, experiment):
+        return self.folder / "logs" / f"{run_name(experiment.flags)}.jsonl"
+
+    def find(self, experiment):
+        """The Result of an experiment, or None where no epoch of it has been run.
+
+        Raises RunError where something else lies in its place.
+        """
+        args = program.parse([*experiment.flags, "--device", "cpu"], check=False)
+        name, settings = program.name_and_settings(args)
+        path = self.folder / "logs" / f"{name}.jsonl"
+        if not path.exists() or path.stat().st_size == 0:
+            return None
+        rows = read_rows(path)
+        Run.compare(settings, rows[0]["settings"], path)
+        epochs = [row for row in rows if row["kind"] == "epoch"]
+        if not epochs:
+            return None
+        end = rows[-1] if rows[-1]["kind"] == "end" else {"final": False}
+        stopped = end["stopped"] if end["final"] else None
+        finished = len(epochs) >= experiment.epochs or stopped is not None
+        if len(epochs) > experiment.epochs:
+            stopped = None  # that was later than this figure reads
+        steps = [row for row in rows if row["kind"] == "step"]
+        return Result(
+            experiment, rows[0], epochs[: experiment.epochs], steps, stopped, finished
+        )
+
+    def of(self, figure, panel=None, curve=None):
+        """The Results of a figure, of one panel, of one curve; those that are there, in the order
+        of the table."""
+        rows = [row for row in self.table if row.figure == figure]
+        rows = [row for row in rows if panel in (None, row.panel) and curve in (None, row.curve)]
+        return [found for found in map(self.find, rows) if found is not None]
+
+
+def run_name(flags):
+    """The name of the run that these flags of main.py make."""
+    args = program.parse([*flags, "--device", "cpu"], check=False)
+    return program.name_and_settings(args)[0]
+
+
+def epochs_done(path):
+    """The number of epoch rows in a log that may be growing."""
+    try:
+        return path.read_bytes().count(b'{"kind": "epoch"')
+    except OSError:
+        return 0
+
+
+__all__ = ["Result", "Results", "RunError", "epochs_done", "run_name"]
