@@ -191,7 +191,7 @@ def environment(device):
             commit += "-modified"
     except (OSError, subprocess.SubprocessError):
         commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -199,14 +199,25 @@ def environment(device):
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "commit": commit,
     }
+
+
+def processor():
+    """The processor's name, as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except (OSError, IndexError):
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _resumed(then, now, done):
     """The first row of a run that goes on after `done` epochs: as it was, with the flags of now,
     and with the environment where that is another."""
-    keys = ("python", "torch", "device", "device_name", "threads", "commit", "ranks")
+    keys = ("python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks")
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
     row = {**then, "flags": now["flags"]}
     if changed:

@@ -75,6 +75,28 @@ class Results:
         return [found for found in map(self.find, rows) if found is not None]
 
 
+def tuned(grid):
+    """The run of a grid with the least final train loss; None of none.
+
+    A run that broke off, or has not come as far as the others, is no candidate while another is.
+    """
+    longest = max((len(found.epochs) for found in grid), default=0)
+    whole = [found for found in grid if len(found.epochs) == longest and not found.stopped]
+    return min(whole, key=lambda found: found.last["train_loss"], default=None)
+
+
+# Images that are not what their file's name says, by the checksum of the training images.
+JPEG = {"2926c671": "JPEG CIFAR-10"}
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
+
+
+def data_name(first):
+    """What the images of a run are, from its log's first row."""
+    name = first["settings"]["dataset"]
+    crc = first["data"].get("crc32", {}).get("train_images")
+    return JPEG.get(crc, NAMES.get(name, name))
+
+
 def run_name(flags):
     """The name of the run that these flags of main.py make."""
     args = program.parse([*flags, "--device", "cpu"], check=False)

@@ -1,0 +1,127 @@
+"""Figure 3's measurement: the objective along AGD's own direction, beside the paper's majorisation.
+
+From weights W, AGD steps along W(t) = W + t/eta dW, dW its update, so that W(eta) is where it goes.
+Sections 3 and 4 of the paper bound the objective there by
+
+    L(t) <= L - t G + 1/2 (exp(t) - 1)^2,
+
+least at t = eta, for the square loss with its 1/2, |f - y|^2 / (2 d_L) with |y| = sqrt(d_L), and
+for inputs of norm |x| = sqrt(d_0). The bound rests on assumptions about the network (its layers'
+gradients and weights are well conditioned); nothing here makes them true.
+"""
+
+import json
+import math
+import os
+
+import torch
+
+import main as program
+from agd import AGD
+from architecture import build
+from data import DATASETS
+from data.arrays import ArrayBatches, load_arrays
+from data.prepare import prepare
+from run import RunError
+from train import mse
+
+IMAGES = 10_000  # the first of the training set, as they are
+CHUNK = 1000
+POINTS = 41  # of a curve, from t = 0
+REACH = 2.5  # its end, in units of eta
+
+
+def normalised(dataset, data_dir):
+    """Chunks of (inputs of norm sqrt(d_0), labels) in float64: the first IMAGES, uncropped."""
+    spec = DATASETS[dataset]
+    arrays, _ = load_arrays(prepare(dataset, data_dir), spec.shape, spec.classes)
+    batches = ArrayBatches(
+        arrays["train_images"][:IMAGES], arrays["train_labels"][:IMAGES], spec.mean, spec.std,
+        CHUNK, torch.device("cpu"),
+    )  # fmt: skip
+    chunks = [(x.flatten(1).double(), y) for x, y in batches]
+    return [(x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1]), y) for x, y in chunks]
+
+
+@torch.no_grad()
+def objective(net, chunks):
+    """(outputs (N, C), losses (N,)) in the paper's normalisation."""
+    outputs = torch.cat([net(x) for x, _ in chunks])
+    return outputs, mse(outputs, torch.cat([y for _, y in chunks])) / 2
+
+
+def along(net, chunks):
+    """The curve from the weights that `net` has, a dict of numbers."""
+    optimizer = AGD(net.parameters())
+    count = sum(len(y) for _, y in chunks)
+    optimizer.zero_grad()
+    for x, y in chunks:
+        (mse(net(x), y).sum() / 2 / count).backward()
+    start = [p.detach().clone() for p in net.parameters()]
+    f, losses = objective(net, chunks)
+    optimizer.step()
+    eta, G = float(optimizer.eta), float(optimizer.G)
+    dW = [p.detach() - w for p, w in zip(net.parameters(), start)]
+    f_after, losses_after = objective(net, chunks)
+    ts = [REACH * eta * i / (POINTS - 1) for i in range(POINTS)]
+    curve = []
+    for t in ts:
+        with torch.no_grad():
+            for p, w, d in zip(net.parameters(), start, dW):
+                p.copy_(w + t / eta * d)
+        curve.append(objective(net, chunks)[1].mean().item())
+    relative = [(d.norm() / w.norm()).item() for d, w in zip(dW, start)]
+    return {
+        "L": losses.mean().item(),
+        "G": G,
+        "eta": eta,
+        "t": ts,
+        "loss": curve,
+        "chain": {  # at t = eta
+            "dW": sum(relative) / len(relative),  # |dW|/|W|, the mean over layers
+            "df": ((f_after - f).norm(dim=1) / math.sqrt(f.shape[1])).mean().item(),
+            "dl": (losses_after - losses).abs().mean().item(),
+            "dL": (losses_after - losses).mean().item(),
+        },
+    }
+
+
+def majorisation(state):
+    """The bound at each t of a measured state."""
+    return [state["L"] - t * state["G"] + math.expm1(t) ** 2 / 2 for t in state["t"]]
+
+
+def measure(results, data_dir):
+    """Measure before and after the training of figure 3's run; writes `<folder>/fig3.json` unless
+    it is there. Returns its path; raises RunError where the trained weights are missing."""
+    (row,) = (row for row in results.table if row.figure == "fig3")
+    found = results.find(row)
+    path = results.folder / "fig3.json"
+    if found is None or not found.finished:
+        raise RunError("its run has not come to its end")
+    run = {"name": found.first["name"], "epochs": row.epochs, "data": found.first["data"]}
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if there["run"] == run:
+            return path
+    args = program.parse([*row.flags, "--device", "cpu"])
+    weights = results.folder / "checkpoints" / f"{found.first['name']}.pt"
+    try:
+        checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RunError(f"the trained weights are missing ({error})") from error
+    if checkpoint["epoch"] != row.epochs:
+        raise RunError(f"{weights} is of epoch {checkpoint['epoch']}, not {row.epochs}")
+    chunks, states = normalised(args.dataset, data_dir), {}
+    height, side, channels = DATASETS[args.dataset].shape
+    shape, classes = (channels, height, side), DATASETS[args.dataset].classes
+    net = build(args.arch, shape, classes, args.depth, args.width)
+    program.make_optimizer(args, net)  # draws the weights
+    states["at initialisation"] = along(net.double(), chunks)
+    net.load_state_dict(checkpoint["net"])
+    states[f"after {row.epochs} epochs"] = along(net, chunks)
+    what = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
