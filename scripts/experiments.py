@@ -88,7 +88,7 @@ def experiments(scale):
         add("fig1", "imagenet", "SGD", 350, imagenet, ["1e-1"])
 
     # Figure 3 measures the network of figure 5 at its start and at its end.
-    add("fig3", "majorisation", "AGD", 20 if quick else 2000, eight)
+    add("fig3", "majorisation", "AGD", 14 if quick else 2000, eight)
 
     # Figure 4. tiny100, where it is at hand, stands in for a CIFAR-100 that is not.
     panels = (
@@ -106,7 +106,7 @@ def experiments(scale):
         add("fig4", "imagenet", "SGD", 350, imagenet, ["1e-1"])
 
     # Figure 5, and figure 8 on the same runs with other optimisers that need no tuning.
-    epochs = 20 if quick else 2000
+    epochs = 14 if quick else 2000
     for figure in ("fig5", "fig8"):
         add(figure, "fcn", "AGD", epochs, eight, seeds=(0, 1, 2))
         for curve in ("Adam", "SGD"):

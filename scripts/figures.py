@@ -15,9 +15,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from run import RunError
 from scripts.experiments import BATCHES, DEPTHS, PEERS, WIDTHS
-from scripts.results import data_name, tuned
+from scripts.results import data_name, network_name, tuned
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDTH = 7.2  # inches, the text of a page
@@ -64,8 +63,12 @@ def save(figure, results):
 # Axes and what they share.
 
 
-def percent(ax, top=100):
-    ax.set_ylim(0, top)
+def percent(ax, found=()):
+    """Accuracies in %, from 0 to the quarter above the highest of the runs."""
+    highest = max((row[key] for x in found for row in x.epochs
+                   for key in ("train_acc", "test_acc")), default=1)  # fmt: skip
+    top = 25 * math.ceil(4 * highest + 0.02)
+    ax.set_ylim(0, min(top, 102))
     ax.yaxis.set_major_locator(FixedLocator(range(0, 101, 25)))
 
 
@@ -77,8 +80,13 @@ def log_epochs(ax, epochs, label="epochs"):
     ax.xaxis.set_major_locator(LogLocator(subs=steps))
     ax.xaxis.set_minor_locator(NullLocator() if epochs < 100 else LogLocator(subs=range(2, 10)))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e4 else f"$10^{{{math.log10(x):.0f}}}$"))
+    ax.xaxis.set_major_formatter(FuncFormatter(power))
     ax.set_xlabel(label)
+
+
+def power(x, _):
+    """1 to 1000 as they are, beyond as powers of ten."""
+    return f"{x:g}" if x < 1e4 else f"$10^{{{math.log10(x):.0f}}}$"
 
 
 def not_run(ax, why="not run"):
@@ -150,13 +158,6 @@ def only(results, figure, panel, name):
     return found[0] if found else None
 
 
-def network_name(experiment):
-    flag = experiment.flag
-    if flag("--arch") == "fcn":
-        return f"FCN {flag('--depth')}×{flag('--width')}"
-    return {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}[flag("--arch")]
-
-
 def title(found):
     """Network and data of a run."""
     part = found.experiment.flag("--train_examples")
@@ -175,7 +176,7 @@ def fig1(results):
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
     for ax, panel in zip(axes, panels):
         found = results.of("fig1", panel)
-        percent(ax, 102)
+        percent(ax, results.of("fig1"))
         if not found:
             ax.set_title({"imagenet": "ResNet-50, ImageNet"}.get(panel, ""))
             not_run(ax)
@@ -211,33 +212,31 @@ def _rates(ax, results):
     ax.set_xlabel("learning rate of Adam and SGD")
 
 
-def descent(rate, start=-2.4, steps=12):
-    """Gradient descent on exp(x) - x - 1, whose slope is exp(x) - 1: its points."""
-    x = [start]
+def descent(rate, start=-1.2, steps=8):
+    """The points of gradient descent on w^2 / 2, whose slope is w."""
+    w = [start]
     for _ in range(steps):
-        x.append(x[-1] - rate * math.expm1(x[-1]))
-        if abs(x[-1]) > 8:
-            break
-    return np.array(x)
+        w.append(w[-1] - rate * w[-1])
+    return np.array(w)
 
 
 def fig2(results):
-    def f(x):
-        return np.exp(x) - x - 1
+    def f(w):
+        return w**2 / 2
 
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.1), sharey=True)
-    grid = np.linspace(-3.2, 2.2, 300)
-    for ax, (words, rate) in zip(axes, (("too small", 0.12), ("right", 0.9), ("too large", 4.2))):
+    grid = np.linspace(-2.2, 2.2, 300)
+    for ax, (words, rate) in zip(axes, (("too small", 0.05), ("right", 0.7), ("too large", 2.07))):
         x = descent(rate)
         ax.plot(grid, f(grid), color=BLUE, linewidth=1.6)
         ax.plot(x, f(x), color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
         ax.plot(x[:1], f(x[:1]), color=RED, marker="o", markersize=5, linestyle="none")
         ax.set_title(f"learning rate {rate:g}: {words}")
-        ax.set_xlim(-3.2, 2.2)
-        ax.set_ylim(-0.25, 4.2)
+        ax.set_xlim(-2.2, 2.2)
+        ax.set_ylim(-0.15, 2.4)
         ax.set_xlabel("weight $w$")
         ax.grid(False)
-    axes[0].set_ylabel(r"objective $\mathcal{L}(w)=e^w-w-1$")
+    axes[0].set_ylabel(r"objective $\mathcal{L}(w)=w^2/2$")
     return figure
 
 
@@ -358,7 +357,7 @@ def fig5(results):
     objective.set_title("objective")
     accuracy.set_title("accuracy (%)")
     update.set_title(r"relative update $\|\Delta W\|_F\,/\,\|W\|_F$")
-    percent(accuracy, 102)
+    percent(accuracy, best.values())
     for ax in (objective, accuracy, update):
         log_epochs(ax, max(len(x.epochs) for x in best.values()))
     names = [optimizer_key(name, name if name == "AGD" else
@@ -392,7 +391,7 @@ def fig6(results):
                 ax.set_title(f"width {width}")
             if j == 0:
                 ax.set_ylabel(f"depth {depth}", fontsize=8.5)
-            percent(ax, 102)
+            percent(ax, results.of("fig6"))
             right = ax.twinx()
             rights.append(right)
             right.set_yscale("log")
@@ -406,13 +405,13 @@ def fig6(results):
             band(right, result, "eta", ETA)
             curve(right, result, "train_loss", OBJECTIVE)
             curve(ax, result, "train_acc", TRAIN, scale=100)
-            curve(ax, result, "test_acc", TEST, scale=100, linestyle=DOTTED)
+            curve(ax, result, "test_acc", TEST, scale=100)
     share_log(rights)
     longest = max(len(x.epochs) for x in results.of("fig6"))
     log_epochs(axes[0, 0], longest, "")
     figure.supxlabel("epochs", fontsize=8)
     figure.supylabel("accuracy (%)", fontsize=8)
-    figure.text(1.012, 0.5, "objective and η", rotation=90, va="center", fontsize=8)
+    rights[len(widths) * (len(DEPTHS) // 2 + 1) - 1].set_ylabel("objective and η")
     top_legend(figure, quantities())
     return figure
 
@@ -438,7 +437,7 @@ def fig7(results):
         right.grid(False)
         right.spines["right"].set_visible(True)
         ax.set_title(f"batch size {batch}")
-        percent(ax, 102)
+        percent(ax, results.of("fig7"))
         result = only(results, "fig7", f"batch {batch}", "AGD")
         if result is None:
             not_run(ax)
@@ -502,7 +501,8 @@ def fig8(results):
         objective.plot(spent, [row["train_loss"] for row in rows], **style)
         label = name if len(found) == 1 else f"{name}, {len(found)} rates searched"
         keys.append(optimizer_key(name, label))
-    total = max(sum(len(f.epochs) for f in results.of("fig8", "fcn", n)) for n in ("AGD", "Adam", "SGD"))
+    names = ("AGD", "Adam", "SGD")
+    total = max(sum(len(f.epochs) for f in results.of("fig8", "fcn", name)) for name in names)
     for ax in (accuracy, objective):
         log_epochs(ax, total, "compute: epochs of training, the search included")
     accuracy.set_ylabel("test accuracy (%)")
@@ -526,7 +526,7 @@ def phases(results):
     curve(right, result, "train_loss", OBJECTIVE)
     curve(ax, result, "train_acc", TRAIN, scale=100)
     curve(ax, result, "test_acc", TEST, scale=100)
-    percent(ax, 102)
+    percent(ax, [result])
     log_epochs(ax, len(result.epochs))
     ax.set_title(title(result))
     ax.set_ylabel("accuracy (%)")
@@ -537,5 +537,3 @@ def phases(results):
 
 DRAWN = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6,
          "fig7": fig7, "fig8": fig8, "phases": phases}  # fmt: skip
-
-__all__ = ["RunError", "draw", "save"]

@@ -23,6 +23,7 @@ from data import DATASETS
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from run import RunError
+from scripts.results import run_name
 from train import mse
 
 IMAGES = 10_000  # the first of the training set, as they are
@@ -92,26 +93,22 @@ def majorisation(state):
 
 
 def measure(results, data_dir):
-    """Measure before and after the training of figure 3's run; writes `<folder>/fig3.json` unless
-    it is there. Returns its path; raises RunError where the trained weights are missing."""
+    """Measure figure 3's network at its start and at its last checkpoint; writes
+    `<folder>/fig3.json` unless it says that already. Returns its path; raises RunError where the
+    weights are missing."""
     (row,) = (row for row in results.table if row.figure == "fig3")
-    found = results.find(row)
-    path = results.folder / "fig3.json"
-    if found is None or not found.finished:
-        raise RunError("its run has not come to its end")
-    run = {"name": found.first["name"], "epochs": row.epochs, "data": found.first["data"]}
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there["run"] == run:
+    name, path = run_name(row.flags), results.folder / "fig3.json"
+    weights = results.folder / "checkpoints" / f"{name}.pt"
+    if not weights.exists():
+        if path.exists():
             return path
+        raise RunError(f"there is no {weights}")
+    checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+    settings = json.loads(checkpoint["settings"])
+    run = {"name": name, "epochs": checkpoint["epoch"], "data": settings["data"]}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["run"] == run:
+        return path
     args = program.parse([*row.flags, "--device", "cpu"])
-    weights = results.folder / "checkpoints" / f"{found.first['name']}.pt"
-    try:
-        checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise RunError(f"the trained weights are missing ({error})") from error
-    if checkpoint["epoch"] != row.epochs:
-        raise RunError(f"{weights} is of epoch {checkpoint['epoch']}, not {row.epochs}")
     chunks, states = normalised(args.dataset, data_dir), {}
     height, side, channels = DATASETS[args.dataset].shape
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
@@ -119,7 +116,7 @@ def measure(results, data_dir):
     program.make_optimizer(args, net)  # draws the weights
     states["at initialisation"] = along(net.double(), chunks)
     net.load_state_dict(checkpoint["net"])
-    states[f"after {row.epochs} epochs"] = along(net, chunks)
+    states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks)
     what = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")

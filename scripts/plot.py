@@ -19,20 +19,7 @@ from run import RunError, read_rows
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the lightest one is left out.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-}
+STYLE = Path(__file__).with_name("paper.mplstyle")
 
 
 def read(path):
@@ -71,9 +58,9 @@ def draw(paths):
     runs = [read(path) for path in paths]
     names = labels([first["flags"] for first, _ in runs])
     with_eta = any(row["eta_mean"] is not None for _, epochs in runs for row in epochs)
-    with plt.rc_context(STYLE):
+    with plt.style.context([STYLE]):
         columns = 3 if with_eta else 2
-        figure, axes = plt.subplots(1, columns, figsize=(3.4 * columns, 2.9), layout="constrained")
+        figure, axes = plt.subplots(1, columns, figsize=(3.0 * columns, 2.6))
         for i, ((_, epochs), name) in enumerate(zip(runs, names)):
             colour = COLOURS[i % len(COLOURS)]
 
@@ -127,7 +114,8 @@ def main(argv=None):
         parser.error(f"{args.output} does not end in .png, .pdf or .svg")
     try:
         figure = draw(args.runs)
-        figure.savefig(args.output)
+        with plt.style.context([STYLE]):
+            figure.savefig(args.output)
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     plt.close(figure)

@@ -12,6 +12,10 @@ Exit code: 0 when everything that can be run here is there, 75 when --time_limit
 after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense.
 """
 
+import time
+
+BEGAN = time.monotonic()  # what a time limit counts from, the imports included
+
 import argparse
 import os
 import re
@@ -19,11 +23,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import flags
-from data import default_data_dir
+from data import DataError, default_data_dir
 from run import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done
@@ -48,6 +51,7 @@ def submit(args, todo, numbers, results):
     again = [sys.executable, "-m", "scripts.reproduce", *args.figures, "--scale", args.scale]
     again += ["--out", str(args.out), "--data_dir", str(args.data_dir)]
     again += ["--device", args.device] if args.device else []
+    again += ["--epochs", str(args.epochs)] if args.epochs else []
     folder = results.folder / "output"
     folder.mkdir(parents=True, exist_ok=True)
     extra = shlex.split(args.sbatch)
@@ -105,6 +109,8 @@ def parse(argv):
         help="runs at once (default: one a core, 8 at most; 1 on a GPU)")
     add("--time_limit", type=duration, metavar="TIME",
         help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
+    add("--epochs", type=flags.number(int, 1), metavar="N",
+        help="stop every run at N epochs at most; a later command goes on from there")
     add("--out", default="reproduced", type=Path,
         help="(default: %(default)s; results holds the published ones)")
     add("--data_dir", default=default_data_dir(), help="as main.py's")
@@ -130,13 +136,12 @@ def parse(argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    began = time.monotonic()
     parser, args = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return reproduce(parser, args, began)
+        return reproduce(parser, args)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -145,9 +150,9 @@ def main(argv=None):
         return 130
 
 
-def reproduce(parser, args, began):
+def reproduce(parser, args):
     results, available = Results(args.out, args.scale), Availability(args.data_dir)
-    every = tasks(results, args.figures)
+    every = tasks(results, args.figures, args.epochs)
     if args.list:
         show(args, every, results, available)
         return 0
@@ -174,20 +179,21 @@ def reproduce(parser, args, began):
         if args.submit and todo:
             return submit(args, [every[i] for i in todo], todo, results)
         if todo:
-            code = run(args, [every[i] for i in todo], results, began)
+            code = run(args, [every[i] for i in todo], results)
     if args.runs is None and not args.submit:
         draw(args, results)
     return code
 
 
-def run(args, todo, results, began):
+def run(args, todo, results):
     """Run the tasks; returns the exit code."""
     cores = os.cpu_count() or 1
     jobs = args.jobs or (min(cores, 8) if on_cpu(args.device) else 1)
     place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
     deadline = None
     if args.time_limit is not None:
-        deadline = began + args.time_limit - min(15, args.time_limit / 4)  # to stop and to draw
+        # The rest is for stopping and for drawing.
+        deadline = BEGAN + args.time_limit - min(8 + 3 * len(args.figures), args.time_limit / 3)
     runner = Runner(results, jobs, place, deadline, " ".join(args.figures[:3]))
     whole = runner.run(todo)
     for name, reason in runner.failed.items():
@@ -209,8 +215,13 @@ def on_cpu(device):
 
 def draw(args, results):
     """Draw the figures for which there is something, and write the page that shows them."""
-    from scripts import figures, report
+    from scripts import figures, majorise, report
 
+    if "fig3" in args.figures:
+        try:
+            majorise.measure(results, args.data_dir)
+        except (RunError, DataError) as error:
+            print(f"fig3: not measured, {error}", flush=True)
     for figure in args.figures:
         paths = figures.save(figure, results)
         print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)

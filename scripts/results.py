@@ -19,9 +19,14 @@ class Result(NamedTuple):
     stopped: str  # why it ended before its time, or None
     finished: bool  # there is nothing left to run
 
-    def column(self, key, start=0):
+    def column(self, key):
         """A value an epoch, NaN where it was not finite or not measured."""
-        return [float("nan") if row.get(key) is None else row[key] for row in self.epochs[start:]]
+        return [float("nan") if row.get(key) is None else row[key] for row in self.epochs]
+
+    @property
+    def loss(self):
+        """The last train loss, NaN where it was not finite."""
+        return self.column("train_loss")[-1]
 
     @property
     def last(self):
@@ -38,9 +43,6 @@ class Results:
     @cached_property
     def table(self):
         return experiments(self.scale)
-
-    def log_path(self, experiment):
-        return self.folder / "logs" / f"{run_name(experiment.flags)}.jsonl"
 
     def find(self, experiment):
         """The Result of an experiment, or None where no epoch of it has been run.
@@ -82,7 +84,15 @@ def tuned(grid):
     """
     longest = max((len(found.epochs) for found in grid), default=0)
     whole = [found for found in grid if len(found.epochs) == longest and not found.stopped]
-    return min(whole, key=lambda found: found.last["train_loss"], default=None)
+    return min(whole, key=lambda found: found.loss, default=None)
+
+
+def network_name(experiment):
+    """What a run trains, in words."""
+    flag = experiment.flag
+    if flag("--arch") == "fcn":
+        return f"FCN {flag('--depth')}×{flag('--width')}"
+    return {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}[flag("--arch")]
 
 
 # Images that are not what their file's name says, by the checksum of the training images.

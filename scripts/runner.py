@@ -28,13 +28,19 @@ class Task(NamedTuple):
     epochs: int  # the most that a figure reads
 
 
-def tasks(results, figures):
-    """The distinct runs of the figures, in the order of the table."""
-    rows = [row for row in results.table if row.figure in figures]
-    epochs = {}
-    for row in rows:
-        epochs[row.flags] = max(epochs.get(row.flags, 0), row.epochs)
-    return [Task(run_name(flags), flags, n) for flags, n in epochs.items()]
+def tasks(results, figures, most=None):
+    """The distinct runs of the figures, figure by figure, the longest first, so that none is left
+    to the end alone; no longer than `most` epochs."""
+    epochs, every = {}, []
+    for row in results.table:
+        if row.figure in figures:
+            n = row.epochs if most is None else min(row.epochs, most)
+            epochs[row.flags] = max(epochs.get(row.flags, 0), n)
+    for figure in figures:
+        flags = dict.fromkeys(row.flags for row in results.table if row.figure == figure)
+        mine = [Task(run_name(f), f, epochs.pop(f)) for f in flags if f in epochs]
+        every += sorted(mine, key=lambda task: -cost(task) * task.epochs)
+    return every
 
 
 class Availability:

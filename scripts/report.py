@@ -1,0 +1,249 @@
+"""`<out>/README.md`: the paper's numbers beside the runs that are there, and what is not."""
+
+import os
+from pathlib import Path
+
+from scripts.experiments import DEPTHS, FIGURES, PEERS, SCALES, WIDTHS
+from scripts.results import Results, data_name, network_name, tuned
+from scripts.verdicts import CLAIMS, judge
+
+# The paper's final test accuracies in %, by figure, panel and curve; the text of section 5 and the
+# captions have them.
+PAPER = {
+    ("fig4", "fcn", "AGD"): 52.7,
+    ("fig4", "fcn", "Adam"): 53.5,
+    ("fig4", "resnet18", "AGD"): 91.2,
+    ("fig4", "resnet18", "Adam"): 92.9,
+    ("fig4", "vgg", "AGD"): 67.4,
+    ("fig4", "vgg", "Adam"): 69.7,
+    ("fig4", "imagenet", "AGD"): 65.5,
+    ("fig6", "2x64", "AGD"): 42.55,
+    ("fig6", "4x2048", "AGD"): 63.7,
+    ("fig7", "batch 32", "AGD"): 55.0,
+    ("fig7", "batch 128", "AGD"): 58.0,
+    ("fig7", "batch 1024", "AGD"): 60.0,
+    ("fig7", "batch 4096", "AGD"): 59.8,
+}
+
+CAPTIONS = {
+    "fig1": "Train accuracy solid, test accuracy dotted. AGD beside the default rates of Adam "
+    "(0.001) and SGD (0.1) on 32 layers; then beside all their rates (AGD: the level lines).",
+    "fig2": "Eight steps of gradient descent from the red point.",
+    "fig3": "The measured objective L(W + tΔW) along AGD's own direction, the paper's majorisation "
+    "L − tG + ½(eᵗ − 1)² and its least point at η, in the paper's normalisation; a measured curve "
+    "above the bound would be filled in red. Right: mean over layers of ‖ΔW‖/‖W‖, mean over images "
+    "of ‖Δf‖/√C and of |Δℓ|, and ΔL, at t = η.",
+    "fig4": "AGD solid, the tuned baseline dashed; η with its range in each epoch.",
+    "fig5": "Adam and SGD at the rate of the grid with the least final train loss. Right: the mean "
+    "over layers, its mean in each epoch within the range of the epoch's steps.",
+    "fig6": "Accuracy on the left axis, objective and η on the right one.",
+    "fig7": "Every step of the first epoch (faint), then every epoch (points).",
+    "fig8": "What a budget buys. A search that has spent 5n epochs on five rates has the network "
+    "with the least train loss after n epochs; an optimiser without a rate to choose has its one "
+    "run. All train the same network, so that an epoch is the same work.",
+    "phases": "A part of the training set is fitted soon: η rises, then falls.",
+}
+TITLES = {key: f"Figure {key[3:]}: {what}" for key, what in FIGURES.items() if key[:3] == "fig"}
+
+
+def write(out):
+    """Write the page from what lies under `out`; returns its path."""
+    every = [Results(out, scale) for scale in SCALES]
+    every = [results for results in every if (results.folder / "logs").is_dir()]
+    parts = [
+        "# Results",
+        "Written by `python -m scripts.reproduce`; nothing here was typed. A quick run is a "
+        "beginning: the paper's numbers are those of 1,000 to 2,000 epochs (ImageNet: 350), and a "
+        "quick number beside one of them is not its reproduction. 'JPEG CIFAR-10' are CIFAR-10's "
+        "images after a pass through JPEG, which may move an accuracy by a point or two.",
+        claims(every),
+    ]
+    for results in every:
+        parts += [
+            f"## Scale: {results.scale}",
+            numbers(results),
+            widths_and_depths(results),
+            rates(results),
+            pictures(results),
+            extent(results),
+        ]
+    if (Path(out) / "measured" / "README.md").exists():
+        parts.append("## More\n\n[Other runs and the benchmark](measured/README.md)")
+    path = Path(out) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def claims(every):
+    """Each claim of the paper with its verdict at each scale, and what holding means."""
+    head = ["claim", *(results.scale for results in every)]
+    rows = []
+    for claim in CLAIMS:
+        what, _, rule = claim.__doc__.partition("\n\n")
+        verdicts = [judge(claim, results) for results in every]
+        cells = [f"**{verdict}**" + (f": {said}" if said else "") for verdict, said in verdicts]
+        rows.append([f"{one_line(what)}<br><sub>{one_line(rule)}</sub>", *cells])
+    if "full" not in [results.scale for results in every]:
+        head, rows = [*head, "full"], [[*row, "not run"] for row in rows]
+    return "## The paper's claims\n\n" + table(head, rows)
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def shown(found):
+    """The runs of one curve that its number is of: the seeds of AGD, the tuned point of a grid."""
+    if any(x.experiment.flag("--lr") for x in found):
+        best = tuned(found)
+        return [best] if best else []
+    return found
+
+
+def spread(values):
+    """The mean, and the range over more than one."""
+    mean = f"{sum(values) / len(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+
+
+def numbers(results):
+    """The paper's numbers, ours, and what they were made with."""
+    head = ["", "paper, test %", "here, test %", "here, train %", "epochs", "made with", "command"]
+    rows = []
+    for key in dict.fromkeys(row[:3] for row in results.table):
+        figure, panel, name = key
+        # Figure 8's other runs are figure 5's, figure 1's rates are a search.
+        mine = figure in ("fig5", "phases") or (figure == "fig8" and name in PEERS)
+        if not (mine or key in PAPER or (figure == "fig1" and panel != "rates")):
+            continue
+        planned = [row for row in results.table if row[:3] == key]
+        what = f"{short(figure)}, {network_name(planned[0])}"
+        what += f", {panel}" if panel.startswith("batch") else ""
+        paper, there = PAPER.get(key, ""), results.of(*key)
+        found = shown(there)
+        if not found:
+            rows.append([f"{what}, {name}", paper, "not run", "", "", "", ""])
+            continue
+        first, run = found[0].first, found[0].experiment
+        rate = run.flag("--lr")
+        rows.append([
+            f"{what}, {name}{f' at {rate}' if rate else ''}{part(there, planned)}",
+            paper,
+            spread([100 * x.last["test_acc"] for x in found]),
+            spread([100 * x.last["train_acc"] for x in found]),
+            length(found[0]),
+            f"{data_name(first)}; {hardware(first)}; {first['date'][:10]}",
+            f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`",
+        ])  # fmt: skip
+    return "### Numbers\n\n" + table(head, rows)
+
+
+def part(found, planned):
+    """Words for runs that lack others to compare with."""
+    return f" ({len(found)} of {len(planned)} runs)" if len(found) < len(planned) else ""
+
+
+def length(found):
+    """Its epochs, and how many they should be."""
+    done, planned = len(found.epochs), found.experiment.epochs
+    if found.stopped:
+        return f"stopped in {done}: {found.stopped.split(';')[0]}"
+    return f"{done}" if done == planned else f"{done} of {planned}"
+
+
+def short(figure):
+    return f"fig. {figure[3:]}" if figure.startswith("fig") else figure
+
+
+def widths_and_depths(results):
+    """Figure 6 in numbers."""
+    if not results.of("fig6"):
+        return ""
+    rows = []
+    for depth in DEPTHS:
+        row = [f"depth {depth}"]
+        for width in WIDTHS[results.scale]:
+            found = results.of("fig6", f"{depth}x{width}")
+            row.append(f"{found[0].loss:.4f}, {100 * found[0].last['test_acc']:.1f} %"
+                       if found else "not run")  # fmt: skip
+        rows.append(row)
+    head = ["train loss, test accuracy", *(f"width {width}" for width in WIDTHS[results.scale])]
+    return "### Width and depth\n\n" + table(head, rows)
+
+
+def hardware(first):
+    threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''} a run"
+    cores = f", {first['cores']} cores" if "cores" in first else ""
+    gpu = first["device"].startswith("cuda")
+    return f"{first['device_name']}{'' if gpu else cores + threads}, torch {first['torch']}"
+
+
+def rates(results):
+    """Every point of every grid, the failures too."""
+    parts = []
+    keys = dict.fromkeys(row[:3] for row in results.table if row.flag("--lr"))
+    for key in keys:
+        if key[0] == "fig8" or key[1] in ("deep", "imagenet"):
+            continue
+        found = results.of(*key)
+        if not found:
+            continue
+        planned = [row for row in results.table if row[:3] == key]
+        best = tuned(found) if len(found) == len(planned) else None
+        cells = []
+        for x in found:
+            loss = x.last["train_loss"]
+            cell = "not finite" if loss is None else f"{loss:.4f}"
+            cell += f", {100 * x.last['test_acc']:.1f} %"
+            if x.stopped:
+                cell = f"stopped in epoch {len(x.epochs)}: {x.stopped.split(' at ')[0]}"
+            cells.append(f"**{cell}**" if x is best else cell)
+        where = f"{short(key[0])}, {network_name(found[0].experiment)}, {key[2]}"
+        head = [where + part(found, planned), *(x.experiment.flag("--lr") for x in found)]
+        parts.append(table(head, [["train loss, test accuracy", *cells]]))
+    if not parts:
+        return ""
+    rule = (
+        "Tuned means the least train loss in the last epoch (**bold**) over the grid, test "
+        "accuracies unseen; a run whose loss was no longer finite is kept as a failure."
+    )
+    return "### The searches\n\n" + rule + "\n\n" + "\n\n".join(parts)
+
+
+def pictures(results):
+    parts = []
+    for figure, what in FIGURES.items():
+        path = results.folder / "figures" / f"{figure}.png"
+        if path.exists():
+            name = TITLES.get(figure, what.capitalize())
+            place = path.relative_to(results.out).as_posix()
+            parts.append(f"#### {name}\n\n![{name}]({place})\n\n{CAPTIONS[figure]}")
+    return "### Figures\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def extent(results):
+    """How much of the table has been run, and what it took."""
+    rows = []
+    for figure in FIGURES:
+        planned = [row for row in results.table if row.figure == figure]
+        if not planned:
+            continue
+        found = results.of(figure)
+        done = [x for x in found if x.finished]
+        seconds = sum(row["seconds"] for x in done for row in x.epochs)
+        missing = [x for x in planned if results.find(x) not in done]
+        panels = list(dict.fromkeys(f"{x.panel}, {x.curve}" for x in missing))
+        rest = "; ".join(panels[:4]) + (f"; {len(panels) - 4} more" if len(panels) > 4 else "")
+        rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])
+    head = ["figure", "runs", "minutes of its runs, added up", "not run"]
+    return "### What has been run\n\n" + table(head, rows)
