@@ -1,12 +1,14 @@
 """What only a GPU can show, the most valuable first: `python -m scripts.gpu_checks`.
 
-Each check writes its finding to <out>/gpu_checks.json as soon as it has one, and a check that is
-there is not repeated: stop the command at any time, start it again, and it goes on. --fresh starts
-over. The exit code is 1 if a check failed.
+Each check writes its finding to <out>/benchmark/gpu_checks.json as soon as it has one, and a check
+that is there is not repeated: stop the command at any time, start it again, and it goes on. --fresh
+starts over. Then the figures are run at the paper's scale as far as --epochs, for --time_limit at a
+time (see scripts.reproduce). The exit code is 1 if a check failed, 75 if figures are left to run.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -18,6 +20,7 @@ from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
 from run import environment
+from scripts.reproduce import duration
 from train import evaluate, mse, train_epoch
 
 CPU = torch.device("cpu")
@@ -136,6 +139,22 @@ def step_times(args):
     return found
 
 
+def figures(args):
+    """The figures at full scale, those first whose claims a hundred epochs can judge."""
+    for figure in ("fig5", "fig7", "fig1", "fig6", "fig3", "fig8", "fig4"):
+        left = args.time_limit - (time.monotonic() - args.began)
+        if left < 60:
+            return 75
+        code = subprocess.run(
+            [sys.executable, "-m", "scripts.reproduce", figure, "--scale", "full", "--out",
+             args.out, "--data_dir", args.data_dir, "--jobs", str(args.jobs), "--epochs",
+             str(args.epochs), "--device", str(args.device), "--time_limit", f"{left:.0f}s"]
+        ).returncode  # fmt: skip
+        if code:
+            return code
+    return 0
+
+
 CHECKS = [same_step_as_the_cpu, not_finite_and_scale, no_host_read_in_an_epoch, epoch_times,
           step_times]  # fmt: skip
 
@@ -149,13 +168,18 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_dir", default=default_data_dir())
-    parser.add_argument("--out", default="results/benchmark")
+    parser.add_argument("--out", default="results")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--epochs", type=int, default=100, help="of the figures (default: 100)")
+    parser.add_argument("--jobs", type=int, default=4, help="runs at once (default: 4)")
+    parser.add_argument("--time_limit", type=duration, default="9m",
+        help="for checks and figures together (default: 9m)")  # fmt: skip
     args = parser.parse_args(argv)
+    args.began = time.monotonic()
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no GPU here")
-    path = Path(args.out, "gpu_checks.json")
+    path = Path(args.out, "benchmark", "gpu_checks.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
     done.setdefault("environment", environment(args.device))
@@ -172,7 +196,7 @@ def main(argv=None):
         done[check.__name__] = finding
         path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         print(f"{check.__name__}: {json.dumps(finding)}", flush=True)
-    return 1 if failed else 0
+    return 1 if failed else figures(args)
 
 
 if __name__ == "__main__":

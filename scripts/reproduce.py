@@ -167,15 +167,17 @@ def reproduce(parser, args):
                 continue
             reason = available.lacking(every[i])
             if reason:
-                left_out.setdefault(reason, []).append(every[i].name)
+                left_out.setdefault(reason, []).append(every[i])
             else:
                 todo.append(i)
         done = len(chosen) - len(todo) - sum(map(len, left_out.values()))
         print(f"{len(chosen)} runs: {done} finished, {len(todo)} to do"
               + (f", {len(chosen) - done - len(todo)} left out" if left_out else ""), flush=True)
-        for reason, names in left_out.items():
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            print(f"  left out, {reason}: {some}", flush=True)
+        for reason, lost in left_out.items():
+            flags_of = {task.flags for task in lost}
+            of = dict.fromkeys(row.figure for row in results.table if row.flags in flags_of)
+            of = ", ".join(figure for figure in of if figure in args.figures)
+            print(f"  left out, {len(lost)} of {of}: {reason}", flush=True)
         if args.submit and todo:
             return submit(args, [every[i] for i in todo], todo, results)
         if todo:

@@ -123,7 +123,7 @@ class Runner:
         total = sum(self.work.values())
         bar = tqdm(
             total=total, disable=not self.terminal, file=sys.stdout, dynamic_ncols=True,
-            bar_format="{desc} {bar}{postfix}", initial=self._done(todo),
+            bar_format="{desc} {bar}", initial=self._done(todo),
         )  # fmt: skip
         try:
             while waiting or self.running:
@@ -134,11 +134,8 @@ class Runner:
                     if process.poll() is not None:
                         self._ended(process, task, todo)
                 bar.n = self._done(todo)
-                bar.set_description_str(
-                    f"{self.title}: {len(self.ended)} of {len(todo)} runs", refresh=False
-                )
-                bar.set_postfix_str(self._left(todo), refresh=False)
-                bar.refresh()
+                said = f"{self.title}: {len(self.ended)} of {len(todo)} runs, {self._left(todo)}"
+                bar.set_description_str(said)
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     return False
             return True
@@ -220,9 +217,9 @@ class Runner:
         before = sum(cost(task) * n for task, n in self.start_epochs.items())
         now, total = self._done(todo), sum(self.work.values())
         if now <= before:
-            return "  ? left"
+            return "? left"
         seconds = (time.monotonic() - self.began) * (total - now) / (now - before)
-        return f"  {clock(seconds)} left"
+        return f"{clock(seconds)} left"
 
 
 def is_finished(results, task):

@@ -1,0 +1,341 @@
+import json
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import main as program
+from run import read_rows
+from scripts import experiments, reproduce, results, runner
+from scripts.experiments import FIGURES, PEERS, SCALES, Experiment
+from scripts.results import Results, run_name
+from tests.conftest import ROOT
+
+DIGITS = "--arch fcn --depth 3 --width 16 --dataset digits --log_updates"
+
+
+def small_table(scale, epochs=3):
+    """Figure 5 on digits: four runs of a second each."""
+    rows = []
+    for curve, rate in (("AGD", None), ("Adam", "1e-3"), ("Adam", "1e-1"), ("SGD", "1e-1")):
+        words = [*shlex.split(DIGITS), "--optimizer", curve.lower()]
+        words += ["--lr", rate] if rate else []
+        rows.append(Experiment("fig5", "fcn", curve, epochs, (*words, "--seed", "0")))
+    return rows
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(results, "experiments", small_table)
+
+
+def call(*argv):
+    return reproduce.main([str(x) for x in argv])
+
+
+def start(out, *argv, epochs=3):
+    """The command in a process of its own, over the small table."""
+    code = (
+        "import sys; from scripts import results; from tests import test_reproduce as t; "
+        f"results.experiments = lambda scale: t.small_table(scale, {epochs}); "
+        "from scripts import reproduce; sys.exit(reproduce.main(sys.argv[1:]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "fig5", "--out", str(out), "--device", "cpu", *argv],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def logs(out, scale="quick"):
+    return {path.stem: read_rows(path) for path in (Path(out) / scale / "logs").iterdir()}
+
+
+def lasting(rows):
+    """What does not differ from run to run."""
+    drop = {"seconds", "images_per_second", "date", "flags"}
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+def test_every_row_of_the_table_parses():
+    for scale in SCALES:
+        for row in experiments.experiments(scale):
+            assert row.figure in FIGURES and row.epochs >= 1
+            argv = [*row.flags, "--epochs", str(row.epochs), "--device", "cpu"]
+            args = program.parse(argv, check=row.curve not in PEERS)
+            expected = PEERS.get(row.curve, row.curve.lower())
+            assert args.optimizer == expected and args.epochs == row.epochs
+            if row.curve in ("Adam", "SGD"):
+                assert args.lr == float(row.flag("--lr"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_name_of_a_run_means_one_set_of_flags(scale):
+    table = experiments.experiments(scale)
+    flags = {}
+    for row in table:
+        assert flags.setdefault(run_name(row.flags), row.flags) == row.flags
+    assert len(set(table)) == len(table)
+
+
+def test_the_table_is_the_papers():
+    table = experiments.experiments("full")
+    assert {row.figure for row in table} == set(FIGURES) - {"fig2"}
+    assert len([row for row in table if row.figure == "fig6"]) == 30
+    middle = [row for row in table if row[:3] == ("fig1", "rates", "SGD")]
+    assert [float(row.flag("--lr")) for row in middle] == [10.0**k for k in range(-7, 2)]
+    for figure, panel, curve in (("fig5", "fcn", "SGD"), ("fig4", "resnet18", "Adam")):
+        grid = [row for row in table if row[:3] == (figure, panel, curve)]
+        assert [float(row.flag("--lr")) for row in grid] == [10.0**k for k in range(-5, 0)]
+    batches = {row.flag("--train_bs") for row in table if row.figure == "fig7"}
+    assert batches == {"32", "128", "1024", "4096"}
+
+
+def test_runs_draws_and_skips_what_is_finished(small, tmp_path, capsys):
+    assert call("fig5", "--out", tmp_path, "--jobs", 2, "--device", "cpu") == 0
+    assert "4 runs: 0 finished, 4 to do" in capsys.readouterr().out
+    before = logs(tmp_path)
+    assert len(before) == 4
+    for rows in before.values():
+        assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2, 3]
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / "quick" / "figures" / f"fig5.{suffix}").stat().st_size > 5000
+    page = (tmp_path / "README.md").read_text()
+    assert "quick/figures/fig5.png" in page and "FCN 3×16, Adam at 1e-3" in page
+    times = [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
+    assert call("fig5", "--out", tmp_path) == 0
+    assert "4 runs: 4 finished, 0 to do" in capsys.readouterr().out
+    assert times == [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
+
+
+def test_a_run_alone_is_the_run_of_the_table(small, tmp_path):
+    """What is reproduced is what main.py does by itself, but for the number of threads."""
+    assert call("fig5", "--out", tmp_path / "a", "--runs", 0, "--device", "cpu") == 0
+    row = small_table("quick")[0]
+    out = tmp_path / "b" / "quick"
+    program.main([*row.flags, "--epochs", "3", "--out", str(out), "--device", "cpu"])
+    ((name, ours),) = logs(tmp_path / "a").items()
+    theirs = logs(tmp_path / "b")[name]
+    threads = ("threads",)  # one job of many has one thread, and main.py all of them
+    assert [{**r, **dict.fromkeys(threads)} for r in lasting(ours)[:1]] == [
+        {**r, **dict.fromkeys(threads)} for r in lasting(theirs)[:1]
+    ]
+    for mine, other in zip(ours[1:], theirs[1:]):
+        if mine["kind"] == "epoch":
+            assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
+def processes(out):
+    """Those that have the folder on their command line, this one's own children aside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"scripts.runner" in words and any(str(out).encode() in word for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at /proc")
+def test_killed_it_takes_its_runs_along_and_goes_on(tmp_path):
+    """SIGKILL loses an epoch of a run at most, and what comes out is what would have."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(killed, "--jobs", "1", epochs=60)
+    path = killed / "quick" / "logs" / f"{run_name(small_table('')[0].flags)}.jsonl"
+    end = time.monotonic() + 120
+    while results.epochs_done(path) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = results.epochs_done(path)
+    assert done >= 3
+    end = time.monotonic() + 30
+    while processes(killed) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not processes(killed)
+    again = start(killed, "--jobs", "2", epochs=60)
+    assert again.wait(300) == 0, again.stdout.read()
+    output = (killed / "quick" / "output" / f"{path.stem}.txt").read_text()
+    if done < 60:
+        went_on = int(output.split("Going on after epoch ")[1].split()[0])
+        assert went_on >= done - 1
+    unbroken = start(whole, "--jobs", "2", epochs=60)
+    assert unbroken.wait(300) == 0
+    for name, rows in logs(whole).items():
+        ours = [row for row in lasting(logs(killed)[name]) if row["kind"] == "epoch"]
+        assert ours == [row for row in lasting(rows) if row["kind"] == "epoch"]
+
+
+def test_a_time_limit_stops_cleanly_and_the_command_goes_on(tmp_path):
+    process = start(tmp_path, "--jobs", "1", "--time_limit", "14s", epochs=5000)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == reproduce.TIME_IS_UP, said
+    assert "The time is up" in said and "Traceback" not in said
+    (rows,) = logs(tmp_path).values()
+    assert rows[-1]["kind"] == "end" and rows[-1]["stopped"] == "interrupted"
+    done = sum(row["kind"] == "epoch" for row in rows)
+    again = start(tmp_path, "--jobs", "4", "--epochs", str(done + 1), epochs=5000)
+    said = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, said
+    assert {len(rows) for rows in logs(tmp_path).values()} == {done + 3}
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_runs_and_says_how_to_go_on(ending, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.reproduce", "phases", "--out", str(tmp_path),
+         "--device", "cpu", "--data_dir", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = process.communicate(timeout=120)[0]  # no data: nothing to run
+    assert process.returncode == 0 and "left out" in said
+    process = start(tmp_path, "--jobs", "1", epochs=5000)
+    path = tmp_path / "quick" / "logs"
+    end = time.monotonic() + 120
+    while not (path.exists() and any(map(results.epochs_done, path.iterdir()))):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(ending)
+    said = process.communicate(timeout=60)[0]
+    if ending == signal.SIGINT:
+        assert process.returncode == 130 and "the same command goes on" in said
+        (rows,) = logs(tmp_path).values()
+        assert rows[-1]["stopped"] == "interrupted"
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    bad = Experiment("fig5", "fcn", "AGD", 3, ("--arch", "fcn", "--depth", "3", "--width", "16",
+        "--dataset", "npz:broken.npz", "--optimizer", "agd", "--seed", "7"))  # fmt: skip
+    monkeypatch.setattr(results, "experiments", lambda scale: [bad, *small_table(scale)[1:]])
+    code = call("fig5", "--out", tmp_path, "--data_dir", tmp_path, "--device", "cpu")
+    assert code == 1
+    said = capsys.readouterr()
+    assert "broken.npz is damaged" in said.err and "Traceback" not in said.err
+    assert len(logs(tmp_path)) == 3
+
+
+def test_what_is_not_at_hand_is_left_out_by_name(monkeypatch, tmp_path, capsys):
+    from data import DataError
+
+    def refuse(name, data_dir, source=None):
+        raise DataError(f"{name} could not be fetched: no network\nmore words")
+
+    monkeypatch.setattr("data.prepare.prepare", refuse)
+    table = [row for row in experiments.experiments("full") if row.figure in ("fig1", "fig3", "fig8")]
+    monkeypatch.setattr(results, "experiments", lambda scale: table)
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    assert call("all", "--scale", "full", "--out", tmp_path, "--data_dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "of fig1, fig3, fig8: cifar10 could not be fetched: no network\n" in said
+    assert f"left out, 2 of fig1: there is no folder {tmp_path}/imagenet" in said
+    assert "0 to do" in said and "fig1: nothing to draw yet" in said
+    # The data there, the optional packages not.
+    monkeypatch.setattr("data.prepare.prepare", lambda *args: None)
+    assert call("fig8", "--list", "--scale", "full", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("pip install") == 3 and "pip install prodigyopt" in said
+
+
+def test_a_longer_figure_goes_on_from_a_shorter_one(monkeypatch, tmp_path):
+    """Figures that share a run read as much of it as they show."""
+    short = [row._replace(figure="fig1", epochs=1) for row in small_table("")]
+    monkeypatch.setattr(results, "experiments", lambda scale: short + small_table(scale))
+    assert call("fig1", "--out", tmp_path, "--device", "cpu") == 0
+    assert call("fig5", "--out", tmp_path, "--device", "cpu") == 0
+    there = Results(tmp_path, "quick")
+    assert [len(x.epochs) for x in there.of("fig1")] == [1] * 4
+    assert [len(x.epochs) for x in there.of("fig5")] == [3] * 4
+    assert all(x.finished for x in there.of("fig1") + there.of("fig5"))
+
+
+def test_the_tasks_of_a_figure_begin_with_the_longest():
+    there = Results("nowhere", "quick")
+    every = runner.tasks(there, ["fig6"])
+    work = [runner.cost(task) * task.epochs for task in every]
+    assert work == sorted(work, reverse=True)
+    assert max(task.epochs for task in runner.tasks(there, ["fig6"], 2)) == 2
+    both = runner.tasks(there, ["fig1", "fig5"])
+    assert len({task.flags for task in both}) == len(both)
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("9m", 540), ("1.5h", 5400),
+                                           ("1h30m", 5400)])  # fmt: skip
+def test_duration(text, seconds):
+    assert reproduce.duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["fig9"], "did you mean fig"),
+        ([], "FIGURE"),
+        (["fig5", "--time_limit", "9"], "no time"),
+        (["fig5", "--time_limit", "0s"], "no time"),
+        (["fig5", "--scale", "ful"], "did you mean full"),
+        (["fig5", "--jobs", "0"], "whole number"),
+        (["fig5", "--runs", "99"], "the numbers 0 to 12"),
+        (["fig5", "--runs", "a"], "invalid"),
+        (["fig5", "--sbatch", "--gres gpu:1"], "--submit slurm"),
+        (["fig5", "--submit", "slurm", "--draw"], "leave out"),
+        (["fig5", "--drw"], "did you mean --draw"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(argv, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call(*argv, "--out", tmp_path)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert "python -m scripts.reproduce --help" in error
+
+
+def test_submit_sends_an_array_of_what_is_missing_and_draws_after_it(
+    small, tmp_path, monkeypatch, capsys
+):
+    """With an sbatch that writes down what it gets."""
+    assert call("fig5", "--out", tmp_path, "--runs", "1", "--device", "cpu") == 0
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\nn=$(ls "$SPOOL" | wc -l)\n{ echo "$@"; cat; } > "$SPOOL/$n"\n'
+        "echo $((40 + n))\n"
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setenv("SPOOL", str(spool))
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    assert call("fig5", "--out", tmp_path, "--submit", "slurm", "--jobs", 2,
+                "--sbatch", "--gres gpu:1 --time 1:00:00") == 0  # fmt: skip
+    array, draw = ((spool / str(i)).read_text() for i in (0, 1))
+    assert "--array=0,2,3%2" in array and "--gres gpu:1 --time 1:00:00" in array
+    assert '--runs "$SLURM_ARRAY_TASK_ID"' in array and f"--out {tmp_path}" in array
+    assert "--dependency=afterany:40" in draw and "--draw" in draw
+    assert "job 40" in capsys.readouterr().out
+    # What the array's task does.
+    command = array.split("&& ", 1)[1]
+    assert command.split()[1:4] == ["-m", "scripts.reproduce", "fig5"]
+
+
+def test_submit_without_slurm_says_so(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 1
+    assert "no sbatch here" in capsys.readouterr().err
+
+
+def test_a_log_of_another_run_is_not_taken_for_this_one(small, tmp_path):
+    assert call("fig5", "--out", tmp_path, "--runs", "0", "--device", "cpu") == 0
+    (path,) = (tmp_path / "quick" / "logs").iterdir()
+    lines = path.read_text().splitlines()
+    first = json.loads(lines[0])
+    first["settings"]["width"] = 999
+    path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    assert call("fig5", "--out", tmp_path, "--draw") == 1
