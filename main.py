@@ -80,7 +80,8 @@ def name_and_settings(args):
     if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
     if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
-        dataset = settings["dataset"] = os.path.basename(dataset).removesuffix(".npz")
+        file = os.path.basename(dataset[len("npz:") :])
+        dataset = settings["dataset"] = file.removesuffix(".npz")
     name = run_name(
         f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
         dataset,

@@ -37,3 +37,33 @@ def reference_step(weights, grads, gain=1.0):
             W = torch.stack(columns, dim=2).reshape(W.shape)
         new.append(W)
     return new, eta, G
+
+
+class Averaging(torch.optim.SGD):
+    """An optimiser that answers with other weights than it trains, as the schedule-free ones do:
+    in evaluation each weight is half of what is trained."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.modes = []
+        for group in self.param_groups:
+            group["halved"] = False
+
+    def train(self):
+        self._turn("train", False, 2.0)
+
+    def eval(self):
+        self._turn("eval", True, 0.5)
+
+    @torch.no_grad()
+    def _turn(self, mode, halved, factor):
+        self.modes.append(mode)
+        for group in self.param_groups:
+            if group["halved"] != halved:
+                group["halved"] = halved
+                for p in group["params"]:
+                    p.mul_(factor)
+
+    def step(self, closure=None):
+        assert not any(group["halved"] for group in self.param_groups)
+        return super().step(closure)

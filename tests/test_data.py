@@ -509,3 +509,64 @@ def test_the_imagenet_sample(samples, tmp_path):
     assert inputs.shape == (100, 3, 224, 224)
     assert labels.tolist() == list(range(100))
     assert inputs.mean().abs() < 0.5
+
+
+def write_npz(path, images, labels):
+    np.savez(path, **{f"{s}_{k}": v for s in ("train", "test")
+                      for k, v in (("images", images), ("labels", labels))})  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_prepared_file_of_ones_own(channels, tmp_path):
+    """Classes, side, mean and deviation come from the file; colours are augmented like CIFAR's."""
+    images = np.random.default_rng(0).integers(0, 90, (60, 16, 16, channels), dtype=np.uint8)
+    write_npz(tmp_path / "mine.npz", images, np.arange(60) % 7)
+    found = load("npz:mine.npz", tmp_path, 20, 20, CPU)
+    assert (found.shape, found.classes) == ((channels, 16, 16), 7)
+    assert (found.train.pad, found.train.flip) == ((2, True) if channels == 3 else (0, False))
+    inputs = torch.cat([x for x, _ in found.test]).double()
+    assert inputs.mean((0, 2, 3)).tolist() == pytest.approx([0] * channels, abs=1e-4)
+    assert inputs.std((0, 2, 3)).tolist() == pytest.approx([1] * channels, abs=1e-3)
+    elsewhere = load(f"npz:{tmp_path / 'mine.npz'}", "nowhere", 20, 20, CPU)
+    assert elsewhere.source == found.source and found.source["file"] == "mine.npz"
+
+
+@pytest.mark.parametrize("fault", ["missing", "no archive", "shape", "labels"])
+def test_a_file_of_ones_own_with_a_fault_is_named(fault, tmp_path):
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    if fault == "shape":
+        images = images[..., 0]
+    if fault == "labels":
+        labels = labels + 1
+    if fault == "no archive":
+        (tmp_path / "mine.npz").write_bytes(b"mine")
+    elif fault != "missing":
+        write_npz(tmp_path / "mine.npz", images, labels)
+    with pytest.raises(DataError, match="mine.npz is damaged or another.*data.prepare --help"):
+        load("npz:mine.npz", tmp_path, 2, 2, CPU)
+
+
+def test_a_blank_channel_is_no_division_by_zero(tmp_path):
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    write_npz(tmp_path / "mine.npz", images, np.arange(6) % 3)
+    for x, _ in load("npz:mine.npz", tmp_path, 2, 2, CPU).test:
+        assert bool((x == 0).all())
+
+
+def test_a_part_of_a_set_is_its_first_images(tmp_path):
+    images, labels = some_images(40)
+    write_npz(tmp_path / "cifar10.npz", images, labels)
+    whole = load("cifar10", tmp_path, 8, 8, CPU)
+    part = load("cifar10", tmp_path, 8, 8, CPU, train_examples=12, test_examples=40)
+    assert (part.train.examples, part.test.examples, part.classes) == (12, 40, 10)
+    assert torch.equal(part.train.images, whole.train.images[:12])
+    assert torch.equal(part.train.labels, whole.train.labels[:12])
+    with pytest.raises(DataError, match="40 images for --test_examples, not 41"):
+        load("cifar10", tmp_path, 8, 8, CPU, test_examples=41)
+
+
+def test_channel_statistics_are_numpys():
+    images = some_images(30)[0]
+    mean, std = data.channel_statistics(images)
+    assert mean == pytest.approx((images / 255).mean((0, 1, 2)), rel=1e-12)
+    assert std == pytest.approx((images / 255).std((0, 1, 2)), rel=1e-12)

@@ -389,3 +389,65 @@ def test_one_epoch_of_cifar_stays_where_it_was(samples, tmp_path):
     row = rows(tmp_path, "fcn10x256-cifar10-mse-bs128-agd-seed0")[1]
     assert row["train_loss"] == pytest.approx(0.839, abs=0.01)
     assert row["eta_mean"] == pytest.approx(0.17, abs=0.02)
+
+
+def test_steps_of_the_first_epochs_and_updates_are_logged_when_asked(tmp_path):
+    flags = [*QUICK, "--out", tmp_path]
+    assert call(*flags) == 0
+    assert call(*flags, "--log_steps", 2, "--log_updates") == 0
+    name = f"{NAME}-steps2-updates"
+    found = rows(tmp_path, name)
+    assert {row["epoch"] for row in found if row["kind"] == "step"} == {1, 2}
+    steps = [row for row in found if row["kind"] == "step" and row["epoch"] == 2]
+    epoch = next(row for row in found if row["kind"] == "epoch" and row["epoch"] == 2)
+    sizes = [row["update"] for row in steps]
+    assert all(0 < size < 0.1 for size in sizes)
+    assert [epoch["update_min"], epoch["update_mean"], epoch["update_max"]] == pytest.approx(
+        [min(sizes), np.mean(sizes), max(sizes)]
+    )
+    assert "update_mean" not in rows(tmp_path)[1]  # nor without --log_updates
+    assert all(torch.equal(weights(tmp_path, name)[k], v) for k, v in weights(tmp_path).items())
+    plain = [row["train_loss"] for row in rows(tmp_path) if row["kind"] == "epoch"]
+    assert plain == [row["train_loss"] for row in found if row["kind"] == "epoch"]
+
+
+def test_an_optimiser_with_two_sets_of_weights_is_saved_and_goes_on(tmp_path):
+    flags = [*QUICK, "--optimizer", "tests.reference.Averaging", "--lr", 0.01]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(*flags, "--out", whole) == 0
+    assert call(*flags, "--epochs", 2, "--out", parts) == 0
+    assert call(*flags, "--out", parts) == 0
+    (name,) = [path.stem for path in (whole / "logs").iterdir()]
+    assert all(torch.equal(weights(parts, name)[k], v) for k, v in weights(whole, name).items())
+
+
+def test_names_have_rates_without_exponents_and_say_what_part_was_trained_on():
+    def name(*flags):
+        args = program.parse([*map(str, flags), "--cpu"])
+        return program.name_and_settings(args)[0]
+
+    assert name("--optimizer", "adam", "--lr", "1e-7").endswith("-adam-lr0.0000001-seed0")
+    assert name("--optimizer", "sgd", "--lr", "10").endswith("-sgd-lr10.0-seed0")
+    assert "-train500-test10-mse-" in name("--train_examples", 500, "--test_examples", 10)
+    assert name("--dataset", "npz:a/tiny.npz") == name("--dataset", "npz:tiny.npz")
+    assert name("--dataset", "npz:tiny.npz").startswith("fcn10x256-tiny-mse")
+    assert name("--log_steps").endswith("-steps") and name("--log_steps", 3).endswith("-steps3")
+
+
+@pytest.mark.parametrize("flag", ["--train_examples", "--test_examples"])
+def test_a_part_of_an_image_folder_is_refused(flag, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call("--dataset", "folder:pictures", flag, 5)
+    assert exit.value.code == 2 and f"{flag} is for the prepared sets" in capsys.readouterr().err
+
+
+def test_a_log_names_no_home(monkeypatch):
+    monkeypatch.delenv("AGD_DATA", raising=False)
+    assert program.parse(["--cpu"]).data_dir == "~/.cache/agd"
+
+
+def test_what_depends_on_the_machine_can_be_left_unchecked():
+    flags = ["--optimizer", "no_such_package.Optimizer", "--device", "cuda:99"]
+    with pytest.raises(SystemExit):
+        program.parse(flags)
+    assert program.parse(flags, check=False).optimizer == "no_such_package.Optimizer"

@@ -7,6 +7,7 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import load
+from tests.reference import Averaging
 from tests.test_agd import Reads
 from train import LOSSES, Totals, evaluate, mse, train_epoch, xent
 
@@ -179,3 +180,57 @@ def test_every_network_trains_two_steps_on_every_set(arch, dataset, every_set):
     assert all(not torch.equal(p, b) for p, b in zip(net.parameters(), before))
     tested = evaluate(net, [next(iter(data.test))], mse).read()
     assert tested["examples"] == batch
+
+
+def test_relative_updates_are_the_mean_over_layers_of_each_step():
+    data = digits(train_bs=500)
+    nets = [network(data) for _ in range(2)]
+    optimizers = [AGD(net.parameters()) for net in nets]
+    found = train_epoch(
+        nets[0], data.train, mse, optimizers[0], log_updates=True
+    ).read()["steps"]["update"]
+    plain, expected = nets[1], []
+
+    class Spy(AGD):
+        def step(self):
+            before = [p.detach().clone() for p in plain.parameters()]
+            super().step()
+            sizes = [((p - w).norm() / w.norm()).item()
+                     for p, w in zip(plain.parameters(), before)]  # fmt: skip
+            expected.append(sum(sizes) / len(sizes))
+
+    figures = train_epoch(plain, data.train, mse, Spy(plain.parameters())).read()
+    assert len(found) == 3 and found == pytest.approx(expected, rel=1e-5)
+    assert figures["steps"]["update"] is None
+    for p, q in zip(*(net.parameters() for net in nets)):
+        assert torch.equal(p, q)  # to measure changes nothing
+
+
+def test_updates_of_convolutions_and_baselines_are_measured():
+    torch.manual_seed(0)
+    net = build("resnet18", (1, 32, 32), 3)
+    batch = [(torch.randn(2, 1, 32, 32), torch.tensor([0, 2]))]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    steps = train_epoch(net, batch, mse, optimizer, log_updates=True).read()["steps"]
+    assert steps["update"] == [0.0] and steps["eta"] is None
+
+
+def test_no_update_is_read_back():
+    data = digits(train_bs=500)
+    net = network(data)
+    optimizer = AGD(net.parameters())
+    train_epoch(net, data.train, mse, optimizer, log_updates=True)
+    with Reads() as reads:
+        totals = train_epoch(net, data.train, mse, optimizer, log_updates=True)
+    assert reads.count == 0
+    assert len(totals.read()["steps"]["update"]) == 3
+
+
+def test_an_optimiser_with_two_sets_of_weights_trains_with_one_and_answers_with_the_other():
+    data = digits()
+    net = network(data)
+    optimizer = Averaging(net.parameters())
+    for _ in range(2):
+        train_epoch(net, data.train, mse, optimizer)
+    assert optimizer.modes == ["train", "eval"] * 2
+    assert optimizer.param_groups[0]["halved"]
