@@ -3,6 +3,7 @@
 Numbered as in the authors' blog post. A panel whose runs are not there says so.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -45,8 +46,25 @@ def draw(figure, results):
         return DRAWN[figure](results)
 
 
+def fingerprint(picture):
+    """A checksum of what is drawn, whatever draws it: the points of all lines and bands, the words
+    of titles, labels and legends."""
+    drawn = []
+    for ax in picture.axes:
+        points = [line.get_xydata() for line in ax.lines]
+        points += [path.vertices for band in ax.collections for path in band.get_paths()]
+        drawn += [f"{x:.6g}" for xy in points for x in np.asarray(xy, dtype=float).ravel()]
+        drawn += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+        drawn += [text.get_text() for text in ax.texts]
+    drawn += [text.get_text() for legend in picture.legends for text in legend.get_texts()]
+    return hashlib.sha256("\n".join(drawn).encode()).hexdigest()
+
+
 def save(figure, results):
-    """Write a figure as PNG and PDF; returns their paths, or () where there is nothing to draw."""
+    """Write a figure as PNG and PDF; returns their paths, or () where there is nothing to draw.
+
+    The PNG's "Source" is the fingerprint of what it shows.
+    """
     picture = draw(figure, results)
     if picture is None:
         return ()
@@ -54,7 +72,7 @@ def save(figure, results):
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{figure}.png", folder / f"{figure}.pdf"
     with plt.style.context([STYLE]):
-        picture.savefig(paths[0])
+        picture.savefig(paths[0], metadata={"Source": fingerprint(picture)})
         picture.savefig(paths[1], metadata={"CreationDate": None})
     plt.close(picture)
     return paths

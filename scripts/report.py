@@ -1,5 +1,6 @@
 """`<out>/README.md`: the paper's numbers beside the runs that are there, and what is not."""
 
+import math
 import os
 from pathlib import Path
 
@@ -188,28 +189,31 @@ def hardware(first):
     return f"{first['device_name']}{'' if gpu else cores + threads}, torch {first['torch']}"
 
 
+def grids(results):
+    """(figure, words for network and optimiser, its runs, the tuned one or None while some are
+    missing) of each grid that has runs."""
+    keys = dict.fromkeys(row[:3] for row in results.table if row.flag("--lr"))
+    for key in keys:
+        planned = [row for row in results.table if row[:3] == key]
+        found = results.of(*key)
+        if key[0] == "fig8" or len(planned) < 2 or not found:  # figure 8's are figure 5's
+            continue
+        words = f"{network_name(planned[0])}, {key[2]}{part(found, planned)}"
+        yield key[0], words, found, tuned(found) if len(found) == len(planned) else None
+
+
 def rates(results):
     """Every point of every grid, the failures too."""
     parts = []
-    keys = dict.fromkeys(row[:3] for row in results.table if row.flag("--lr"))
-    for key in keys:
-        if key[0] == "fig8" or key[1] in ("deep", "imagenet"):
-            continue
-        found = results.of(*key)
-        if not found:
-            continue
-        planned = [row for row in results.table if row[:3] == key]
-        best = tuned(found) if len(found) == len(planned) else None
+    for figure, words, found, best in grids(results):
         cells = []
         for x in found:
-            loss = x.last["train_loss"]
-            cell = "not finite" if loss is None else f"{loss:.4f}"
-            cell += f", {100 * x.last['test_acc']:.1f} %"
+            loss = "not finite" if math.isnan(x.loss) else f"{x.loss:.4f}"
+            cell = f"{loss}, {100 * x.last['test_acc']:.1f} %"
             if x.stopped:
                 cell = f"stopped in epoch {len(x.epochs)}: {x.stopped.split(' at ')[0]}"
             cells.append(f"**{cell}**" if x is best else cell)
-        where = f"{short(key[0])}, {network_name(found[0].experiment)}, {key[2]}"
-        head = [where + part(found, planned), *(x.experiment.flag("--lr") for x in found)]
+        head = [f"{short(figure)}, {words}", *(x.experiment.flag("--lr") for x in found)]
         parts.append(table(head, [["train loss, test accuracy", *cells]]))
     if not parts:
         return ""

@@ -227,6 +227,10 @@ def draw(args, results):
     for figure in args.figures:
         paths = figures.save(figure, results)
         print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
+        for searched, words, found, best in report.grids(results):
+            if searched == figure and best:
+                print(f"  {words}: the least final train loss of {len(found)} rates is "
+                      f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
     print(f"All of it: {report.write(args.out)}")
 
 

@@ -39,6 +39,7 @@ class Results:
 
     def __init__(self, out, scale):
         self.out, self.scale, self.folder = Path(out), scale, Path(out, scale)
+        self.rows = {}  # of the logs that were read
 
     @cached_property
     def table(self):
@@ -54,7 +55,7 @@ class Results:
         path = self.folder / "logs" / f"{name}.jsonl"
         if not path.exists() or path.stat().st_size == 0:
             return None
-        rows = read_rows(path)
+        rows = self._read(path)
         Run.compare(settings, rows[0]["settings"], path)
         epochs = [row for row in rows if row["kind"] == "epoch"]
         if not epochs:
@@ -68,6 +69,14 @@ class Results:
         return Result(
             experiment, rows[0], epochs[: experiment.epochs], steps, stopped, finished
         )
+
+    def _read(self, path):
+        """The rows of a log, read once as long as it does not change."""
+        state = path.stat()
+        key = (path, state.st_mtime_ns, state.st_size)
+        if key not in self.rows:
+            self.rows[key] = read_rows(path)
+        return self.rows[key]
 
     def of(self, figure, panel=None, curve=None):
         """The Results of a figure, of one panel, of one curve; those that are there, in the order
