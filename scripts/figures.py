@@ -122,7 +122,7 @@ def curve(ax, result, key, colour, marker=None, scale=1.0, **style):
     if marker:
         shown = sorted({round(n) for n in np.geomspace(1, len(y), 4)})
         style |= {"marker": marker, "markevery": [n - 1 for n in shown], "markersize": 3.6}
-        style |= {"markerfacecolor": "white", "markeredgewidth": 1.0}
+        style |= {"markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}
     elif len(y) == 1:
         style |= {"marker": "o", "markersize": 3}
     return ax.plot(x, y, color=colour, **style)
@@ -514,7 +514,7 @@ def fig8(results):
         style = {"color": colour, "marker": marker, "markersize": 3.2, "markerfacecolor": "white"}
         style |= {"linewidth": 2.2} if name == "AGD" else {}
         shown = sorted({round(n) for n in np.geomspace(1, len(rows), 5)})
-        style["markevery"] = [n - 1 for n in shown]
+        style |= {"markevery": [n - 1 for n in shown], "clip_on": False}
         accuracy.plot(spent, [100 * row["test_acc"] for row in rows], **style)
         objective.plot(spent, [row["train_loss"] for row in rows], **style)
         label = name if len(found) == 1 else f"{name}, {len(found)} rates searched"
