@@ -93,7 +93,8 @@ def train_epoch(
 
     `log_updates` measures the relative update of each step, at the price of a copy of the weights.
     An optimiser that trains other weights than it answers with (`train` and `eval`, as the
-    schedule-free ones have) answers when this returns.
+    schedule-free ones have) answers when this returns; batch-norm statistics stay those of the
+    weights that it trained.
     """
     net.train()
     if hasattr(optimizer, "train"):

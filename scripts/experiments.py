@@ -26,7 +26,7 @@ SCALES = ("quick", "full")
 
 TUNED = tuple(f"1e{k}" for k in range(-5, 0))  # the grid over which a baseline is tuned
 WIDE = tuple(f"1e{k}" for k in range(-7, 2))  # the grid of figure 1
-PEERS = {  # without a learning rate to choose: class, and the name of its package
+PEERS = {  # at their defaults, the class by its dotted name
     "Prodigy": "prodigyopt.Prodigy",
     "Schedule-free AdamW": "schedulefree.AdamWScheduleFree",
     "D-Adapted Adam": "dadaptation.DAdaptAdam",
@@ -67,10 +67,10 @@ def experiments(scale):
         return f"--arch fcn --depth {depth} --width {width} --dataset cifar10 --test_bs 1000"
 
     eight = f"{cifar(8, 256)} --log_updates"  # the network of figure 5
-    # Quick convolutional runs see a part of the images, in smaller batches.
-    part = "--train_examples {} --test_examples {} --train_bs 32" if quick else ""
-    resnet = f"--arch resnet18 --dataset cifar10 --test_bs 1000 {part.format(640, 250)}"
-    vgg = f"--arch vgg --dataset {{}} --test_bs 1000 {part.format(1280, 500)}"
+    # Quick convolutional runs see a few of the images, in smaller batches.
+    part = "--train_examples {} --test_examples 250 --train_bs 32" if quick else ""
+    resnet = f"--arch resnet18 --dataset cifar10 --test_bs 1000 {part.format(320)}"
+    vgg = f"--arch vgg --dataset {{}} --test_bs 1000 {part.format(640)}"
     imagenet = "--arch resnet50 --dataset imagenet --loss xent --train_bs 1024 --test_bs 1000"
 
     # Figure 1. Left: the defaults of Adam (0.001) and SGD (0.1) on a deep network.
@@ -93,9 +93,9 @@ def experiments(scale):
     # Figure 4. tiny100, where it is at hand, stands in for a CIFAR-100 that is not.
     panels = (
         ("fcn", cifar(16, 512), 3),
-        ("resnet18", resnet, 3),
-        ("vgg", vgg.format("cifar100"), 3),
-        ("vgg, tiny100", vgg.format("npz:tiny100.npz"), 3),
+        ("resnet18", resnet, 6),
+        ("vgg", vgg.format("cifar100"), 6),
+        ("vgg, tiny100", vgg.format("npz:tiny100.npz"), 6),
     )
     for panel, flags, epochs in panels:
         epochs = epochs if quick else 2000

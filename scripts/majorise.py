@@ -33,15 +33,16 @@ REACH = 2.5  # its end, in units of eta
 
 
 def normalised(dataset, data_dir):
-    """Chunks of (inputs of norm sqrt(d_0), labels) in float64: the first IMAGES, uncropped."""
+    """Chunks of (inputs of norm sqrt(d_0), labels) in float64, the first IMAGES, uncropped; and
+    what identifies the images."""
     spec = DATASETS[dataset]
-    arrays, _ = load_arrays(prepare(dataset, data_dir), spec.shape, spec.classes)
+    arrays, source = load_arrays(prepare(dataset, data_dir), spec.shape, spec.classes)
     batches = ArrayBatches(
         arrays["train_images"][:IMAGES], arrays["train_labels"][:IMAGES], spec.mean, spec.std,
         CHUNK, torch.device("cpu"),
     )  # fmt: skip
     chunks = [(x.flatten(1).double(), y) for x, y in batches]
-    return [(x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1]), y) for x, y in chunks]
+    return [(x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1]), y) for x, y in chunks], source
 
 
 @torch.no_grad()
@@ -78,6 +79,7 @@ def along(net, chunks):
         "eta": eta,
         "t": ts,
         "loss": curve,
+        "bound": majorisation(losses.mean().item(), G, ts),
         "chain": {  # at t = eta
             "dW": sum(relative) / len(relative),  # |dW|/|W|, the mean over layers
             "df": ((f_after - f).norm(dim=1) / math.sqrt(f.shape[1])).mean().item(),
@@ -87,9 +89,9 @@ def along(net, chunks):
     }
 
 
-def majorisation(state):
-    """The bound at each t of a measured state."""
-    return [state["L"] - t * state["G"] + math.expm1(t) ** 2 / 2 for t in state["t"]]
+def majorisation(L, G, ts):
+    """The bound at each t."""
+    return [L - t * G + math.expm1(t) ** 2 / 2 for t in ts]
 
 
 def measure(results, data_dir):
@@ -109,7 +111,9 @@ def measure(results, data_dir):
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["run"] == run:
         return path
     args = program.parse([*row.flags, "--device", "cpu"])
-    chunks, states = normalised(args.dataset, data_dir), {}
+    (chunks, source), states = normalised(args.dataset, data_dir), {}
+    if source != settings["data"]:
+        raise RunError(f"{weights} was trained on other images than those of {data_dir}")
     height, side, channels = DATASETS[args.dataset].shape
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
     net = build(args.arch, shape, classes, args.depth, args.width)

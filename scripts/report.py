@@ -5,43 +5,54 @@ import os
 from pathlib import Path
 
 from scripts.experiments import DEPTHS, FIGURES, PEERS, SCALES, WIDTHS
-from scripts.results import Results, data_name, network_name, tuned
+from scripts.results import Results, data_name, network_name
 from scripts.verdicts import CLAIMS, judge
 
-# The paper's final test accuracies in %, by figure, panel and curve; the text of section 5 and the
-# captions have them.
+# The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
+# and the best rates of its grids.
 PAPER = {
-    ("fig4", "fcn", "AGD"): 52.7,
-    ("fig4", "fcn", "Adam"): 53.5,
-    ("fig4", "resnet18", "AGD"): 91.2,
-    ("fig4", "resnet18", "Adam"): 92.9,
-    ("fig4", "vgg", "AGD"): 67.4,
-    ("fig4", "vgg", "Adam"): 69.7,
-    ("fig4", "imagenet", "AGD"): 65.5,
-    ("fig6", "2x64", "AGD"): 42.55,
-    ("fig6", "4x2048", "AGD"): 63.7,
-    ("fig7", "batch 32", "AGD"): 55.0,
-    ("fig7", "batch 128", "AGD"): 58.0,
-    ("fig7", "batch 1024", "AGD"): 60.0,
-    ("fig7", "batch 4096", "AGD"): 59.8,
+    ("fig1", "deep", "Adam"): "10",
+    ("fig1", "deep", "SGD"): "10",
+    ("fig4", "fcn", "AGD"): "52.7",
+    ("fig4", "fcn", "Adam"): "53.5",
+    ("fig4", "resnet18", "AGD"): "91.2",
+    ("fig4", "resnet18", "Adam"): "92.9",
+    ("fig4", "vgg", "AGD"): "67.4",
+    ("fig4", "vgg", "Adam"): "69.7",
+    ("fig4", "imagenet", "AGD"): "65.5",
+    ("fig5", "fcn", "Adam"): "at 1e-4",
+    ("fig5", "fcn", "SGD"): "at 1e-1",
+    ("fig6", "2x64", "AGD"): "42.55",
+    ("fig6", "4x2048", "AGD"): "63.7",
+    ("fig7", "batch 32", "AGD"): "55.0",
+    ("fig7", "batch 128", "AGD"): "58.0",
+    ("fig7", "batch 1024", "AGD"): "60.0",
+    ("fig7", "batch 4096", "AGD"): "59.8",
 }
 
 CAPTIONS = {
     "fig1": "Train accuracy solid, test accuracy dotted. AGD beside the default rates of Adam "
-    "(0.001) and SGD (0.1) on 32 layers; then beside all their rates (AGD: the level lines).",
+    "(0.001) and SGD (0.1) on 32 layers; then the last accuracy at every rate from 1e-7 to 10, "
+    "with AGD's as level lines.",
     "fig2": "Eight steps of gradient descent from the red point.",
-    "fig3": "The measured objective L(W + tΔW) along AGD's own direction, the paper's majorisation "
-    "L − tG + ½(eᵗ − 1)² and its least point at η, in the paper's normalisation; a measured curve "
-    "above the bound would be filled in red. Right: mean over layers of ‖ΔW‖/‖W‖, mean over images "
-    "of ‖Δf‖/√C and of |Δℓ|, and ΔL, at t = η.",
+    "fig3": "The measured objective L(W + tΔW) along AGD's own direction and the paper's "
+    "majorisation L − tG + ½(eᵗ − 1)², least at t = η; where the objective lay above the bound, "
+    "the gap would be filled in red. All in the paper's normalisation: the square loss with its ½, "
+    "inputs of norm √d₀. Training has no ½, other inputs and batches of 128, so its η is larger. "
+    "Right, at t = η: mean over layers of ‖ΔW‖/‖W‖, means over images of ‖Δf‖/√C and of |Δℓ|, "
+    "and ΔL.",
     "fig4": "AGD solid, the tuned baseline dashed; η with its range in each epoch.",
-    "fig5": "Adam and SGD at the rate of the grid with the least final train loss. Right: the mean "
-    "over layers, its mean in each epoch within the range of the epoch's steps.",
-    "fig6": "Accuracy on the left axis, objective and η on the right one.",
-    "fig7": "Every step of the first epoch (faint), then every epoch (points).",
-    "fig8": "What a budget buys. A search that has spent 5n epochs on five rates has the network "
-    "with the least train loss after n epochs; an optimiser without a rate to choose has its one "
-    "run. All train the same network, so that an epoch is the same work.",
+    "fig5": "Adam and SGD at the rate of the grid with the least final train loss; of AGD's seeds "
+    "the first. Right: the mean over layers, its mean in each epoch within the range of its steps.",
+    "fig6": "Accuracy on the left axis, objective and η, with its range in each epoch, on the "
+    "right one.",
+    "fig7": "Every step of the first epoch (faint), then every epoch (points); of the seeds the "
+    "first. Test accuracy is measured at the ends of epochs.",
+    "fig8": "What a budget buys. A search over five rates that has spent 5n epochs has the network "
+    "that had the least train loss after n; AGD, and other optimisers at their defaults, have "
+    "their one run. Epochs of one network, so the passes cost the same, while the optimisers' own "
+    "time differs a little. Of AGD's seeds the first; the train loss of Schedule-free AdamW is "
+    "that of the weights that it trains, its test accuracy that of those that it averages.",
     "phases": "A part of the training set is fitted soon: η rises, then falls.",
 }
 TITLES = {key: f"Figure {key[3:]}: {what}" for key, what in FIGURES.items() if key[:3] == "fig"}
@@ -94,19 +105,22 @@ def claims(every):
         rows.append([f"{one_line(what)}<br><sub>{one_line(rule)}</sub>", *cells])
     if "full" not in [results.scale for results in every]:
         head, rows = [*head, "full"], [[*row, "not run"] for row in rows]
-    return "## The paper's claims\n\n" + table(head, rows)
+    words = "A quick verdict is one on the beginning of training."
+    return f"## The paper's claims\n\n{words}\n\n" + table(head, rows)
 
 
 def one_line(text):
     return " ".join(text.split())
 
 
-def shown(found):
-    """The runs of one curve that its number is of: the seeds of AGD, the tuned point of a grid."""
-    if any(x.experiment.flag("--lr") for x in found):
-        best = tuned(found)
+def shown(results, key):
+    """The runs that a number is of: the equally long seeds, or the tuned point of a grid."""
+    found = results.of(*key)
+    if len({row.flag("--lr") for row in results.planned(*key)}) > 1:
+        best = results.tuned(*key)
         return [best] if best else []
-    return found
+    longest = max((len(x.epochs) for x in found), default=0)
+    return [x for x in found if len(x.epochs) == longest or x.stopped]
 
 
 def spread(values):
@@ -123,27 +137,28 @@ def numbers(results):
     rows = []
     for key in dict.fromkeys(row[:3] for row in results.table):
         figure, panel, name = key
-        # Figure 8's other runs are figure 5's, figure 1's rates are a search.
-        mine = figure in ("fig5", "phases") or (figure == "fig8" and name in PEERS)
-        if not (mine or key in PAPER or (figure == "fig1" and panel != "rates")):
+        # Figure 8's other runs are figure 5's, the rates of figure 1 stand with the searches.
+        mine = figure in ("fig4", "fig5", "phases") or (figure == "fig8" and name in PEERS)
+        mine = mine or (figure == "fig1" and (panel != "rates" or name == "AGD"))
+        if not (mine or key in PAPER):
             continue
-        planned = [row for row in results.table if row[:3] == key]
-        what = f"{short(figure)}, {network_name(planned[0])}"
+        planned, there, found = results.planned(*key), results.of(*key), shown(results, key)
+        data = there[0].data if there else data_name(planned[0].flag("--dataset"), {})
+        what = f"{short(figure)}, {network_name(planned[0])}, {data}"
         what += f", {panel}" if panel.startswith("batch") else ""
-        paper, there = PAPER.get(key, ""), results.of(*key)
-        found = shown(there)
         if not found:
-            rows.append([f"{what}, {name}", paper, "not run", "", "", "", ""])
+            under_way = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
+            rows.append([f"{what}, {name}", PAPER.get(key, ""), "not run" + under_way, *[""] * 4])
             continue
-        first, run = found[0].first, found[0].experiment
-        rate = run.flag("--lr")
+        run = found[0].experiment
+        rate = f" at {run.flag('--lr')}" if run.flag("--lr") else ""
         rows.append([
-            f"{what}, {name}{f' at {rate}' if rate else ''}{part(there, planned)}",
-            paper,
+            f"{what}, {name}{rate}",
+            PAPER.get(key, ""),
             spread([100 * x.last["test_acc"] for x in found]),
             spread([100 * x.last["train_acc"] for x in found]),
             length(found[0]),
-            f"{data_name(first)}; {hardware(first)}; {first['date'][:10]}",
+            "; ".join(dict.fromkeys(made_with(x.first) for x in found)),
             f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`",
         ])  # fmt: skip
     return "### Numbers\n\n" + table(head, rows)
@@ -175,11 +190,19 @@ def widths_and_depths(results):
         row = [f"depth {depth}"]
         for width in WIDTHS[results.scale]:
             found = results.of("fig6", f"{depth}x{width}")
-            row.append(f"{found[0].loss:.4f}, {100 * found[0].last['test_acc']:.1f} %"
-                       if found else "not run")  # fmt: skip
+            row.append(figures_of(found[0]) if found else "not run")
         rows.append(row)
     head = ["train loss, test accuracy", *(f"width {width}" for width in WIDTHS[results.scale])]
     return "### Width and depth\n\n" + table(head, rows)
+
+
+def made_with(first):
+    """Hardware, version and date of a run, and those that it went on with."""
+    parts = [f"{hardware(first)}; {first['date'][:10]}"]
+    for later in first.get("resumed", []):
+        if {"device_name", "torch", "threads"} & set(later):
+            parts.append(f"from epoch {later['after_epoch'] + 1} {hardware({**first, **later})}")
+    return ", ".join(parts)
 
 
 def hardware(first):
@@ -189,30 +212,34 @@ def hardware(first):
     return f"{first['device_name']}{'' if gpu else cores + threads}, torch {first['torch']}"
 
 
+def figures_of(found):
+    """Train loss and test accuracy, and how far the run is if it is not through."""
+    if found.stopped:
+        return f"stopped in epoch {len(found.epochs)}: {found.stopped.split(' at ')[0]}"
+    loss = "not finite" if math.isnan(found.loss) else f"{found.loss:.4f}"
+    cut = "" if found.finished else f" ({length(found)} epochs)"
+    return f"{loss}, {100 * found.last['test_acc']:.1f} %{cut}"
+
+
 def grids(results):
     """(figure, words for network and optimiser, its runs, the tuned one or None while some are
     missing) of each grid that has runs."""
     keys = dict.fromkeys(row[:3] for row in results.table if row.flag("--lr"))
     for key in keys:
-        planned = [row for row in results.table if row[:3] == key]
-        found = results.of(*key)
+        planned, found = results.planned(*key), results.of(*key)
         if key[0] == "fig8" or len(planned) < 2 or not found:  # figure 8's are figure 5's
             continue
-        words = f"{network_name(planned[0])}, {key[2]}{part(found, planned)}"
-        yield key[0], words, found, tuned(found) if len(found) == len(planned) else None
+        words = f"{network_name(planned[0])}, {found[0].data}, {key[2]}{part(found, planned)}"
+        yield key[0], words, found, results.tuned(*key)
 
 
 def rates(results):
     """Every point of every grid, the failures too."""
     parts = []
     for figure, words, found, best in grids(results):
-        cells = []
-        for x in found:
-            loss = "not finite" if math.isnan(x.loss) else f"{x.loss:.4f}"
-            cell = f"{loss}, {100 * x.last['test_acc']:.1f} %"
-            if x.stopped:
-                cell = f"stopped in epoch {len(x.epochs)}: {x.stopped.split(' at ')[0]}"
-            cells.append(f"**{cell}**" if x is best else cell)
+        winner = best and best.experiment
+        cells = [figures_of(x) for x in found]
+        cells = [f"**{cell}**" if x.experiment == winner else cell for x, cell in zip(found, cells)]
         head = [f"{short(figure)}, {words}", *(x.experiment.flag("--lr") for x in found)]
         parts.append(table(head, [["train loss, test accuracy", *cells]]))
     if not parts:
@@ -245,9 +272,12 @@ def extent(results):
         found = results.of(figure)
         done = [x for x in found if x.finished]
         seconds = sum(row["seconds"] for x in done for row in x.epochs)
-        missing = [x for x in planned if results.find(x) not in done]
+        finished = {x.experiment for x in done}
+        missing = [row for row in planned if row not in finished]
         panels = list(dict.fromkeys(f"{x.panel}, {x.curve}" for x in missing))
         rest = "; ".join(panels[:4]) + (f"; {len(panels) - 4} more" if len(panels) > 4 else "")
+        if figure == "fig3" and not (results.folder / "fig3.json").exists():
+            rest = "not measured"
         rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])
     head = ["figure", "runs", "minutes of its runs, added up", "not run"]
     return "### What has been run\n\n" + table(head, rows)

@@ -1,6 +1,7 @@
 """The logs of the runs in the table, found by the table's rows."""
 
-from functools import cached_property
+import math
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ class Result(NamedTuple):
         return self.column("train_loss")[-1]
 
     @property
+    def data(self):
+        """What its images are, in words."""
+        return data_name(self.first["settings"]["dataset"], self.first["data"])
+
+    @property
     def last(self):
         """The last epoch row."""
         return self.epochs[-1]
@@ -45,13 +51,16 @@ class Results:
     def table(self):
         return experiments(self.scale)
 
+    def planned(self, figure, panel, curve):
+        """The rows of the table that are a run, its seeds or its grid."""
+        return [row for row in self.table if row[:3] == (figure, panel, curve)]
+
     def find(self, experiment):
         """The Result of an experiment, or None where no epoch of it has been run.
 
         Raises RunError where something else lies in its place.
         """
-        args = program.parse([*experiment.flags, "--device", "cpu"], check=False)
-        name, settings = program.name_and_settings(args)
+        name, settings = identity(experiment.flags)
         path = self.folder / "logs" / f"{name}.jsonl"
         if not path.exists() or path.stat().st_size == 0:
             return None
@@ -66,9 +75,7 @@ class Results:
         if len(epochs) > experiment.epochs:
             stopped = None  # that was later than this figure reads
         steps = [row for row in rows if row["kind"] == "step"]
-        return Result(
-            experiment, rows[0], epochs[: experiment.epochs], steps, stopped, finished
-        )
+        return Result(experiment, rows[0], epochs[: experiment.epochs], steps, stopped, finished)
 
     def _read(self, path):
         """The rows of a log, read once as long as it does not change."""
@@ -80,20 +87,52 @@ class Results:
 
     def of(self, figure, panel=None, curve=None):
         """The Results of a figure, of one panel, of one curve; those that are there, in the order
-        of the table."""
+        of the table. Raises RunError where those of one panel saw different images."""
         rows = [row for row in self.table if row.figure == figure]
         rows = [row for row in rows if panel in (None, row.panel) and curve in (None, row.curve)]
-        return [found for found in map(self.find, rows) if found is not None]
+        every = [found for found in map(self.find, rows) if found is not None]
+        seen = {}
+        for found in every:
+            other = seen.setdefault(found.experiment.panel, found)
+            if found.first["data"] != other.first["data"]:
+                raise RunError(
+                    f"{found.first['name']} and {other.first['name']} in {self.folder}/logs were "
+                    "run on different images; keep them apart with --out"
+                )
+        return every
+
+    def tuned(self, figure, panel, curve):
+        """The run of a grid with the least final train loss; None while the search is under way,
+        or where no run came to the end with a finite loss."""
+        return tuned(self.of(figure, panel, curve), len(self.planned(figure, panel, curve)))
 
 
-def tuned(grid):
-    """The run of a grid with the least final train loss; None of none.
+def tuned(grid, planned):
+    """The run with the least final train loss among `planned` ones, of which those that did not
+    break off have to be equally long; None while that is not so."""
+    alive = [found for found in grid if not found.stopped]
+    if len(grid) < planned or len({len(found.epochs) for found in alive}) != 1:
+        return None
+    finite = [found for found in alive if math.isfinite(found.loss)]
+    return min(finite, key=lambda found: found.loss, default=None)
 
-    A run that broke off, or has not come as far as the others, is no candidate while another is.
-    """
-    longest = max((len(found.epochs) for found in grid), default=0)
-    whole = [found for found in grid if len(found.epochs) == longest and not found.stopped]
-    return min(whole, key=lambda found: found.loss, default=None)
+
+@cache
+def identity(flags):
+    """Name and settings of the run that these flags of main.py make."""
+    return program.name_and_settings(program.parse([*flags, "--device", "cpu"], check=False))
+
+
+def run_name(flags):
+    return identity(flags)[0]
+
+
+def epochs_done(path):
+    """The number of epoch rows in a log that may be growing."""
+    try:
+        return path.read_bytes().count(b'{"kind": "epoch"')
+    except OSError:
+        return 0
 
 
 def network_name(experiment):
@@ -109,25 +148,7 @@ JPEG = {"2926c671": "JPEG CIFAR-10"}
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
 
 
-def data_name(first):
-    """What the images of a run are, from its log's first row."""
-    name = first["settings"]["dataset"]
-    crc = first["data"].get("crc32", {}).get("train_images")
-    return JPEG.get(crc, NAMES.get(name, name))
-
-
-def run_name(flags):
-    """The name of the run that these flags of main.py make."""
-    args = program.parse([*flags, "--device", "cpu"], check=False)
-    return program.name_and_settings(args)[0]
-
-
-def epochs_done(path):
-    """The number of epoch rows in a log that may be growing."""
-    try:
-        return path.read_bytes().count(b'{"kind": "epoch"')
-    except OSError:
-        return 0
-
-
-__all__ = ["Result", "Results", "RunError", "epochs_done", "run_name"]
+def data_name(dataset, source):
+    """What the images are, from the name of the set and what identifies them in a log."""
+    crc = source.get("crc32", {}).get("train_images")
+    return JPEG.get(crc, NAMES.get(dataset, dataset))

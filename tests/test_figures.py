@@ -9,13 +9,14 @@ from PIL import Image
 
 from agd import AGD, init_weights
 from architecture import build
+from run import RunError
 from scripts import figures, majorise, report, verdicts
-from scripts.experiments import FIGURES, Experiment, experiments
+from scripts.experiments import FIGURES, SCALES, Experiment, experiments
 from scripts.results import Result, Results, data_name, run_name, tuned
 from tests.conftest import ROOT
 
 PUBLISHED = Results(ROOT / "results", "quick")
-DRAWN = sorted((PUBLISHED.folder / "figures").glob("*.png"))
+DRAWN = sorted((ROOT / "results").glob("*/figures/*.png"))
 
 
 def words_in(path):
@@ -24,15 +25,16 @@ def words_in(path):
         return picture.info["Software"], picture.info["Source"]
 
 
-@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWN, ids=lambda p: f"{p.parent.parent.name}-{p.stem}")
 def test_a_published_figure_is_drawn_again_from_its_logs(path, tmp_path):
     """To the pixel with the same Matplotlib, to the last point and word with any."""
-    there = tmp_path / "quick"
+    folder = path.parent.parent
+    there = tmp_path / folder.name
     there.mkdir()
-    (there / "logs").symlink_to(PUBLISHED.folder / "logs")
-    if (PUBLISHED.folder / "fig3.json").exists():
-        shutil.copy(PUBLISHED.folder / "fig3.json", there)
-    png, pdf = figures.save(path.stem, Results(tmp_path, "quick"))
+    (there / "logs").symlink_to(folder / "logs")
+    if (folder / "fig3.json").exists():
+        shutil.copy(folder / "fig3.json", there)
+    png, pdf = figures.save(path.stem, Results(tmp_path, folder.name))
     (software, drawn), (then, published) = words_in(png), words_in(path)
     assert drawn == published
     if software == then:
@@ -43,7 +45,7 @@ def test_a_published_figure_is_drawn_again_from_its_logs(path, tmp_path):
 
 def test_every_figure_with_runs_is_published():
     with_runs = {f for f in FIGURES if f in ("fig2", "fig3") or PUBLISHED.of(f)}
-    assert {path.stem for path in DRAWN} == with_runs
+    assert {path.stem for path in DRAWN if path.parent.parent.name == "quick"} == with_runs
     assert {"fig1", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8"} <= with_runs
 
 
@@ -54,9 +56,12 @@ def test_the_published_page_is_what_its_logs_say(tmp_path):
 
 
 def test_published_logs_are_runs_of_the_table_and_small():
-    names = {run_name(row.flags) for row in experiments("quick")}
-    paths = list((PUBLISHED.folder / "logs").iterdir())
-    assert {path.stem for path in paths} <= names
+    paths = []
+    for folder in sorted((ROOT / "results").glob("*/logs")):
+        if folder.parent.name in SCALES:
+            names = {run_name(row.flags) for row in experiments(folder.parent.name)}
+            paths += folder.glob("*.jsonl")
+            assert {path.stem for path in folder.iterdir()} <= names
     assert sum(path.stat().st_size for path in paths) < 3e6
     for path in paths:
         first = path.read_text().split("\n", 1)[0]
@@ -86,7 +91,8 @@ class Made(Results):
             rows.append(row(epoch))
             self.change(x, rows[-1])
         x = x._replace(epochs=min(x.epochs, 12))
-        first = {"settings": {"dataset": x.flag("--dataset")}, "data": {}, "device": "cpu",
+        first = {"name": x.panel, "settings": {"dataset": x.flag("--dataset")}, "data": {},
+                 "device": "cpu",
                  "device_name": "a processor", "threads": 1, "torch": "2", "date": "2026-01-01"}
         steps = [{"kind": "step", "epoch": 1, "step": i, "loss": 1.0, "acc": 0.1, "eta": 0.2}
                  for i in range(1, 9)]
@@ -114,6 +120,34 @@ def test_a_figure_with_nothing_to_draw_is_none_and_a_part_says_not_run():
     figures.plt.close(picture)
 
 
+@pytest.mark.parametrize("figure", ["fig6", "fig7"])
+def test_runs_of_another_seed_alone_are_drawn(figure):
+    made = Made(cut=lambda x: x.epochs if "1" in x.flag("--seed") or figure == "fig6" else 0)
+    figures.plt.close(figures.draw(figure, made))
+
+
+def test_a_panel_without_runs_leaves_the_others_their_axes():
+    picture = figures.draw("fig7", Made(cut=lambda x: 0 if x.panel == "batch 4096" else 5))
+    assert all(len(ax.get_yticks()) > 2 for ax in picture.axes[:4])
+    figures.plt.close(picture)
+
+
+def test_figure_8_leaves_out_what_has_diverged():
+    made = Made(change=by(lambda x, n: {"train_loss": None} if x.curve == "Prodigy" else {}))
+    picture = figures.draw("fig8", made)
+    words = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert "Prodigy: not finished" in words and len(picture.axes[0].lines) == 5
+    figures.plt.close(picture)
+
+
+def test_a_search_under_way_is_not_drawn_as_tuned():
+    made = Made(cut=lambda x: 3 if x.flag("--lr") == "1e-3" else 99)
+    picture = figures.draw("fig5", made)
+    words = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert words[:3] == ["AGD", "Adam: search not finished", "SGD: search not finished"]
+    figures.plt.close(picture)
+
+
 def test_figure_5_shows_the_tuned_rates():
     def change(x, r):
         best = {"Adam": "1e-4", "SGD": "1e-1"}.get(x.curve)
@@ -135,15 +169,26 @@ def grid_of(*losses, stopped=None):
 
 
 def test_tuned_is_the_least_final_train_loss_of_the_runs_that_came_to_the_end():
-    assert tuned(grid_of([3, 2], [1, 4], [3, 3])).experiment.flag("--lr") == "1e-0"
-    assert tuned(grid_of([3, 2], [1], [3, 1.5])).experiment.flag("--lr") == "1e-2"
-    assert tuned(grid_of([3, 2], [1, None], stopped=1)).experiment.flag("--lr") == "1e-0"
-    assert tuned([]) is None
+    assert tuned(grid_of([3, 2], [1, 4], [3, 3]), 3).experiment.flag("--lr") == "1e-0"
+    broken = grid_of([3, 2], [1, None, None], [3, 1.5], stopped=1)
+    assert tuned(broken, 3).experiment.flag("--lr") == "1e-2"
+    assert tuned(grid_of([3, None], [3, 2]), 2).experiment.flag("--lr") == "1e-1"
+    assert tuned(grid_of([None], [None]), 2) is None
+
+
+def test_nothing_is_tuned_while_the_search_is_under_way():
+    assert tuned(grid_of([3, 2], [1], [3, 1.5]), 3) is None  # the second has not come as far
+    assert tuned(grid_of([3, 2], [3, 1.5]), 3) is None  # nor has the third begun
+    assert tuned([], 3) is None
 
 
 def test_a_search_pays_for_all_its_points():
-    spent = list(figures.searched(grid_of([3, 2, 1], [1, 4, 4], [2])))
+    spent = list(figures.searched(grid_of([3, 2, 1], [1, 4, 4], [2], stopped=2)))
     assert [(n, r["train_loss"]) for n, r in spent] == [(3, 1), (5, 2), (7, 1)]
+    # As far as all go that did not break off; and past epochs in which none was finite.
+    assert len(list(figures.searched(grid_of([3, 2, 1], [1])))) == 1
+    assert [n for n, _ in figures.searched(grid_of([None, 2]))] == [2]
+    assert list(figures.searched(grid_of([None]))) == []
 
 
 def test_descent_is_gradient_descent():
@@ -166,6 +211,10 @@ def chance(x, n):
     return {"train_acc": 0.4 if x.curve == "AGD" else 0.1}
 
 
+def failed_in_the_end(x, n):
+    return {"train_acc": 0.4 if x.curve == "AGD" or n == 1 else 0.1}
+
+
 def rates(best):
     def values(x, n):
         good = x.flag("--lr") == best.get(x.curve)
@@ -173,6 +222,12 @@ def rates(best):
                 if x.curve in best else 0.4}
 
     return values
+
+
+def edge(x, n):
+    """As in the paper on its grid, while a wider one has something better."""
+    found = rates({"Adam": "1e-4", "SGD": "1e-1"})(x, n)
+    return {"train_loss": 0.1} if x[:3] == ("fig1", "rates", "SGD") and "1e0" in x.flags else found
 
 
 def size(x, n):
@@ -192,15 +247,22 @@ def rise_and_fall(x, n):
 
 HOLDS = [
     (verdicts.deep, chance, lambda x, n: {"train_acc": 0.4}),
+    (verdicts.deep, chance, failed_in_the_end),
     (verdicts.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}),
      rates({"Adam": "1e-3", "SGD": "1e-1"})),
     (verdicts.smaller_objective, rates({"Adam": "1e-4", "SGD": "1e-1"}),
      lambda x, n: {"train_loss": 0.5}),
     (verdicts.wider, size, lambda x, n: {"train_loss": 0.5}),
     (verdicts.depth_32, size, lambda x, n: {"train_loss": 0.5}),
+    (verdicts.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}), edge),
     (verdicts.batches, lambda x, n: {}, lambda x, n: {"train_loss": float(n)}),
+    (verdicts.batches, lambda x, n: {}, lambda x, n: {"train_loss": 1 - n / 1e5, "train_acc": 0.1}),
+    (verdicts.batches, lambda x, n: {},
+     lambda x, n: {"train_loss": float(n)} if x.flag("--seed") == "2" else {}),
     (verdicts.larger_batches, batch, lambda x, n: {}),
     (verdicts.two_phases, rise_and_fall, lambda x, n: {"train_acc": n / 12}),
+    (verdicts.two_phases, rise_and_fall,
+     lambda x, n: {**rise_and_fall(x, n), "train_acc": 0.2 if n < 12 else 1.0}),
 ]  # fmt: skip
 
 
@@ -220,12 +282,17 @@ def test_comparable_is_judged_on_resnet_18():
     assert verdicts.judge(claim, Made("full", far))[0] == "does not hold"
 
 
-def test_runs_under_way_count_as_far_as_they_go_if_they_are_equally_long():
+def test_runs_under_way_judge_nothing_and_tell_how_it_stands():
     made = Made(change=by(size), cut=lambda x: 3)
     verdict, said = verdicts.judge(verdicts.wider, made)
-    assert verdict == "holds" and said.startswith("so far, after 3 epochs")
+    assert verdict == "not run" and said.startswith("so far, 3 of 6 epochs: 15 of 15")
     made.cut = lambda x: 3 if x.panel == "2x64" else 4
-    assert verdicts.judge(verdicts.wider, made)[0] == "not run"
+    assert verdicts.judge(verdicts.wider, made) == ("not run", "")
+
+
+def test_a_run_that_was_looked_at_and_left_aside_does_not_count():
+    made = Made("full", by(rise_and_fall), cut=lambda x: 3 if x.figure == "phases" else 12)
+    assert verdicts.judge(verdicts.two_phases, made)[0] == "holds"
 
 
 def test_phases_that_were_not_fitted_are_no_evidence():
@@ -233,11 +300,13 @@ def test_phases_that_were_not_fitted_are_no_evidence():
     assert verdicts.judge(verdicts.two_phases, Made(change=low))[0] == "not run"
 
 
-def bound_at(tmp_path, loss):
+def bound_at(tmp_path, loss, epochs=14, states=("before", "after")):
     made = Made(out=tmp_path)
     made.folder.mkdir()
-    state = {"L": 1.0, "G": 0.5, "eta": 0.4, "t": [0, 0.4], "loss": loss, "chain": {}}
-    (made.folder / "fig3.json").write_text(json.dumps({"states": {"now": state}}))
+    bound = majorise.majorisation(1.0, 0.5, [0, 0.4])
+    state = {"L": 1.0, "G": 0.5, "eta": 0.4, "t": [0, 0.4], "loss": [1.0, loss], "bound": bound}
+    what = {"run": {"epochs": epochs}, "states": dict.fromkeys(states, state)}
+    (made.folder / "fig3.json").write_text(json.dumps(what))
     return verdicts.judge(verdicts.bound, made)
 
 
@@ -245,7 +314,12 @@ def bound_at(tmp_path, loss):
 def test_the_bound_is_judged_at_every_point(loss, verdict, tmp_path):
     least = 1 - 0.4 * 0.5 + 0.5 * (math.exp(0.4) - 1) ** 2
     assert 0.8 < least < 0.95
-    assert bound_at(tmp_path, [1.0, loss])[0] == verdict
+    assert bound_at(tmp_path, loss)[0] == verdict
+
+
+@pytest.mark.parametrize("part", [{"epochs": 4}, {"states": ("before",)}])
+def test_half_a_measurement_of_the_bound_is_none(part, tmp_path):
+    assert bound_at(tmp_path, 0.8, **part) == ("not run", "")
 
 
 # The page.
@@ -259,15 +333,51 @@ def test_the_page_has_numbers_spread_grids_and_what_is_missing(tmp_path):
     made = Made(change=by(values), cut=lambda x: 0 if x.figure == "fig7" else x.epochs)
     page = report.numbers(made)
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if "|" in line}
-    assert "41.0 (40.0 to 42.0, 3 seeds)" in lines["fig. 5, FCN 8×256, AGD"]
-    assert "| 52.7 | 40.0 |" in lines["fig. 4, FCN 16×512, AGD"]
-    assert "| 55.0 | not run |" in lines["fig. 7, FCN 4×256, batch 32, AGD"]
-    assert "`python main.py --arch fcn --depth 16" in lines["fig. 4, FCN 16×512, AGD"]
-    assert "a processor, 1 thread a run, torch 2; 2026-01-01" in lines["fig. 4, FCN 16×512, AGD"]
+    assert "41.0 (40.0 to 42.0, 3 seeds)" in lines["fig. 5, FCN 8×256, CIFAR-10, AGD"]
+    sixteen = lines["fig. 4, FCN 16×512, CIFAR-10, AGD"]
+    assert "| 52.7 | 40.0 |" in sixteen
+    assert "| 55.0 | not run |" in lines["fig. 7, FCN 4×256, CIFAR-10, batch 32, AGD"]
+    assert "`python main.py --arch fcn --depth 16" in sixteen
+    assert "a processor, 1 thread a run, torch 2; 2026-01-01" in sixteen
+    assert "| at 1e-4 | 40.0 |" in lines["fig. 5, FCN 8×256, CIFAR-10, Adam at 1e-5"]
+    assert any("tiny100" in line for line in lines)
     grids = report.rates(made)
     assert "**0.5000, 40.0 %**" in grids and "1e-7" in grids
     assert "| fig7 | 0 of 12 |" in report.extent(made)
     assert "| fig6 | 20 of 20 |" in report.extent(made)
+
+
+def test_runs_that_are_cut_are_marked_and_seeds_of_other_lengths_left_out():
+    made = Made(cut=lambda x: 2 if x.flag("--seed") == "1" or x.panel == "2x64" else 99)
+    page = report.numbers(made)
+    assert "2 seeds" in page and "3 seeds" not in page
+    assert "(2 of 6 epochs)" in report.widths_and_depths(made)
+    assert "not run (5 of 5 runs begun)" not in page
+    made.cut = lambda x: 2 if x.flag("--lr") == "1e-3" else 99
+    assert "not run (5 of 5 runs begun)" in report.numbers(made)
+    assert "**" not in report.rates(made).split("### The searches")[1].split("|", 1)[1]
+
+
+def test_runs_on_different_images_are_not_put_together():
+    made = Made()
+    find = made.find
+
+    def other(x):
+        found = find(x)
+        return found._replace(first={**found.first, "data": {"crc32": x.flag("--seed")}})
+
+    made.find = other
+    with pytest.raises(RunError, match="different images"):
+        made.of("fig5")
+    with pytest.raises(RunError, match="different images"):
+        verdicts.judge(verdicts.best_rates, made)
+
+
+def test_hardware_that_a_run_went_on_with_is_named():
+    first = Made().find(experiments("quick")[0]).first
+    later = {"after_epoch": 3, "device": "cuda", "device_name": "a GPU", "threads": 1}
+    words = report.made_with({**first, "resumed": [later]})
+    assert words.endswith("2026-01-01, from epoch 4 a GPU, torch 2")
 
 
 def test_a_run_that_broke_off_stays_in_its_grid():
@@ -285,9 +395,9 @@ def test_a_run_that_broke_off_stays_in_its_grid():
 
 def test_jpeg_images_are_called_so():
     crc = {"crc32": {"train_images": "2926c671"}}
-    assert data_name({"settings": {"dataset": "cifar10"}, "data": crc}) == "JPEG CIFAR-10"
-    assert data_name({"settings": {"dataset": "cifar10"}, "data": {}}) == "CIFAR-10"
-    assert data_name({"settings": {"dataset": "tiny100"}, "data": {}}) == "tiny100"
+    assert data_name("cifar10", crc) == "JPEG CIFAR-10"
+    assert data_name("cifar10", {}) == "CIFAR-10"
+    assert data_name("tiny100", {}) == "tiny100"
 
 
 # Figure 3's measurement.
@@ -331,13 +441,11 @@ def test_the_majorisation_is_least_at_eta():
     G = 0.7
     eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
     ts = [eta * i / 100 for i in range(250)]
-    bound = majorise.majorisation({"L": 1.0, "G": G, "t": ts})
+    bound = majorise.majorisation(1.0, G, ts)
     assert bound[0] == 1.0 and bound.index(min(bound)) == 100
 
 
 def test_measuring_wants_the_trained_weights(tmp_path):
-    from run import RunError
-
     with pytest.raises(RunError, match="there is no"):
         majorise.measure(Results(tmp_path, "quick"), tmp_path)
 
