@@ -69,7 +69,7 @@ def log_values(ax):
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 30:
-        ax.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 4, 5, 6, 7, 8]))
+        ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9) if high / low < 4 else [1, 2, 5]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
 
@@ -78,7 +78,8 @@ def right_axis(ax):
     """A log axis on the right, for what lies beneath the accuracies."""
     right = ax.twinx()
     right.set_yscale("log")
-    right.grid(False)
+    ax.grid(False)  # it would lie above the curves on the right
+    right.grid(False, axis="y")
     right.spines["right"].set_visible(True)
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)

@@ -232,13 +232,12 @@ def fig4(results):
     if not results.of("fig4"):
         return None
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
-    axes[0, 0].set_yscale("log")
     for (top, bottom), panel in zip(axes.T, panels):
         found = results.of("fig4", panel)
-        bottom.set_ylim(0, 102)
         if not found:
             row = planned[panel]
-            top.set_title(f"{network_name(row)}, {data_name(row.flag('--dataset'), {})}")
+            words = f"{network_name(row)}, {data_name(row.flag('--dataset'), {})}"
+            top.set_title(words, fontsize=7.5)
             not_run(top)
             not_run(bottom)
             continue
@@ -253,6 +252,8 @@ def fig4(results):
         if agd:
             band(top, agd, "eta", ETA)
         log_axis(bottom, max(len(x.epochs) for x in found))
+    log_values(axes[0, 0])
+    percent(axes[1, 0], results.of("fig4"))
     axes[0, 0].set_ylabel("objective and η")
     axes[1, 0].set_ylabel("accuracy (%)")
     dashed = Line2D([], [], color="#555555", linestyle=DASHED, alpha=0.65,

@@ -370,7 +370,7 @@ def test_runs_on_different_images_are_not_put_together():
     with pytest.raises(RunError, match="different images"):
         made.of("fig5")
     with pytest.raises(RunError, match="different images"):
-        verdicts.judge(verdicts.best_rates, made)
+        verdicts.judge(verdicts.larger_batches, made)
 
 
 def test_hardware_that_a_run_went_on_with_is_named():
