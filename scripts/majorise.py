@@ -52,8 +52,9 @@ def objective(net, chunks):
     return outputs, mse(outputs, torch.cat([y for _, y in chunks])) / 2
 
 
-def along(net, chunks):
-    """The curve from the weights that `net` has, a dict of numbers."""
+def along(net, chunks, on_point=lambda: None):
+    """The curve from the weights that `net` has, a dict of numbers; `on_point` is called at each
+    of its points."""
     optimizer = AGD(net.parameters())
     count = sum(len(y) for _, y in chunks)
     optimizer.zero_grad()
@@ -68,6 +69,7 @@ def along(net, chunks):
     ts = [REACH * eta * i / (POINTS - 1) for i in range(POINTS)]
     curve = []
     for t in ts:
+        on_point()
         with torch.no_grad():
             for p, w, d in zip(net.parameters(), start, dW):
                 p.copy_(w + t / eta * d)
@@ -94,10 +96,10 @@ def majorisation(L, G, ts):
     return [L - t * G + math.expm1(t) ** 2 / 2 for t in ts]
 
 
-def measure(results, data_dir):
+def measure(results, data_dir, on_point=lambda: None):
     """Measure figure 3's network at its start and at its last checkpoint; writes
     `<folder>/fig3.json` unless it says that already. Returns its path; raises RunError where the
-    weights are missing."""
+    weights are missing. `on_point` is called now and then, and may raise to end it."""
     (row,) = (row for row in results.table if row.figure == "fig3")
     name, path = run_name(row.flags), results.folder / "fig3.json"
     weights = results.folder / "checkpoints" / f"{name}.pt"
@@ -118,9 +120,9 @@ def measure(results, data_dir):
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
     net = build(args.arch, shape, classes, args.depth, args.width)
     program.make_optimizer(args, net)  # draws the weights
-    states["at initialisation"] = along(net.double(), chunks)
+    states["at initialisation"] = along(net.double(), chunks, on_point)
     net.load_state_dict(checkpoint["net"])
-    states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks)
+    states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks, on_point)
     what = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")

@@ -183,7 +183,7 @@ def reproduce(parser, args):
         if todo:
             code = run(args, [every[i] for i in todo], results)
     if args.runs is None and not args.submit:
-        draw(args, results)
+        code = max(code, draw(args, results))
     return code
 
 
@@ -192,11 +192,7 @@ def run(args, todo, results):
     cores = os.cpu_count() or 1
     jobs = args.jobs or (min(cores, 8) if on_cpu(args.device) else 1)
     place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
-    deadline = None
-    if args.time_limit is not None:
-        # The rest is for stopping and for drawing.
-        deadline = BEGAN + args.time_limit - min(8 + 3 * len(args.figures), args.time_limit / 3)
-    runner = Runner(results, jobs, place, deadline, " ".join(args.figures[:3]))
+    runner = Runner(results, jobs, place, deadline(args), " ".join(args.figures[:3]))
     whole = runner.run(todo)
     for name, reason in runner.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
@@ -205,6 +201,13 @@ def run(args, todo, results):
               "the same command goes on", flush=True)
         return TIME_IS_UP
     return 1 if runner.failed else 0
+
+
+def deadline(args):
+    """When the runs have to end, or None; the rest of the time is for stopping and for drawing."""
+    if args.time_limit is None:
+        return None
+    return BEGAN + args.time_limit - min(8 + 3 * len(args.figures), args.time_limit / 3)
 
 
 def on_cpu(device):
@@ -216,14 +219,22 @@ def on_cpu(device):
 
 
 def draw(args, results):
-    """Draw the figures for which there is something, and write the page that shows them."""
+    """Draw the figures for which there is something, and write the page that shows them; returns
+    the exit code."""
     from scripts import figures, majorise, report
+
+    code, end = 0, deadline(args)
+
+    def in_time():
+        if end is not None and time.monotonic() > end:
+            raise TimeoutError("the time is up; the same command goes on")
 
     if "fig3" in args.figures:
         try:
-            majorise.measure(results, args.data_dir)
-        except (RunError, DataError) as error:
+            majorise.measure(results, args.data_dir, in_time)
+        except (RunError, DataError, TimeoutError) as error:
             print(f"fig3: not measured, {error}", flush=True)
+            code = TIME_IS_UP if isinstance(error, TimeoutError) else 0
     for figure in args.figures:
         paths = figures.save(figure, results)
         print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
@@ -232,6 +243,7 @@ def draw(args, results):
                 print(f"  {words}: the least final train loss of {len(found)} rates is "
                       f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
     print(f"All of it: {report.write(args.out)}")
+    return code
 
 
 if __name__ == "__main__":
