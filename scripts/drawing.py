@@ -46,7 +46,7 @@ def log_axis(ax, last, label="epochs"):
     last = max(last, 2)
     steps = (1, 2, 5) if last < 100 else (1,)
     ticks = [k * 10**n for n in range(8) for k in steps if k * 10**n <= last]
-    if last < 1000 and last not in ticks:
+    if last < 100 and last not in ticks:
         ticks = [x for x in ticks if last / x > 1.35] + [last]
     ax.set_xscale("log")
     ax.set_xlim(1, last)

@@ -351,17 +351,32 @@ def fig7(results):
     return figure
 
 
+def bins(count):
+    """Slices of `count` steps, single at first, then a twelfth of a decade wide."""
+    points = max(2, 1 + round(12 * np.log10(count)))
+    edges = sorted({round(x) for x in np.geomspace(1, count + 1, points)})
+    return [slice(low - 1, high - 1) for low, high in zip(edges, edges[1:])]
+
+
 def _iterations(ax, right, result):
-    """Every step of the first epoch, faintly, then the ends of epochs."""
+    """The steps of the first epoch, then the ends of epochs."""
     steps = [row for row in result.steps if row["epoch"] == 1]
-    x, ends = np.arange(1, len(steps) + 1), len(steps) * np.arange(1, len(result.epochs) + 1)
-    faint = {"linewidth": 0.5, "alpha": 0.55}
-    right.plot(x, [row["eta"] for row in steps], color=ETA, **faint)
-    right.plot(x, [row["loss"] for row in steps], color=OBJECTIVE, **faint)
-    ax.plot(x, [100 * row["acc"] for row in steps], color=TRAIN, **(faint | {"alpha": 0.3}))
+    parts = bins(len(steps))
+
+    def column(key, of):
+        values = np.array([float("nan") if row[key] is None else row[key] for row in steps])
+        return np.array([of(values[part]) for part in parts])
+
+    x = [(part.start + 1 + part.stop) / 2 for part in parts]
+    right.fill_between(x, column("eta", np.min), column("eta", np.max), color=ETA, alpha=0.22,
+                       linewidth=0)  # fmt: skip
+    right.plot(x, column("eta", np.mean), color=ETA)
+    right.plot(x, column("loss", np.mean), color=OBJECTIVE)
+    ax.plot(x, 100 * column("acc", np.mean), color=TRAIN)
+    ends = len(steps) * np.arange(1, len(result.epochs) + 1)
     low, high = result.column("eta_min"), result.column("eta_max")
     right.fill_between(ends, low, high, color=ETA, alpha=0.22, linewidth=0)
-    dot = {"marker": "o", "markersize": 1.6}
+    dot = {"marker": "o", "markersize": 1.8}
     right.plot(ends, result.column("eta_mean"), color=ETA, **dot)
     right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
     ax.plot(ends, [100 * acc for acc in result.column("train_acc")], color=TRAIN, **dot)

@@ -46,8 +46,9 @@ CAPTIONS = {
     "the first. Right: the mean over layers, its mean in each epoch within the range of its steps.",
     "fig6": "Accuracy on the left axis, objective and η, with its range in each epoch, on the "
     "right one.",
-    "fig7": "Every step of the first epoch (faint), then every epoch (points); of the seeds the "
-    "first. Test accuracy is measured at the ends of epochs.",
+    "fig7": "The steps of the first epoch, averaged over twelfths of a decade, then every epoch "
+    "(points, averages over that epoch, hence the kink); η with its range; of the seeds the first. "
+    "Test accuracy is measured at the ends of epochs.",
     "fig8": "What a budget buys. A search over five rates that has spent 5n epochs has the network "
     "that had the least train loss after n; AGD, and other optimisers at their defaults, have "
     "their one run. Epochs of one network, so the passes cost the same, while the optimisers' own "

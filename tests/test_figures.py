@@ -191,6 +191,13 @@ def test_a_search_pays_for_all_its_points():
     assert list(figures.searched(grid_of([None]))) == []
 
 
+@pytest.mark.parametrize("count", [1, 2, 13, 49, 391, 1563])
+def test_bins_take_every_step_once(count):
+    parts = figures.bins(count)
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    assert all(part.stop > part.start for part in parts)
+
+
 def test_descent_is_gradient_descent():
     w = figures.descent(0.5, start=1.0, steps=3)
     assert list(w) == [1.0, 0.5, 0.25, 0.125]
