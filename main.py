@@ -81,7 +81,7 @@ def name_and_settings(args):
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
     if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
         file = os.path.basename(dataset[len("npz:") :])
-        dataset = settings["dataset"] = file.removesuffix(".npz")
+        settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
     name = run_name(
         f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
         dataset,
@@ -277,10 +277,11 @@ def train(args, world):
             if first:
                 steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
                 run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
+            rows.append(row)
+            if first:
                 progress.epoch(row)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())
-            rows.append(row)
             if stopped is not None:
                 break
     except KeyboardInterrupt:

@@ -70,7 +70,10 @@ class Run:
                 return []
         except OSError as error:
             raise RunError(f"{self.log_path} cannot be read: {error}") from error
-        rows = read_rows(self.log_path)
+        try:
+            rows = read_rows(self.log_path)
+        except RunError as error:
+            raise RunError(f"{error}; --fresh starts over") from error
         self.compare(self.settings, rows[0]["settings"], self.log_path)
         return rows
 
@@ -93,6 +96,7 @@ class Run:
 
         A checkpoint is a dict with "epoch", "net" and "optimizer".
         """
+        self._lock()
         rows, checkpoint = self.rows(), None
         first_row = {**first_row, "settings": self.settings}
         if self.checkpoint_path.exists():
@@ -133,6 +137,22 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
         return checkpoint
+
+    def _lock(self):
+        """Keep other processes from this run, for as long as this one lives."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is making {self.log_path}; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks, or one that is read-only: seen elsewhere
+            return
 
     @staticmethod
     def compare(settings, then, path):

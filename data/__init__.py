@@ -78,6 +78,8 @@ def load(
     elif name.startswith("npz:"):
         path = Path(data_dir).expanduser() / Path(name[len("npz:") :]).expanduser()
         remedy = "What such a file holds: `python -m data.prepare --help`."
+        if not path.exists():
+            raise DataError(f"there is no {path}")
     else:
         from data.prepare import prepare
 

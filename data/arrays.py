@@ -1,6 +1,7 @@
 """Small data sets: uint8 arrays held on the device, shuffled, cropped and flipped by the batch."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,11 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
             if labels.dtype != np.int64 or labels.shape != images.shape[:1] or not len(labels):
                 raise ValueError(f"{split}_labels is not int64 (N,) with an entry an image")
             if classes is None:
-                classes = labels.max() + 1
+                classes = len(np.unique(labels))
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError,
+            MemoryError, zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
         raise DataError(
             f"{path} is damaged or another data set ({error}). "
             + (

@@ -4,7 +4,7 @@ Numbered as in the authors' blog post. A panel whose runs are not there says so.
 """
 
 import hashlib
-import json
+import os
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,7 +46,7 @@ from scripts.drawing import (
     train_and_test,
 )  # fmt: skip
 from scripts.experiments import BATCHES, DEPTHS, PEERS, WIDTHS
-from scripts.results import data_name, network_name
+from scripts.results import data_name, network_name, read_measurement
 
 
 def draw(figure, results):
@@ -81,8 +81,10 @@ def save(figure, results):
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{figure}.png", folder / f"{figure}.pdf"
     with plt.style.context([STYLE]):
-        picture.savefig(paths[0], metadata={"Source": fingerprint(picture)})
-        picture.savefig(paths[1], metadata={"CreationDate": None})
+        for path, words in zip(paths, ({"Source": fingerprint(picture)}, {"CreationDate": None})):
+            partial = path.with_suffix(".partial")
+            picture.savefig(partial, format=path.suffix[1:], metadata=words)
+            os.replace(partial, path)
     plt.close(picture)
     return paths
 
@@ -163,7 +165,7 @@ def fig3(results):
     path = results.folder / "fig3.json"
     if not path.exists():
         return None
-    what = json.loads(path.read_text(encoding="utf-8"))
+    what = read_measurement(path)
     (row,) = (row for row in results.table if row.figure == "fig3")
     figure = plt.figure(figsize=(WIDTH, 2.6))
     *axes, chain = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])

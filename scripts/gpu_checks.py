@@ -183,7 +183,10 @@ def main(argv=None):
         sys.exit("error: there is no GPU here")
     path = Path(args.out, "benchmark", "gpu_checks.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
+    try:
+        done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
+    except ValueError:
+        sys.exit(f"error: {path} is damaged; --fresh starts over")
     done.setdefault("environment", environment(args.device))
     failed = False
     for check in CHECKS:

@@ -13,6 +13,7 @@ gradients and weights are well conditioned); nothing here makes them true.
 import json
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,8 @@ from agd import AGD
 from architecture import build
 from data import DATASETS
 from data.arrays import ArrayBatches, load_arrays
-from data.prepare import prepare
 from run import RunError
-from scripts.results import run_name
+from scripts.results import read_measurement, run_name
 from train import mse
 
 IMAGES = 10_000  # the first of the training set, as they are
@@ -35,8 +35,8 @@ REACH = 2.5  # its end, in units of eta
 def normalised(dataset, data_dir):
     """Chunks of (inputs of norm sqrt(d_0), labels) in float64, the first IMAGES, uncropped; and
     what identifies the images."""
-    spec = DATASETS[dataset]
-    arrays, source = load_arrays(prepare(dataset, data_dir), spec.shape, spec.classes)
+    spec, path = DATASETS[dataset], Path(data_dir).expanduser() / f"{dataset}.npz"
+    arrays, source = load_arrays(path, spec.shape, spec.classes)
     batches = ArrayBatches(
         arrays["train_images"][:IMAGES], arrays["train_labels"][:IMAGES], spec.mean, spec.std,
         CHUNK, torch.device("cpu"),
@@ -107,11 +107,15 @@ def measure(results, data_dir, on_point=lambda: None):
         if path.exists():
             return path
         raise RunError(f"there is no {weights}")
-    checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
-    settings = json.loads(checkpoint["settings"])
+    try:
+        checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+        settings = json.loads(checkpoint["settings"])
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RunError(f"{weights} cannot be read ({type(error).__name__})") from error
     run = {"name": name, "epochs": checkpoint["epoch"], "data": settings["data"]}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["run"] == run:
+    if path.exists() and read_measurement(path)["run"] == run:
         return path
+    on_point()
     args = program.parse([*row.flags, "--device", "cpu"])
     (chunks, source), states = normalised(args.dataset, data_dir), {}
     if source != settings["data"]:

@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+from run import RunError
 from scripts.experiments import DEPTHS, FIGURES, PEERS, SCALES, WIDTHS
 from scripts.results import Results, data_name, network_name
 from scripts.verdicts import CLAIMS, judge
@@ -56,6 +57,7 @@ CAPTIONS = {
     "that of the weights that it trains, its test accuracy that of those that it averages.",
     "phases": "A part of the training set is fitted soon: η rises, then falls.",
 }
+MADE = "Written by `python -m scripts.reproduce`"
 TITLES = {key: f"Figure {key[3:]}: {what}" for key, what in FIGURES.items() if key[:3] == "fig"}
 
 
@@ -65,7 +67,7 @@ def write(out):
     every = [results for results in every if (results.folder / "logs").is_dir()]
     parts = [
         "# Results",
-        "Written by `python -m scripts.reproduce`; nothing here was typed. A quick run is a "
+        f"{MADE}; nothing here was typed. A quick run is a "
         "beginning: the paper's numbers are those of 1,000 to 2,000 epochs (ImageNet: 350), and a "
         "quick number beside one of them is not its reproduction. 'JPEG CIFAR-10' are CIFAR-10's "
         "images after a pass through JPEG, which may move an accuracy by a point or two.",
@@ -83,6 +85,8 @@ def write(out):
     if (Path(out) / "measured" / "README.md").exists():
         parts.append("## More\n\n[Other runs and the benchmark](measured/README.md)")
     path = Path(out) / "README.md"
+    if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        raise RunError(f"{path} is a page of somebody else's, and stays: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

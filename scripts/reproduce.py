@@ -12,25 +12,28 @@ Exit code: 0 when everything that can be run here is there, 75 when --time_limit
 after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense.
 """
 
+import signal
 import time
 
 BEGAN = time.monotonic()  # what a time limit counts from, the imports included
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import
 
 import argparse
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import flags
+import main as program
 from data import DataError, default_data_dir
 from run import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done
-from scripts.runner import Availability, Runner, is_finished, tasks
+from scripts.runner import Availability, Runner, cores, is_finished, tasks
 
 TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
 
@@ -46,7 +49,27 @@ def duration(text):
     return seconds
 
 
-def submit(args, todo, numbers, results):
+def numbers(text):
+    """The numbers of --runs."""
+    try:
+        return sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers: 0,2,5") from None
+
+
+def words(text):
+    """The words of --sbatch."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def count(n, what="run"):
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def submit(args, numbers, results):
     """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
     again = [sys.executable, "-m", "scripts.reproduce", *args.figures, "--scale", args.scale]
     again += ["--out", str(args.out), "--data_dir", str(args.data_dir)]
@@ -54,15 +77,16 @@ def submit(args, todo, numbers, results):
     again += ["--epochs", str(args.epochs)] if args.epochs else []
     folder = results.folder / "output"
     folder.mkdir(parents=True, exist_ok=True)
-    extra = shlex.split(args.sbatch)
 
-    def sbatch(*words, command):
+    def sbatch(*options, command):
         script = f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} && {command}\n"
         done = subprocess.run(
-            ["sbatch", "--parsable", *extra, *words], input=script, text=True, capture_output=True
-        )
+            ["sbatch", "--parsable", *args.sbatch, *options],
+            input=script, text=True, capture_output=True,
+        )  # fmt: skip
         if done.returncode:
-            raise RunError(f"sbatch: {done.stderr.strip() or done.returncode}")
+            said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+            raise RunError(f"the queue refused the job: {said}")
         return done.stdout.strip().split(";")[0]
 
     at_once = f"%{args.jobs}" if args.jobs else ""
@@ -72,13 +96,14 @@ def submit(args, todo, numbers, results):
             f"--output={folder}/slurm-%A_%a.txt",
             command=f'{shlex.join(again)} --jobs 1 --runs "$SLURM_ARRAY_TASK_ID"',
         )  # fmt: skip
-        after = sbatch(
-            f"--dependency=afterany:{array}", "--job-name=agd-draw",
-            f"--output={folder}/slurm-%j.txt", command=f"{shlex.join(again)} --draw",
-        )  # fmt: skip
     except FileNotFoundError:
         raise RunError("there is no sbatch here: --submit slurm is for a SLURM cluster") from None
-    print(f"{len(todo)} runs are job {array}; job {after} draws. What they say: {folder}")
+    print(f"Job {array}, an array of {count(len(numbers))}; what they say: {folder}", flush=True)
+    after = sbatch(
+        f"--dependency=afterany:{array}", "--job-name=agd-draw",
+        f"--output={folder}/slurm-%j.txt", command=f"{shlex.join(again)} --draw",
+    )  # fmt: skip
+    print(f"Job {after} draws when they have ended")
     return 0
 
 
@@ -117,12 +142,13 @@ def parse(argv):
     add("--device", help="as main.py's")
     add("--draw", action="store_true", help="run nothing, draw what is there")
     add("--list", action="store_true", help="list the runs by number, with their state, and stop")
-    add("--runs", metavar="N,N", type=lambda text: [int(x) for x in text.split(",")],
+    add("--fresh", action="store_true", help="start the runs that are not finished over")
+    add("--runs", metavar="N,N", type=numbers,
         help="these runs of the list alone, without drawing")
     add("--submit", choices=["slurm"], help="send the runs to a queue as an array job, --jobs of "
         "them at once, and the drawing after them")
-    add("--sbatch", default="", metavar="OPTIONS",
-        help="options of sbatch, such as '--gres gpu:1 --time 4:00:00 --partition gpu'")
+    add("--sbatch", default=[], metavar="OPTIONS", type=words,
+        help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'")
     args = parser.parse_args(argv)
     if "all" in args.figures:
         args.figures = list(FIGURES)
@@ -131,6 +157,10 @@ def parse(argv):
         parser.error("--submit sends whole runs: leave out --draw, --runs and --time_limit")
     if args.sbatch and not args.submit:
         parser.error("--sbatch goes with --submit slurm")
+    if args.fresh and args.submit:
+        parser.error("--fresh would start a run over whenever the queue does; leave it out")
+    if args.device and not (args.submit or args.draw or args.list):
+        program.parse(["--device", args.device])  # ends with a sentence where there is none
     return parser, args
 
 
@@ -142,16 +172,22 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace")
     try:
         return reproduce(parser, args)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def reproduce(parser, args):
-    results, available = Results(args.out, args.scale), Availability(args.data_dir)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file")
+    fetch = not (args.list or args.draw)
+    results, available = Results(args.out, args.scale), Availability(args.data_dir, fetch)
     every = tasks(results, args.figures, args.epochs)
     if args.list:
         show(args, every, results, available)
@@ -171,7 +207,7 @@ def reproduce(parser, args):
             else:
                 todo.append(i)
         done = len(chosen) - len(todo) - sum(map(len, left_out.values()))
-        print(f"{len(chosen)} runs: {done} finished, {len(todo)} to do"
+        print(f"{count(len(chosen))}: {done} finished, {len(todo)} to do"
               + (f", {len(chosen) - done - len(todo)} left out" if left_out else ""), flush=True)
         for reason, lost in left_out.items():
             flags_of = {task.flags for task in lost}
@@ -179,7 +215,7 @@ def reproduce(parser, args):
             of = ", ".join(figure for figure in of if figure in args.figures)
             print(f"  left out, {len(lost)} of {of}: {reason}", flush=True)
         if args.submit and todo:
-            return submit(args, [every[i] for i in todo], todo, results)
+            return submit(args, todo, results)
         if todo:
             code = run(args, [every[i] for i in todo], results)
     if args.runs is None and not args.submit:
@@ -189,18 +225,21 @@ def reproduce(parser, args):
 
 def run(args, todo, results):
     """Run the tasks; returns the exit code."""
-    cores = os.cpu_count() or 1
-    jobs = args.jobs or (min(cores, 8) if on_cpu(args.device) else 1)
+    jobs = args.jobs or (min(cores(), 8) if on_cpu(args.device) else 1)
     place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
-    runner = Runner(results, jobs, place, deadline(args), " ".join(args.figures[:3]))
+    place += ["--fresh"] if args.fresh else []
+    title = " ".join(args.figures[:3])
+    runner = Runner(results, min(jobs, len(todo)), place, deadline(args), title)
     whole = runner.run(todo)
     for name, reason in runner.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
-    if not whole:
-        print(f"The time is up: {len(runner.ended)} of {len(todo)} runs came to their end; "
-              "the same command goes on", flush=True)
-        return TIME_IS_UP
-    return 1 if runner.failed else 0
+    if whole:
+        return 1 if runner.failed else 0
+    said = f"{len(runner.ended)} of {count(len(todo))} came to their end; the same command goes on"
+    if not runner.gained():
+        said = "no run has finished an epoch in it, and none would: give it a longer one"
+    print(f"The time is up: {said}", flush=True)
+    return TIME_IS_UP
 
 
 def deadline(args):
@@ -223,10 +262,12 @@ def draw(args, results):
     the exit code."""
     from scripts import figures, majorise, report
 
-    code, end = 0, deadline(args)
+    code = 0
+    if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
+        return TIME_IS_UP
 
     def in_time():
-        if end is not None and time.monotonic() > end:
+        if args.time_limit is not None and time.monotonic() > deadline(args):
             raise TimeoutError("the time is up; the same command goes on")
 
     if "fig3" in args.figures:
@@ -236,16 +277,23 @@ def draw(args, results):
             print(f"fig3: not measured, {error}", flush=True)
             code = TIME_IS_UP if isinstance(error, TimeoutError) else 0
     for figure in args.figures:
-        paths = figures.save(figure, results)
+        try:
+            paths = figures.save(figure, results)
+            searches = [x for x in report.grids(results) if x[0] == figure and x[3]]
+        except RunError as error:
+            print(f"{figure}: not drawn, {error}", flush=True)
+            code = max(code, 1)
+            continue
         print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
-        for searched, words, found, best in report.grids(results):
-            if searched == figure and best:
-                print(f"  {words}: the least final train loss of {len(found)} rates is "
-                      f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
+        for _, words, found, best in searches:
+            print(f"  {words}: the least final train loss of {len(found)} rates is "
+                  f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
     print(f"All of it: {report.write(args.out)}")
     return code
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,5 +1,6 @@
 """The logs of the runs in the table, found by the table's rows."""
 
+import json
 import math
 from functools import cache, cached_property
 from pathlib import Path
@@ -69,9 +70,11 @@ class Results:
         epochs = [row for row in rows if row["kind"] == "epoch"]
         if not epochs:
             return None
-        end = rows[-1] if rows[-1]["kind"] == "end" else {"final": False}
-        stopped = end["stopped"] if end["final"] else None
-        finished = len(epochs) >= experiment.epochs or stopped is not None
+        end = rows[-1] if rows[-1]["kind"] == "end" else {}
+        stopped = end.get("stopped") if end.get("final") else None
+        # A last epoch counts with the end behind it: its checkpoint is written then.
+        enough = len(epochs) + bool(end.get("final")) > experiment.epochs
+        finished = enough or stopped is not None
         if len(epochs) > experiment.epochs:
             stopped = None  # that was later than this figure reads
         steps = [row for row in rows if row["kind"] == "step"]
@@ -135,6 +138,16 @@ def epochs_done(path):
         return 0
 
 
+def read_measurement(path):
+    """What scripts.majorise wrote for figure 3; RunError where that is damaged."""
+    try:
+        what = json.loads(path.read_text(encoding="utf-8"))
+        what["run"]["epochs"], what["states"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged; remove it, and figure 3 is measured anew") from error
+    return what
+
+
 def network_name(experiment):
     """What a run trains, in words."""
     flag = experiment.flag
@@ -151,4 +164,4 @@ NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imag
 def data_name(dataset, source):
     """What the images are, from the name of the set and what identifies them in a log."""
     crc = source.get("crc32", {}).get("train_images")
-    return JPEG.get(crc, NAMES.get(dataset, dataset))
+    return JPEG.get(crc, NAMES.get(dataset, dataset.removeprefix("npz:").removesuffix(".npz")))

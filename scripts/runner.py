@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import DataError
+from run import RunError
 from scripts.results import epochs_done, run_name
 
 GRACE = 30  # seconds that a run gets to stop
@@ -44,10 +44,10 @@ def tasks(results, figures, most=None):
 
 
 class Availability:
-    """What the data and the packages at hand allow."""
+    """What the data and the packages at hand allow; `fetch` gets a set that is not here."""
 
-    def __init__(self, data_dir):
-        self.data_dir, self.known = data_dir, {}
+    def __init__(self, data_dir, fetch):
+        self.data_dir, self.fetch, self.known = data_dir, fetch, {}
 
     def lacking(self, task):
         """Why a task cannot be run here, or None."""
@@ -70,6 +70,8 @@ class Availability:
             return None if path.exists() else f"there is no {path}"
         if name == "digits" or (here / f"{name}.npz").exists():
             return None
+        if not self.fetch:
+            return f"there is no {here / name}.npz yet"
         from data.prepare import prepare
 
         try:
@@ -106,38 +108,39 @@ def cost(task):
 
 
 class Runner:
-    """Runs tasks, `jobs` at a time, each in a process of its own."""
+    """Runs tasks, `jobs` at a time, each in a process of its own.
+
+    `place` are the flags of main.py that say where things lie, `deadline` is a time.monotonic() or
+    None. What failed is in `failed`, name -> reason.
+    """
 
     def __init__(self, results, jobs, place, deadline, title):
         self.results, self.jobs, self.place, self.deadline = results, jobs, place, deadline
-        self.title, self.running, self.failed = title, {}, {}
-        self.began = time.monotonic()
-        self.terminal = sys.stdout.isatty()
+        self.title, self.running, self.ended, self.failed = title, {}, set(), {}
+        self.terminal, self.began = sys.stdout.isatty(), time.monotonic()
 
     def run(self, todo):
-        """True if every task came to its end; False when the time was up. What failed is in
-        `failed`, name -> reason."""
-        self.start_epochs = {task: self._epochs(task) for task in todo}
-        self.work = {task: cost(task) * task.epochs for task in todo}
-        self.ended, waiting = set(), list(todo)
-        total = sum(self.work.values())
+        """True if every task came to its end, False when the time was up."""
+        self.todo, waiting = todo, list(todo)
+        self.at_start = {task: self._epochs(task) for task in todo}
         bar = tqdm(
-            total=total, disable=not self.terminal, file=sys.stdout, dynamic_ncols=True,
-            bar_format="{desc} {bar}", initial=self._done(todo),
+            total=sum(cost(task) * task.epochs for task in todo), disable=not self.terminal,
+            file=sys.stdout, dynamic_ncols=True, bar_format="{desc} {bar}",
         )  # fmt: skip
         try:
             while waiting or self.running:
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    return False
                 while waiting and len(self.running) < self.jobs:
                     self._start(waiting.pop(0))
                 time.sleep(0.2)
                 for process, task in list(self.running.items()):
                     if process.poll() is not None:
-                        self._ended(process, task, todo)
-                bar.n = self._done(todo)
-                said = f"{self.title}: {len(self.ended)} of {len(todo)} runs, {self._left(todo)}"
-                bar.set_description_str(said)
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    return False
+                        self._ended(process, task)
+                bar.n = bar.total - self._left()
+                bar.set_description_str(
+                    f"{self.title}: {len(self.ended)} of {len(todo)} runs, {self.time_left()}"
+                )
             return True
         finally:
             bar.close()
@@ -146,7 +149,11 @@ class Runner:
     def stop(self):
         """Ask what is running to stop after this step, and wait for it."""
         for process in self.running:
-            process.send_signal(signal.SIGINT)
+            try:
+                process.stdin.write(b"s")
+                process.stdin.flush()
+            except OSError:  # it has ended by itself
+                pass
         end = time.monotonic() + GRACE
         for process in self.running:
             try:
@@ -154,41 +161,60 @@ class Runner:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            process.stdin.close()
         self.running = {}
 
+    def gained(self):
+        """The number of epochs that were run since the start."""
+        return sum(self._epochs(task) - n for task, n in self.at_start.items())
+
     def _start(self, task):
-        """The process ends with this one, however that ends: it holds the other end of its
-        standard input. Ctrl-C reaches it through this one alone."""
-        output = self.results.folder / "output" / f"{task.name}.txt"
+        """Ctrl-C reaches the process through this one alone."""
+        output = self._output(task)
         output.parent.mkdir(parents=True, exist_ok=True)
         words = [*task.flags, "--epochs", str(task.epochs), "--out", str(self.results.folder)]
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        with open(output, "w", encoding="utf-8") as file:
+        environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs)), **os.environ}
+        with open(output, "a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.runner", *words, *self.place],
+                [sys.executable, "-m", "scripts.worker", *words, *self.place],
                 stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             )  # fmt: skip
         self.running[process] = task
 
-    def _ended(self, process, task, todo):
+    def _ended(self, process, task):
         del self.running[process]
         process.stdin.close()
         self.ended.add(task)
-        if self._finished(task):
+        if is_finished(self.results, task):
             said = self._figures(task)
         else:
-            output = self.results.folder / "output" / f"{task.name}.txt"
-            lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-            lines = [line for line in lines if line.strip()]
-            error = [line for line in lines if re.match(r"error:|\w*(Error|Killed)", line)]
-            said = (error or lines or [f"exit code {process.returncode}"])[-1]
-            self.failed[task.name] = said = f"failed: {said} (all of it: {output})"
+            said = f"failed: {self._reason(process.returncode, task)} (see {self._output(task)})"
+            self.failed[task.name] = said
         if not self.terminal:
-            print(f"{len(self.ended)} of {len(todo)}  {task.name}  {said}  {self._left(todo)}",
-                  flush=True)  # fmt: skip
+            words = f"{len(self.ended)} of {len(self.todo)}  {task.name}  {said}"
+            print(f"{words}  {self.time_left()}", flush=True)
+
+    def _reason(self, code, task):
+        """Why a run did not come to its end, in one line."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        text = self._output(task).read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        told = [line for line in lines if re.match(r"error: |Stopped: |\w*Error\b", line)]
+        return (told or lines or [f"exit code {code}"])[-1]
+
+    def _figures(self, task):
+        """How a finished run came out."""
+        rows = [json.loads(line) for line in self._log(task).read_text().splitlines()]
+        if rows[-1].get("stopped"):
+            return f"stopped: {rows[-1]['stopped']}"
+        last = [row for row in rows if row["kind"] == "epoch"][-1]
+        return f"loss {last['train_loss']:.4f}  test {last['test_acc']:.2%}"
+
+    def _output(self, task):
+        return self.results.folder / "output" / f"{task.name}.txt"
 
     def _log(self, task):
         return self.results.folder / "logs" / f"{task.name}.jsonl"
@@ -196,35 +222,33 @@ class Runner:
     def _epochs(self, task):
         return min(task.epochs, epochs_done(self._log(task)))
 
-    def _finished(self, task):
-        return is_finished(self.results, task)
+    def _left(self):
+        """The work that is left; a run that has ended leaves none."""
+        rest = [task for task in self.todo if task not in self.ended]
+        return sum(cost(task) * (task.epochs - self._epochs(task)) for task in rest)
 
-    def _figures(self, task):
-        lines = self._log(task).read_text(encoding="utf-8").splitlines()
-        end = json.loads(lines[-1])
-        if end["stopped"]:
-            return f"stopped: {end['stopped']}"
-        return f"loss {end['train_loss']:.4f}  test {end['test_acc']:.2%}"
-
-    def _done(self, todo):
-        """The work behind us; a run that stopped early is done."""
-        return sum(
-            self.work[t] if t in self.ended else cost(t) * self._epochs(t) for t in todo
-        )
-
-    def _left(self, todo):
-        """The time left, in words, from the work done since the start."""
-        before = sum(cost(task) * n for task, n in self.start_epochs.items())
-        now, total = self._done(todo), sum(self.work.values())
-        if now <= before:
+    def time_left(self):
+        """The time left, in words, from the epochs that were run since the start."""
+        done = sum(cost(task) * (self._epochs(task) - n) for task, n in self.at_start.items())
+        if done <= 0:
             return "? left"
-        seconds = (time.monotonic() - self.began) * (total - now) / (now - before)
-        return f"{clock(seconds)} left"
+        return f"{clock((time.monotonic() - self.began) * self._left() / done)} left"
+
+
+def cores():
+    """The processor's cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_finished(results, task):
-    rows = [row for row in results.table if row.flags == task.flags]
-    found = results.find(rows[0]._replace(epochs=task.epochs))
+    """Whether nothing is left of a task; not where something else lies in its place."""
+    row = next(row for row in results.table if row.flags == task.flags)
+    try:
+        found = results.find(row._replace(epochs=task.epochs))
+    except RunError:
+        return False  # main.py says what it is
     return found is not None and found.finished
 
 
@@ -233,22 +257,3 @@ def clock(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def worker(argv):
-    """One run of main.py, which ends when the process that started it is gone."""
-
-    def watch():
-        sys.stdin.buffer.read()  # until the other end is closed
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.default_int_handler)
-    import main as program
-
-    return program.main(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1:]))

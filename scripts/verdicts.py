@@ -4,10 +4,10 @@ A claim is a function of the Evidence of one scale that returns (whether it hold
 behind that). What counts as holding stands in its docstring, which is printed with the verdict.
 """
 
-import json
 import math
 
 from scripts.experiments import BATCHES, DEPTHS, WIDTHS
+from scripts.results import read_measurement
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
 
@@ -220,7 +220,7 @@ def bound(runs):
     path = runs.results.folder / "fig3.json"
     if not path.exists():
         raise Missing
-    what = json.loads(path.read_text(encoding="utf-8"))
+    what = read_measurement(path)
     (row,) = (row for row in runs.results.table if row.figure == "fig3")
     states = list(what["states"].values())
     if len(states) < 2 or what["run"]["epochs"] < row.epochs:

@@ -531,18 +531,21 @@ def test_a_prepared_file_of_ones_own(channels, tmp_path):
     assert elsewhere.source == found.source and found.source["file"] == "mine.npz"
 
 
-@pytest.mark.parametrize("fault", ["missing", "no archive", "shape", "labels"])
+@pytest.mark.parametrize("fault", ["missing", "no archive", "shape", "labels", "gap"])
 def test_a_file_of_ones_own_with_a_fault_is_named(fault, tmp_path):
     images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
     if fault == "shape":
         images = images[..., 0]
     if fault == "labels":
         labels = labels + 1
+    if fault == "gap":
+        labels = labels * 2
     if fault == "no archive":
         (tmp_path / "mine.npz").write_bytes(b"mine")
     elif fault != "missing":
         write_npz(tmp_path / "mine.npz", images, labels)
-    with pytest.raises(DataError, match="mine.npz is damaged or another.*data.prepare --help"):
+    said = "mine.npz is damaged or another.*data.prepare --help"
+    with pytest.raises(DataError, match="no .*mine.npz" if fault == "missing" else said):
         load("npz:mine.npz", tmp_path, 2, 2, CPU)
 
 

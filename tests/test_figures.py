@@ -452,6 +452,14 @@ def test_the_majorisation_is_least_at_eta():
     assert bound[0] == 1.0 and bound.index(min(bound)) == 100
 
 
+def test_a_damaged_measurement_is_named(tmp_path):
+    there = Results(tmp_path, "quick")
+    there.folder.mkdir()
+    (there.folder / "fig3.json").write_text("{")
+    with pytest.raises(RunError, match="fig3.json is damaged"):
+        figures.draw("fig3", there)
+
+
 def test_measuring_wants_the_trained_weights(tmp_path):
     with pytest.raises(RunError, match="there is no"):
         majorise.measure(Results(tmp_path, "quick"), tmp_path)

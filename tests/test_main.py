@@ -430,7 +430,8 @@ def test_names_have_rates_without_exponents_and_say_what_part_was_trained_on():
     assert name("--optimizer", "sgd", "--lr", "10").endswith("-sgd-lr10.0-seed0")
     assert "-train500-test10-mse-" in name("--train_examples", 500, "--test_examples", 10)
     assert name("--dataset", "npz:a/tiny.npz") == name("--dataset", "npz:tiny.npz")
-    assert name("--dataset", "npz:tiny.npz").startswith("fcn10x256-tiny-mse")
+    assert name("--dataset", "npz:tiny.npz").startswith("fcn10x256-npz_tiny-mse")
+    assert name("--dataset", "npz:cifar10.npz") != name("--dataset", "cifar10")
     assert name("--log_steps").endswith("-steps") and name("--log_steps", 3).endswith("-steps3")
 
 

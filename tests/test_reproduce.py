@@ -106,7 +106,7 @@ def test_runs_draws_and_skips_what_is_finished(small, tmp_path, capsys):
     for suffix in ("png", "pdf"):
         assert (tmp_path / "quick" / "figures" / f"fig5.{suffix}").stat().st_size > 5000
     page = (tmp_path / "README.md").read_text()
-    assert "quick/figures/fig5.png" in page and "FCN 3×16, Adam at 1e-3" in page
+    assert "quick/figures/fig5.png" in page and "FCN 3×16, digits, Adam at 1e-3" in page
     times = [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
     assert call("fig5", "--out", tmp_path) == 0
     assert "4 runs: 4 finished, 0 to do" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def processes(out):
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"scripts.runner" in words and any(str(out).encode() in word for word in words):
+        if b"scripts.worker" in words and any(str(out).encode() in word for word in words):
             found.append(int(path.parent.name))
     return found
 
@@ -187,27 +187,69 @@ def test_a_time_limit_stops_cleanly_and_the_command_goes_on(tmp_path):
     assert {len(rows) for rows in logs(tmp_path).values()} == {done + 3}
 
 
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_runs_and_says_how_to_go_on(ending, tmp_path):
+def test_a_signal_stops_the_runs_and_says_how_to_go_on(ending, tmp_path, samples):
+    data_dir = samples("cifar10")
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.reproduce", "phases", "--out", str(tmp_path),
-         "--device", "cpu", "--data_dir", str(tmp_path)],
+         "--device", "cpu", "--data_dir", str(data_dir)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    said = process.communicate(timeout=120)[0]  # no data: nothing to run
-    assert process.returncode == 0 and "left out" in said
-    process = start(tmp_path, "--jobs", "1", epochs=5000)
     path = tmp_path / "quick" / "logs"
-    end = time.monotonic() + 120
-    while not (path.exists() and any(map(results.epochs_done, path.iterdir()))):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: path.exists() and any(map(results.epochs_done, path.glob("*.jsonl"))))
     process.send_signal(ending)
     said = process.communicate(timeout=60)[0]
-    if ending == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in said
-        (rows,) = logs(tmp_path).values()
-        assert rows[-1]["stopped"] == "interrupted"
+    assert process.returncode == 130 and "the same command goes on" in said
+    assert "Traceback" not in said
+    (rows,) = logs(tmp_path).values()
+    assert rows[-1]["stopped"] == "interrupted"
+
+
+def worker(out, *flags, **options):
+    words = [*shlex.split(DIGITS), *map(str, flags), "--out", str(out), "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.worker", *words], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def test_a_worker_ends_quietly_and_with_mains_exit_code(tmp_path):
+    """Its standard input stays open until then."""
+    good, bad = worker(tmp_path, "--epochs", 1), worker(tmp_path, "--lr", 1)
+    assert (good.wait(120), good.stderr.read()) == (0, "")
+    assert bad.wait(120) == 2
+
+
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="preexec_fn")
+@pytest.mark.parametrize("early", [False, True])
+def test_a_worker_stops_when_it_is_asked_to(early, tmp_path):
+    """Also while it is starting, and where Ctrl-C is ignored, as under nohup."""
+    process = worker(tmp_path, "--epochs", 100000, preexec_fn=ignore_interrupts)
+    path = tmp_path / "logs"
+    if not early:
+        wait_for(lambda: path.exists() and any(map(results.epochs_done, path.glob("*.jsonl"))))
+    process.stdin.write("s")
+    process.stdin.flush()
+    assert process.wait(60) == 130
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_worker_ends_with_the_process_that_holds_its_input(tmp_path):
+    process = worker(tmp_path, "--epochs", 100000)
+    wait_for(lambda: list(tmp_path.glob("logs/*.jsonl")))
+    process.stdin.close()
+    assert process.wait(60) == 1
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
@@ -239,8 +281,9 @@ def test_what_is_not_at_hand_is_left_out_by_name(monkeypatch, tmp_path, capsys):
     assert f"left out, 2 of fig1: there is no folder {tmp_path}/imagenet" in said
     assert "0 to do" in said and "fig1: nothing to draw yet" in said
     # The data there, the optional packages not.
-    monkeypatch.setattr("data.prepare.prepare", lambda *args: None)
-    assert call("fig8", "--list", "--scale", "full", "--out", tmp_path) == 0
+    (tmp_path / "cifar10.npz").write_bytes(b"")
+    flags = ["--scale", "full", "--out", tmp_path, "--data_dir", tmp_path]
+    assert call("fig8", "--list", *flags) == 0
     said = capsys.readouterr().out
     assert said.count("pip install") == 3 and "pip install prodigyopt" in said
 
@@ -283,8 +326,11 @@ def test_duration(text, seconds):
         (["fig5", "--scale", "ful"], "did you mean full"),
         (["fig5", "--jobs", "0"], "whole number"),
         (["fig5", "--runs", "99"], "the numbers 0 to 12"),
-        (["fig5", "--runs", "a"], "invalid"),
-        (["fig5", "--sbatch", "--gres gpu:1"], "--submit slurm"),
+        (["fig5", "--runs", "a"], "'a' are no numbers"),
+        (["fig5", "--runs", ""], "no numbers"),
+        (["fig5", "--sbatch=--gres=gpu:1"], "--submit slurm"),
+        (["fig5", "--sbatch", "--x 'y", "--submit", "slurm"], "No closing quotation"),
+        (["fig5", "--fresh", "--submit", "slurm"], "leave it out"),
         (["fig5", "--submit", "slurm", "--draw"], "leave out"),
         (["fig5", "--drw"], "did you mean --draw"),
     ],
@@ -314,13 +360,14 @@ def test_submit_sends_an_array_of_what_is_missing_and_draws_after_it(
     spool.mkdir()
     monkeypatch.setenv("SPOOL", str(spool))
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    assert call("fig5", "--out", tmp_path, "--submit", "slurm", "--jobs", 2,
-                "--sbatch", "--gres gpu:1 --time 1:00:00") == 0  # fmt: skip
+    flags = ["--submit", "slurm", "--jobs", 2, "--epochs", 3, "--sbatch=--gres=gpu:1 --time 1:00"]
+    assert call("fig5", "--out", tmp_path, *flags) == 0
     array, draw = ((spool / str(i)).read_text() for i in (0, 1))
-    assert "--array=0,2,3%2" in array and "--gres gpu:1 --time 1:00:00" in array
+    assert "--array=0,2,3%2" in array and "--gres=gpu:1 --time 1:00" in array
+    assert "--epochs 3" in array and "--epochs 3" in draw
     assert '--runs "$SLURM_ARRAY_TASK_ID"' in array and f"--out {tmp_path}" in array
     assert "--dependency=afterany:40" in draw and "--draw" in draw
-    assert "job 40" in capsys.readouterr().out
+    assert "Job 40, an array of 3 runs" in capsys.readouterr().out
     # What the array's task does.
     command = array.split("&& ", 1)[1]
     assert command.split()[1:4] == ["-m", "scripts.reproduce", "fig5"]
@@ -330,6 +377,157 @@ def test_submit_without_slurm_says_so(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 1
     assert "no sbatch here" in capsys.readouterr().err
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/sh\necho bad >&2\necho partition >&2\nexit 1\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 1
+    assert capsys.readouterr().err == "error: the queue refused the job: bad partition\n"
+
+
+def test_a_run_gets_its_share_of_the_cores_and_a_session_of_its_own(monkeypatch, tmp_path):
+    seen = []
+
+    class Process:
+        def __init__(self, words, **options):
+            seen.append((words, options))
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(runner, "cores", lambda: 8)
+    there = Results(tmp_path, "quick")
+    some = runner.Runner(there, 3, ["--device", "cpu"], None, "fig5")
+    some._start(runner.tasks(there, ["fig5"])[0])
+    ((words, options),) = seen
+    assert options["env"]["OMP_NUM_THREADS"] == "2" and options["start_new_session"]
+    assert words[1:3] == ["-m", "scripts.worker"] and words[-2:] == ["--device", "cpu"]
+
+
+def test_the_time_left_is_that_of_the_work_left(monkeypatch, tmp_path):
+    there = Results(tmp_path, "quick")
+    some = runner.Runner(there, 1, [], None, "fig5")
+    some.todo = runner.tasks(there, ["fig5"])[:4]  # equally long
+    done = dict.fromkeys(some.todo, 0)
+    monkeypatch.setattr(some, "_epochs", done.__getitem__)
+    some.at_start = dict(done)
+    assert some.time_left() == "? left"
+    n = some.todo[0].epochs
+    done[some.todo[0]] = n
+    some.began = time.monotonic() - 60
+    assert some.time_left() == "3:00 left"
+    some.ended.add(some.todo[1])  # broke off at once: its work is neither done nor left
+    assert some.time_left() == "2:00 left"
+
+
+def test_the_runs_stop_before_the_time_is_up(monkeypatch):
+    monkeypatch.setattr(reproduce, "BEGAN", 100.0)
+    for figures in (["fig5"], list(FIGURES)):
+        for limit in (5, 60, 540):
+            args = reproduce.parse([*figures, "--time_limit", f"{limit}s"])[1]
+            assert 100 < reproduce.deadline(args) < 100 + limit
+    assert reproduce.deadline(reproduce.parse(["fig5"])[1]) is None
+
+
+def test_a_limit_in_which_nothing_can_be_done_says_so(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "BEGAN", time.monotonic() - 100)
+    assert call("fig5", "--out", tmp_path, "--time_limit", "2s") == reproduce.TIME_IS_UP
+    assert "give it a longer one" in capsys.readouterr().out
+    assert not (tmp_path / "quick").exists()
+
+
+def test_a_run_is_finished_with_the_end_row_behind_it(small, tmp_path):
+    """The last checkpoint is written before that row, and may have failed."""
+    assert call("fig5", "--out", tmp_path, "--runs", "0", "--device", "cpu") == 0
+    (path,) = (tmp_path / "quick" / "logs").iterdir()
+    lines = path.read_text().splitlines(keepends=True)
+    task = runner.tasks(Results(tmp_path, "quick"), ["fig5"])[0]
+    assert runner.is_finished(Results(tmp_path, "quick"), task)
+    for end in ("", lines[-1].replace('"final": true', '"final": false'), '{"kind": "end"}\n'):
+        path.write_text("".join(lines[:-1]) + end)
+        assert not runner.is_finished(Results(tmp_path, "quick"), task)
+
+
+@pytest.mark.parametrize("damage", ["no checkpoint", "checkpoint", "log"])
+def test_what_is_damaged_fails_alone_and_fresh_starts_it_over(damage, small, tmp_path, capsys):
+    flags = ["fig5", "--out", tmp_path, "--device", "cpu"]
+    assert call(*flags, "--epochs", 2) == 0
+    name = run_name(small_table("")[0].flags)
+    checkpoint = tmp_path / "quick" / "checkpoints" / f"{name}.pt"
+    if damage == "no checkpoint":
+        checkpoint.unlink()
+    elif damage == "checkpoint":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    else:
+        (tmp_path / "quick" / "logs" / f"{name}.jsonl").write_text("no log\n")
+    assert call(*flags) == 1
+    said = capsys.readouterr().err
+    assert "--fresh starts over" in said and "Traceback" not in said
+    assert sum(rows[-1]["epochs"] == 3 for n, rows in logs_but(tmp_path, name)) == 3
+    assert call(*flags, "--fresh") == 0
+    assert {rows[-1]["epochs"] for rows in logs(tmp_path).values()} == {3}
+
+
+def logs_but(out, name):
+    """The logs aside from one."""
+    paths = (Path(out) / "quick" / "logs").iterdir()
+    return [(path.stem, read_rows(path)) for path in paths if path.stem != name]
+
+
+def test_two_commands_do_not_make_the_same_run(tmp_path):
+    first = worker(tmp_path, "--epochs", 100000)
+    wait_for(lambda: any(map(results.epochs_done, tmp_path.glob("logs/*.jsonl"))))
+    second = worker(tmp_path, "--epochs", 100000)
+    assert second.wait(60) == 1
+    assert "another process is making" in second.stderr.read()
+    first.stdin.write("s")
+    first.stdin.flush()
+    assert first.wait(60) == 130
+
+
+def test_the_reason_of_a_failure_is_one_that_tells(small, tmp_path):
+    some = runner.Runner(Results(tmp_path, "quick"), 1, [], None, "fig5")
+    task = runner.tasks(some.results, ["fig5"])[0]
+    output = some._output(task)
+    output.parent.mkdir(parents=True)
+    output.write_text("epoch 3/60 loss 0.8\n\nStopped: OSError: no space.\nLog  x\nWeights  y\n")
+    assert some._reason(1, task) == "Stopped: OSError: no space."
+    assert some._reason(-9, task) == "killed by SIGKILL"
+
+
+def test_a_page_of_somebody_elses_stays(small, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("# Mine\n")
+    assert call("fig5", "--out", tmp_path, "--draw") == 1
+    assert page.read_text() == "# Mine\n" and "choose another --out" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_and_a_device_that_is_not_there(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for flags in (["--out", tmp_path / "file"], ["--out", tmp_path, "--device", "cuda:99"]):
+        with pytest.raises(SystemExit) as exit:
+            call("fig5", *flags)
+        assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert "is a file" in said and "no device 'cuda:99' here" in said
+
+
+def test_to_list_and_to_draw_fetches_nothing(monkeypatch, tmp_path, capsys):
+    def fetch(*args):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("data.prepare.prepare", fetch)
+    for what in ("--list", "--draw"):
+        assert call("fig5", what, "--out", tmp_path, "--data_dir", tmp_path / "none") == 0
+    assert "cifar10.npz yet" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_the_stand_in_gives_way_to_cifar100(tmp_path):
+    task = next(task for task in runner.tasks(Results(tmp_path, "quick"), ["fig4"])
+                if "npz:tiny100.npz" in task.flags)  # fmt: skip
+    (tmp_path / "tiny100.npz").write_bytes(b"")
+    assert runner.Availability(tmp_path, False).lacking(task) is None
+    (tmp_path / "cifar100.npz").write_bytes(b"")
+    assert runner.Availability(tmp_path, False).lacking(task) == "CIFAR-100 itself is here"
 
 
 def test_a_log_of_another_run_is_not_taken_for_this_one(small, tmp_path):
