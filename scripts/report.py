@@ -151,6 +151,8 @@ def numbers(results):
         data = there[0].data if there else data_name(planned[0].flag("--dataset"), {})
         what = f"{short(figure)}, {network_name(planned[0])}, {data}"
         what += f", {panel}" if panel.startswith("batch") else ""
+        images = planned[0].flag("--train_examples")
+        what += f", {int(images):,} images" if images else ""
         if not found:
             under_way = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
             rows.append([f"{what}, {name}", PAPER.get(key, ""), "not run" + under_way, *[""] * 4])
