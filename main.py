@@ -277,11 +277,10 @@ def train(args, world):
             if first:
                 steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
                 run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
-            rows.append(row)
-            if first:
                 progress.epoch(row)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())
+            rows.append(row)
             if stopped is not None:
                 break
     except KeyboardInterrupt:
@@ -300,6 +299,7 @@ def train(args, world):
         seconds = sum(row["seconds"] for row in rows)
         run.log({"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
                  "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds})
+        run.release()
         display.summary(run, rows, done, stopped, time.perf_counter() - began, skipped, bad)
     return exit_code(stopped)
 

@@ -54,7 +54,7 @@ class Run:
     same name counts only if it has the same settings."""
 
     def __init__(self, out, name, settings):
-        self.name, self.settings = name, settings
+        self.name, self.settings, self.lock = name, settings, None
         self.log_path = Path(out, "logs", f"{name}.jsonl")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         for path in (self.log_path, self.checkpoint_path):
@@ -153,6 +153,11 @@ class Run:
             ) from None
         except OSError:  # a file system without locks, or one that is read-only: seen elsewhere
             return
+
+    def release(self):
+        """Let other processes go on with this run."""
+        if self.lock is not None:
+            self.lock.close()
 
     @staticmethod
     def compare(settings, then, path):

@@ -20,8 +20,8 @@ def watch():
 def main():
     for ending in (signal.SIGINT, signal.SIGTERM):  # whatever they were inherited as
         signal.signal(ending, signal.default_int_handler)
-    threading.Thread(target=watch, daemon=True).start()
     try:
+        threading.Thread(target=watch, daemon=True).start()
         import main as program
 
         return program.main(sys.argv[1:])

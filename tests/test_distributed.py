@@ -12,7 +12,7 @@ FLAGS = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2"
 def outcome(out):
     (log,) = (out / "logs").iterdir()
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    (saved,) = (out / "checkpoints").iterdir()
+    (saved,) = (out / "checkpoints").glob("*.pt")
     return rows, torch.load(saved, weights_only=True)["net"]
 
 

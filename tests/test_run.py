@@ -21,6 +21,7 @@ def written(run, epochs):
     for epoch in epochs:
         run.log(epoch_row(epoch))
         run.save(*state(epoch))
+    run.release()
 
 
 def test_a_cut_log_is_mended_at_the_checkpoint(tmp_path):
@@ -100,11 +101,24 @@ def test_another_environment_is_noted_on_resuming(tmp_path):
     run.start({"kind": "run", "flags": {}, "torch": "1", "date": "then"}, torch.device("cpu"))
     run.log(epoch_row(1))
     run.save(*state(1))
+    run.release()
     run = Run(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {}, "torch": "2", "date": "now"}, torch.device("cpu"))
     first = run.rows()[0]
     assert (first["torch"], first["date"]) == ("1", "then")
     assert first["resumed"] == [{"after_epoch": 1, "date": "now", "torch": "2"}]
+
+
+def test_a_run_is_made_by_one_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    run, other = Run(tmp_path, "a", {}), Run(tmp_path, "a", {})
+    first = {"kind": "run", "flags": {}}
+    run.start(first, torch.device("cpu"))
+    with pytest.raises(RunError, match="another process is making"):
+        other.start(first, torch.device("cpu"))
+    Run(tmp_path, "b", {}).start(first, torch.device("cpu"))
+    run.release()
+    other.start(first, torch.device("cpu"))
 
 
 def test_rows_are_strict_json(tmp_path):
