@@ -85,8 +85,8 @@ class Run:
         """(epochs done, test accuracy, why it stopped) if nothing is left to do up to `epochs`."""
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
-        end = rows[-1] if rows and rows[-1]["kind"] == "end" else {"final": False}
-        if end["final"] and (end["stopped"] or len(done) >= epochs):
+        end = rows[-1] if rows and rows[-1]["kind"] == "end" else {}
+        if end.get("final") and (end["stopped"] or len(done) >= epochs):
             return len(done), done[-1]["test_acc"], end["stopped"]
         # An unfinished run may hold more epochs than this command asks for.
         return (len(done), done[-1]["test_acc"], None) if len(done) > epochs else None

@@ -106,8 +106,8 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
                 classes = len(np.unique(labels))
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError,
-            MemoryError, zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zlib.error,
+            zipfile.BadZipFile) as error:  # fmt: skip
         raise DataError(
             f"{path} is damaged or another data set ({error}). "
             + (

@@ -23,7 +23,7 @@ from architecture import build
 from data import DATASETS
 from data.arrays import ArrayBatches, load_arrays
 from run import RunError
-from scripts.results import read_measurement, run_name
+from scripts.results import log_name, read_measurement
 from train import mse
 
 IMAGES = 10_000  # the first of the training set, as they are
@@ -101,7 +101,7 @@ def measure(results, data_dir, on_point=lambda: None):
     `<folder>/fig3.json` unless it says that already. Returns its path; raises RunError where the
     weights are missing. `on_point` is called now and then, and may raise to end it."""
     (row,) = (row for row in results.table if row.figure == "fig3")
-    name, path = run_name(row.flags), results.folder / "fig3.json"
+    name, path = log_name(row.flags), results.folder / "fig3.json"
     weights = results.folder / "checkpoints" / f"{name}.pt"
     if not weights.exists():
         if path.exists():

@@ -126,7 +126,8 @@ def identity(flags):
     return program.name_and_settings(program.parse([*flags, "--device", "cpu"], check=False))
 
 
-def run_name(flags):
+def log_name(flags):
+    """The name of their run's files."""
     return identity(flags)[0]
 
 

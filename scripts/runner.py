@@ -1,7 +1,6 @@
 """Runs of main.py, several at a time, each in a process of its own that ends with this one."""
 
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -14,8 +13,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import DataError
-from run import RunError
-from scripts.results import epochs_done, run_name
+from run import RunError, read_rows
+from scripts.results import epochs_done, log_name
 
 GRACE = 30  # seconds that a run gets to stop
 
@@ -38,7 +37,7 @@ def tasks(results, figures, most=None):
             epochs[row.flags] = max(epochs.get(row.flags, 0), n)
     for figure in figures:
         flags = dict.fromkeys(row.flags for row in results.table if row.figure == figure)
-        mine = [Task(run_name(f), f, epochs.pop(f)) for f in flags if f in epochs]
+        mine = [Task(log_name(f), f, epochs.pop(f)) for f in flags if f in epochs]
         every += sorted(mine, key=lambda task: -cost(task) * task.epochs)
     return every
 
@@ -77,7 +76,8 @@ class Availability:
         try:
             prepare(name, self.data_dir)
         except DataError as error:
-            return str(error).splitlines()[0]
+            said = str(error).splitlines()[0]
+            return f"{said}; `python -m data.prepare {name}` tells the ways"
         return None
 
     @staticmethod
@@ -207,7 +207,7 @@ class Runner:
 
     def _figures(self, task):
         """How a finished run came out."""
-        rows = [json.loads(line) for line in self._log(task).read_text().splitlines()]
+        rows = read_rows(self._log(task))
         if rows[-1].get("stopped"):
             return f"stopped: {rows[-1]['stopped']}"
         last = [row for row in rows if row["kind"] == "epoch"][-1]

@@ -12,7 +12,7 @@ from architecture import build
 from run import RunError
 from scripts import figures, majorise, report, verdicts
 from scripts.experiments import FIGURES, SCALES, Experiment, experiments
-from scripts.results import Result, Results, data_name, run_name, tuned
+from scripts.results import Result, Results, data_name, log_name, tuned
 from tests.conftest import ROOT
 
 PUBLISHED = Results(ROOT / "results", "quick")
@@ -59,7 +59,7 @@ def test_published_logs_are_runs_of_the_table_and_small():
     paths = []
     for folder in sorted((ROOT / "results").glob("*/logs")):
         if folder.parent.name in SCALES:
-            names = {run_name(row.flags) for row in experiments(folder.parent.name)}
+            names = {log_name(row.flags) for row in experiments(folder.parent.name)}
             paths += folder.glob("*.jsonl")
             assert {path.stem for path in folder.iterdir()} <= names
     assert sum(path.stat().st_size for path in paths) < 3e6

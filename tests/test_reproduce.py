@@ -14,7 +14,7 @@ import main as program
 from run import read_rows
 from scripts import experiments, reproduce, results, runner
 from scripts.experiments import FIGURES, PEERS, SCALES, Experiment
-from scripts.results import Results, run_name
+from scripts.results import Results, log_name
 from tests.conftest import ROOT
 
 DIGITS = "--arch fcn --depth 3 --width 16 --dataset digits --log_updates"
@@ -80,7 +80,7 @@ def test_a_name_of_a_run_means_one_set_of_flags(scale):
     table = experiments.experiments(scale)
     flags = {}
     for row in table:
-        assert flags.setdefault(run_name(row.flags), row.flags) == row.flags
+        assert flags.setdefault(log_name(row.flags), row.flags) == row.flags
     assert len(set(table)) == len(table)
 
 
@@ -149,7 +149,7 @@ def test_killed_it_takes_its_runs_along_and_goes_on(tmp_path):
     """SIGKILL loses an epoch of a run at most, and what comes out is what would have."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(killed, "--jobs", "1", epochs=60)
-    path = killed / "quick" / "logs" / f"{run_name(small_table('')[0].flags)}.jsonl"
+    path = killed / "quick" / "logs" / f"{log_name(small_table('')[0].flags)}.jsonl"
     end = time.monotonic() + 120
     while results.epochs_done(path) < 3 and time.monotonic() < end:
         time.sleep(0.01)
@@ -278,7 +278,7 @@ def test_what_is_not_at_hand_is_left_out_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
     assert call("all", "--scale", "full", "--out", tmp_path, "--data_dir", tmp_path) == 0
     said = capsys.readouterr().out
-    assert "of fig1, fig3, fig8: cifar10 could not be fetched: no network\n" in said
+    assert "of fig1, fig3, fig8: cifar10 could not be fetched: no network; `python -m data" in said
     assert f"left out, 2 of fig1: there is no folder {tmp_path}/imagenet" in said
     assert "0 to do" in said and "fig1: nothing to draw yet" in said
     # The data there, the optional packages not.
@@ -452,7 +452,7 @@ def test_a_run_is_finished_with_the_end_row_behind_it(small, tmp_path):
 def test_what_is_damaged_fails_alone_and_fresh_starts_it_over(damage, small, tmp_path, capsys):
     flags = ["fig5", "--out", tmp_path, "--device", "cpu"]
     assert call(*flags, "--epochs", 2) == 0
-    name = run_name(small_table("")[0].flags)
+    name = log_name(small_table("")[0].flags)
     checkpoint = tmp_path / "quick" / "checkpoints" / f"{name}.pt"
     if damage == "no checkpoint":
         checkpoint.unlink()

@@ -63,6 +63,8 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     written(run, [1, 2])
     run.log({"kind": "end", "epochs": 2, "stopped": None, "final": True})
     assert Run(tmp_path, "a", {"dataset": "x"}).finished(2)[0] == 2
+    run.log({"kind": "end"})  # cut down by somebody's hand
+    assert Run(tmp_path, "a", {"dataset": "x"}).finished(2) is None
     with pytest.raises(RunError, match="dataset x then, y now"):
         Run(tmp_path, "a", {"dataset": "y"}).finished(2)
 
