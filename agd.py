@@ -52,14 +52,18 @@ class AGD(torch.optim.Optimizer):
         skipped: int64, the number of steps so far that changed no weight because a gradient held
             a NaN or an infinity.
 
+    A weight may be sharded over devices, a DTensor as of torch's fully_shard: its norms are those
+    of the whole matrix, for two small all-reduces a step. Every device has shards of all weights.
+
     A zero gradient, of a matrix or of one kernel position, leaves those weights as they were. A
     step needs a scratch copy of the gradients (float32 at least), and another of those of one shape
     at a time; it keeps no state. What was counted in `skipped` is part of the state dict.
 
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
-            has fewer than two dimensions, no elements, or is not real floating point; at a step,
-            for a sparse or complex gradient. The message names the tensor and the way out.
+            has fewer than two dimensions, no elements, or is not real floating point, or is sharded
+            along its kernel; at a step, for a sparse or complex gradient. The message names the
+            tensor and the way out.
     """
 
     def __init__(self, params, gain=1.0):
@@ -109,7 +113,9 @@ class AGD(torch.optim.Optimizer):
         # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
         # of kernels grows with the number of distinct shapes and not with L; m and the squared
         # norm of u have 1 in the place of a matrix's dimensions.
-        us, ms, squares = zip(*[b.normalise() for b in buckets])
+        ms = _over_shards(buckets, [b.largest() for b in buckets], "max")
+        us, squares = zip(*[b.normalise(m) for b, m in zip(buckets, ms)])
+        squares = _over_shards(buckets, squares, "sum")
         shapes, sizes = [m.shape for m in ms], [m.numel() for m in ms]
         flat = [x.flatten() for x in (*squares, *ms)]
         if any(x.device != home for x in flat):
@@ -166,10 +172,15 @@ class AGD(torch.optim.Optimizer):
                         f"{'complex' if grad.is_complex() else 'sparse'}, and AGD needs a dense, "
                         "real one: build the layer with sparse=False and real weights"
                     )
-                key = (p.shape, p.stride(), p.dtype, p.device, kind)
+                shape, shards = p.shape, None
+                if _is_dtensor(p):
+                    shards = p.device_mesh, p.placements
+                    grad = grad.redistribute(*shards).to_local()
+                    p = p.to_local()
+                key = (shape, p.shape, p.stride(), p.dtype, p.device, kind, shards)
                 bucket = buckets.get(key)
                 if bucket is None:
-                    bucket = buckets[key] = _Bucket(p, gain)
+                    bucket = buckets[key] = _Bucket(p, gain, shape, shards)
                 bucket.add(p, grad)
         return list(buckets.values())
 
@@ -187,13 +198,18 @@ class AGD(torch.optim.Optimizer):
 
 
 class _Bucket:
-    """Weights of one shape and layout, and what AGD derives from them."""
+    """Weights of one shape and layout, and what AGD derives from them; those that are sharded, as
+    (mesh, placements) say, by their parts on this device."""
 
-    def __init__(self, p, gain):
-        self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(p.shape)
+    def __init__(self, p, gain, shape, shards):
+        self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(shape)
         self.dtype = torch.promote_types(p.dtype, torch.float32)
-        # Dimensions in the order in which they lie in memory, so that any format is as fast.
-        self.order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
+        self.shards, self.empty = shards, p.numel() == 0  # a shard may be
+        # Dimensions in the order in which they lie in memory, so that any format is as fast; those
+        # of a shard in the one order that every device knows.
+        self.order = list(range(p.ndim))
+        if shards is None:
+            self.order.sort(key=lambda i: -p.stride(i))
         self.in_order = self.order == list(range(p.ndim))
         # The two of a matrix in (layers, *dimensions). The one that is contiguous is reduced
         # first, else the outermost: both sweeps run along memory.
@@ -212,25 +228,61 @@ class _Bucket:
         self.weights.append(p)
         self.grads.append(grad)
 
-    def normalise(self):
-        """(u = grad / m, m the largest magnitude of each matrix, the sum of squares of each matrix
-        of u): u (layers, *dimensions), the others likewise with 1 for a matrix's dimensions."""
-        first, second = self.first, self.second
+    def largest(self):
+        """The gradients as x (layers, *dimensions), and returned the largest magnitude of each of
+        their matrices, with 1 for a matrix's dimensions."""
         alone = len(self.grads) == 1
         x = (self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)).to(self.dtype)
-        top, bottom = x.amax(first, keepdim=True), x.amin(first, keepdim=True)
-        m = torch.maximum(top, bottom.neg_()).amax(second, keepdim=True)
+        # What may be written to: neither the gradient itself nor a view of it.
+        self.x, self.own = x, not alone
+        if self.empty:
+            return self._zeros(x)
+        top, bottom = x.amax(self.first, keepdim=True), x.amin(self.first, keepdim=True)
+        return torch.maximum(top, bottom.neg_()).amax(self.second, keepdim=True)
+
+    def normalise(self, m):
+        """(u = grad / m (layers, *dimensions), the sum of squares of each matrix of u)."""
         # Not 0 / 0, and no subnormal divisor: some devices have none.
-        m = m.clamp_min_(torch.finfo(self.dtype).tiny)
-        u = x / m if alone else x.div_(m)
+        m.clamp_min_(torch.finfo(self.dtype).tiny)
+        u = self.x.div_(m) if self.own else self.x / m
+        self.x = None
+        if self.empty:
+            return u, self._zeros(u)
         if self.run is None:
-            rows = u.square().sum(first, keepdim=True)
+            rows = u.square().sum(self.first, keepdim=True)
         elif self.run == u.shape[-1]:
             rows = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_()
         else:
             runs = torch.linalg.vector_norm(u.unflatten(-1, (-1, self.run)), dim=-1).square_()
             rows = runs.sum(-1, keepdim=True)
-        return u, m, rows.sum(second, keepdim=True)
+        return u, rows.sum(self.second, keepdim=True)
+
+    def _zeros(self, x):
+        matrix = (self.first, self.second)
+        return x.new_zeros([1 if i in matrix else n for i, n in enumerate(x.shape)])
+
+
+def _is_dtensor(p):
+    """Whether a tensor is a torch.distributed.tensor.DTensor, without importing that."""
+    return hasattr(p, "to_local")
+
+
+def _over_shards(buckets, values, op):
+    """A tensor a bucket, "sum" or "max" over the shards of those that are sharded: one all-reduce
+    for all that are so in the same way."""
+    values, alike = list(values), {}
+    for i, b in enumerate(buckets):
+        if b.shards is not None:
+            alike.setdefault(b.shards, []).append(i)
+    for (mesh, placements), indices in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        parts = [Replicate() if x.is_replicate() else Partial(op) for x in placements]
+        flat = torch.cat([values[i].flatten() for i in indices])
+        flat = DTensor.from_local(flat, mesh, parts, run_check=False).full_tensor()
+        for i, x in zip(indices, flat.split([values[i].numel() for i in indices])):
+            values[i] = x.view(values[i].shape)
+    return values
 
 
 @torch.no_grad()
@@ -251,7 +303,7 @@ def init_weights(params, generator=None):
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
-    sizes, seen = {}, set()
+    sizes, seen, drawn = {}, set(), 0
     params = list(_named(_listed(params)))
     if not params:
         raise ValueError(EMPTY)
@@ -265,6 +317,18 @@ def init_weights(params, generator=None):
                 positions, rows, columns, dtype=torch.float64, device="cpu", generator=generator
             )
             sizes.setdefault((rows, columns), []).append((p, z))
+            drawn += z.numel()
+            if drawn > AT_ONCE:
+                _orthogonalise(sizes)
+                drawn = 0
+    _orthogonalise(sizes)
+
+
+AT_ONCE = 2**26  # float64 numbers drawn at a time, half a gigabyte, or a single weight
+
+
+def _orthogonalise(sizes):
+    """Fill weights from their draws, [(weight, draw)] by size, which is emptied."""
     for size in list(sizes):
         weights, draws = zip(*sizes.pop(size))
         Q, R = torch.linalg.qr(torch.cat(draws))
@@ -273,7 +337,20 @@ def init_weights(params, generator=None):
         for p, q in zip(weights, Q.split([len(z) for z in draws])):
             q = q if p.shape[0] >= p.shape[1] else q.mT
             q = q.unflatten(0, p.shape[2:]) if p.ndim > 2 else q.squeeze(0)
-            p.copy_(q.movedim((-2, -1), (0, 1)) * _scale(p.shape))
+            _fill(p, q.movedim((-2, -1), (0, 1)) * _scale(p.shape))
+
+
+def _fill(p, whole):
+    """Copy `whole` to a weight, or to the part of it that lies on this device."""
+    if not _is_dtensor(p):
+        p.copy_(whole)
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    part, mesh = p.to_local(), p.device_mesh
+    whole = whole.to(part.device, part.dtype)
+    whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    part.copy_(whole.redistribute(mesh, p.placements).to_local())
 
 
 def _wide(device):
@@ -325,6 +402,9 @@ def _check(name, p):
                          "dimensions; build the layer without this one (bias=False, affine=False)")
     if p.numel() == 0:
         raise ValueError(f"AGD has no rule for {_label(name, p)}: it has no elements; leave it out")
+    if _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
+        raise ValueError(f"AGD has no rule for {_label(name, p)}, sharded along its kernel: shard "
+                         "it along its first or second dimension")
 
 
 def _check_gain(gain):

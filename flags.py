@@ -91,6 +91,9 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
     add("--train_bs", type=number(int, 1), default=128, help="images a step (default: 128)")
     add("--test_bs", type=number(int, 1), default=128, help="in testing (default: 128)")
+    add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
+        "time, added up to a step (default: all, halved where memory runs out)")
+    add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
     add("--gain", type=number(float, 0), default=1.0, help="multiplies AGD's update (default: 1)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
         help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
@@ -105,6 +108,7 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--device", help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
+    add("--check", action="store_true", help="look for what would stop the run, and do not run")
     add = p.add_argument_group("image folders").add_argument
     add("--image_size", type=number(int, 32), help="side in pixels (default: 224)")
     add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),

@@ -10,7 +10,6 @@ import importlib
 import math
 import os
 import time
-import traceback
 import zlib
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -24,8 +23,10 @@ from agd import AGD, init_weights
 from architecture import NETWORKS, build
 from data import DATASETS, DataError, default_data_dir, load
 from run import Run, RunError, environment, run_name
-from train import LOSSES, evaluate, train_epoch
+from train import LOSSES, Gradient, OutOfMemory, evaluate, train_epoch
 
+# Errors whose message says all that is to be known.
+EXPECTED = (DataError, RunError, OutOfMemory)
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
@@ -184,16 +185,30 @@ def main(argv=None):
     args = parse(argv)
     try:
         world = distributed.start(torch.device(args.device), args.distribute)
-        try:
-            return train(args, world)
-        finally:
-            world.stop()
-    except (DataError, RunError, distributed.LaunchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+    except (distributed.LaunchError, KeyboardInterrupt) as error:
+        return say("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+    try:
+        code = train(args, world)
+    except (Exception, KeyboardInterrupt) as error:
+        reason, trace = world.failed(error, EXPECTED)
+        if trace and world.size == 1:
+            raise
+        code = say(reason, trace) if world.speaks else exit_code(reason)
+    world.stop()
+    if code and world.size > 1:  # what is left of a group may wait for ranks that are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def say(reason, trace=None):
+    """Print why nothing came of it; returns the exit code."""
+    if reason == "interrupted":
         print("interrupted", file=sys.stderr)
-        return 130
+    elif reason:
+        print(f"{trace or ''}error: {reason}", file=sys.stderr)
+    return exit_code(reason)
 
 
 def train(args, world):
@@ -245,11 +260,11 @@ def train(args, world):
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         checkpoint = run.start(
             {"kind": "run", "name": name, "flags": vars(args), **environment(world.device),
-             "ranks": world.size, "data": data.source, **facts, "date": now},
-            world.device,
+             "ranks": world.size, "launcher": world.launcher, "data": data.source, **facts,
+             "date": now},
         )  # fmt: skip
     checkpoint = world.agree(checkpoint)
-    done = 0
+    done, rows = 0, world.agree(run.epochs() if first else None)
     if checkpoint is not None:
         done = checkpoint["epoch"]
         net.load_state_dict(checkpoint["net"])
@@ -257,8 +272,10 @@ def train(args, world):
         if first:
             print(f"Going on after epoch {done} of {run.log_path}\n", flush=True)
 
-    model, loss_fn = world.wrap(net), LOSSES[args.loss]
-    rows = run.epochs() if first else []
+    model, loss_fn = world.wrap(net, args.sync_bn), LOSSES[args.loss]
+    # What had to be lowered for want of memory stays so, unless the command says otherwise.
+    lowered = rows[-1].get("micro_bs") if rows else None
+    gradient = Gradient(model, loss_fn, world, args.micro_bs or lowered, args.sync_bn)
     stopped, final, began = None, True, time.perf_counter()
     progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
     try:
@@ -266,13 +283,17 @@ def train(args, world):
             start = time.perf_counter()
             data.train.set_epoch(epoch)
             trained = train_epoch(
-                model, data.train, loss_fn, optimizer, world.sum, world.size, progress.step,
-                args.log_updates,
+                model, data.train, loss_fn, optimizer, gradient, progress.step, args.log_updates
             ).read(world.sum)
+            complete(trained, data.train, world)
             training_seconds = time.perf_counter() - start
             world.share(net.buffers())  # batch-norm statistics: those of the first rank
-            tested = evaluate(net, data.test, loss_fn).read(world.sum)
+            tested = evaluate(net, data.test, loss_fn, gradient.micro_bs).read(world.sum)
+            complete(tested, data.test, world)
+            together(net, epoch, world)
             row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
+            if gradient.micro_bs is not None:
+                row["micro_bs"] = gradient.micro_bs
             stopped = not_finite(args, epoch, trained["steps"]["loss"])
             if first:
                 steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
@@ -283,25 +304,55 @@ def train(args, world):
             rows.append(row)
             if stopped is not None:
                 break
-    except KeyboardInterrupt:
-        stopped, final = "interrupted", False
-    except (DataError, OSError, RuntimeError) as error:
-        stopped, final = f"{type(error).__name__}: {error}", False
-        if not isinstance(error, DataError):
-            traceback.print_exc()
+        bad = sorted(set().union(*world.gather(bad_images(data))))
+    except (Exception, KeyboardInterrupt) as error:
+        (stopped, trace), final, bad = world.failed(error, EXPECTED), False, bad_images(data)
+        if trace and first:
+            print(trace, end="", file=sys.stderr)
     finally:
         progress.close()
     if first:
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
-        bad = [path for part in data[:2] for path in sorted(getattr(part, "bad_images", ()))]
         skipped = int(optimizer.skipped) if args.optimizer == "agd" else 0
         seconds = sum(row["seconds"] for row in rows)
         run.log({"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
                  "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds})
         run.release()
         display.summary(run, rows, done, stopped, time.perf_counter() - began, skipped, bad)
+    elif world.speaks:
+        return say(stopped)
     return exit_code(stopped)
+
+
+def bad_images(data):
+    """The paths of the images that could not be decoded on this rank."""
+    return sorted(set().union(*(getattr(part, "bad_images", ()) for part in data[:2])))
+
+
+def complete(figures, batches, world):
+    """Raises where an epoch did not see every image once, over all the ranks."""
+    missing = sum(world.gather(batches.missing))
+    if figures["examples"] + missing != batches.examples:
+        raise distributed.RankError(
+            f"{figures['examples']} images went through the network and {missing} could not be "
+            f"decoded, of {batches.examples}: the ranks' shares are not the whole"
+        )
+    if not figures["examples"]:
+        raise distributed.RankError(f"none of the {batches.examples} images can be decoded")
+
+
+def together(net, epoch, world):
+    """Raises where the ranks do not hold the same weights, to the bit."""
+    drifted = world.drifted(net.parameters())
+    if drifted:
+        ranks = f"rank {drifted[0]} holds"
+        if len(drifted) > 1:
+            ranks = f"ranks {', '.join(map(str, drifted))} hold"
+        raise distributed.RankError(
+            f"{ranks} other weights than the rest after epoch {epoch}: nodes of different hardware "
+            "or software, or faulty memory"
+        )
 
 
 def exit_code(stopped):

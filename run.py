@@ -91,10 +91,10 @@ class Run:
         # An unfinished run may hold more epochs than this command asks for.
         return (len(done), done[-1]["test_acc"], None) if len(done) > epochs else None
 
-    def start(self, first_row, device):
+    def start(self, first_row):
         """Open the log, cut to the last checkpoint; returns that checkpoint, or None at the start.
 
-        A checkpoint is a dict with "epoch", "net" and "optimizer".
+        A checkpoint is a dict with "epoch", "net" and "optimizer", its tensors on the CPU.
         """
         self._lock()
         rows, checkpoint = self.rows(), None
@@ -102,7 +102,7 @@ class Run:
         if self.checkpoint_path.exists():
             try:
                 checkpoint = torch.load(
-                    self.checkpoint_path, map_location=device, weights_only=True
+                    self.checkpoint_path, map_location="cpu", weights_only=True
                 )
             except Exception as error:  # torch raises many kinds for a damaged file
                 raise RunError(

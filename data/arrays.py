@@ -19,12 +19,15 @@ class ArrayBatches:
 
     The order of an epoch is a function of (seed, epoch), the crop and the flip of an image one of
     (seed, epoch, index): no generator lives from batch to batch, so a resumed run and any number
-    of ranks see the same images. The last batch may be smaller; no image is left out.
+    of ranks see the same images. The last batch may be smaller; no image is left out (`missing` is
+    0), and of several ranks each yields every batch, also one of which it has no image.
 
     Cropping pads the image with zeros (black) by `pad` on every side and cuts out a window of the
     original size; then the image is mirrored or not; then channels are normalised by mean and
     deviation (in units of 0..1).
     """
+
+    missing = 0
 
     def __init__(
         self, images, labels, mean, std, batch_size, device, shuffle=False, pad=0, flip=False,

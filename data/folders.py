@@ -2,6 +2,7 @@
 
 import math
 import signal
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ class FolderBatches:
     Training takes a RandomResizedCrop and a flip, testing resizes the shorter side to 256/224 of
     `image_size` and cuts out the centre. Order and augmentation are functions of (seed, epoch,
     index). An image that cannot be decoded stops the run with its path, or, with
-    `skip_bad_images`, is left out and listed once in `bad_images`.
+    `skip_bad_images`, is left out and listed once in `bad_images`; `missing` is their number in
+    the last pass. Of several ranks each yields every batch, also one of which it has no image.
     """
 
     def __init__(
@@ -31,9 +33,9 @@ class FolderBatches:
         except (OSError, RuntimeError) as error:
             raise DataError(f"no images under {root}, one folder a class: {error}") from error
         self.root, self.classes, self.examples = root, folder.classes, len(folder.samples)
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.size = batch_size, device, size
         self.sampler = _EpochSampler(self.examples, batch_size, train, seed, rank, size)
-        self.skip_bad_images, self.bad_images = skip_bad_images, set()
+        self.skip_bad_images, self.bad_images, self.missing = skip_bad_images, set(), 0
         mean, std = torch.tensor([mean, std], dtype=torch.float64).view(2, -1, 1, 1)
         self.shift = (mean * 255).to(device=device, dtype=torch.float32)
         self.scale = (1 / (std * 255)).to(device=device, dtype=torch.float32)
@@ -41,7 +43,7 @@ class FolderBatches:
             _Images(folder.samples, image_size, train, seed),
             batch_sampler=self.sampler,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, side=image_size),
             pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_ignore_interrupts,
@@ -54,7 +56,7 @@ class FolderBatches:
         self.sampler.epoch = epoch
 
     def __iter__(self):
-        yielded = False
+        self.missing = 0
         for images, labels, bad in self.loader:
             for path, reason in bad:
                 if not self.skip_bad_images:
@@ -63,12 +65,12 @@ class FolderBatches:
                         "out with --skip_bad_images."
                     )
                 self.bad_images.add(path)
-            if len(labels):
+            self.missing += len(bad)
+            if len(labels) or self.size > 1:
                 images = images.to(self.device, non_blocking=True)
                 labels = labels.to(self.device, non_blocking=True)
-                yielded = True
                 yield images.float().sub_(self.shift).mul_(self.scale), labels
-        if not yielded:
+        if self.size == 1 and self.missing == self.examples:
             raise DataError(f"none of the {self.examples} images under {self.root} can be decoded")
 
 
@@ -173,10 +175,12 @@ def _ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(items):
+def _collate(items, side):
     """(uint8 (batch, 3, side, side), labels (batch,), [(path, reason) of each bad image])."""
     good = [(image, label) for image, label, bad in items if bad is None]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    images = torch.empty((len(good), 3, side, side), dtype=torch.uint8)
+    for image, (pixels, _) in zip(images, good):
+        image.copy_(pixels)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return images, labels, [bad for _, _, bad in items if bad is not None]
 

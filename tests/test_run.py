@@ -17,7 +17,7 @@ def epoch_row(epoch):
 
 
 def written(run, epochs):
-    run.start({"kind": "run", "flags": {"epochs": 9}}, torch.device("cpu"))
+    run.start({"kind": "run", "flags": {"epochs": 9}})
     for epoch in epochs:
         run.log(epoch_row(epoch))
         run.save(*state(epoch))
@@ -29,7 +29,7 @@ def test_a_cut_log_is_mended_at_the_checkpoint(tmp_path):
     with open(tmp_path / "logs" / "a.jsonl", "a") as file:
         file.write(json.dumps(epoch_row(3)) + '\n{"kind": "epoch", "epo')
     run = Run(tmp_path, "a", {"seed": 0})
-    checkpoint = run.start({"kind": "run", "flags": {"epochs": 20}}, torch.device("cpu"))
+    checkpoint = run.start({"kind": "run", "flags": {"epochs": 20}})
     assert checkpoint["epoch"] == 2 and checkpoint["net"]["w"].tolist() == [2, 2]
     first, *epochs = run.rows()
     assert first["flags"]["epochs"] == 20
@@ -39,7 +39,7 @@ def test_a_cut_log_is_mended_at_the_checkpoint(tmp_path):
 def test_another_runs_checkpoint_is_refused(tmp_path):
     written(Run(tmp_path, "a", {"seed": 0}), [1])
     with pytest.raises(RunError, match="seed 0 then, 1 now"):
-        Run(tmp_path, "a", {"seed": 1}).start({"kind": "run", "flags": {}}, torch.device("cpu"))
+        Run(tmp_path, "a", {"seed": 1}).start({"kind": "run", "flags": {}})
 
 
 def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
@@ -47,14 +47,14 @@ def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
     run = Run(tmp_path, "a", {})
     written(run, [1])
     run.checkpoint_path.unlink()
-    assert Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}, torch.device("cpu")) is None
+    assert Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}) is None
     assert [row["kind"] for row in run.rows()] == ["run"]
     run = Run(tmp_path, "b", {})
     written(run, [1, 2])
     run.checkpoint_path.unlink()
     before = run.log_path.read_bytes()
     with pytest.raises(RunError, match=r"2 epochs.*--fresh"):
-        Run(tmp_path, "b", {}).start({"kind": "run", "flags": {}}, torch.device("cpu"))
+        Run(tmp_path, "b", {}).start({"kind": "run", "flags": {}})
     assert run.log_path.read_bytes() == before
 
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_last_one(tmp_path, monkeypa
     with pytest.raises(OSError):
         run.save(*state(2))
     monkeypatch.undo()
-    again = Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}, torch.device("cpu"))
+    again = Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}})
     assert again["epoch"] == 1 and again["net"]["w"].tolist() == [1, 1]
 
 
@@ -95,17 +95,17 @@ def test_foreign_files_are_named(fault, tmp_path):
     else:
         run.log_path.write_bytes(b"\xff\xfe\n\n" if fault == "binary log" else b"[1]\n")
     with pytest.raises(RunError, match=r"a\.(pt|jsonl)"):
-        run.start({"kind": "run", "flags": {}}, torch.device("cpu"))
+        run.start({"kind": "run", "flags": {}})
 
 
 def test_another_environment_is_noted_on_resuming(tmp_path):
     run = Run(tmp_path, "a", {})
-    run.start({"kind": "run", "flags": {}, "torch": "1", "date": "then"}, torch.device("cpu"))
+    run.start({"kind": "run", "flags": {}, "torch": "1", "date": "then"})
     run.log(epoch_row(1))
     run.save(*state(1))
     run.release()
     run = Run(tmp_path, "a", {})
-    run.start({"kind": "run", "flags": {}, "torch": "2", "date": "now"}, torch.device("cpu"))
+    run.start({"kind": "run", "flags": {}, "torch": "2", "date": "now"})
     first = run.rows()[0]
     assert (first["torch"], first["date"]) == ("1", "then")
     assert first["resumed"] == [{"after_epoch": 1, "date": "now", "torch": "2"}]
@@ -115,17 +115,17 @@ def test_a_run_is_made_by_one_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
     run, other = Run(tmp_path, "a", {}), Run(tmp_path, "a", {})
     first = {"kind": "run", "flags": {}}
-    run.start(first, torch.device("cpu"))
+    run.start(first)
     with pytest.raises(RunError, match="another process is making"):
-        other.start(first, torch.device("cpu"))
-    Run(tmp_path, "b", {}).start(first, torch.device("cpu"))
+        other.start(first)
+    Run(tmp_path, "b", {}).start(first)
     run.release()
-    other.start(first, torch.device("cpu"))
+    other.start(first)
 
 
 def test_rows_are_strict_json(tmp_path):
     run = Run(tmp_path, "a", {})
-    run.start({"kind": "run", "flags": {"lr": math.inf}}, torch.device("cpu"))
+    run.start({"kind": "run", "flags": {"lr": math.inf}})
     run.log({"kind": "epoch", "loss": math.nan, "list": [1.0, -math.inf]})
     text = run.log_path.read_text()
     assert "NaN" not in text and "Infinity" not in text

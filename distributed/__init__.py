@@ -1,0 +1,197 @@
+"""One process of a run on many devices: from the launcher's variables to a World, and back.
+
+Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
+"""
+
+import socket
+import traceback
+from collections import Counter
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distributed.launch import LaunchError, read
+from distributed.meet import meet
+from distributed.norm import SyncBatchNorm
+from distributed.watch import Watch
+
+__all__ = ["LaunchError", "RankError", "World", "fingerprint", "start"]
+
+MEETING = 600  # seconds within which every rank has to come: nodes start one after the other
+
+
+class RankError(RuntimeError):
+    """What every rank finds at once, and each of them raises; the message says it all."""
+
+
+class World:
+    """The ranks of a run: this one's `rank`, `local_rank` and `device`, and their number `size`."""
+
+    def __init__(self, device, rank=0, local_rank=0, size=1, watch=None, launcher=None):
+        self.device, self.rank, self.local_rank, self.size = device, rank, local_rank, size
+        self.watch, self.launcher = watch, launcher
+
+    def wrap(self, net, sync_bn=False):
+        """`net` with its gradients averaged over the ranks, and with `sync_bn` its batch-norm
+        statistics taken over the images of all of them; the weights stay the same tensors."""
+        if self.size == 1:
+            return net
+        if sync_bn:
+            net = SyncBatchNorm.convert(net)
+        ids = [self.device] if self.device.type == "cuda" else None
+        # The statistics that count are those of rank 0, shared before they are used.
+        return torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=ids, broadcast_buffers=False
+        )
+
+    def sum(self, tensor):
+        """Add `tensor` up over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def sum_later(self, tensor):
+        """Begin to; returns a function that has to be called before the tensor is used."""
+        return dist.all_reduce(tensor, async_op=True).wait if self.size > 1 else lambda: None
+
+    def most(self, tensor):
+        """The greatest of the ranks' `tensor`s, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def share(self, tensors):
+        """Give every rank the tensors of rank 0, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def agree(self, value=None):
+        """`value`, any picklable object, of rank 0. Waits for all the ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=self._objects())
+        return box[0]
+
+    def gather(self, value):
+        """The `value`, any picklable object, of each rank, in a list that every rank gets."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def drifted(self, tensors):
+        """The ranks whose `tensors` differ, in any bit, from those that most ranks hold."""
+        if self.size == 1:
+            return []
+        prints = [torch.empty((), dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(prints, fingerprint(tensors).to(self.device))
+        prints = torch.stack(prints).tolist()
+        most = max(Counter(prints).values())
+        usual = next(x for x in prints if prints.count(x) == most)  # of equals, the lowest rank's
+        return [rank for rank, x in enumerate(prints) if x != usual]
+
+    def failed(self, error, expected=()):
+        """(reason, traceback or None) of what ended this run, after `error` was raised here: either
+        that, and then every other rank is told, or what another rank failed of before. The message
+        of one of the `expected` types says it all."""
+        reason, trace = f"{type(error).__name__}: {error}", None
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted"
+        elif isinstance(error, (LaunchError, RankError)):
+            reason = str(error)
+        elif not isinstance(error, expected):
+            trace = "".join(traceback.format_exception(error))
+        if self.watch is None or isinstance(error, RankError):
+            return reason, trace
+        # An error in a collective follows from what happened elsewhere, and so may a signal: a
+        # launcher ends all the ranks when one has failed. A moment later it is known.
+        found = self.watch.wait(2)
+        if found is None:
+            self.watch.tell(reason, trace)
+        return found or (reason, trace)
+
+    @property
+    def speaks(self):
+        """Whether this rank prints: the first one, or the second once that is gone."""
+        if self.rank == 0 or self.watch is None:
+            return self.rank == 0
+        return self.rank == 1 and self.watch.orphaned
+
+    def stop(self):
+        if self.watch is not None:
+            self.watch.stop()
+            # After a failure the group is in pieces, and taking it apart may wait for ever.
+            if self.watch.failure is None and dist.is_initialized():
+                dist.destroy_process_group()
+
+    def _objects(self):
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+
+def start(device, distribute=False, seconds=MEETING):
+    """The World of this process; `device` is a torch.device, without an index for one a rank.
+
+    Raises LaunchError with one sentence where `distribute` is set and the launcher's variables do
+    not describe a run, or its ranks do not meet within `seconds`.
+    """
+    if not distribute:
+        return World(device)
+    launch = read()
+    if device.index is not None:
+        raise LaunchError(f"--distribute gives each rank a device of its own; leave out {device}")
+    store = meet(launch, seconds)
+    watch = Watch(store, launch.rank, launch.size, launch.address)
+    world = World(device, launch.rank, launch.local_rank, launch.size, watch, launch.launcher)
+    try:
+        if device.type == "cuda":
+            world.device = _own_gpu(launch, store)
+            torch.cuda.set_device(world.device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=launch.rank,
+            world_size=launch.size, timeout=timedelta(minutes=30),
+        )  # fmt: skip
+    except (Exception, KeyboardInterrupt) as error:
+        reason, _ = world.failed(error)
+        watch.stop()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise LaunchError(reason if world.speaks else "") from error
+    return world
+
+
+def _own_gpu(launch, store):
+    """This rank's GPU; LaunchError where there are fewer than ranks on this node."""
+    count = torch.cuda.device_count()
+    # Where the launcher shows each process one GPU alone, that is its own.
+    index = 0 if count == 1 else launch.local_rank
+    if index >= count:
+        raise LaunchError(
+            f"there are {count} GPUs on {socket.gethostname()} and a local rank "
+            f"{launch.local_rank}: start one rank a GPU"
+        )
+    device = torch.device("cuda", index)
+    mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"gpu/{launch.rank}", mine)
+    for rank in range(launch.rank):
+        if store.get(f"gpu/{rank}").decode() == mine:
+            raise LaunchError(
+                f"ranks {rank} and {launch.rank} have the same GPU of {socket.gethostname()}: "
+                "start one rank a GPU"
+            )
+    return device
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def fingerprint(tensors):
+    """A 64-bit sum over the bits of real tensors of one device, 0-dim int64: one pass over them,
+    the same for the same bits everywhere, and another if one element differs."""
+    total = None
+    for tensor in tensors:
+        bits = tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+        total = bits if total is None else total * 31 + bits
+    return torch.zeros((), dtype=torch.int64) if total is None else total

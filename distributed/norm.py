@@ -1,0 +1,77 @@
+"""Batch norm over the images of all the ranks."""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch.nn.SyncBatchNorm for the ranks without a GPU, which it refuses.
+
+    The mean and then the mean square around it are taken over the images of all the ranks, which
+    may hold different numbers of them, or none.
+    """
+
+    @staticmethod
+    def convert(net):
+        """`net` with every batch norm replaced, by torch's own where it is on a GPU; its names, and
+        the tensors behind them, stay."""
+        if any(p.device.type == "cuda" for p in net.parameters()):
+            return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for parent in list(net.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                    setattr(parent, name, SyncBatchNorm._of(module))
+        return net
+
+    @staticmethod
+    def _of(module):
+        new = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine,
+                            module.track_running_stats)  # fmt: skip
+        new._parameters, new._buffers = module._parameters, module._buffers
+        return new.train(module.training)
+
+    def _check_input_dim(self, x):
+        if x.ndim < 2:
+            raise ValueError(f"batch norm needs (batch, channels, ...), not {tuple(x.shape)}")
+
+    def forward(self, x):
+        self._check_input_dim(x)
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps
+            )
+        dims = [d for d in range(x.ndim) if d != 1]
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        sums = _Sum.apply(torch.cat([x.sum(dims), count]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        x = x - mean.view(shape)
+        var = _Sum.apply(x.square().sum(dims)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        x = x * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks: what each adds reaches the loss of all, so gradients add up too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad

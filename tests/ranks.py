@@ -1,0 +1,233 @@
+"""Functions that tests run as the ranks of a group: python -m tests.ranks FUNCTION OUT [JSON]."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn as nn
+
+import distributed
+from agd import AGD, init_weights
+from data import load
+from train import Gradient, evaluate, mse, train_epoch
+
+CPU = torch.device("cpu")
+
+
+def net_of(norms=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3, bias=False)]
+    layers += [nn.BatchNorm2d(6, affine=False)] if norms else []
+    layers += [nn.ReLU(), nn.Flatten(), nn.Linear(216, 10, bias=False)]
+    net = nn.Sequential(*layers).to(dtype)
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    return net
+
+
+class As:
+    """Batches with inputs of another dtype, a pass after the other."""
+
+    def __init__(self, batches, dtype):
+        self.batches, self.dtype = batches, dtype
+        self.batch_size, self.size, self.examples = batches.batch_size, batches.size, 0
+        self.examples = batches.examples
+
+    def __iter__(self):
+        for inputs, labels in self.batches:
+            yield inputs.to(self.dtype), labels
+
+
+def digits(world, train_bs=100):
+    data = load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
+    return As(data.train, torch.float64), As(data.test, torch.float64)
+
+
+def train(world, net, gradient, epochs, train_bs=100):
+    """The loss of each step, and what the test set gives."""
+    batches, test = digits(world, train_bs)
+    optimizer, losses = AGD(net.parameters()), []
+    for epoch in range(1, epochs + 1):
+        batches.batches.set_epoch(epoch)
+        totals = train_epoch(gradient.net, batches, mse, optimizer, gradient)
+        losses += totals.read(world.sum)["steps"]["loss"]
+    world.share(net.buffers())
+    tested = evaluate(net, test, mse).read(world.sum)
+    return {
+        "weights": [p.detach().clone() for p in net.parameters()],
+        "buffers": dict(net.named_buffers()),
+        "loss": losses,
+        "examples": tested["examples"],
+        "correct": round(tested["acc"] * tested["examples"]),
+        "drifted": world.drifted(net.parameters()),
+    }
+
+
+def agreement(world, micro_batches, epochs=7):
+    """What 7 epochs of 15 steps, the last one ragged, give for each number of micro-batches."""
+    found = {}
+    for parts in micro_batches:
+        net = net_of()
+        gradient = Gradient(world.wrap(net), mse, world, -(-100 // world.size // parts))
+        found[parts] = train(world, net, gradient, epochs)
+    return found
+
+
+def norms(world, sync, train_bs=100, micro_bs=None, epochs=2):
+    """The same of a net with batch norm."""
+    net = net_of(norms=True)
+    gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
+    return train(world, net, gradient, epochs, train_bs)
+
+
+class Small(nn.Module):
+    """A net that has no memory for more than `room` images at a time, from a call on."""
+
+    def __init__(self, net, room, calls=0):
+        super().__init__()
+        self.net, self.room, self.calls = net, room, calls
+
+    def forward(self, x):
+        self.calls -= 1
+        x = self.net(x)  # statistics are gathered before it fails
+        if len(x) > self.room and self.calls < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return x
+
+
+def memory(world, rooms, calls=0, norms=False):
+    """Rank i has room for rooms[i] images, after so many calls that have."""
+    net = Small(net_of(norms), rooms[world.rank], calls)
+    gradient = Gradient(world.wrap(net), mse, world)
+    try:
+        found = train(world, net, gradient, 2)
+    except Exception as error:
+        return {"error": world.failed(error)[0]}
+    return {**found, "micro_bs": gradient.micro_bs}
+
+
+def drift(world, rank):
+    net = net_of()
+    world.wrap(net)
+    before = world.drifted(net.parameters())
+    if world.rank == rank:
+        with torch.no_grad():
+            w = next(net.parameters()).view(-1)
+            w[3] = torch.nextafter(w[3], torch.tensor(9.0, dtype=w.dtype))
+    return [before, world.drifted(net.parameters())]
+
+
+def meeting(world):
+    return world.gather(world.rank)
+
+
+def hang(world):
+    """Rank 1 fails by itself, the others wait for it in a collective."""
+    if world.rank == 1:
+        world.failed(ValueError("lost my way"))
+        time.sleep(1)
+        os._exit(1)
+    try:
+        world.agree()
+    except RuntimeError as error:
+        return world.failed(error)[0]
+
+
+class Net(nn.Module):
+    """Convolutions and linear layers whose outputs do not divide by the ranks, some fewer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, bias=False)
+        self.same = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.twin = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.narrow = nn.Linear(216, 1, bias=False)
+        self.wide = nn.Linear(1, 7, bias=False)
+        self.last = nn.Linear(7, 10, bias=False)
+
+    def forward(self, x):
+        x = self.twin(torch.relu(self.same(torch.relu(self.conv(x)))))
+        return self.last(torch.relu(self.wide(self.narrow(x.flatten(1)))))
+
+
+def sharded(world, how, steps=10):
+    """Weights after steps of AGD: "dense" on every rank, or sharded by "fsdp", or by "rows",
+    "columns" or "both" of a mesh, without a change of the network's code."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    net = Net().double()
+    names = [name for name, _ in net.named_parameters()]
+    if how == "fsdp":
+        mesh = init_device_mesh("cpu", (world.size,))
+        for layer in net.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    elif how == "kernel":
+        mesh = init_device_mesh("cpu", (world.size,))
+        w = nn.Parameter(distribute_tensor(net.conv.weight.detach(), mesh, [Shard(2)]))
+        try:
+            AGD([("conv.weight", w)])
+        except ValueError as error:
+            return str(error)
+    elif how != "dense":
+        shape = (2, world.size // 2) if how == "both" else (world.size,)
+        mesh = init_device_mesh("cpu", shape)
+        places = {"rows": [Shard(0)], "columns": [Shard(1)], "both": [Replicate(), Shard(0)]}[how]
+        for layer in net.children():
+            w = distribute_tensor(layer.weight.detach(), mesh, places)
+            layer.weight = nn.Parameter(w)
+    init_weights(net.parameters(), torch.Generator().manual_seed(1))
+    optimizer, etas = AGD(net.named_parameters()), []
+    generator = torch.Generator().manual_seed(2)
+    for i in range(steps):
+        x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
+        y = torch.randint(10, (12,), generator=generator)
+        if how in ("dense", "fsdp"):
+            x, y = x[world.rank :: world.size], y[world.rank :: world.size]
+            mse(net(x), y).mean().backward()
+            if how == "dense":
+                for p in net.parameters():
+                    world.sum(p.grad)
+                    p.grad /= world.size
+        else:  # gradients from a dense copy: what is tested is the step
+            dense = Net().double()
+            for p, q in zip(dense.parameters(), net.parameters()):
+                p.data.copy_(q.full_tensor())
+            mse(dense(x), y).mean().backward()
+            for p, q in zip(dense.parameters(), net.parameters()):
+                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
+        if i == steps // 2 and how != "dense":  # a NaN in one shard stops every shard
+            weights = [p.to_local().clone() for p in net.parameters()]
+            spoilt = net.same.weight.grad.to_local()
+            kept = spoilt.clone()
+            if world.rank % (world.size // 2 if how == "both" else world.size) == 0:
+                spoilt.view(-1)[0] = float("nan")
+            optimizer.step()
+            assert all(torch.equal(w, p.to_local()) for w, p in zip(weights, net.parameters()))
+            assert int(optimizer.skipped) == 1
+            spoilt.copy_(kept)
+        optimizer.step()
+        optimizer.zero_grad()
+        etas.append(optimizer.eta.item())
+    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
+    return {"names": names, "weights": whole, "eta": etas}
+
+
+def main():
+    function, out, kwargs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    seconds = kwargs.pop("seconds", 60)
+    try:
+        world = distributed.start(CPU, "--distribute" in sys.argv, seconds)
+    except distributed.LaunchError as error:
+        sys.exit(f"error: {error}")
+    found = globals()[function](world, **kwargs)
+    torch.save(found, os.path.join(out, f"{world.rank}.pt"))
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()
