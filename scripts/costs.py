@@ -37,11 +37,11 @@ INPUTS = {
     "latency_base": (8.4e-6, "s", "ring, protocol Simple: the same file"),
     "latency_node": (3.4e-6, "s a step", "the same over NVLink"),
     "latency_inter": (9.6e-6, "s a step", "the same over the network"),
-    "decode": (980, "images/s a core", "measured: `--measure --images`, 256-pixel files, one core "
-               "of an AMD EPYC, 2026-11-22"),
-    "file": (147.8e9 / 1281167, "bytes", "ILSVRC2012_img_train.tar, 147.8 GB: "
+    "decode": (630, "images/s a core", "measured: results/benchmark/links.json, 256-pixel files, "
+               "one core of a busy AMD EPYC (up to 980 when it was quiet)"),
+    "file": (147.8e9 / 1281167, "bytes", "ILSVRC2012_img_train.tar, 147.8 GB in four parts: "
              "huggingface.co/datasets/presencesw/ILSVRC2012/tree/main; 1,281,167 images"),
-    "file_256": (17446, "bytes", "measured: mean of 1,000 files, shorter side 256 at most"),
+    "file_256": (17446, "bytes", "measured: links.json, the mean of 1,000 files, shorter side 256"),
 }  # fmt: skip
 # Line rates of a node, GB/s: Gb/s by eight, times the adapters.
 LINKS = {

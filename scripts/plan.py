@@ -4,10 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from scripts import costs, links
 from scripts.costs import IMAGES, INPUTS, LARGEST, LINKS, Cluster, Work, buckets, known, step
 
 GPUS = [2**k for k in range(11)]
+VERSION = torch.__version__.split("+")[0]  # the number of kernels is this version's
 
 
 class Plan:
@@ -92,7 +95,7 @@ def counted(plan):
         ("FLOPs an image (a multiply-add is two)", f"{flops / 1e9:.2f} G forward, "
          f"{(3 * flops - net.flops[0]) / 1e9:.2f} G with the backward pass"),
         ("buckets, and how much of the backward pass has filled each", sizes),
-        ("kernels a step", f"{net.launches}; t0 = {1e3 * first.t0:.1f} ms"),
+        (f"kernels a step, torch {VERSION}", f"{net.launches}; t0 = {1e3 * first.t0:.1f} ms"),
         ("AGD's step", f"reads and writes {net.traffic / 1e9:.2f} GB, "
          f"{net.traffic / sum(net.sizes):.0f} times the gradient: "
          f"{1e3 * net.traffic / known('memory') / 1e9:.2f} ms"),
