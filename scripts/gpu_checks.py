@@ -20,6 +20,7 @@ from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
 from run import environment
+from scripts.links import rates
 from scripts.reproduce import duration
 from train import evaluate, mse, train_epoch
 
@@ -139,6 +140,11 @@ def step_times(args):
     return found
 
 
+def resnet50_rate(args):
+    """Images a second of ResNet-50 at 224 pixels, forward, backward and step, by batch size."""
+    return {"images per second": rates("resnet50", 224, [2**k for k in range(3, 10)], args.device)}
+
+
 def figures(args):
     """The figures at full scale, those first whose claims a hundred epochs can judge."""
     worst = 0
@@ -158,7 +164,7 @@ def figures(args):
 
 
 CHECKS = [same_step_as_the_cpu, not_finite_and_scale, no_host_read_in_an_epoch, epoch_times,
-          step_times]  # fmt: skip
+          step_times, resnet50_rate]  # fmt: skip
 
 
 def main(argv=None):
