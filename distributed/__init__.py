@@ -3,6 +3,7 @@
 Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
 """
 
+import inspect
 import socket
 import traceback
 from collections import Counter
@@ -40,10 +41,12 @@ class World:
         if sync_bn:
             net = SyncBatchNorm.convert(net)
         ids = [self.device] if self.device.type == "cuda" else None
-        # The statistics that count are those of rank 0, shared before they are used.
-        return torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=ids, broadcast_buffers=False
-        )
+        ddp = torch.nn.parallel.DistributedDataParallel
+        # The statistics that count are those of rank 0, shared before they are used: not at every
+        # step. Newer versions of torch have another word for it.
+        names = inspect.signature(ddp.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return ddp(net, device_ids=ids, **{name: False})
 
     def sum(self, tensor):
         """Add `tensor` up over the ranks, in place."""
@@ -99,9 +102,9 @@ class World:
         reason, trace = f"{type(error).__name__}: {error}", None
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted"
-        elif isinstance(error, (LaunchError, RankError)):
+        elif isinstance(error, (LaunchError, RankError, *expected)):
             reason = str(error)
-        elif not isinstance(error, expected):
+        else:
             trace = "".join(traceback.format_exception(error))
         if self.watch is None or isinstance(error, RankError):
             return reason, trace

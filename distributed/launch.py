@@ -41,6 +41,7 @@ class Launch(NamedTuple):
     local_size: int  # 0 where the launcher does not say
     address: str  # of the node of rank 0
     ports: tuple  # to be tried in this order
+    job: str = ""  # of the launcher, as far as it is known
     agent: bool = False  # torchrun's own store is there to be used
 
 
@@ -65,8 +66,9 @@ def read(environ=None):
             "RANK is set and MASTER_PORT is not: torchrun sets both; export MASTER_PORT too"
         )
     else:
-        ports = _ports(environ)
-    return Launch(launcher, rank, size, local_rank, local_size, address, ports, agent)
+        ports = _ports(_job(environ))
+    job = "" if launcher == "torchrun" else _job(environ)
+    return Launch(launcher, rank, size, local_rank, local_size, address, ports, job, agent)
 
 
 def _launcher(environ):
@@ -148,10 +150,12 @@ def first_node(nodes):
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def _ports(environ):
-    """Ports that the ranks of one job agree on and those of another hardly share."""
+def _job(environ):
     job = "/".join(environ.get(name, "") for name in JOB)
-    if not job.strip("/"):  # on one node: the launcher's own process
-        job = str(os.getppid())
+    return job if job.strip("/") else str(os.getppid())  # on one node: the launcher's own process
+
+
+def _ports(job):
+    """Ports that the ranks of one job agree on and those of another hardly share."""
     start = zlib.crc32(job.encode())
     return tuple(FIRST_PORT + (start + 619 * i) % PORTS for i in range(TRIES))

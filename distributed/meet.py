@@ -1,5 +1,7 @@
 """How the ranks of a run find one another: a store that all of them can reach."""
 
+import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -33,41 +35,62 @@ def meet(launch, seconds):
 
 
 def _serve(launch):
-    """The store, served by this process at the first port that is free."""
+    """The store, served by this process, which tells the others its port at the first of the
+    launch's ports that is free."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     for port in launch.ports:
         try:
-            return dist.TCPStore(
-                launch.address, port, launch.size, True, timedelta(seconds=15),
-                wait_for_workers=False,
-            )  # fmt: skip
-        except (dist.DistError, RuntimeError) as error:
+            lobby = socket.create_server(
+                ("", port), family=family, dualstack_ipv6=both, backlog=launch.size
+            )
+            break
+        except OSError as error:
             taken = error
-    if len(launch.ports) == 1:
+    else:
+        if len(launch.ports) == 1:
+            raise LaunchError(
+                f"rank 0 cannot listen at MASTER_PORT {launch.ports[0]}: {taken.strerror}; choose "
+                "another port, or leave it out under srun and mpirun"
+            )
         raise LaunchError(
-            f"rank 0 cannot listen at MASTER_ADDR {launch.address}, MASTER_PORT "
-            f"{launch.ports[0]}: {_first_line(taken)}; choose another port, or leave it out under "
-            "srun and mpirun"
+            f"rank 0 cannot listen at any of {len(launch.ports)} ports from {launch.ports[0]} on: "
+            f"{taken.strerror}; export MASTER_ADDR and MASTER_PORT"
         )
-    raise LaunchError(
-        f"rank 0 cannot listen at {launch.address}, at none of {len(launch.ports)} ports from "
-        f"{launch.ports[0]} on: {_first_line(taken)}; export MASTER_ADDR and MASTER_PORT"
+    store = dist.TCPStore(
+        launch.address, 0, launch.size, True, timedelta(seconds=15), wait_for_workers=False
     )
+    answer = f"{_mark(launch)} {store.port}\n".encode()
+    threading.Thread(target=_answer, args=(lobby, answer), name="lobby", daemon=True).start()
+    return store
+
+
+def _answer(lobby, answer):
+    """The thread of rank 0 that tells whoever asks where the store is."""
+    with lobby:
+        while True:
+            try:
+                guest, _ = lobby.accept()
+                with guest:
+                    guest.sendall(answer)
+            except OSError:  # it went away before it heard
+                continue
 
 
 def _find(launch, end):
-    """The store that rank 0 serves; another program may have one of the ports."""
+    """The store that rank 0 serves; another program may have one of the ports, and be mute."""
     while time.monotonic() < end:
         for port in launch.ports:
             try:
-                store = dist.TCPStore(
-                    launch.address, port, launch.size, False, timedelta(seconds=3),
-                    wait_for_workers=False,
-                )  # fmt: skip
-                # Those of another job that meets there are another number, or come first.
-                store.wait(["agd/ports"], timedelta(seconds=3))
-                if store.get("agd/ports").decode() == _mark(launch):
-                    return store
-            except (dist.DistError, RuntimeError):
+                with socket.create_connection((launch.address, port), 3) as asked:
+                    asked.settimeout(3)
+                    mark, _, store = asked.makefile().readline(200).partition(" ")
+                if mark == _mark(launch):
+                    return dist.TCPStore(
+                        launch.address, int(store), launch.size, False, timedelta(seconds=15),
+                        wait_for_workers=False,
+                    )  # fmt: skip
+            except (OSError, ValueError):
                 continue
         time.sleep(0.2)
     raise LaunchError(
@@ -78,13 +101,11 @@ def _find(launch, end):
 
 
 def _mark(launch):
-    """What tells the store of this job from another's."""
-    return f"{launch.launcher} {launch.size} {launch.ports}"
+    """What tells this job from another that meets at the same port."""
+    return f"agd/{launch.launcher}/{launch.size}/{launch.job}"
 
 
 def _wait_for_all(store, launch, end):
-    if launch.rank == 0:
-        store.set("ports", _mark(launch))
     store.set(f"here/{launch.rank}", "")
     left = max(1.0, end - time.monotonic())
     try:

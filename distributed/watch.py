@@ -26,6 +26,7 @@ class Watch:
         self.heard, self.closing = threading.Event(), threading.Event()
         self.peers = {}  # rank -> connection; every rank's for rank 0, else rank 0's
         self.left = set()  # ranks that have said goodbye
+        self.orphaned = False  # whether rank 0 has gone without a word
         self.sending = threading.Lock()
         if rank == 0:
             self._listen(store, size)
@@ -70,11 +71,6 @@ class Watch:
         """What another rank failed of, if it is heard within `seconds`, else None."""
         self.heard.wait(seconds)
         return self.failure
-
-    @property
-    def orphaned(self):
-        """Whether rank 0 has gone without a word."""
-        return self.rank > 0 and self.failure is not None and 0 not in self.left
 
     def stop(self):
         """Leave without alarm; rank 0 waits a little for the others, so that it hears of them."""
@@ -122,6 +118,7 @@ class Watch:
                 if not data:
                     selector.unregister(key.fileobj)
                     if rank not in self.left and not self.closing.is_set():
+                        self.orphaned = rank == 0
                         self._failed(f"rank {rank} is gone: it was killed, or its node is down")
 
     def _hear(self, rank, message):
