@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -113,6 +114,7 @@ def labels_of(root, path=None):
             raise DataError(f"{root / 'val'} is not sorted into class folders; {LABELS}")
         path = found[0]
     path = Path(path).expanduser()
+    print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
     try:
         if (path / "data").is_dir():
             return _from_devkit(path / "data")
@@ -171,7 +173,7 @@ def _few(names):
 
 
 def _how_to_unpack(root):
-    missing = " and ".join(f"{s}/" for s in ("train", "val") if not (root / s).is_dir())
+    missing = " or ".join(f"{s}/" for s in ("train", "val") if not (root / s).is_dir())
     tars = [tar for tar in (TRAIN_TAR, VAL_TAR) if (root / tar).exists()]
     said = f"there is no {missing} in {root}"
     if not tars:
