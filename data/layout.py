@@ -141,7 +141,7 @@ def _from_xml(file):
 
 
 def _from_devkit(folder):
-    """Line i of the ground truth is the ILSVRC2012_ID of image i; a leaf of the tree is a class."""
+    """Line i of the ground truth is the ILSVRC2012_ID of image i; meta.mat knows its class."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -149,8 +149,8 @@ def _from_devkit(folder):
     try:
         synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
         lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
-        leaves = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if not s["num_children"]}
-        return {f"ILSVRC2012_val_{i:08d}": leaves[int(x)] for i, x in enumerate(lines, 1)}
+        names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
     except (KeyError, ValueError) as error:
         raise DataError(f"{folder} is no whole {DEVKIT}: {error!r}") from error
 

@@ -323,18 +323,24 @@ def test_shards_together_are_one_run(tree, command, tmp_path):
 def test_files_that_are_no_images_are_named_and_left_out(tree, command, tmp_path):
     (tree / "train" / "README.txt").write_text("x")
     (tree / "train" / CLASSES[0] / "notes.md").write_text("x")
-    (tree / "train" / CLASSES[0] / "thumbs").mkdir()
-    (tree / "train" / CLASSES[0] / "thumbs" / "a.jpg").write_bytes(content(picture()))
-    (tree / "train" / ".cache").mkdir()
+    for flags in ([], ["--resize", 50]):
+        code, said = command("--from", tree, *flags, out=tmp_path / f"out{len(flags)}")
+        assert code == 0 and "train/README.txt" in said and f"{CLASSES[0]}/notes.md" in said
+    assert (tmp_path / "out0" / "imagenet" / "train").is_symlink()
+    assert len(files(tmp_path / "out2" / "imagenet")) == 18
+
+
+@pytest.mark.parametrize("folder", [".cache", f"{CLASSES[0]}/thumbs"])
+def test_folders_that_training_would_read_are_not_linked(folder, tree, command, tmp_path):
+    """It takes any folder for a class, and any image below a class for one of its own."""
+    (tree / "train" / folder).mkdir()
+    (tree / "train" / folder / "a.jpg").write_bytes(content(picture()))
     code, said = command("--from", tree)
-    assert code == 0
-    for name in ("train/README.txt", f"{CLASSES[0]}/notes.md", f"{CLASSES[0]}/thumbs", ".cache"):
-        assert name in said
-    # training would take .cache for a class and a.jpg for an image, so there is no one link
+    assert code == 0 and f"train/{folder}" in said
     out = tmp_path / "out" / "imagenet"
     assert not (out / "train").is_symlink() and (out / "val").is_symlink()
     assert {path.name for path in (out / "train").iterdir()} == set(CLASSES)
-    assert len(files(out)) == 18
+    assert len(files(out)) == 18 and not (out / "train" / folder).exists()
 
 
 def layout_fault(fault, tree):
@@ -586,7 +592,7 @@ def wait_until(condition, seconds=60):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, "a worker killed"])
 def test_an_end_in_the_middle(end, command, tmp_path, monkeypatch):
     """Whole class folders or none, no process left, and the same command makes it whole."""
     root, names = tmp_path / "original", [f"n{i:08d}" for i in range(10)]
@@ -603,12 +609,19 @@ def test_an_end_in_the_middle(end, command, tmp_path, monkeypatch):
     wait_until(lambda: list(out.glob(".prepared/train/*.partial/*")))
     workers = children(process.pid)
     assert len(workers) == 2
-    if end == signal.SIGINT:  # as a terminal sends it, to the parent and, unheard, to the others
-        for pid in workers:
+    if end == signal.SIGINT:
+        for pid in workers:  # they do not hear it
             os.kill(pid, end)
-    process.send_signal(end)
+        wait_until(lambda: len(list(out.glob(".prepared/train/*.json"))) >= 4)
+    if end in (signal.SIGKILL, signal.SIGINT):
+        process.send_signal(end)
+    else:
+        os.kill(workers[0], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == (130 if end == signal.SIGINT else -end)
+    codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
+    assert process.returncode == codes.get(end, 1)
+    if end not in codes:
+        assert "ended with -9" in said and "fewer --jobs" in said and "Traceback" not in said
     if end == signal.SIGINT:
         assert said.endswith("interrupted; the same command goes on\n") and "Traceback" not in said
     wait_until(lambda: all(map(gone, workers)))
