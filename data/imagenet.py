@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import sys
+import zlib
 from pathlib import Path
 
 from data.common import DataError
@@ -139,7 +141,7 @@ def _prepare(splits, target, options, jobs, shard):
                 if "error" in answer:
                     raise DataError(f"{target} cannot be written: {answer['error']}; {GO_ON}")
                 if "done" in answer:
-                    files = len(tasks[split, name]["names"])
+                    files = _mark(tasks[split, name]["names"])
                     record = {"options": options, "files": files, **answer["done"]}
                     _write(records / split / f"{name}.json", json.dumps(record))
     finally:
@@ -174,8 +176,8 @@ def _made(split, options):
 def _finished(splits, target, options):
     """{(split, class): record} of what is done; DataError where it was done otherwise."""
     found = {}
-    for split, (_, classes, *_) in splits.items():
-        for name, (_, names) in classes.items():
+    for split in splits:
+        for name, (_, names) in splits[split].classes.items():
             try:
                 record = json.loads((target / ".prepared" / split / f"{name}.json").read_text())
             except (FileNotFoundError, json.JSONDecodeError):
@@ -185,9 +187,15 @@ def _finished(splits, target, options):
                     f"{target} was begun {_words(record['options'])}, not {_words(options)}: "
                     "give the same flags, another --data_dir, or remove that folder"
                 )
-            if record["files"] == len(names) and (target / split / name).is_dir():
+            if record["files"] == _mark(names) and (target / split / name).is_dir():
                 found[split, name] = record
     return found
+
+
+def _mark(names):
+    """What tells whether a class still has the same files: another label moves one of val/'s."""
+    text = "\n".join(names).encode(errors="surrogateescape")
+    return f"{len(names)} {zlib.crc32(text):08x}"
 
 
 def _words(options):
@@ -236,7 +244,7 @@ def _report(splits, target, options, mine, progress):
 
 def _write(path, text):
     """The whole text or nothing; each process writes under its own name."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
     partial.write_text(text, errors="surrogateescape")
     os.replace(partial, path)
 

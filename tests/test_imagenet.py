@@ -267,6 +267,16 @@ def test_a_source_that_changed_is_done_again(tree, command, tmp_path):
     assert state(kept) == before
 
 
+def test_other_labels_of_as_many_images_are_heeded(tree, command, tmp_path):
+    labels = flatten(tree)
+    command("--from", tree, "--val_labels", two_columns(tmp_path, labels))
+    swapped = {**labels, val_name(1): labels[val_name(3)], val_name(3): labels[val_name(1)]}
+    code, said = command("--from", tree, "--val_labels", two_columns(tmp_path, swapped))
+    assert code == 0 and "4 images in" in said
+    out = tmp_path / "out" / "imagenet" / "val"
+    assert {path.name: path.parent.name for path in out.glob("*/*")} == swapped
+
+
 @pytest.mark.parametrize("first, second", [((), ("--resize", 50)), (("--resize", 50), ()),
                                            (("--resize", 50), ("--resize", 40))])  # fmt: skip
 def test_other_options_are_refused(first, second, tree, command, tmp_path):
