@@ -63,8 +63,9 @@ def load(
     shard = {"device": device, "rank": rank, "size": size}
     if name == "imagenet" or name.startswith("folder:"):
         from data.folders import folder_batches  # torchvision takes a second to import
+        from data.imagenet import find
 
-        path = Path(data_dir, "imagenet") if name == "imagenet" else Path(name[len("folder:") :])
+        path = find(data_dir) if name == "imagenet" else Path(name[len("folder:") :])
         classes = DATASETS[name].classes if name in DATASETS else None
         return Data(*folder_batches(
             path.expanduser(), train_bs, test_bs, image_size or 224, classes, IMAGENET_MEAN,

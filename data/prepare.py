@@ -1,12 +1,27 @@
-"""Fetch a small data set once, verify it, and write it as one file that loads in a second.
+"""Fetch a small data set once, verify it, and write it as one file that loads
+in a second; or check ImageNet and make it ready for training.
 
     python -m data.prepare cifar10                      fetch from the set's own address
     python -m data.prepare cifar10 --from FILE_OR_URL   or from a copy
 
-What lies under the data directory in torchvision's layout (MNIST/raw, cifar-10-batches-py,
-cifar-100-python) is used before anything is fetched. The result, <data_dir>/<name>.npz, holds
-train_images, test_images uint8 (N, H, W, C) and train_labels, test_labels int64 (N,),
-uncompressed; copy it to a machine without a network as it is.
+What lies under the data directory in torchvision's layout (MNIST/raw,
+cifar-10-batches-py, cifar-100-python) is used before anything is fetched. The
+result, <data_dir>/<name>.npz, holds train_images, test_images uint8
+(N, H, W, C) and train_labels, test_labels int64 (N,), uncompressed; copy it to
+a machine without a network as it is.
+
+    python -m data.prepare imagenet --from DIR            checked and linked
+    python -m data.prepare imagenet --from DIR --resize   a smaller copy
+
+DIR holds ILSVRC 2012, unpacked: train/CLASS/ and val/CLASS/, or val/ with its
+images side by side, which are sorted by --val_labels or by the labels that lie
+in or beside DIR. The result, <data_dir>/imagenet, is links or, with --resize, a
+copy; DIR itself is never changed. Every image is decoded once; those that
+cannot be are listed in <data_dir>/imagenet/corrupt.txt. The same command goes
+on where an earlier one ended. Many machines share the work with --shard 1/8 to
+--shard 8/8, after which the command without it says what is still missing.
+Exit code: 0 all well (of a shard: its own part), 1 something corrupt, missing
+or impossible, 2 a wrong flag, 130 after Ctrl-C.
 """
 
 import argparse
@@ -23,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import imagenet
 from data.arrays import load_arrays
 from data.common import DataError, default_data_dir
 
@@ -201,10 +217,17 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=SETS)
+    parser.add_argument("name", choices=[*SETS, "imagenet"])
     parser.add_argument("--data_dir", default=default_data_dir(), help="(default: %(default)s)")
-    parser.add_argument("--from", dest="source", metavar="FILE_OR_URL", help="a copy to use")
+    parser.add_argument("--from", dest="source", metavar="FILE_OR_URL",
+                        help="a copy to use; imagenet: a folder (default: $IMAGENET_PATH)")
+    imagenet.add_flags(parser)
     args = parser.parse_args(argv)
+    if args.name == "imagenet":
+        imagenet.run(parser, args)
+    for flag in imagenet.FLAGS:
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} is for imagenet, not {args.name}")
     try:
         path = Path(args.data_dir).expanduser() / f"{args.name}.npz"
         if path.exists() and args.source is None:

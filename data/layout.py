@@ -1,0 +1,199 @@
+"""What lies in a folder of ImageNet: its classes, their images, and the labels of a flat val/."""
+
+import csv
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from data.common import DataError
+
+# ILSVRC 2012: what the official archives hold
+CLASSES = 1000
+OFFICIAL = {"train": 1_281_167, "val": 50_000}
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12"
+
+# what training takes for an image
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+UNPACK_CLASSES = (
+    'cd train && for f in n*.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
+)
+LABELS = f"""its images get their classes from --val_labels FILE, or from what lies in or beside \
+that folder:
+  LOC_val_solution.csv       of Kaggle's copy
+  val_labels.txt             lines of two columns: ILSVRC2012_val_00000001.JPEG n01751748
+  Annotations/CLS-LOC/val    the folder of XML files
+  {DEVKIT}      the folder of the official development kit, unpacked"""
+
+
+class Split(NamedTuple):
+    """train/ or val/: `classes` maps a class to (its folder, [names of its images])."""
+
+    root: Path
+    classes: dict
+    flat: bool  # images side by side rather than in class folders
+    tidy: bool  # its class folders may be read as they are
+    left_out: list  # paths of files that are no images
+
+    @property
+    def images(self):
+        return sum(len(names) for _, names in self.classes.values())
+
+
+def read_layout(root, val_labels=None):
+    """{"train": Split, "val": Split} of the folder `root`; DataError says what is wrong with it."""
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    if not (root / "train").is_dir() or not (root / "val").is_dir():
+        raise DataError(_how_to_unpack(root))
+    train = _sorted_split(root / "train")
+    val = _sorted_split(root / "val")
+    if len(train.classes) != CLASSES:
+        raise DataError(_wrong_classes(train))
+    loose = [path.name for path in val.left_out if _is_image(path.name) and path.parent == val.root]
+    if loose and val.classes:
+        raise DataError(f"{val.root} holds class folders and, beside them, images: {_few(loose)}")
+    if loose:
+        val = _flat_split(val, loose, train.classes, labels_of(root, val_labels))
+    elif val_labels:
+        raise DataError(f"{val.root} is sorted into class folders: it needs no --val_labels")
+    odd = sorted(set(train.classes) ^ set(val.classes))
+    if odd:
+        raise DataError(f"train/ and val/ of {root} differ in {len(odd)} classes: {_few(odd)}")
+    for split in (train, val):
+        empty = [name for name, (_, names) in split.classes.items() if not names]
+        if empty:
+            raise DataError(f"without images in {split.root}: {_few(empty)}")
+    return {"train": train, "val": val}
+
+
+def _sorted_split(root):
+    """The class folders of `root`; what lies beside them is left out."""
+    classes, left_out, tidy = {}, [], True
+    for name, is_folder in _entries(root):
+        if not is_folder or name.startswith("."):
+            left_out.append(root / name)
+            tidy &= not is_folder  # training takes any folder for a class
+            continue
+        inside = _entries(root / name)
+        images = [n for n, folder in inside if not folder and _is_image(n)]
+        classes[name] = root / name, images
+        left_out += [root / name / n for n, folder in inside if folder or not _is_image(n)]
+        tidy &= not any(folder for _, folder in inside)  # and the images in folders within
+    return Split(root, classes, False, tidy, left_out)
+
+
+def _flat_split(val, names, classes, labels):
+    """val/ in the classes of train/, given the label of each stem."""
+    sorted_names = {name: [] for name in classes}
+    without = [name for name in names if Path(name).stem not in labels]
+    if without:
+        raise DataError(f"{len(without)} images of {val.root} have no label: {_few(without)}")
+    unknown = sorted({labels[Path(name).stem] for name in names} - set(classes))
+    if unknown:
+        raise DataError(f"labels that are no class folder of train/: {_few(unknown)}")
+    for name in names:
+        sorted_names[labels[Path(name).stem]].append(name)
+    found = {name: (val.root, images) for name, images in sorted_names.items()}
+    loose = set(names)
+    left_out = [path for path in val.left_out if path.name not in loose]
+    return Split(val.root, found, True, True, left_out)
+
+
+def labels_of(root, path=None):
+    """{stem of a file name: class} of a flat val/, from `path` or from what is found by `root`."""
+    if path is None:
+        places = [root, *root.parents][:4]  # Kaggle's copy has its images three folders deep
+        kinds = ["LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val", DEVKIT]
+        found = [place / kind for place in places for kind in kinds if (place / kind).exists()]
+        if not found:
+            raise DataError(f"{root / 'val'} is not sorted into class folders; {LABELS}")
+        path = found[0]
+    path = Path(path).expanduser()
+    print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
+    try:
+        if (path / "data").is_dir():
+            return _from_devkit(path / "data")
+        if path.is_dir():
+            return {file.stem: _from_xml(file) for file in sorted(path.glob("*.xml"))}
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no labels in {path}: {error}") from error
+    rows = csv.reader(text.splitlines()) if "," in text else map(str.split, text.splitlines())
+    rows = [[cell.split()[:1] for cell in row[:2]] for row in rows if row]
+    if any(len(row) < 2 or [] in row for row in rows):
+        raise DataError(f"{path} has a line without two columns, a file name and its class")
+    return {Path(name).stem: label for (name,), (label,) in rows if name != "ImageId"}
+
+
+def _from_xml(file):
+    try:
+        label = ElementTree.parse(file).findtext("object/name")
+    except ElementTree.ParseError as error:
+        raise DataError(f"{file} is no whole XML file: {error}") from error
+    if not label:
+        raise DataError(f"{file} names no object")
+    return label.strip()
+
+
+def _from_devkit(folder):
+    """Line i of the ground truth is the ILSVRC2012_ID of image i; meta.mat knows its class."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(f"{folder}/meta.mat is read with scipy: pip install scipy") from error
+    try:
+        synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
+        lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+        names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{folder} is no whole {DEVKIT}: {error!r}") from error
+
+
+def _entries(folder):
+    """[(name, whether it is a folder)], sorted, of what lies in `folder`."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, entry.is_dir()) for entry in entries)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _is_image(name):
+    return name.lower().endswith(SUFFIXES)
+
+
+def _few(names):
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _how_to_unpack(root):
+    missing = " or ".join(f"{s}/" for s in ("train", "val") if not (root / s).is_dir())
+    tars = [tar for tar in (TRAIN_TAR, VAL_TAR) if (root / tar).exists()]
+    said = f"there is no {missing} in {root}"
+    if not tars:
+        return f"{said}: ImageNet is a folder with train/CLASS/ and val/, which hold the images"
+    commands = [f"cd {root}"]
+    if TRAIN_TAR in tars:
+        commands += [f"mkdir -p train && tar -xf {TRAIN_TAR} -C train", f"({UNPACK_CLASSES})"]
+    if VAL_TAR in tars:
+        commands += [f"mkdir -p val && tar -xf {VAL_TAR} -C val"]
+    return f"{said}, but {' and '.join(tars)}. To unpack:\n  " + "\n  ".join(commands)
+
+
+def _wrong_classes(train):
+    tars = [path.name for path in train.left_out if re.fullmatch(r"n\d+\.tar", path.name)]
+    if tars:
+        return (f"{train.root} holds {len(tars)} tar files of classes. To unpack:\n"
+                f"  cd {train.root.parent}\n  {UNPACK_CLASSES}")  # fmt: skip
+    odd = [name for name in train.classes if not re.fullmatch(r"n\d{8}", name)]
+    return (
+        f"{train.root} holds {len(train.classes)} class folders, not ImageNet's {CLASSES:,}"
+        f"{f' ({_few(odd)} among them)' if odd and len(train.classes) > CLASSES else ''}; "
+        "train on another set with main.py --dataset folder:PATH, as it is"
+    )
