@@ -89,8 +89,10 @@ class Small(nn.Module):
         self.net, self.room, self.calls = net, room, calls
 
     def forward(self, x):
-        self.calls -= 1
         x = self.net(x)  # statistics are gathered before it fails
+        if not self.training:
+            return x
+        self.calls -= 1
         if len(x) > self.room and self.calls < 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return x
