@@ -1,9 +1,14 @@
-"""The command line: flags, their defaults, and a suggestion where one is mistyped."""
+"""The command line: flags, their defaults, a suggestion where one is mistyped, and the name of the
+run that they describe."""
 
 import argparse
 import difflib
 import math
 import os
+import zlib
+from decimal import Decimal
+
+from run import run_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,3 +125,40 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--log_updates", action="store_true",
         help="how large the updates are, relative to the weights")
     return p
+
+
+def name_and_settings(args):
+    """The run's name, and the settings that shape its result: those with the same weights after
+    the same epoch agree in them."""
+    keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
+    keys += ["train_examples", "test_examples", "skip_bad_images"]
+    keys += (["depth", "width"] if args.arch == "fcn" else [])
+    settings = {key: getattr(args, key) for key in keys}
+    dataset = args.dataset
+    if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
+        dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
+    if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
+        file = os.path.basename(dataset[len("npz:") :])
+        settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
+    name = run_name(
+        f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
+        dataset,
+        args.image_size,
+        None if args.train_examples is None else f"train{args.train_examples}",
+        None if args.test_examples is None else f"test{args.test_examples}",
+        args.loss,
+        f"bs{args.train_bs}",
+        args.optimizer,
+        None if args.gain == 1 else f"gain{decimal(args.gain)}",
+        None if args.lr is None else f"lr{decimal(args.lr)}",
+        f"seed{args.seed}",
+        "skip" if args.skip_bad_images else None,
+        {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
+        "updates" if args.log_updates else None,
+    )
+    return name, settings
+
+
+def decimal(x):
+    """A float without an exponent: 1e-05 as 0.00001."""
+    return format(Decimal(repr(x)), "f")

@@ -6,28 +6,25 @@ import sys
 if __name__ == "__main__":  # no traceback of half an import, until main() takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import importlib
 import math
 import os
 import time
-import zlib
 from datetime import datetime, timezone
-from decimal import Decimal
 
 import torch
 
 import display
 import distributed
 import flags
-from agd import AGD, init_weights
 from architecture import NETWORKS, build
 from data import DATASETS, DataError, default_data_dir, load
-from run import Run, RunError, environment, run_name
+from flags import name_and_settings
+from optimizers import BASELINES, make_optimizer, optimizer_class
+from run import Run, RunError, environment
 from train import LOSSES, Gradient, OutOfMemory, evaluate, train_epoch
 
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory)
-BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
 def parse(argv=None, check=True):
@@ -68,70 +65,6 @@ def parse(argv=None, check=True):
     elif args.image_size is not None:
         p.error(f"--image_size is for imagenet and folder:PATH, not {args.dataset}")
     return args
-
-
-def name_and_settings(args):
-    """The run's name, and the settings that shape its result: those with the same weights after
-    the same epoch agree in them."""
-    keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
-    keys += ["train_examples", "test_examples", "skip_bad_images"]
-    keys += (["depth", "width"] if args.arch == "fcn" else [])
-    settings = {key: getattr(args, key) for key in keys}
-    dataset = args.dataset
-    if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
-        dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
-    if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
-        file = os.path.basename(dataset[len("npz:") :])
-        settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
-    name = run_name(
-        f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
-        dataset,
-        args.image_size,
-        None if args.train_examples is None else f"train{args.train_examples}",
-        None if args.test_examples is None else f"test{args.test_examples}",
-        args.loss,
-        f"bs{args.train_bs}",
-        args.optimizer,
-        None if args.gain == 1 else f"gain{decimal(args.gain)}",
-        None if args.lr is None else f"lr{decimal(args.lr)}",
-        f"seed{args.seed}",
-        "skip" if args.skip_bad_images else None,
-        {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
-        "updates" if args.log_updates else None,
-    )
-    return name, settings
-
-
-def decimal(x):
-    """A float without an exponent: 1e-05 as 0.00001."""
-    return format(Decimal(repr(x)), "f")
-
-
-def make_optimizer(args, net):
-    """The optimiser; for AGD the weights are drawn anew, the baselines keep PyTorch's."""
-    if args.optimizer == "agd":
-        init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
-        return AGD(net.named_parameters(), args.gain)
-    if args.optimizer in BASELINES:
-        return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
-    rate = {} if args.lr is None else {"lr": args.lr}
-    return optimizer_class(args.optimizer)(net.parameters(), **rate)
-
-
-def optimizer_class(dotted):
-    """The optimiser that package.Class names; ValueError, with what is wrong, where it is none."""
-    module, _, name = dotted.rpartition(".")
-    try:
-        package = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"no optimiser {dotted}: {error}") from error
-    found = getattr(package, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        near = flags.near(name, [x for x in dir(package) if x[:1].isupper()])
-        raise ValueError(f"{dotted} is no optimiser{near}")
-    if found is AGD:
-        raise ValueError("--optimizer agd is AGD, with its own initialisation")
-    return found
 
 
 def spread(key, values):

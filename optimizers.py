@@ -1,0 +1,37 @@
+"""The optimisers, by name: AGD, the baselines of the paper, and any other class of torch's form."""
+
+import importlib
+
+import torch
+
+import flags
+from agd import AGD, init_weights
+
+BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
+
+
+def make_optimizer(args, net):
+    """The optimiser; for AGD the weights are drawn anew, the baselines keep PyTorch's."""
+    if args.optimizer == "agd":
+        init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
+        return AGD(net.named_parameters(), args.gain)
+    if args.optimizer in BASELINES:
+        return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
+    rate = {} if args.lr is None else {"lr": args.lr}
+    return optimizer_class(args.optimizer)(net.parameters(), **rate)
+
+
+def optimizer_class(dotted):
+    """The optimiser that package.Class names; ValueError, with what is wrong, where it is none."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        package = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"no optimiser {dotted}: {error}") from error
+    found = getattr(package, name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        near = flags.near(name, [x for x in dir(package) if x[:1].isupper()])
+        raise ValueError(f"{dotted} is no optimiser{near}")
+    if found is AGD:
+        raise ValueError("--optimizer agd is AGD, with its own initialisation")
+    return found
