@@ -116,6 +116,10 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
+    if args.check:
+        import check  # what a run does not need
+
+        return check.main(args)
     try:
         world = distributed.start(torch.device(args.device), args.distribute)
     except (distributed.LaunchError, KeyboardInterrupt) as error:

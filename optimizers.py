@@ -10,10 +10,11 @@ from agd import AGD, init_weights
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
-def make_optimizer(args, net):
-    """The optimiser; for AGD the weights are drawn anew, the baselines keep PyTorch's."""
+def make_optimizer(args, net, draw=True):
+    """The optimiser; for AGD the weights are drawn anew, if any are: baselines keep PyTorch's."""
     if args.optimizer == "agd":
-        init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
+        if draw:
+            init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
         return AGD(net.named_parameters(), args.gain)
     if args.optimizer in BASELINES:
         return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)

@@ -96,7 +96,7 @@ class Run:
 
         A checkpoint is a dict with "epoch", "net" and "optimizer", its tensors on the CPU.
         """
-        self._lock()
+        self.lock_or_fail()
         rows, checkpoint = self.rows(), None
         first_row = {**first_row, "settings": self.settings}
         if self.checkpoint_path.exists():
@@ -138,7 +138,7 @@ class Run:
             raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
         return checkpoint
 
-    def _lock(self):
+    def lock_or_fail(self):
         """Keep other processes from this run, for as long as this one lives."""
         try:
             import fcntl

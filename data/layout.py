@@ -44,15 +44,17 @@ class Split(NamedTuple):
         return sum(len(names) for _, names in self.classes.values())
 
 
-def read_layout(root, val_labels=None):
-    """{"train": Split, "val": Split} of the folder `root`; DataError says what is wrong with it."""
+def read_layout(root, val_labels=None, wanted=CLASSES):
+    """{"train": Split, "val": Split} of the folder `root`; DataError says what is wrong with it.
+
+    `wanted` is the number of classes, None for any."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if not (root / "train").is_dir() or not (root / "val").is_dir():
         raise DataError(_how_to_unpack(root))
     train = _sorted_split(root / "train")
     val = _sorted_split(root / "val")
-    if len(train.classes) != CLASSES:
+    if wanted is not None and len(train.classes) != wanted:
         raise DataError(_wrong_classes(train))
     loose = [path.name for path in val.left_out if _is_image(path.name) and path.parent == val.root]
     if loose and val.classes:

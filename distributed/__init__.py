@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distributed.launch import LaunchError, read
+from distributed.launch import LAUNCHERS, LaunchError, read
 from distributed.meet import meet
 from distributed.norm import SyncBatchNorm
 from distributed.watch import Watch
@@ -187,6 +187,8 @@ def _own_gpu(launch, store):
     return device
 
 
+# every name that says that a launcher has started this process
+VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 

@@ -1,0 +1,140 @@
+"""What a run would take: the network, memory for a batch, seconds an epoch."""
+
+import os
+import sys
+import time
+
+import torch
+
+from architecture import build
+from check.common import Fault, duration, size
+from optimizers import make_optimizer
+from train import LOSSES, Gradient, OutOfMemory
+
+TIMING = 2.0  # seconds of passes and steps
+
+
+def network(args, shape, classes):
+    """The network, on a device that computes nothing."""
+    with torch.device("meta"):
+        net = build(args.arch, shape, classes, args.depth, args.width)
+    try:
+        make_optimizer(args, net, draw=False)
+    except (TypeError, ValueError) as error:
+        raise Fault(f"the optimiser refuses the network: {error}") from error
+    weights = list(net.parameters())
+    yield "ok", (f"{args.arch}, {sum(p.numel() for p in weights):,} weights in {len(weights)} "
+                 f"layers, which {args.optimizer} takes")  # fmt: skip
+    return net
+
+
+def memory(args, world, neighbours, net, facts):
+    """What the weights and a batch take, against what is free."""
+    share = -(-args.train_bs // world.size)
+    passes = -(-share // min(args.micro_bs or share, share))
+    largest = -(-share // passes)
+    each = bytes_an_image(net, args.loss, facts.shape)
+    # The weights, their gradients, and the two scratch copies of a step or a baseline's state; and
+    # what the ranks send.
+    fixed = weights_bytes(net) * (5 if world.size > 1 else 4)
+    if facts.decoding is None:
+        channels, height, width = facts.shape
+        fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)
+    free = free_memory(world.device)
+    if world.device.type == "cuda":
+        neighbours = 1
+    need = (fixed + each * largest) * neighbours
+    text = f"{size(need)} for {largest} images at a time, of {size(free)} that are free"
+    if need <= free:
+        yield "ok", text
+        return
+    fits = int((free / neighbours - fixed) // each)
+    if fits < 1:
+        raise Fault(f"{text}: not even one image fits beside the weights; a smaller network or "
+                    "images, or a device with more memory")  # fmt: skip
+    if world.device.type == "cuda":
+        yield "note", f"{text}: the run would halve until about {fits} fit; --micro_bs says so"
+    else:
+        raise Fault(f"{text}: --micro_bs {fits}")
+
+
+def bytes_an_image(net, loss, shape):
+    """What the backward pass keeps of an image, counted on a device that computes nothing."""
+    weights = {id(p) for p in net.parameters()}
+
+    def kept(images):
+        seen = {}
+
+        def pack(tensor):
+            if id(tensor) not in weights and tensor.ndim:
+                seen[id(tensor.untyped_storage()._cdata)] = tensor.untyped_storage().nbytes()
+                alive.append(tensor)
+            return tensor
+
+        alive = []
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = net.train()(torch.empty(images, *shape))
+            LOSSES[loss](outputs, torch.empty(images, dtype=torch.int64)).sum()
+        return sum(seen.values())
+
+    return max(kept(4) - kept(2), 2) / 2 * 1.25  # and what is passing through
+
+
+def free_memory(device):
+    """Bytes free on a GPU, or to all the processes of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return sys.maxsize
+
+
+def seconds_an_epoch(args, world, facts):
+    """Passes and steps on the device, timed, and what they make of an epoch."""
+    device, share = world.device, -(-args.train_bs // world.size)
+    net = build(args.arch, facts.shape, facts.classes, args.depth, args.width).to(device)
+    optimizer = make_optimizer(args, net.train(), draw=False)
+    gradient = Gradient(net, LOSSES[args.loss])
+    images, end, times = min(2, share), time.perf_counter() + TIMING, []
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    while True:
+        inputs = torch.randn(images, *facts.shape, device=device)
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        start = now()
+        try:
+            gradient(inputs, labels)
+        except OutOfMemory as error:
+            raise Fault(f"{error}: a device with more memory") from error
+        passed = now()
+        optimizer.step()
+        times.append((passed - start, now() - passed))
+        optimizer.zero_grad()
+        larger = min(share, args.micro_bs or share, images * 4)
+        left = end - time.perf_counter()
+        if left < sum(times[-1]) * (4 if larger > images else 1):
+            break
+        if larger > images:
+            images, times = larger, []
+    # The quickest: others disturb it only one way.
+    passes, step = (min(column) for column in zip(*times))
+    each, steps = passes / images, -(-facts.train // args.train_bs)
+    # A test image takes a forward pass, a third of the two.
+    compute = (facts.train + facts.test / 3) / world.size * each + steps * step
+    text = f"about {duration(compute)} an epoch on this device"
+    if facts.decoding is not None:
+        rate = facts.decoding * max(1, min(args.workers, os.cpu_count() or 1))
+        decode = (facts.train + facts.test) / world.size / rate
+        text += f", {duration(decode)} to decode its images"
+    yield "ok", f"{text}; {args.epochs} epochs"
+
+
+def weights_bytes(net):
+    return sum(p.numel() * p.element_size() for p in net.parameters())
