@@ -1,0 +1,297 @@
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch.nn as nn
+from PIL import Image
+
+import architecture
+import check
+import main
+from distributed.launch import JOB, LAUNCHERS, NODE_COUNTS, NODES
+from tests.conftest import ROOT
+
+DIGITS = ["--dataset", "digits", "--depth", "3", "--width", "16"]
+SMALL = ["--arch", "fcn", "--depth", "2", "--width", "8", "--image_size", "32", "--workers", "0"]
+LOG = "fcn3x16-digits-mse-bs128-agd-seed0"
+VARIABLES = {name for kinds in LAUNCHERS.values() for names in kinds for name in names}
+VARIABLES |= {*NODES, *NODE_COUNTS, *JOB, "MASTER_ADDR", "MASTER_PORT", "IMAGENET_PATH"}
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(check.cost, "TIMING", 0.1)
+    monkeypatch.setattr(check, "MEETING", 2)
+
+
+@pytest.fixture
+def look(tmp_path, capsys):
+    """f(*flags) -> (exit code, what was printed, the lines about faults)."""
+
+    def run(*flags):
+        flags = [str(x) for x in flags]
+        flags += [] if "--out" in flags else ["--out", str(tmp_path / "results")]
+        flags += [] if "--data_dir" in flags else ["--data_dir", str(tmp_path)]
+        code = main.main([*flags, "--cpu", "--check"])
+        printed = capsys.readouterr().out
+        return code, printed, [x for x in printed.splitlines() if x.startswith("fault")]
+
+    return run
+
+
+def images(root, classes=("a", "b"), each=3, splits=("train", "val")):
+    for split in splits:
+        for name in classes:
+            for i in range(each):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(path)
+    return root
+
+
+def prepared(path, classes=10):
+    labels = np.arange(20) % classes
+    pixels = np.zeros((20, 32, 32, 3), np.uint8)
+    np.savez(path, train_images=pixels, train_labels=labels, test_images=pixels,
+             test_labels=labels)  # fmt: skip
+    return path
+
+
+def trained(tmp_path, epochs=1):
+    main.main([*DIGITS, "--epochs", str(epochs), "--cpu", "--out", str(tmp_path / "results")])
+    return tmp_path / "results" / "logs" / f"{LOG}.jsonl"
+
+
+# A fault each: f(tmp_path, monkeypatch) makes it, and returns the flags and words of the sentence.
+def nothing_prepared(tmp_path, monkeypatch):
+    return ["--dataset", "cifar10"], ["there is no", "cifar10.npz", "python -m data.prepare"]
+
+
+def damaged_file(tmp_path, monkeypatch):
+    path = prepared(tmp_path / "cifar10.npz")
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 255
+    path.write_bytes(content)
+    return ["--dataset", "cifar10"], ["cifar10.npz is damaged", "makes it anew"]
+
+
+def wrong_class_count(tmp_path, monkeypatch):
+    prepared(tmp_path / "cifar10.npz", classes=7)
+    return ["--dataset", "cifar10"], ["do not run from 0 to 9"]
+
+
+def missing_folder(tmp_path, monkeypatch):
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/none"], ["there is no folder", "none"]
+
+
+def missing_split(tmp_path, monkeypatch):
+    images(tmp_path / "set", splits=["train"])
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["there is no val/"]
+
+
+def other_classes(tmp_path, monkeypatch):
+    images(tmp_path / "set")
+    (tmp_path / "set/val/b").rename(tmp_path / "set/val/c")
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["differ in 2 classes: b, c"]
+
+
+def empty_class(tmp_path, monkeypatch):
+    images(tmp_path / "set")
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "c").mkdir()
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["without images", ": c"]
+
+
+def few_imagenet_classes(tmp_path, monkeypatch):
+    images(tmp_path / "imagenet")
+    return [*SMALL, "--dataset", "imagenet"], ["2 class folders, not ImageNet's 1,000"]
+
+
+def wrong_imagenet_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGENET_PATH", str(tmp_path / "nowhere"))
+    return [*SMALL, "--dataset", "imagenet"], ["nowhere, which $IMAGENET_PATH names"]
+
+
+def undecodable_image(tmp_path, monkeypatch):
+    images(tmp_path / "set")
+    (tmp_path / "set/train/b/1.png").write_bytes(b"no image")
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["b/1.png", "--skip_bad_images"]
+
+
+def too_many_asked_for(tmp_path, monkeypatch):
+    return [*DIGITS, "--train_examples", 9999], ["1437 images for --train_examples, not 9999"]
+
+
+def results_not_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    return [*DIGITS, "--out", tmp_path / "file"], ["file/logs cannot be written", "another --out"]
+
+
+def full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 1000))
+    return DIGITS, ["1.0 kB free", "checkpoints take", "make room"]
+
+
+def no_shared_memory(tmp_path, monkeypatch):
+    images(tmp_path / "set")
+    monkeypatch.setattr(check.place, "SHM", str(tmp_path))
+    real = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda p: Usage(1, 1, 10) if p == str(tmp_path) else real(p)
+    )
+    flags = [*SMALL, "--workers", 2, "--dataset", f"folder:{tmp_path}/set"]
+    return flags, ["10 B free", "2 workers", "--shm-size"]
+
+
+def no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.cost, "free_memory", lambda device: 2_000_000)
+    flags = ["--dataset", "digits", "--arch", "vgg"]
+    return flags, ["2.0 MB that are free", "not even one image"]
+
+
+def no_memory_for_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.cost, "free_memory", lambda device: 400_000_000)
+    flags = ["--dataset", "digits", "--arch", "vgg", "--train_bs", 1000]
+    return flags, ["400 MB that are free", "--micro_bs"]
+
+
+def refused_parameter(tmp_path, monkeypatch):
+    def build(shape, classes, depth, width):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+    monkeypatch.setitem(architecture.NETWORKS, "fcn", build)
+    return DIGITS, ["the optimiser refuses", "1.bias", "bias=False"]
+
+
+def other_settings(tmp_path, monkeypatch):
+    log = trained(tmp_path)
+    log.write_text(log.read_text().replace('"width": 16', '"width": 17'))
+    return DIGITS, ["another run of this name", "width 17 then, 16 now", "--fresh"]
+
+
+def damaged_log(tmp_path, monkeypatch):
+    trained(tmp_path).write_text("{}\n")
+    return DIGITS, ["is no log of a run", "--fresh"]
+
+
+def run_going_on(tmp_path, monkeypatch):
+    trained(tmp_path)
+    path = tmp_path / "results" / "checkpoints" / f"{LOG}.lock"
+    monkeypatch.lock = open(path, "a")
+    fcntl.flock(monkeypatch.lock, fcntl.LOCK_EX)
+    return [*DIGITS, "--epochs", 5], ["another process is making"]
+
+
+def taken_port(tmp_path, monkeypatch):
+    monkeypatch.server = socket.create_server(("", 0))
+    port = monkeypatch.server.getsockname()[1]
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return [*DIGITS, "--distribute"], [f"MASTER_PORT {port} cannot be used", "choose another"]
+
+
+def wrong_rank_count(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+                        "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return [*DIGITS, "--distribute"], ["1 of 2 ranks did not come: 1"]
+
+
+def contradictory_variables(tmp_path, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    return [*DIGITS, "--distribute"], ["RANK is 3 and WORLD_SIZE is 2"]
+
+
+FAULTS = [
+    nothing_prepared, damaged_file, wrong_class_count, missing_folder, missing_split,
+    other_classes, empty_class, few_imagenet_classes, wrong_imagenet_path, undecodable_image,
+    too_many_asked_for, results_not_writable, full_disk, no_shared_memory, no_memory,
+    no_memory_for_the_batch, refused_parameter, other_settings, damaged_log, run_going_on,
+    taken_port, wrong_rank_count, contradictory_variables,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_is_named_with_its_remedy(make, look, tmp_path, monkeypatch, capsys):
+    flags, words = make(tmp_path, monkeypatch)
+    capsys.readouterr()
+    code, printed, faults = look(*flags)
+    assert code == 1
+    assert len(faults) == 1, printed  # that one, and nothing that follows from it
+    assert all(word in faults[0] for word in words), faults
+
+
+GOOD = {
+    "digits": DIGITS,
+    "a convolutional network": ["--dataset", "digits", "--arch", "resnet18"],
+    "cifar10": ["--dataset", "cifar10", "--arch", "vgg"],
+    "adam": ["--dataset", "cifar10", "--optimizer", "adam"],
+    "a file of arrays": ["--dataset", "npz:own.npz", "--loss", "xent"],
+    "a part": [*DIGITS, "--train_examples", 100, "--test_examples", 10],
+    "a folder": [*SMALL, "--dataset", "folder:SET"],
+    "workers": [*SMALL, "--dataset", "folder:SET", "--workers", 2],
+    "bad images left out": [*SMALL, "--dataset", "folder:BAD", "--skip_bad_images"],
+    "resnet50 at 224": ["--dataset", "folder:SET", "--arch", "resnet50", "--train_bs", 4],
+    "micro-batches": ["--dataset", "cifar10", "--train_bs", 100_000, "--micro_bs", 10],
+    "a port that is free": [*DIGITS, "--distribute"],
+    "a new place": [*DIGITS, "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("setup", GOOD)
+def test_no_alarm_where_nothing_is_wrong(setup, look, tmp_path):
+    images(tmp_path / "set")
+    images(tmp_path / "bad")
+    (tmp_path / "bad/train/b/1.png").write_bytes(b"no image")
+    prepared(tmp_path / "cifar10.npz")
+    prepared(tmp_path / "own.npz", classes=4)
+    places = {"SET": str(tmp_path / "set"), "BAD": str(tmp_path / "bad"),
+              "OUT": str(tmp_path / "a" / "b")}  # fmt: skip
+    flags = [str(x) for x in GOOD[setup]]
+    for name, path in places.items():
+        flags = [x.replace(name, path) for x in flags]
+    code, printed, faults = look(*flags)
+    assert code == 0 and not faults, printed
+    assert "nothing was trained" in printed
+    for what in ("data", "network", "results", "memory", "time"):
+        assert f"ok     {what}" in printed, what
+    assert not list(tmp_path.rglob("*.jsonl")) and not (tmp_path / "a").exists()
+
+
+def test_runs_that_are_there_are_no_fault(look, tmp_path, capsys):
+    log = trained(tmp_path, epochs=2)
+    before = log.read_bytes()
+    code, printed, _ = look(*DIGITS, "--epochs", 2)
+    assert code == 0 and "is finished" in printed
+    code, printed, _ = look(*DIGITS, "--epochs", 9)
+    assert code == 0 and "goes on after 2 epochs" in printed
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize("train_bs, code", [(64, 0), (1, 1)])
+def test_ranks_are_looked_at_together(train_bs, code, tmp_path):
+    """Printed by one of them; a batch for one rank is too small for two."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "main.py", "--check", "--distribute", "--cpu", *DIGITS, "--out", str(tmp_path),
+         "--train_bs", str(train_bs)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.count("2 ranks, started by torchrun, 2 of them on this node") == 1
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    assert ("--train_bs 1 is the batch of all the 2 ranks" in done.stdout) == (code == 1)
+
+
+def test_the_bytes_of_an_image_are_those_that_backward_keeps():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000, bias=False), nn.ReLU(),
+                        nn.Linear(1000, 10, bias=False)).to("meta")  # fmt: skip
+    # the inputs, the activations (once: relu keeps its result), the outputs' difference
+    assert check.cost.bytes_an_image(net, "mse", (1, 8, 8)) == 1.25 * 4 * (64 + 1000 + 10)
