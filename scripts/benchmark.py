@@ -1,17 +1,26 @@
-"""How long an epoch takes, beside its peers in the same run: `python -m scripts.benchmark`.
+"""Times beside their peers in the same run: `python -m scripts.benchmark [epoch|data]`.
+
+epoch, what an epoch takes:
 
     ours           an epoch of main.py: training, exact test accuracy
     bare           forward and backward passes alone, on batches that lie ready on the device
     conventional   the usual pipeline: a PIL image and its torchvision transforms one by one in a
                    DataLoader, AGD in a plain loop over the layers, loss and eta read every step
 
+data, what one core takes to read the images of a folder (--folder, below which train/CLASS/ lie)
+for training at --image_size, in seconds of the process itself, whatever else the machine does:
+
+    ours           the loader of main.py without workers
+    conventional   torchvision's ImageFolder and transforms in a DataLoader without workers
+
 The cases take turns, so that a drift of the machine's speed meets all of them. Medians and their
-spread go to <out>/benchmark/epoch.json, ratios (round by round, then their median) first.
+spread go to <out>/benchmark/<case>.json, ratios (round by round, then their median) first.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -22,7 +31,8 @@ import torch
 
 from agd import AGD, init_weights
 from architecture import build
-from data import DATASETS, DataError, default_data_dir, load
+from data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DataError, default_data_dir, load
+from data.imagenet import find
 from data.prepare import prepare
 from display import table
 from run import environment
@@ -134,22 +144,76 @@ def conventional(args, data, device):
     return epoch
 
 
-def measure(cases, repeats):
+def ours_of_a_folder(args):
+    """Images through the loader of main.py, and the bytes of their files."""
+    from data.folders import FolderBatches
+
+    batches = FolderBatches(
+        args.folder / "train", args.batch_size, args.image_size, IMAGENET_MEAN, IMAGENET_STD, "cpu",
+        train=True,
+    )  # fmt: skip
+    epochs = iter(range(1, 1000))
+
+    def epoch():
+        batches.set_epoch(next(epochs))
+        for _ in batches:
+            pass
+
+    return epoch, batches.examples
+
+
+def conventional_folder(args):
+    from torchvision import datasets, transforms
+
+    chain = [
+        transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]  # fmt: skip
+    folder = datasets.ImageFolder(args.folder / "train", transforms.Compose(chain))
+    loader = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True)
+
+    def epoch():
+        for _ in loader:
+            pass
+
+    return epoch
+
+
+def measure(cases, repeats, clock=time.perf_counter):
     """Seconds of each case's epochs, the cases taking turns after a round that does not count."""
     seconds = {name: [] for name in cases}
     parts = {"ours, training": [], "ours, test": []}
     for i in range(repeats + 1):
         for name, epoch in cases.items():
-            start = time.perf_counter()
+            start = clock()
             middle = epoch()
-            end = time.perf_counter()
+            end = clock()
             if i:
                 seconds[name].append(end - start)
                 if middle:
                     parts["ours, training"].append(middle - start)
                     parts["ours, test"].append(end - middle)
             print(f"round {i}/{repeats}: {name} {end - start:.3f} s", file=sys.stderr)
-    return {**seconds, **parts}
+    return {**seconds, **{name: times for name, times in parts.items() if times}}
+
+
+def epoch_case(args, device):
+    """(seconds of each case, pairs to compare, what else is to be written)."""
+    data = load(args.dataset, args.data_dir, args.batch_size, args.batch_size, device)
+    cases = {case.__name__: case(args, data, device) for case in (ours, bare, conventional)}
+    pairs = [("ours, training", "bare"), ("ours", "bare"), ("conventional", "ours")]
+    return measure(cases, args.repeats), pairs, {"data": data.source}
+
+
+def data_case(args, device):
+    torch.set_num_threads(1)
+    epoch, images = ours_of_a_folder(args)
+    cases = {"ours": epoch, "conventional": conventional_folder(args)}
+    seconds = measure(cases, args.repeats, time.process_time)
+    rates = {name: images / statistics.median(times) for name, times in seconds.items()}
+    found = {"images_per_second_per_core": rates["ours"], "conventional": rates["conventional"],
+             "images": images}  # fmt: skip
+    return seconds, [("conventional", "ours")], found
 
 
 def main(argv=None):
@@ -159,8 +223,11 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("case", nargs="?", choices=["epoch", "data"], default="epoch", help="(default: epoch)")
     add("--arch", default="fcn")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
+    add("--folder", type=Path, help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
+    add("--image_size", type=int, default=224)
     add("--depth", type=int, default=10)
     add("--width", type=int, default=256)
     add("--batch_size", type=int, default=128)
@@ -171,14 +238,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     try:
-        data = load(args.dataset, args.data_dir, args.batch_size, args.batch_size, device)
-    except DataError as error:
+        if args.case == "data":
+            args.folder = (args.folder or find(args.data_dir)).expanduser()
+        case = {"epoch": epoch_case, "data": data_case}[args.case]
+        seconds, pairs, found = case(args, device)
+    except (DataError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
-    cases = {case.__name__: case(args, data, device) for case in (ours, bare, conventional)}
-    seconds = measure(cases, args.repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    pairs = [("ours, training", "bare"), ("ours", "bare"), ("conventional", "ours")]
     # Of each round on its own, then the median: a round lies within seconds.
     ratios = {
         f"{a} / {b}": statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
@@ -186,19 +253,25 @@ def main(argv=None):
     }
     result = {
         "ratios": ratios,
+        **found,
         "seconds": {
             name: {"median": median[name], "min": min(times), "max": max(times)}
             for name, times in seconds.items()
         },
-        "flags": vars(args),
-        "data": data.source,
+        "flags": {key: str(x) if isinstance(x, Path) else x for key, x in vars(args).items()},
         "environment": environment(device),
     }
-    path = Path(args.out, "benchmark", "epoch.json")
+    home = os.path.expanduser("~")
+    if str(args.folder).startswith(home):
+        result["flags"]["folder"] = "~" + str(args.folder)[len(home) :]
+    path = Path(args.out, "benchmark", f"{args.case}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     table(("Median of the ratios", ""), [(k, f"{v:.2f}") for k, v in ratios.items()])
+    if args.case == "data":
+        rates = {"ours": found["images_per_second_per_core"], "conventional": found["conventional"]}
+        table(("Images a second a core", ""), [(k, f"{rate:.0f}") for k, rate in rates.items()])
     table(
         ("Seconds an epoch", "median (min .. max)"),
         [(k, f"{v['median']:.3f} ({v['min']:.3f} .. {v['max']:.3f})")

@@ -57,7 +57,7 @@ LINKS = {
 IMAGES = 1281167  # an epoch of ImageNet
 LARGEST = 256  # images of a micro-batch; larger batches a GPU are made of several
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes; DistributedDataParallel's defaults
-SMALL = 3  # further collectives a step: the count of examples, batch norm's buffers of two dtypes
+SMALL = 1  # further collectives a step: the count of examples
 
 
 def known(name):

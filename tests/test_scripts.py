@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import main as program
 from scripts import benchmark, plot
@@ -88,6 +89,21 @@ def test_benchmark_measures_and_writes(tmp_path, capsys):
     for times in result["seconds"].values():
         assert 0 < times["min"] <= times["median"] <= times["max"]
     assert "Median of the ratios" in capsys.readouterr().out
+
+
+def test_benchmark_of_a_folder(tmp_path, capsys):
+    for i in range(12):
+        path = tmp_path / "set" / "train" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 70), (20 * i, 0, 0)).save(path)
+    benchmark.main(["data", "--folder", str(tmp_path / "set"), "--image_size", "32", "--repeats",
+                    "2", "--out", str(tmp_path)])  # fmt: skip
+    result = json.loads((tmp_path / "benchmark" / "data.json").read_text())
+    assert result["images"] == 12 and set(result["seconds"]) == {"ours", "conventional"}
+    assert result["images_per_second_per_core"] == 12 / result["seconds"]["ours"]["median"]
+    assert "Images a second a core" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no images under"):
+        benchmark.main(["data", "--folder", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
 def test_benchmarks_plain_loop_takes_the_papers_step():
