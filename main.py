@@ -58,8 +58,9 @@ def parse(argv=None, check=True):
         if folder and getattr(args, f"{part}_examples") is not None:
             p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
     if args.dataset.startswith("folder:"):
-        path = os.path.expanduser(args.dataset[len("folder:") :])
-        args.dataset = "folder:" + os.path.abspath(path)
+        path = os.path.abspath(os.path.expanduser(args.dataset[len("folder:") :]))
+        home = os.path.expanduser("~") + os.sep  # a name that holds for every account
+        args.dataset = "folder:" + ("~/" + path[len(home) :] if path.startswith(home) else path)
     if folder:
         args.image_size = args.image_size or 224
     elif args.image_size is not None:

@@ -73,7 +73,7 @@ def folder(args):
     from data.folders import _Images  # torchvision takes a second to import
 
     name = args.dataset
-    root = find(args.data_dir) if name == "imagenet" else Path(name[len("folder:") :])
+    root = find(args.data_dir) if name == "imagenet" else Path(name[len("folder:") :]).expanduser()
     splits = read_layout(root, wanted=DATASETS[name].classes if name in DATASETS else None)
     if splits["val"].flat:
         raise Fault(f"{root / 'val'} is not sorted into class folders: `python -m data.prepare "

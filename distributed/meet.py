@@ -115,6 +115,8 @@ def _wait_for_all(store, launch, end):
             gone = [r for r in range(launch.size) if not store.check([f"here/{r}"])]
         except (dist.DistError, RuntimeError):
             gone = [0]
+        if launch.rank and 0 not in gone:  # which says it
+            raise LaunchError("") from error
         raise LaunchError(
             f"{len(gone)} of {launch.size} ranks did not come: {', '.join(map(str, gone[:8]))}"
             f"{', ...' if len(gone) > 8 else ''}; the number of processes that were started and "

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -19,10 +20,10 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
-from run import environment
+from run import environment, read_rows
 from scripts.links import rates
 from scripts.reproduce import duration
-from train import evaluate, mse, train_epoch
+from train import Gradient, evaluate, mse, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -145,6 +146,52 @@ def resnet50_rate(args):
     return {"images per second": rates("resnet50", 224, [2**k for k in range(3, 10)], args.device)}
 
 
+def memory_that_runs_out(args):
+    """A batch that does not fit is halved and repeated: the same update as in small passes."""
+    found = []
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(args.device)
+    images, labels = torch.randn(4096, 3, 32, 32), torch.arange(4096) % 10
+    images, labels = images.to(args.device), labels.to(args.device)
+    for fraction, micro_bs in ((min(1.0, 4e9 / total), None), (1.0, 64)):
+        torch.cuda.set_per_process_memory_fraction(fraction, args.device)
+        # without batch norm, whose statistics are those of each pass
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 256, 3, bias=False), torch.nn.ReLU(),
+            torch.nn.Conv2d(256, 64, 3, bias=False), torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False),
+        ).to(args.device)  # fmt: skip
+        init_weights(net.parameters(), torch.Generator().manual_seed(0))
+        gradient = Gradient(net, mse, micro_bs=micro_bs)
+        gradient(images, labels)
+        found.append(([p.grad.double() for p in net.parameters()], gradient.micro_bs))
+    torch.cuda.set_per_process_memory_fraction(1.0, args.device)
+    (halved, micro_bs), (small, _) = found
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(halved, small))
+    if micro_bs is None or not worst < 1e-3:
+        raise AssertionError(f"micro_bs {micro_bs}, gradients differ by {worst:.1e}")
+    return {"micro_bs": micro_bs, "worst relative difference of a gradient": worst}
+
+
+def ranks_of_nccl(args):
+    """main.py over NCCL with a rank a GPU, beside one process: the losses of two epochs."""
+    losses, ranks = [], torch.cuda.device_count()
+    flags = ["main.py", "--dataset", "digits", "--epochs", "2", "--device", "cuda"]
+    with tempfile.TemporaryDirectory() as out:
+        for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                              str(ranks)]):  # fmt: skip
+            more = ["--distribute", "--sync_bn"] if launcher else []
+            place = Path(out, str(len(launcher)))
+            subprocess.run([sys.executable, *launcher, *flags, *more, "--out", str(place)],
+                           check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+            (log,) = Path(place, "logs").iterdir()
+            losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
+    worst = max(abs(a - b) / a for a, b in zip(*losses))
+    if not worst < 1e-3:
+        raise AssertionError(f"losses differ by {worst:.1e}")
+    return {"ranks": ranks, "worst relative difference of a loss": worst}
+
+
 def figures(args):
     """The figures at full scale, those first whose claims a hundred epochs can judge."""
     worst = 0
@@ -164,7 +211,7 @@ def figures(args):
 
 
 CHECKS = [same_step_as_the_cpu, not_finite_and_scale, no_host_read_in_an_epoch, epoch_times,
-          step_times, resnet50_rate]  # fmt: skip
+          step_times, resnet50_rate, memory_that_runs_out, ranks_of_nccl]  # fmt: skip
 
 
 def main(argv=None):
