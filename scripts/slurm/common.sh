@@ -28,7 +28,7 @@ if [ "${SLURM_GPUS_PER_NODE:-0}" != 0 ]; then
 fi
 cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
-unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK
+unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK
 
 # step TASKS COMMAND...: the command TASKS times on every node; ends the job with its exit code. A
 # job whose time ran out goes back to the queue; one that finished, failed or was cancelled does not.

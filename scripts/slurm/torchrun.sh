@@ -4,7 +4,8 @@
 #   sbatch --nodes 4 --gpus-per-node 8 scripts/slurm/torchrun.sh --arch resnet50 \
 #       --dataset imagenet --loss xent
 #
-# On a cluster without GPUs: sbatch --gpus-per-node 0 --ntasks-per-node 2 --exclusive ...
+# It takes whole nodes (--exclusive), whose CPUs the ranks share. On a cluster without GPUs:
+# sbatch --gpus-per-node 0 --ntasks-per-node 2 ...
 #SBATCH --job-name=agd
 #SBATCH --output=slurm-%j.txt
 #SBATCH --open-mode=append
@@ -12,7 +13,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-gpu=8
+#SBATCH --exclusive
 
 source "${AGD_REPO:-$SLURM_SUBMIT_DIR}/scripts/slurm/common.sh" || exit 1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
