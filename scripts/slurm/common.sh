@@ -22,10 +22,9 @@ eval "$AGD_SETUP"
 # Ranks on a node: one a GPU, and where none were asked for, one a task. A node's CPUs are shared
 # out between them; the number that a task gets is told to srun outright, since newer versions of
 # SLURM do not hand the job's on, and older ones only under one of its names.
-ranks=${SLURM_NTASKS_PER_NODE:-1}
-if [ "${SLURM_GPUS_PER_NODE:-0}" != 0 ]; then
-    ranks=$SLURM_GPUS_ON_NODE
-fi
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+gpus=${gpus##*:}  # a100:8
+ranks=$((gpus > 0 ? gpus : ${SLURM_NTASKS_PER_NODE:-1}))
 cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK
