@@ -133,7 +133,9 @@ def main(argv=None):
             raise
         code = say(reason, trace) if world.speaks else exit_code(reason)
     world.stop()
-    if code and world.size > 1:  # what is left of a group may wait for ranks that are gone
+    # What is left of a group may wait for ranks that are gone; and where all went well, one of its
+    # threads may still abort the interpreter's own ending ("terminate called ...", exit code 134).
+    if world.size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

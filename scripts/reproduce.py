@@ -71,18 +71,20 @@ def count(n, what="run"):
 
 def submit(args, numbers, results):
     """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
-    again = [sys.executable, "-m", "scripts.reproduce", *args.figures, "--scale", args.scale]
-    again += ["--out", str(args.out), "--data_dir", str(args.data_dir)]
+    root = Path(__file__).resolve().parent.parent
+    again = [*args.figures, "--scale", args.scale, "--out", os.path.abspath(args.out)]
+    again += ["--data_dir", os.path.abspath(os.path.expanduser(args.data_dir))]
     again += ["--device", args.device] if args.device else []
     again += ["--epochs", str(args.epochs)] if args.epochs else []
-    folder = results.folder / "output"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = os.path.abspath(results.folder / "output")
+    os.makedirs(folder, exist_ok=True)
 
-    def sbatch(*options, command):
-        script = f"#!/bin/sh\ncd {shlex.quote(os.getcwd())} && {command}\n"
+    def sbatch(*options, last=()):
         done = subprocess.run(
-            ["sbatch", "--parsable", *args.sbatch, *options],
-            input=script, text=True, capture_output=True,
+            ["sbatch", "--parsable", *args.sbatch, *options, root / "scripts/slurm/array.sh",
+             *again, *last],
+            cwd=root, text=True, capture_output=True, stdin=subprocess.DEVNULL,
+            env={"AGD_PYTHON": sys.executable, "AGD_REPO": str(root), **os.environ},
         )  # fmt: skip
         if done.returncode:
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -92,16 +94,14 @@ def submit(args, numbers, results):
     at_once = f"%{args.jobs}" if args.jobs else ""
     try:
         array = sbatch(
-            f"--array={','.join(map(str, numbers))}{at_once}", "--job-name=agd", "--requeue",
-            f"--output={folder}/slurm-%A_%a.txt",
-            command=f'{shlex.join(again)} --jobs 1 --runs "$SLURM_ARRAY_TASK_ID"',
-        )  # fmt: skip
+            f"--array={','.join(map(str, numbers))}{at_once}", f"--output={folder}/slurm-%A_%a.txt"
+        )
     except FileNotFoundError:
         raise RunError("there is no sbatch here: --submit slurm is for a SLURM cluster") from None
     print(f"Job {array}, an array of {count(len(numbers))}; what they say: {folder}", flush=True)
     after = sbatch(
-        f"--dependency=afterany:{array}", "--job-name=agd-draw",
-        f"--output={folder}/slurm-%j.txt", command=f"{shlex.join(again)} --draw",
+        f"--dependency=afterany:{array}", "--job-name=agd-draw", f"--output={folder}/slurm-%j.txt",
+        last=["--draw"],
     )  # fmt: skip
     print(f"Job {after} draws when they have ended")
     return 0

@@ -353,7 +353,7 @@ def test_submit_sends_an_array_of_what_is_missing_and_draws_after_it(
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
     fake.write_text(
-        '#!/bin/sh\nn=$(ls "$SPOOL" | wc -l)\n{ echo "$@"; cat; } > "$SPOOL/$n"\n'
+        '#!/bin/sh\nn=$(ls "$SPOOL" | wc -l)\necho "$AGD_PYTHON" "$@" > "$SPOOL/$n"\n'
         "echo $((40 + n))\n"
     )
     fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
@@ -366,12 +366,12 @@ def test_submit_sends_an_array_of_what_is_missing_and_draws_after_it(
     array, draw = ((spool / str(i)).read_text() for i in (0, 1))
     assert "--array=0,2,3%2" in array and "--gres=gpu:1 --time 1:00" in array
     assert "--epochs 3" in array and "--epochs 3" in draw
-    assert '--runs "$SLURM_ARRAY_TASK_ID"' in array and f"--out {tmp_path}" in array
-    assert "--dependency=afterany:40" in draw and "--draw" in draw
+    script = f" {ROOT}/scripts/slurm/array.sh fig5 "
+    assert script in array and script in draw and array.split()[0] == sys.executable
+    assert f"--out {tmp_path}" in array and f"--out {tmp_path}" in draw
+    assert "--dependency=afterany:40" in draw and draw.endswith(" --draw\n")
+    assert "--draw" not in array and f"--output={tmp_path}/quick/output/" in array
     assert "Job 40, an array of 3 runs" in capsys.readouterr().out
-    # What the array's task does.
-    command = array.split("&& ", 1)[1]
-    assert command.split()[1:4] == ["-m", "scripts.reproduce", "fig5"]
 
 
 def test_submit_without_slurm_says_so(small, tmp_path, monkeypatch, capsys):

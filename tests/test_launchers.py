@@ -1,0 +1,289 @@
+"""What people start runs with, for real: SLURM's batch scripts and srun, mpirun, torchrun."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import reproduce
+from tests.conftest import ROOT
+from tests.test_distributed import FOLDER, VARIABLES, folders, outcome
+from tests.test_reproduce import small  # noqa: F401 (a fixture)
+
+LOCAL = ROOT.parent / "shared" / "slurm" / "local.sh"  # a SLURM of one node, where it lies there
+SCRIPTS = ROOT / "scripts" / "slurm"
+FLAGS = ["--cpu", "--dataset", "digits", "--train_examples", "300", "--test_examples", "77",
+         "--depth", "3", "--width", "16", "--train_bs", "100"]  # fmt: skip
+LAUNCH = {
+    "srun": ["srun", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable],
+    "mpirun": ["mpirun", "--oversubscribe", "-np", "2", sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc_per_node", "2"],
+}  # fmt: skip
+RANK = {"srun": "SLURM_PROCID", "mpirun": "OMPI_COMM_WORLD_RANK", "torchrun": "RANK"}
+
+
+def wait_for(condition, seconds, what):
+    """What `condition` returns, once that is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s: {what()}")
+
+
+def say(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def answers(*command):
+    return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A cluster, this machine's own or one that is started on it for these tests."""
+    if not all(map(shutil.which, ("sbatch", "srun", "scontrol"))):
+        pytest.skip("SLURM is not installed")
+    if answers("sinfo"):
+        yield
+        return
+    if not (LOCAL.exists() and shutil.which("slurmctld") and os.getuid() == 0):
+        pytest.skip("SLURM is installed, and no cluster answers or can be started here")
+    folder, munged = tmp_path_factory.mktemp("slurm"), answers("munge", "-n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        try:
+            subprocess.run(
+                ["bash", LOCAL, "start", folder], check=True, timeout=120,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            yield
+            say("scancel", "--full", "--user", str(os.getuid()))
+            wait_for(lambda: not say("squeue", "-h"), 60, lambda: say("squeue"))
+        finally:
+            pids = [int(path.read_text()) for path in folder.glob("slurm*.pid")]
+            subprocess.run(["bash", LOCAL, "stop", folder], timeout=60)
+            if not munged:
+                pids.append(int(Path("/run/munge/munged.pid").read_text()))
+                os.kill(pids[-1], signal.SIGTERM)
+            left = [Path(f"/proc/{pid}") for pid in pids]
+            wait_for(lambda: not any(path.exists() for path in left), 60, lambda: left)
+
+
+class Job:
+    """A batch script in the queue, on CPUs."""
+
+    def __init__(self, script, out, *flags, options=()):
+        out.mkdir(exist_ok=True)  # SLURM makes no folders
+        self.output = out / "said.txt"
+        options = ["--cpus-per-task=2"] if script == "one.sh" else options
+        environment = {**os.environ, "AGD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.id = subprocess.run(
+            ["sbatch", "--parsable", "--gpus-per-node=0", f"--output={self.output}", *options,
+             str(SCRIPTS / script), *map(str, flags), "--out", str(out)],
+            cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    def facts(self):
+        words = say("scontrol", "show", "job", "-o", self.id).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def said(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+    def comes_to(self, state, restarts=0):
+        """Wait until the job is in that state."""
+        wait_for(lambda: self.facts()["JobState"] == state, 100, lambda: f"{self.facts()} {self}")
+        assert self.facts()["Restarts"] == str(restarts), self
+        return self.said()
+
+    def __repr__(self):
+        return f"job {self.id}:\n{self.said()}"
+
+
+def start(launcher, *flags):
+    """main.py as two ranks."""
+    if launcher != "srun" and not shutil.which(LAUNCH[launcher][0]):
+        pytest.skip(f"{launcher} is not installed")
+    plain = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.Popen(
+        [*LAUNCH[launcher], "main.py", "--distribute", *map(str, flags)],
+        cwd=ROOT, env={**plain, **root, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ranks(out, variable):
+    """rank -> process id, of those of main.py that write to `out`."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            values = dict(
+                x.split("=", 1) for x in (process / "environ").read_text().split("\0") if "=" in x
+            )
+        except OSError:
+            continue
+        if str(out) in words and "main.py" in words and variable in values:
+            if "python" in words[0] and "torch.distributed.run" not in words:
+                found[int(values[variable])] = int(process.name)
+    return found
+
+
+def epochs(out):
+    return sum(p.read_text().count('"kind": "epoch"') for p in out.glob("logs/*.jsonl"))
+
+
+def went_on(said):
+    """The epoch after which a run went on: its last, or the one before, if its row was in the log
+    and its checkpoint not yet written."""
+    return int(re.search(r"Going on after epoch (\d+)", said)[1])
+
+
+def same(one, two, out_of=2):
+    """Whether the weights and the numbers of two runs agree; the second is of as many ranks."""
+    (rows, weights), (others, copies) = outcome(one), outcome(two)
+    assert others[0]["ranks"] == out_of
+    assert all(torch.allclose(weights[k], copies[k], atol=1e-5) for k in weights)
+    for key in ("train_loss", "test_loss", "test_acc"):
+        assert others[-1][key] == pytest.approx(rows[-1][key], rel=1e-4)
+    assert others[-1]["final"]
+    return others[0]["launcher"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a run of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "main.py", *FLAGS, "--epochs", "2", "--out", str(out)]
+    subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("script", ["one.sh", "srun.sh", "torchrun.sh"])
+def test_a_batch_script_trains_as_one_process(script, slurm, alone, tmp_path):
+    job = Job(script, tmp_path, *FLAGS, "--epochs", 2, options=["--ntasks-per-node=2"])
+    said = job.comes_to("COMPLETED")
+    assert said.count("epoch 2/2") == 1 and "rror" not in said, job
+    launcher = same(alone, tmp_path, 1 if script == "one.sh" else 2)
+    assert launcher == {"srun.sh": "srun", "torchrun.sh": "torchrun"}.get(script)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_two_ranks_train_as_one_process(launcher, alone, tmp_path):
+    process = start(launcher, *FLAGS, "--epochs", 2, "--out", tmp_path)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, said
+    assert same(alone, tmp_path) == launcher
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun", "torchrun"])
+def test_a_killed_rank_ends_all_and_the_same_command_goes_on(launcher, tmp_path, request):
+    if launcher == "srun":
+        request.getfixturevalue("slurm")
+    process = start(launcher, *FLAGS, "--epochs", 100000, "--out", tmp_path)
+    try:
+        wait_for(lambda: epochs(tmp_path) > 3 or process.poll(), 100, lambda: "no epochs")
+        running = ranks(tmp_path, RANK[launcher])
+        assert set(running) == {0, 1}
+        os.kill(running[1], signal.SIGKILL)
+        said = process.communicate(timeout=60)[0]
+        wait_for(lambda: not ranks(tmp_path, RANK[launcher]), 10, lambda: "ranks are left")
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    assert said.count("rank 1 is gone") == 1, said
+    done = epochs(tmp_path)
+    again = start(launcher, *FLAGS, "--epochs", done + 2, "--out", tmp_path)
+    said = again.communicate(timeout=100)[0]
+    assert again.returncode == 0 and went_on(said) in (done - 1, done), said
+    assert epochs(tmp_path) == done + 2
+
+
+def test_an_error_of_one_rank_is_shown_once_and_not_tried_again(slurm, tmp_path):
+    folders(tmp_path / "set", bad=[3])
+    flags = [*FOLDER, "--cpu", "--dataset", f"folder:{tmp_path / 'set'}"]
+    job = Job("srun.sh", tmp_path, *flags, options=["--ntasks-per-node=2"])
+    said = job.comes_to("FAILED")
+    assert said.count("3.png cannot be decoded") == 1 and "Traceback" not in said, job
+
+
+def test_when_the_time_is_up_the_job_is_queued_again_and_goes_on(slurm, run_main, tmp_path):
+    """The signal comes as SLURM sends it before the limit; --signal itself is SLURM's affair."""
+    long = [*FLAGS, "--epochs", "400"]
+    one = Job("one.sh", tmp_path / "one", *long)
+    wait_for(lambda: epochs(tmp_path / "one") > 3, 100, one.said)
+    say("scancel", "--batch", "--signal=USR1", one.id)
+    one.comes_to("PENDING", restarts=1)
+    done = epochs(tmp_path / "one")
+    assert 3 < done < 400 and "Interrupted after" in one.said(), one
+    say("scontrol", "update", f"JobId={one.id}", "StartTime=now")  # else in two minutes
+    said = one.comes_to("COMPLETED", restarts=1)
+    assert went_on(said) in (done - 1, done), one
+    whole = run_main(*long, out=tmp_path / "whole", env={"OMP_NUM_THREADS": "1"})
+    assert whole.returncode == 0, whole.stderr
+    (rows, weights), (others, copies) = outcome(tmp_path / "whole"), outcome(tmp_path / "one")
+    assert all(torch.equal(weights[k], copies[k]) for k in weights)
+    for a, b in zip(rows[1:], others[1:], strict=True):
+        assert [a.get(k) for k in ("epoch", "train_loss", "test_acc", "eta_mean", "final")] == [
+            b.get(k) for k in ("epoch", "train_loss", "test_acc", "eta_mean", "final")
+        ]
+
+
+def test_ranks_stop_together_when_the_time_is_up(slurm, tmp_path):
+    job = Job("srun.sh", tmp_path, *FLAGS, "--epochs", 100000, options=["--ntasks-per-node=2"])
+    wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
+    say("scancel", "--batch", "--signal=USR1", job.id)
+    said = job.comes_to("PENDING", restarts=1)
+    assert said.count("Interrupted after") == 1 and "Traceback" not in said, job
+    say("scancel", job.id)
+    job.comes_to("CANCELLED", restarts=1)
+
+
+def test_a_job_that_is_cancelled_stays_so(slurm, tmp_path):
+    job = Job("one.sh", tmp_path, *FLAGS, "--epochs", 100000)
+    wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
+    say("scancel", job.id)
+    job.comes_to("CANCELLED")
+    wait_for(lambda: not ranks(tmp_path, "SLURM_PROCID"), 60, lambda: "it runs on")
+
+
+def test_submit_runs_the_table_and_draws(slurm, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Four runs of digits in place of the table, in the jobs too."""
+    python = tmp_path / "python"
+    code = (
+        "import sys; from scripts import results; from tests import test_reproduce as t; "
+        "results.experiments = t.small_table; "
+        "from scripts import reproduce; sys.exit(reproduce.main(sys.argv[3:]))"
+    )
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("AGD_PYTHON", str(python))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--out", str(tmp_path / "out"), "--device", "cpu", "--submit", "slurm"]
+    assert reproduce.main(["fig5", *flags, "--sbatch=--comment=test"]) == 0
+    assert "an array of 4 runs" in capsys.readouterr().out
+    page = tmp_path / "out" / "README.md"
+    output = tmp_path / "out" / "quick" / "output"
+
+    def state():
+        return "\n".join(p.read_text() for p in [*output.glob("slurm-*.txt")]) + say("squeue")
+
+    wait_for(page.exists, 200, state)
+    wait_for(lambda: not say("squeue", "-h", "--name=agd,agd-draw"), 60, state)
+    assert len(list((tmp_path / "out" / "quick" / "logs").iterdir())) == 4
+    assert len(list(output.glob("slurm-*_*.txt"))) == 4, state()
+    assert (tmp_path / "out" / "quick" / "figures" / "fig5.png").exists()
