@@ -60,15 +60,16 @@ def memory(args, world, neighbours, net, facts):
 
 def bytes_an_image(net, loss, shape):
     """What the backward pass keeps of an image, counted on a device that computes nothing."""
-    weights = {id(p) for p in net.parameters()}
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def kept(images):
         seen = {}
 
         def pack(tensor):
-            if id(tensor) not in weights and tensor.ndim:
-                seen[id(tensor.untyped_storage()._cdata)] = tensor.untyped_storage().nbytes()
-                alive.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights and tensor.ndim:
+                seen[storage._cdata] = storage.nbytes()
+                alive.append(tensor)  # so that no other takes its place
             return tensor
 
         alive = []

@@ -93,7 +93,7 @@ def prepare(source, data_dir, size=None, jobs=None, shard=(1, 1), val_labels=Non
             "another --data_dir. What is in order needs no preparation: IMAGENET_PATH=DIR will do."
         )
     print(f"Looking through {source}", file=sys.stderr)
-    splits = read_layout(source, val_labels)
+    splits = read_layout(source, val_labels, CLASSES)
     for split, found in splits.items():
         count = found.images
         if count != OFFICIAL[split]:

@@ -44,7 +44,7 @@ class Split(NamedTuple):
         return sum(len(names) for _, names in self.classes.values())
 
 
-def read_layout(root, val_labels=None, wanted=CLASSES):
+def read_layout(root, val_labels=None, wanted=None):
     """{"train": Split, "val": Split} of the folder `root`; DataError says what is wrong with it.
 
     `wanted` is the number of classes, None for any."""
