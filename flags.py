@@ -94,7 +94,8 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
     add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
-    add("--train_bs", type=number(int, 1), default=128, help="images a step (default: 128)")
+    add("--train_bs", type=number(int, 1), default=128,
+        help="images a step, on all devices together (default: 128)")
     add("--test_bs", type=number(int, 1), default=128, help="in testing (default: 128)")
     add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
         "time, added up to a step (default: all, halved where memory runs out)")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import DataError
+from data.imagenet import find
 from run import RunError, read_rows
 from scripts.results import epochs_done, log_name
 
@@ -61,7 +62,11 @@ class Availability:
     def _data(self, name):
         here = Path(self.data_dir).expanduser()
         if name == "imagenet":
-            return None if (here / name).is_dir() else f"there is no folder {here / name}"
+            try:
+                find(self.data_dir)
+                return None
+            except DataError:
+                return f"there is no folder {here / name}, nor $IMAGENET_PATH"
         if name.startswith("npz:"):
             if (here / "cifar100.npz").exists():
                 return "CIFAR-100 itself is here"
