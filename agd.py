@@ -177,7 +177,8 @@ class AGD(torch.optim.Optimizer):
                     shards = p.device_mesh, p.placements
                     grad = grad.redistribute(*shards).to_local()
                     p = p.to_local()
-                key = (shape, p.shape, p.stride(), p.dtype, p.device, kind, shards)
+                layout = p.stride() if shards is None else None
+                key = (shape, p.shape, layout, p.dtype, p.device, kind, shards)
                 bucket = buckets.get(key)
                 if bucket is None:
                     bucket = buckets[key] = _Bucket(p, gain, shape, shards)

@@ -129,12 +129,15 @@ def parser(networks, datasets, losses, optimizers, data_dir):
 
 
 def name_and_settings(args):
-    """The run's name, and the settings that shape its result: those with the same weights after
-    the same epoch agree in them."""
+    """The run's name, and the settings that shape its result: runs that agree in them have the same
+    weights after the same epoch, up to rounding, and, where there is batch norm without --sync_bn,
+    up to the number of ranks and micro-batches."""
     keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
     keys += ["train_examples", "test_examples", "skip_bad_images"]
     keys += (["depth", "width"] if args.arch == "fcn" else [])
     settings = {key: getattr(args, key) for key in keys}
+    if args.sync_bn:
+        settings["sync_bn"] = True
     dataset = args.dataset
     if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
@@ -154,6 +157,7 @@ def name_and_settings(args):
         None if args.lr is None else f"lr{decimal(args.lr)}",
         f"seed{args.seed}",
         "skip" if args.skip_bad_images else None,
+        "syncbn" if args.sync_bn else None,
         {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
         "updates" if args.log_updates else None,
     )

@@ -38,8 +38,10 @@ def parse(argv=None, check=True):
         args.device = "cpu"
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Of several ranks each has a GPU of its own, found later; this would touch the first one.
+    probe = check and not (args.distribute and args.device == "cuda" and torch.cuda.is_available())
     try:
-        torch.empty(0, device=args.device if check else "cpu").cpu()
+        torch.empty(0, device=args.device if probe else "cpu").cpu()
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         p.error(f"no device {args.device!r} here: {str(error).splitlines()[0]}")
     if args.optimizer == "agd" and args.lr is not None:
@@ -183,10 +185,11 @@ def train(args, world):
               "{test_examples:,} test images\n".format(**facts))  # fmt: skip
 
     name, settings = name_and_settings(args)
-    run = Run(args.out, name, {**settings, "data": data.source})
     finished = None
     if first:
+        run = Run(args.out, name, {**settings, "data": data.source})
         if args.fresh:
+            run.lock_or_fail()
             run.discard()
         finished = run.finished(args.epochs)
     finished = world.agree(finished)
@@ -214,7 +217,7 @@ def train(args, world):
 
     model, loss_fn = world.wrap(net, args.sync_bn), LOSSES[args.loss]
     # What had to be lowered for want of memory stays so, unless the command says otherwise.
-    lowered = rows[-1].get("micro_bs") if rows else None
+    lowered = rows[-1].get("micro_bs") if rows and rows[-1].get("lowered") else None
     gradient = Gradient(model, loss_fn, world, args.micro_bs or lowered, args.sync_bn)
     stopped, final, began = None, True, time.perf_counter()
     progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
@@ -234,6 +237,7 @@ def train(args, world):
             row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
             if gradient.micro_bs is not None:
                 row["micro_bs"] = gradient.micro_bs
+                row["lowered"] = gradient.micro_bs != args.micro_bs
             stopped = not_finite(args, epoch, trained["steps"]["loss"])
             if first:
                 steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
@@ -246,6 +250,9 @@ def train(args, world):
                 break
         bad = sorted(set().union(*world.gather(bad_images(data))))
     except (Exception, KeyboardInterrupt) as error:
+        if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
+            for ending in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(ending, signal.SIG_IGN)
         (stopped, trace), final, bad = world.failed(error, EXPECTED), False, bad_images(data)
         if trace and first:
             print(trace, end="", file=sys.stderr)
@@ -254,7 +261,9 @@ def train(args, world):
     if first:
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
-        skipped = int(optimizer.skipped) if args.optimizer == "agd" else 0
+        # A device may wait for ranks that are gone: what it holds is not asked for then.
+        readable = args.optimizer == "agd" and (world.size == 1 or stopped is None)
+        skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row["seconds"] for row in rows)
         run.log({"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
                  "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds})
@@ -286,12 +295,14 @@ def together(net, epoch, world):
     """Raises where the ranks do not hold the same weights, to the bit."""
     drifted = world.drifted(net.parameters())
     if drifted:
-        ranks = f"rank {drifted[0]} holds"
+        ranks = f"rank {drifted[0]} holds other weights than the rest"
         if len(drifted) > 1:
-            ranks = f"ranks {', '.join(map(str, drifted))} hold"
+            ranks = f"ranks {', '.join(map(str, drifted))} hold other weights than the rest"
+        if world.size == 2:
+            ranks = "ranks 0 and 1 hold different weights"
         raise distributed.RankError(
-            f"{ranks} other weights than the rest after epoch {epoch}: nodes of different hardware "
-            "or software, or faulty memory"
+            f"{ranks} after epoch {epoch}: nodes of different hardware or software, or faulty "
+            "memory"
         )
 
 

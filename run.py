@@ -140,6 +140,8 @@ class Run:
 
     def lock_or_fail(self):
         """Keep other processes from this run, for as long as this one lives."""
+        if self.lock is not None:
+            return
         try:
             import fcntl
         except ImportError:  # Windows

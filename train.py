@@ -82,7 +82,8 @@ class Gradient:
 
     `world` has the ranks' `size` and their `sum`, `sum_later` and `most`; with more than one, `net`
     is a DistributedDataParallel, and the mean is that over the images of all the ranks, however
-    many each of them holds, none included. Nothing is sent before the last of the passes.
+    many each of them holds, none included. But for their number, nothing is sent before the last of
+    the passes.
 
     Where a batch does not fit in memory, `micro_bs` is halved for good, and the same batch goes
     through again; with several ranks in the first two batches only, in which the gradients are sent
@@ -181,9 +182,11 @@ class Gradient:
         resting = self.norms if not len(y) else []  # no images, no statistics
         for norm in resting:
             norm.eval()
-        outputs = self.net(x)
-        for norm in resting:
-            norm.train()
+        try:
+            outputs = self.net(x)
+        finally:
+            for norm in resting:
+                norm.train()
         return self.loss_fn(outputs, y), outputs
 
     def _halve(self, size):
@@ -195,7 +198,7 @@ class Gradient:
 
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")  # CPU, CPU, libraries
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error):
@@ -216,7 +219,8 @@ def relative_update(before, after):
 def train_epoch(
     net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False
 ):  # fmt: skip
-    """One epoch of `batches` (inputs, labels); returns its Totals. Reads nothing from the device.
+    """One epoch of `batches` (inputs, labels); returns its Totals. Reads nothing from the device,
+    but for the first two batches of several ranks, in which they agree on what fits.
 
     `gradient` is the Gradient of `net` and `loss_fn`; None makes one, of a single process and whole
     batches. Over several ranks each has its share of every batch, none included.
@@ -265,6 +269,11 @@ def evaluate(net, batches, loss_fn, micro_bs=None):
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
-        outputs = torch.cat([net(x) for x in inputs.split(micro_bs or max(len(labels), 1))])
+        try:
+            outputs = torch.cat([net(x) for x in inputs.split(micro_bs or max(len(labels), 1))])
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory("out of memory in testing: a smaller --test_bs") from error
+            raise
         totals.add(loss_fn(outputs, labels), outputs, labels)
     return totals

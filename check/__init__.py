@@ -13,7 +13,7 @@ from check.common import Fault, Finding
 from data import DataError
 from run import RunError
 
-MEETING = 8  # seconds for the ranks to meet
+MEETING = 60  # seconds for the ranks to meet: torch is imported at different speeds
 
 
 def main(args):
@@ -32,9 +32,15 @@ def main(args):
             findings.append(Finding("fault", "ranks", str(error)))
         else:
             watched("ranks", lambda: place.ranks(args, world), findings)
-    if world.size > 1 or not any(x.kind == "fault" for x in findings):
-        on_this_rank(args, world, findings)
-    code = report(findings, world, time.perf_counter() - began)
+    try:
+        if world.size > 1 or not findings or findings[-1].kind != "fault":
+            on_this_rank(args, world, findings)
+        code = report(findings, world, time.perf_counter() - began)
+    except (Exception, KeyboardInterrupt) as error:
+        reason, trace = world.failed(error)
+        if world.speaks:
+            print(f"{trace or ''}error: {reason}", file=sys.stderr)
+        code = 1
     world.stop()
     return code
 
@@ -47,7 +53,8 @@ def on_this_rank(args, world, found):
     neighbours = nodes.count(nodes[world.rank])
     if shape is not None:
         net = watched("network", lambda: cost.network(args, shape, classes), found)
-    watched("results", lambda: place.results(args, net, facts), found)
+    if world.rank == 0:  # which alone writes
+        watched("results", lambda: place.results(args, net, facts), found)
     if facts is not None and net is not None:
         watched("memory", lambda: cost.memory(args, world, neighbours, net, facts), found)
         watched("workers", lambda: place.workers(args, world, neighbours, facts), found)

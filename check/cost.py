@@ -1,13 +1,14 @@
 """What a run would take: the network, memory for a batch, seconds an epoch."""
 
-import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from architecture import build
 from check.common import Fault, duration, size
+from data.jobs import usable_cores
 from optimizers import make_optimizer
 from train import LOSSES, Gradient, OutOfMemory
 
@@ -82,15 +83,32 @@ def bytes_an_image(net, loss, shape):
 
 
 def free_memory(device):
-    """Bytes free on a GPU, or to all the processes of this machine."""
+    """Bytes free on a GPU, or to all the processes of this machine, container or job."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = sys.maxsize
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return sys.maxsize
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    return min([free, *_group_limits()])
+
+
+def _group_limits(root="/sys/fs/cgroup"):
+    """Bytes that the control groups of this process leave it, as SLURM and containers set them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        group = Path(root, next(x[3:].strip("/") for x in lines if x.startswith("0::")))
+    except (OSError, StopIteration):
+        return
+    for at in (group, *group.parents):
+        try:
+            most, now = ((at / name).read_text() for name in ("memory.max", "memory.current"))
+            yield int(most) - int(now)
+        except (OSError, ValueError):  # no group, or no limit: "max"
+            continue
 
 
 def seconds_an_epoch(args, world, facts):
@@ -131,7 +149,7 @@ def seconds_an_epoch(args, world, facts):
     compute = (facts.train + facts.test / 3) / world.size * each + steps * step
     text = f"about {duration(compute)} an epoch on this device"
     if facts.decoding is not None:
-        rate = facts.decoding * max(1, min(args.workers, os.cpu_count() or 1))
+        rate = facts.decoding * max(1, min(args.workers, usable_cores()))
         decode = (facts.train + facts.test) / world.size / rate
         text += f", {duration(decode)} to decode its images"
     yield "ok", f"{text}; {args.epochs} epochs"

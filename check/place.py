@@ -13,6 +13,7 @@ import torch
 from check.common import Facts, Fault, size
 from data import DATASETS, load
 from data.imagenet import find
+from data.jobs import usable_cores
 from data.layout import read_layout
 from flags import name_and_settings
 from run import Run
@@ -39,11 +40,9 @@ def ranks(args, world):
     here = world.gather(socket.gethostname()).count(socket.gethostname())
     yield "ok", f"{world.size} ranks, started by {world.launcher}, {here} of them on this node"
     if args.train_bs < world.size:
-        raise Fault(
-            f"--train_bs {args.train_bs} is the batch of all the {world.size} ranks, and some "
-            "would have no image of it: a larger one, or fewer ranks"
-        )
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+        yield "note", (f"--train_bs {args.train_bs} is the batch of all the {world.size} ranks, "
+                       "and some have no image of it")  # fmt: skip
+    cores, threads = usable_cores(), torch.get_num_threads()
     if world.device.type == "cpu" and here * threads > cores:
         yield "note", (f"{here} ranks of {threads} threads share {cores} cores: "
                        f"OMP_NUM_THREADS={max(1, cores // here)}")  # fmt: skip
@@ -70,23 +69,25 @@ def images(args):
 
 
 def folder(args):
-    from data.folders import _Images  # torchvision takes a second to import
-
-    name = args.dataset
-    root = find(args.data_dir) if name == "imagenet" else Path(name[len("folder:") :]).expanduser()
-    splits = read_layout(root, wanted=DATASETS[name].classes if name in DATASETS else None)
-    if splits["val"].flat:
-        raise Fault(f"{root / 'val'} is not sorted into class folders: `python -m data.prepare "
-                    f"imagenet --from {root}`")  # fmt: skip
-    paths = [
-        (str(at / image), 0)
-        for split in splits.values() for at, names in split.classes.values() for image in names
-    ]  # fmt: skip
+    """The images as training lists them, and some of them decoded."""
+    if args.dataset == "imagenet":
+        root = find(args.data_dir)
+        splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
+        if splits["val"].flat or not all(split.tidy for split in splits.values()):
+            what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
+            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` makes it "
+                        "ready")  # fmt: skip
+    data = load(
+        args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
+        image_size=args.image_size,
+    )  # fmt: skip
+    images = [part.loader.dataset for part in (data.train, data.test)]
+    paths = [(part, i) for part in images for i in range(len(part.samples))]
     chosen = random.Random(0).sample(paths, min(IMAGES, len(paths)))
-    decoder, began, bad, done = _Images(chosen, args.image_size, True, args.seed), None, [], 0
-    for i in range(len(chosen)):
-        began = began or time.perf_counter()
-        bad += [item for item in [decoder[0, i][2]] if item]
+    chosen[0][0][0, chosen[0][1]]  # the first one takes longer
+    bad, done, began = [], 0, time.perf_counter()
+    for part, i in chosen:
+        bad += [found for found in [part[0, i][2]] if found]
         done += 1
         if time.perf_counter() - began > DECODING:
             break
@@ -97,10 +98,8 @@ def folder(args):
             f"{len(bad)} of {done} images that were tried cannot be decoded, {path} among them "
             f"({reason}): replace them, or leave such images out with --skip_bad_images"
         )
-    shape = (3, args.image_size, args.image_size)
-    train, val = splits["train"], splits["val"]
-    source = {"train": train.images, "val": val.images}
-    facts = Facts(shape, len(train.classes), train.images, val.images, rate, source)
+    facts = Facts(data.shape, data.classes, data.train.examples, data.test.examples, rate,
+                  data.source)  # fmt: skip
     yield "ok", f"{counted(facts)}, {rate:.0f} a second decoded"
     return facts
 
@@ -170,6 +169,6 @@ def workers(args, world, neighbours, facts):
             f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size"
         )
     yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if args.workers > cores:
         yield "note", f"{args.workers} workers share {cores} cores: --workers {cores}"

@@ -70,7 +70,8 @@ def do(task, tell):
         # Its own name: where the command was given twice, neither writes into the other's.
         made = Path(task["scratch"], f"{target.name}.{platform.node()}-{os.getpid()}.partial")
         for old in made.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-            shutil.rmtree(old)
+            if abandoned(old):
+                shutil.rmtree(old, ignore_errors=True)
         made.mkdir()
         if target.parent.is_symlink():  # to the original
             raise OSError(f"{target.parent} is a link")
@@ -94,6 +95,28 @@ def do(task, tell):
             shutil.rmtree(target)
         made.rename(target)
     return {"images": len(task["names"]) - len(corrupt), "resized": resized, "corrupt": corrupt}
+
+
+def abandoned(partial):
+    """Whether nobody works on a folder any more: its process has ended, or, if it is on another
+    machine, has made nothing for ten minutes."""
+    node, _, pid = partial.name.removesuffix(".partial").rpartition("-")
+    if node.endswith(f".{platform.node()}") and pid.isdecimal():
+        return int(pid) == os.getpid() or not is_alive(int(pid))
+    try:
+        return time.time() - partial.stat().st_mtime > 600
+    except OSError:
+        return False
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another's
+        return True
+    return True
 
 
 def answer(message):

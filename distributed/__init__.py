@@ -19,6 +19,9 @@ from distributed.watch import Watch
 
 __all__ = ["LaunchError", "RankError", "World", "fingerprint", "start"]
 
+# every name that says that a launcher has started this process
+VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 MEETING = 600  # seconds within which every rank has to come: nodes start one after the other
 
 
@@ -108,6 +111,8 @@ class World:
             trace = "".join(traceback.format_exception(error))
         if self.watch is None or isinstance(error, RankError):
             return reason, trace
+        if self.watch.told:  # and it is said already
+            return self.watch.failure[0], None
         # An error in a collective follows from what happened elsewhere, and so may a signal: a
         # launcher ends all the ranks when one has failed. A moment later it is known.
         found = self.watch.wait(2)
@@ -117,10 +122,10 @@ class World:
 
     @property
     def speaks(self):
-        """Whether this rank prints: the first one, or the second once that is gone."""
+        """Whether this rank prints: the first one, or the next ones once that is gone."""
         if self.rank == 0 or self.watch is None:
             return self.rank == 0
-        return self.rank == 1 and self.watch.orphaned
+        return self.watch.second and self.watch.orphaned
 
     def stop(self):
         if self.watch is not None:
@@ -145,7 +150,12 @@ def start(device, distribute=False, seconds=MEETING):
     if device.index is not None:
         raise LaunchError(f"--distribute gives each rank a device of its own; leave out {device}")
     store = meet(launch, seconds)
-    watch = Watch(store, launch.rank, launch.size, launch.address)
+    try:
+        watch = Watch(store, launch.rank, launch.size, launch.address, launch.local_rank)
+    except (dist.DistError, RuntimeError, OSError, ValueError) as error:
+        raise LaunchError(
+            f"rank {launch.rank} has met the others and lost them again: {error}"
+        ) from error
     world = World(device, launch.rank, launch.local_rank, launch.size, watch, launch.launcher)
     try:
         if device.type == "cuda":
@@ -185,11 +195,6 @@ def _own_gpu(launch, store):
                 "start one rank a GPU"
             )
     return device
-
-
-# every name that says that a launcher has started this process
-VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def fingerprint(tensors):

@@ -20,9 +20,16 @@ LAUNCHERS = {
     ),
     "srun": (("SLURM_PROCID",), ("SLURM_NTASKS",), ("SLURM_LOCALID",), ()),
 }  # fmt: skip
-NODES = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+NODES = ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
 NODE_COUNTS = ("SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+# What names the job of a launcher, the same for all its ranks. A step of SLURM is srun's: under
+# mpirun it would be that of the daemons of the other nodes.
+JOB = {
+    "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    "mpirun": ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    "mpiexec": ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PMI_JOBID"),
+    "torchrun": (),
+}
 FIRST_PORT, PORTS = 20000, 10000  # below those that systems hand out themselves
 TRIES = 16
 
@@ -56,7 +63,9 @@ def read(environ=None):
     _contradictions(launcher, rank, size, local_rank, local_size, environ)
     agent = "TORCHELASTIC_RUN_ID" in environ
     address = environ.get("MASTER_ADDR") or _address(launcher, size, local_size, environ)
-    port = environ.get("MASTER_PORT")
+    port, job = environ.get("MASTER_PORT"), _job(launcher, environ)
+    if not job and launcher != "torchrun" and local_size == size:
+        job = str(os.getppid())  # on one node: the launcher's own process
     if port is not None:
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise LaunchError(f"MASTER_PORT is {port!r}, not a port from 1 to 65535")
@@ -65,9 +74,13 @@ def read(environ=None):
         raise LaunchError(
             "RANK is set and MASTER_PORT is not: torchrun sets both; export MASTER_PORT too"
         )
+    elif not job:
+        raise LaunchError(
+            f"--distribute under {launcher} over several nodes needs the variable MASTER_PORT: "
+            "export it, a port that is free on the node of rank 0"
+        )
     else:
-        ports = _ports(_job(environ))
-    job = "" if launcher == "torchrun" else _job(environ)
+        ports = _ports(job)
     return Launch(launcher, rank, size, local_rank, local_size, address, ports, job, agent)
 
 
@@ -135,7 +148,8 @@ def _address(launcher, size, local_size, environ):
         nodes = next((environ[name] for name in NODE_COUNTS if name in environ), None)
         if local_size == size or (launcher == "srun" and nodes == "1"):
             return "127.0.0.1"
-        for name in NODES:
+        step = ("SLURM_STEP_NODELIST",) if launcher == "srun" else ()
+        for name in (*step, *NODES):
             if environ.get(name):
                 return first_node(environ[name])
     raise LaunchError(
@@ -150,9 +164,8 @@ def first_node(nodes):
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def _job(environ):
-    job = "/".join(environ.get(name, "") for name in JOB)
-    return job if job.strip("/") else str(os.getppid())  # on one node: the launcher's own process
+def _job(launcher, environ):
+    return "/".join(environ[name] for name in JOB[launcher] if environ.get(name))
 
 
 def _ports(job):

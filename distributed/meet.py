@@ -1,13 +1,17 @@
 """How the ranks of a run find one another: a store that all of them can reach."""
 
 import socket
+import sys
 import threading
 import time
+import zlib
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from distributed.launch import LaunchError
+
+UNKNOWN = 20  # seconds after which a name that no server knows is taken for wrong
 
 
 def meet(launch, seconds):
@@ -24,7 +28,7 @@ def meet(launch, seconds):
             store = next(iter(found))[0]
         else:
             store = _serve(launch) if launch.rank == 0 else _find(launch, end)
-    except (dist.DistError, RuntimeError) as error:  # torch raises several kinds
+    except (dist.DistError, RuntimeError, OSError) as error:  # torch raises several kinds
         if isinstance(error, LaunchError):
             raise
         where = f"{launch.address} port {launch.ports[0]}"
@@ -73,12 +77,13 @@ def _answer(lobby, answer):
                 guest, _ = lobby.accept()
                 with guest:
                     guest.sendall(answer)
-            except OSError:  # it went away before it heard
-                continue
+            except OSError:  # it went away before it heard, or too many came at once
+                time.sleep(0.01)
 
 
 def _find(launch, end):
     """The store that rank 0 serves; another program may have one of the ports, and be mute."""
+    began = time.monotonic()
     while time.monotonic() < end:
         for port in launch.ports:
             try:
@@ -90,19 +95,24 @@ def _find(launch, end):
                         launch.address, int(store), launch.size, False, timedelta(seconds=15),
                         wait_for_workers=False,
                     )  # fmt: skip
-            except (OSError, ValueError):
-                continue
+            except (OSError, ValueError) as error:
+                unknown = isinstance(error, socket.gaierror)
+                if unknown and time.monotonic() - began > UNKNOWN:
+                    raise LaunchError(
+                        f"MASTER_ADDR {launch.address} is no address: {error.strerror}"
+                    ) from error
         time.sleep(0.2)
     raise LaunchError(
         f"rank {launch.rank} finds no rank 0 at {launch.address}, port {launch.ports[0]}"
-        f"{' and the next' if len(launch.ports) > 1 else ''}: is it running, and is that its "
-        "address? Export MASTER_ADDR and MASTER_PORT if not"
+        f"{' and the next' if len(launch.ports) > 1 else ''}: is it running, by the same command, "
+        "and is that its address? Export MASTER_ADDR and MASTER_PORT if not"
     )
 
 
 def _mark(launch):
     """What tells this job from another that meets at the same port."""
-    return f"agd/{launch.launcher}/{launch.size}/{launch.job}"
+    command = zlib.crc32(repr(sys.argv[1:]).encode())
+    return f"agd/{launch.launcher}/{launch.size}/{launch.job}/{command:08x}"
 
 
 def _wait_for_all(store, launch, end):

@@ -45,16 +45,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         count = x.new_full((1,), x.numel() // x.shape[1])
         sums = _Sum.apply(torch.cat([x.sum(dims), count]))
-        count = sums[-1].detach()
+        images = sums[-1].detach()  # there may be none
+        count = images.clamp(min=1)
         mean = sums[:-1] / count
         shape = [1, -1] + [1] * (x.ndim - 2)
         x = x - mean.view(shape)
         var = _Sum.apply(x.square().sum(dims)) / count
         if self.track_running_stats:
             with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+                weight = self.momentum * (images > 0)
+                self.num_batches_tracked += images > 0
+                self.running_mean.lerp_(mean, weight)
+                self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), weight)
         x = x * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)

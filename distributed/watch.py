@@ -21,8 +21,11 @@ HELLO = 60  # seconds in which every rank has to connect
 class Watch:
     """`failure`: None, or (reason, traceback or None) of the rank that failed first."""
 
-    def __init__(self, store, rank, size, address):
+    def __init__(self, store, rank, size, address, local_rank=0):
         self.rank, self.size, self.failure = rank, size, None
+        self.told = False  # whether the failure is this rank's own
+        # Who speaks where rank 0 has gone: its neighbour, and the first on every other node.
+        self.second = rank == 1 or (rank > 0 and local_rank == 0)
         self.heard, self.closing = threading.Event(), threading.Event()
         self.peers = {}  # rank -> connection; every rank's for rank 0, else rank 0's
         self.left = set()  # ranks that have said goodbye
@@ -64,8 +67,9 @@ class Watch:
     def tell(self, reason, trace=None):
         """Tell every rank that this one has failed."""
         if self.failure is None:
-            self.failure = (reason, trace)
-        self._send({"failed": [reason, trace]})
+            self.failure, self.told = (reason, trace), True
+            self._send({"failed": [reason, trace]})
+            threading.Thread(target=self._end, name="end", daemon=True).start()
 
     def wait(self, seconds):
         """What another rank failed of, if it is heard within `seconds`, else None."""
@@ -144,8 +148,9 @@ class Watch:
         """End this process if its main thread is stuck, as in a collective that never returns."""
         if self.closing.wait(GRACE):
             return
-        if self.rank == 0 or (self.rank == 1 and self.orphaned):
-            print(f"error: {self.failure[0]}", file=sys.stderr, flush=True)
+        if self.rank == 0 or (self.second and self.orphaned):
+            reason, trace = self.failure
+            print(f"{trace or ''}error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

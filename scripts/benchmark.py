@@ -261,9 +261,9 @@ def main(argv=None):
         "flags": {key: str(x) if isinstance(x, Path) else x for key, x in vars(args).items()},
         "environment": environment(device),
     }
-    home = os.path.expanduser("~")
+    home = os.path.expanduser("~") + os.sep
     if str(args.folder).startswith(home):
-        result["flags"]["folder"] = "~" + str(args.folder)[len(home) :]
+        result["flags"]["folder"] = "~/" + str(args.folder)[len(home) :]
     path = Path(args.out, "benchmark", f"{args.case}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

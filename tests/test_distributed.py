@@ -20,7 +20,9 @@ FLAGS = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2"
          "--train_bs", "100", "--test_bs", "77", "--cpu"]  # fmt: skip
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 VARIABLES = {name for kinds in LAUNCHERS.values() for names in kinds for name in names}
-VARIABLES |= {*NODES, *NODE_COUNTS, *JOB, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+VARIABLES |= {name for names in JOB.values() for name in names}
+VARIABLES |= {*NODES, *NODE_COUNTS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+              "SLURM_STEP_NODELIST"}  # fmt: skip
 
 
 def free_port():
@@ -295,6 +297,34 @@ def test_ranks_meet_at_the_next_port_where_one_is_taken(run_ranks, monkeypatch):
     assert found == [[0, 1], [0, 1]], errors
 
 
+def over_two_nodes(launcher):
+    """Variables as on two nodes of a task each; both are this one."""
+
+    def mpiexec(rank, size):
+        return {"PMI_RANK": str(rank), "PMI_SIZE": str(size), "MPI_LOCALRANKID": "0",
+                "MPI_LOCALNRANKS": "1", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(PORT)}  # fmt: skip
+
+    def mpirun(rank, size):
+        # The daemon of the second node was started by srun, and its ranks inherit that.
+        daemon = {"SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "elsewhere"} if rank else {}
+        return {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(size),
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+                "PMIX_NAMESPACE": str(os.getpid()), "SLURM_JOB_ID": "5",
+                "SLURM_JOB_NODELIST": "localhost,elsewhere", **daemon}  # fmt: skip
+
+    return {"mpiexec": mpiexec, "mpirun": mpirun}[launcher]
+
+
+PORT = free_port()
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "mpirun"])
+def test_ranks_on_two_nodes_meet(launcher, run_ranks):
+    found, errors = run_ranks(2, "meeting", over_two_nodes(launcher), seconds=40)
+    assert found == [[0, 1], [0, 1]], errors
+
+
 def test_a_port_that_was_asked_for_and_is_taken_is_named(run_ranks):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -333,6 +363,8 @@ def test_a_rank_that_does_not_come_is_named(run_ranks):
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
           "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
          "mpirun.*MASTER_ADDR"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "here"},
+         "mpiexec.*MASTER_PORT"),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec.*MPI_LOCALRANKID or PMI_LOCAL_RANK"),
     ],
 )  # fmt: skip

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pty
@@ -452,3 +453,15 @@ def test_what_depends_on_the_machine_can_be_left_unchecked():
     with pytest.raises(SystemExit):
         program.parse(flags)
     assert program.parse(flags, check=False).optimizer == "no_such_package.Optimizer"
+
+
+def test_fresh_does_not_touch_a_run_that_is_going_on(tmp_path, run_main):
+    flags = ["--dataset", "digits", "--depth", 3, "--width", 16, "--epochs", 1, "--cpu"]
+    assert run_main(*flags).returncode == 0
+    (log,) = (tmp_path / "logs").iterdir()
+    before = log.read_bytes()
+    with open(tmp_path / "checkpoints" / f"{log.stem}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_main(*flags, "--fresh")
+    assert done.returncode == 1 and "another process is making" in done.stderr
+    assert log.read_bytes() == before
