@@ -45,6 +45,11 @@ class Progress:
             parts += [f"{row['images_per_second']:,.0f} img/s", f"{row['seconds']:.2f} s"]
             print("  ".join(parts), flush=True)
 
+    def note(self, text):
+        """A line of its own, above the bar where there is one."""
+        if not self.quiet:
+            self.bar.write(text, file=sys.stdout) if self.terminal else print(text, flush=True)
+
     def close(self):
         self.bar.close()
 

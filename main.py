@@ -223,12 +223,14 @@ def train(args, world):
     progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
     try:
         for epoch in range(done + 1, args.epochs + 1):
-            start = time.perf_counter()
+            start, micro_bs = time.perf_counter(), gradient.micro_bs
             data.train.set_epoch(epoch)
             trained = train_epoch(
                 model, data.train, loss_fn, optimizer, gradient, progress.step, args.log_updates
             ).read(world.sum)
             complete(trained, data.train, world)
+            if gradient.micro_bs != micro_bs:
+                progress.note(f"Memory ran out: {gradient.micro_bs} images at a time from now on")
             training_seconds = time.perf_counter() - start
             world.share(net.buffers())  # batch-norm statistics: those of the first rank
             tested = evaluate(net, data.test, loss_fn, gradient.micro_bs).read(world.sum)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import main as program
+from architecture.fcn import FCN
 from tests.conftest import ROOT
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
@@ -465,3 +466,29 @@ def test_fresh_does_not_touch_a_run_that_is_going_on(tmp_path, run_main):
         done = run_main(*flags, "--fresh")
     assert done.returncode == 1 and "another process is making" in done.stderr
     assert log.read_bytes() == before
+
+
+def test_memory_that_ran_out_is_noted_and_remembered(tmp_path, capsys, monkeypatch):
+    """Log and screen say it, a run that goes on keeps it, and the flag has the last word."""
+    forward, room = FCN.forward, {"images": 40}
+
+    def small(net, x):
+        if net.training and len(x) > room["images"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(net, x)
+
+    def run(epochs, *more):
+        assert program.main([*DIGITS, "--epochs", str(epochs), "--out", str(tmp_path), *more]) == 0
+        (log,) = (tmp_path / "logs").iterdir()
+        row = json.loads(log.read_text().splitlines()[-2])
+        noted = "Memory ran out: 32 images at a time" in capsys.readouterr().out
+        return row["micro_bs"], row["lowered"], noted
+
+    monkeypatch.setattr(FCN, "forward", small)
+    assert run(1) == (32, True, True)
+    room["images"] = 999
+    assert run(2) == (32, True, False)
+    assert run(3, "--micro_bs", "50") == (50, False, False)
+
+
+DIGITS = ["--dataset", "digits", "--depth", "3", "--width", "16", "--cpu"]
