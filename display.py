@@ -72,7 +72,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images):
         print(f"Stopped: {stopped.rstrip('.')}.")
     else:
         now = f", {len(rows) - done} of them now," if done else ""
-        print(f"Finished {len(rows)} epochs{now} in {seconds:.1f} s.")
+        print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")
     if rows and stopped in (None, "interrupted"):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
         print(f"Train loss {last['train_loss']:.4f}, train accuracy {last['train_acc']:.2%}, "

@@ -5,9 +5,11 @@ import argparse
 import difflib
 import math
 import os
+import sys
 import zlib
 from decimal import Decimal
 
+from distributed.launch import is_first
 from run import run_name
 
 
@@ -23,6 +25,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
+        if "--distribute" in sys.argv and not is_first():  # the first rank says it
+            self.exit(2)
         self.exit(2, f"error: {message}\n       {self.prog} --help lists the flags\n")
 
 

@@ -26,6 +26,9 @@ def main(args):
     elif args.distribute:
         try:
             world = distributed.start(world.device, True, MEETING)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         except distributed.LaunchError as error:
             if not str(error):  # another rank says it
                 return 1
@@ -39,8 +42,9 @@ def main(args):
     except (Exception, KeyboardInterrupt) as error:
         reason, trace = world.failed(error)
         if world.speaks:
-            print(f"{trace or ''}error: {reason}", file=sys.stderr)
-        code = 1
+            said = reason if reason == "interrupted" else f"error: {reason}"
+            print(f"{trace or ''}{said}", file=sys.stderr)
+        code = 130 if reason == "interrupted" else 1
     world.stop()
     return code
 

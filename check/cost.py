@@ -45,7 +45,9 @@ def memory(args, world, neighbours, net, facts):
     if world.device.type == "cuda":
         neighbours = 1
     need = (fixed + each * largest) * neighbours
-    text = f"{size(need)} for {largest} images at a time, of {size(free)} that are free"
+    images = f"{largest} image{'s' if largest > 1 else ''} at a time"
+    images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
+    text = f"{size(need)} for {images}, of {size(free)} that are free"
     if need <= free:
         yield "ok", text
         return
@@ -96,19 +98,30 @@ def free_memory(device):
     return min([free, *_group_limits()])
 
 
-def _group_limits(root="/sys/fs/cgroup"):
-    """Bytes that the control groups of this process leave it, as SLURM and containers set them."""
+def _group_limits(root="/sys/fs/cgroup", groups="/proc/self/cgroup"):
+    """Bytes that the control groups of this process leave it, as SLURM and containers set them, in
+    their second version and in their first; what the system only keeps for reading is free."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        group = Path(root, next(x[3:].strip("/") for x in lines if x.startswith("0::")))
-    except (OSError, StopIteration):
+        lines = [x.split(":", 2) for x in Path(groups).read_text(encoding="utf-8").splitlines()]
+    except OSError:
         return
-    for at in (group, *group.parents):
-        try:
-            most, now = ((at / name).read_text() for name in ("memory.max", "memory.current"))
-            yield int(most) - int(now)
-        except (OSError, ValueError):  # no group, or no limit: "max"
+    for number, kinds, path in lines:
+        if number == "0":
+            top, names = Path(root), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            top = Path(root, "memory")
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
             continue
+        at = Path(top, path.strip("/"))
+        while at == top or top in at.parents:
+            try:
+                most, now = (int((at / name).read_text()) for name in names[:2])
+                stat = dict(x.split() for x in (at / "memory.stat").read_text().splitlines())
+                yield most - now + int(stat.get(names[2], 0))
+            except (OSError, ValueError):  # no group here, or no limit: "max"
+                pass
+            at = at.parent
 
 
 def seconds_an_epoch(args, world, facts):

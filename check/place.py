@@ -143,13 +143,19 @@ def results(args, net, facts):
                 raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "
                             "make room, or choose another --out")  # fmt: skip
     log = Path(args.out, "logs", f"{name}.jsonl")
-    if facts is None or args.fresh or not log.exists():
+    if not log.exists():
         yield "ok", f"{log}, a new run"
         return
+    if facts is None:
+        yield "note", f"{log} is there, of images that could not be compared"
+        return
     run = Run(args.out, name, {**settings, "data": facts.source})
-    finished = run.finished(args.epochs)
     run.lock_or_fail()
     run.release()
+    if args.fresh:
+        yield "ok", f"{log}, which --fresh forgets"
+        return
+    finished = run.finished(args.epochs)
     if finished is not None:
         yield "note", f"{log} is finished: nothing would be done without --fresh or more --epochs"
     else:

@@ -67,7 +67,7 @@ def find(data_dir):
     if not path.exists() and not given:
         raise DataError(
             f"there is no {path}, and $IMAGENET_PATH is not set. `python -m data.prepare imagenet "
-            "--from DIR` prepares the one from the other; without it, set IMAGENET_PATH=DIR."
+            "--from DIR` makes the one; if DIR is sorted into classes, IMAGENET_PATH=DIR will do."
         )
     if not path.exists() and not Path(given).expanduser().is_dir():
         raise DataError(

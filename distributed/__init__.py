@@ -12,12 +12,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distributed.launch import LAUNCHERS, LaunchError, read
+from distributed.launch import LAUNCHERS, LaunchError, is_first, read, siblings
 from distributed.meet import meet
 from distributed.norm import SyncBatchNorm
 from distributed.watch import Watch
 
-__all__ = ["LaunchError", "RankError", "World", "fingerprint", "start"]
+__all__ = ["LaunchError", "RankError", "World", "is_first", "fingerprint", "start"]
 
 # every name that says that a launcher has started this process
 VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]
@@ -145,6 +145,11 @@ def start(device, distribute=False, seconds=MEETING):
     not describe a run, or its ranks do not meet within `seconds`.
     """
     if not distribute:
+        if siblings() > 1:
+            raise LaunchError(
+                f"{siblings()} processes were started to do the same: with --distribute they work "
+                "together" if is_first() else ""
+            )
         return World(device)
     launch = read()
     if device.index is not None:

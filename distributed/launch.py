@@ -88,7 +88,13 @@ def _launcher(environ):
     def is_set(kind, quantity):
         return any(name in environ for name in LAUNCHERS[kind][quantity])
 
+    tasks = environ.get("SLURM_NTASKS", "1")
     for launcher in LAUNCHERS:
+        if launcher == "srun" and tasks != "1" and "SLURM_STEP_ID" not in environ:
+            raise LaunchError(  # within sbatch or salloc
+                f"SLURM_NTASKS is {tasks} and no srun has started this process: start with "
+                "`srun python main.py --distribute ...`"
+            )
         if launcher == "mpiexec" and is_set("srun", 0) and not is_set("mpiexec", 2):
             continue  # srun --mpi=pmi2 sets PMI_RANK as well
         if any(is_set(launcher, quantity) for quantity in range(3)):
@@ -97,6 +103,21 @@ def _launcher(environ):
         "--distribute needs a launcher, and none of its variables are set: start with "
         "`torchrun --nproc_per_node=N main.py --distribute ...`, srun or mpirun"
     )
+
+
+def is_first(environ=None):
+    """Whether this process is rank 0, or nobody says that it is another."""
+    environ = os.environ if environ is None else environ
+    names = [name for kinds in LAUNCHERS.values() for name in kinds[0]]
+    return next((environ[name] for name in names if name in environ), "0") == "0"
+
+
+def siblings(environ=None):
+    """The number of processes that torchrun or mpirun has started for one command."""
+    environ = os.environ if environ is None else environ
+    names = ["OMPI_COMM_WORLD_SIZE"]
+    names += ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in environ else []
+    return max(int(environ.get(name, "1")) for name in names)
 
 
 def _numbers(launcher, environ):

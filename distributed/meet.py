@@ -19,28 +19,34 @@ def meet(launch, seconds):
 
     Raises LaunchError after `seconds`, with the ranks that are missing where that is known.
     """
-    end = time.monotonic() + seconds
+    end, lobby = time.monotonic() + seconds, None
     try:
         if launch.agent:
             found = dist.rendezvous(
                 "env://", launch.rank, launch.size, timeout=timedelta(seconds=seconds)
             )
             store = next(iter(found))[0]
+        elif launch.rank == 0:
+            store, lobby = _serve(launch)
         else:
-            store = _serve(launch) if launch.rank == 0 else _find(launch, end)
+            store = _find(launch, end)
+        store = dist.PrefixStore("agd", store)
+        _wait_for_all(store, launch, end)
+        return store
     except (dist.DistError, RuntimeError, OSError) as error:  # torch raises several kinds
         if isinstance(error, LaunchError):
             raise
         where = f"{launch.address} port {launch.ports[0]}"
         raise LaunchError(f"the ranks cannot meet at {where}: {_first_line(error)}") from error
-    store = dist.PrefixStore("agd", store)
-    _wait_for_all(store, launch, end)
-    return store
+    finally:
+        if lobby is not None:
+            lobby.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            lobby.close()
 
 
 def _serve(launch):
-    """The store, served by this process, which tells the others its port at the first of the
-    launch's ports that is free."""
+    """(the store, served by this process, the listening socket at which the others are told its
+    port: the first of the launch's ports that is free)."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     for port in launch.ports:
@@ -66,19 +72,18 @@ def _serve(launch):
     )
     answer = f"{_mark(launch)} {store.port}\n".encode()
     threading.Thread(target=_answer, args=(lobby, answer), name="lobby", daemon=True).start()
-    return store
+    return store, lobby
 
 
 def _answer(lobby, answer):
     """The thread of rank 0 that tells whoever asks where the store is."""
-    with lobby:
-        while True:
-            try:
-                guest, _ = lobby.accept()
-                with guest:
-                    guest.sendall(answer)
-            except OSError:  # it went away before it heard, or too many came at once
-                time.sleep(0.01)
+    while lobby.fileno() != -1:
+        try:
+            guest, _ = lobby.accept()
+            with guest:
+                guest.sendall(answer)
+        except OSError:  # it went away before it heard, or too many came at once, or all are there
+            time.sleep(0.01)
 
 
 def _find(launch, end):
@@ -116,22 +121,29 @@ def _mark(launch):
 
 
 def _wait_for_all(store, launch, end):
+    """Until every rank is there, or `end`; in short looks, so that Ctrl-C is heard."""
     store.set(f"here/{launch.rank}", "")
-    left = max(1.0, end - time.monotonic())
     try:
-        store.wait([f"here/{rank}" for rank in range(launch.size)], timedelta(seconds=left))
-    except (dist.DistError, RuntimeError) as error:
-        try:
-            gone = [r for r in range(launch.size) if not store.check([f"here/{r}"])]
-        except (dist.DistError, RuntimeError):
-            gone = [0]
-        if launch.rank and 0 not in gone:  # which says it
-            raise LaunchError("") from error
-        raise LaunchError(
-            f"{len(gone)} of {launch.size} ranks did not come: {', '.join(map(str, gone[:8]))}"
-            f"{', ...' if len(gone) > 8 else ''}; the number of processes that were started and "
-            "that which the launcher tells them differ, or some ended before"
-        ) from error
+        store.add("here", 1)
+        while not store.check(["all"]):
+            if launch.rank == 0 and store.add("here", 0) == launch.size:
+                store.set("all", "")
+            elif time.monotonic() > end:
+                break
+            else:
+                time.sleep(0.05)
+        else:
+            return
+        gone = [rank for rank in range(launch.size) if not store.check([f"here/{rank}"])]
+    except (dist.DistError, RuntimeError):
+        gone = [0]
+    if launch.rank and 0 not in gone:  # which says it
+        raise LaunchError("")
+    raise LaunchError(
+        f"{len(gone)} of {launch.size} ranks did not come: {', '.join(map(str, gone[:8]))}"
+        f"{', ...' if len(gone) > 8 else ''}; the number of processes that were started and that "
+        "which the launcher tells them differ, or some ended before"
+    )
 
 
 def _first_line(error):

@@ -123,7 +123,8 @@ class Watch:
                     selector.unregister(key.fileobj)
                     if rank not in self.left and not self.closing.is_set():
                         self.orphaned = rank == 0
-                        self._failed(f"rank {rank} is gone: it was killed, or its node is down")
+                        self._failed(f"rank {rank} is gone: it was killed (for want of memory?) or "
+                                     "its node is down; the same command goes on")  # fmt: skip
 
     def _hear(self, rank, message):
         if "left" in message:

@@ -78,7 +78,11 @@ def number(x):
 
 def inputs(plan):
     rows = [(k, f"{v:,.6g}" if v >= 1e-3 else f"{v:.2g}", unit, source)
-            for k, (v, unit, source) in INPUTS.items()]  # fmt: skip
+            for k, (v, unit, source) in INPUTS.items()
+            if k != "decode" or not plan.decode]  # fmt: skip
+    if plan.decode:
+        rows.append(("decode", number(plan.decode), "images/s a core",
+                     "measured: results/benchmark/data.json"))  # fmt: skip
     rows += [(k, f"{v:g}", "GB/s a node", "line rate: Gb/s by eight, times the adapters")
              for k, v in LINKS.items()]  # fmt: skip
     return table(("input", "value", "unit", "source"), rows)

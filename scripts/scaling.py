@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
+from architecture import NETWORKS
 from scripts import links
 from scripts.costs import known
 from scripts.drawing import BLACK, BLUE, DASHED, GREEN, ORANGE, RED, STYLE, WIDTH, legend
@@ -77,7 +78,7 @@ def parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    add("--arch", default="resnet50")
+    add("--arch", default="resnet50", choices=NETWORKS)
     add("--image_size", type=int, default=224)
     add("--images_per_second", type=float, metavar="R", help="of one GPU, forward, backward, step")
     add("--rate_batch", type=int, default=256, help="the batch of that rate (default: 256)")
@@ -104,7 +105,10 @@ def main(argv=None):
         return
     if args.source and not Path(args.source).is_file():
         sys.exit(f"error: there is no file {args.source}")
-    plan = Plan(args)
+    try:
+        plan = Plan(args)
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: no plan comes of these numbers: {error}")
     if args.write:
         write(plan)
     else:

@@ -202,7 +202,8 @@ def taken_port(tmp_path, monkeypatch):
 
 def wrong_rank_count(tmp_path, monkeypatch):
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
-                        "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}.items():  # fmt: skip
+                        "SLURM_STEP_ID": "0", "SLURM_NNODES": "1",
+                        "SLURM_JOB_ID": f"{os.getpid()}-check"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     return [*DIGITS, "--distribute"], ["1 of 2 ranks did not come: 1"]
 
@@ -299,3 +300,21 @@ def test_the_bytes_of_an_image_are_those_that_backward_keeps():
                         nn.Linear(1000, 10, bias=False)).to("meta")  # fmt: skip
     # the inputs, the activations (once: relu keeps its result), the outputs' difference
     assert check.cost.bytes_an_image(net, "mse", (1, 8, 8)) == 1.25 * 4 * (64 + 1000 + 10)
+
+
+def test_control_groups_of_both_versions_limit_memory(tmp_path):
+    v2, v1 = tmp_path / "job/step", tmp_path / "memory/job"
+    for at, names, most, now, cache in (
+        (v2, ("memory.max", "memory.current", "inactive_file"), 900, 500, 100),
+        (v2.parent, ("memory.max", "memory.current", "inactive_file"), "max", 500, 100),
+        (v1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), 80, 50, 7),
+    ):
+        at.mkdir(parents=True, exist_ok=True)
+        (at / names[0]).write_text(f"{most}\n")
+        (at / names[1]).write_text(f"{now}\n")
+        (at / "memory.stat").write_text(f"anon 3\n{names[2]} {cache}\n")
+    groups = tmp_path / "cgroup"
+    groups.write_text("0::/job/step\n")
+    assert list(check.cost._group_limits(tmp_path, groups)) == [900 - 500 + 100]
+    groups.write_text("3:cpu:/x\n5:memory:/job\n")
+    assert list(check.cost._group_limits(tmp_path, groups)) == [80 - 50 + 7]

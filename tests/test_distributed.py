@@ -348,6 +348,9 @@ def test_a_rank_that_does_not_come_is_named(run_ranks):
         ({}, "torchrun.*srun or mpirun"),
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "srun.*SLURM_NTASKS"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun.*LOCAL_RANK"),
+        # within sbatch, and within salloc
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}, "start with `srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4"}, "start with `srun"),
         ({**by_hand(0, 2, 1), "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({**by_hand(0, 2, 1), "RANK": "-1"}, "RANK is '-1'"),
         (by_hand(2, 2, 1), "RANK is 2 and WORLD_SIZE is 2"),
@@ -378,7 +381,7 @@ def test_missing_and_contradictory_variables_are_named(variables, words, monkeyp
 
 
 SRUN_4 = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12",
-          "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[3-4]"}  # fmt: skip
+          "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[3-4]"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -430,6 +433,34 @@ def test_jobs_have_ports_of_their_own():
 )
 def test_the_first_of_a_list_of_nodes(nodes, first):
     assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize("variables", [
+    {**by_hand(0, 2, 1), "TORCHELASTIC_RUN_ID": "1"}, {"OMPI_COMM_WORLD_SIZE": "2"},
+])  # fmt: skip
+def test_several_processes_of_one_command_need_the_flag(variables, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="2 processes were started.*--distribute"):
+        start(torch.device("cpu"))
+
+
+def test_ctrl_c_is_heard_while_ranks_wait_for_one_another(tmp_path):
+    command = [sys.executable, "main.py", "--distribute", "--cpu", *FLAGS, "--out", str(tmp_path)]
+    variables = by_srun(0, 2, f"{os.getpid()}-alone")
+    (process,), ports = launch([command], [variables]), read(variables).ports
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", ports[0]), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].endswith("interrupted\n")
+    assert process.returncode == 130
 
 
 def test_one_process_needs_no_launcher():

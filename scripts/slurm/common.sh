@@ -33,6 +33,10 @@ unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_TRES_PER_T
 # job whose time ran out goes back to the queue; one that finished, failed or was cancelled does not.
 step() {
     local tasks=$1 code
+    if [ -n "$again" ]; then  # the time was up before anything began
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 1
+    fi
     srun --kill-on-bad-exit=1 --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * tasks)) \
         --ntasks-per-node="$tasks" --cpus-per-task=$((cpus * ranks / tasks)) "${@:2}" &
     wait $!
@@ -41,6 +45,8 @@ step() {
         wait $!
         code=$?
     done
+    wait $!  # its own code, where it ended while the signal was dealt with
+    code=$?
     if [ -n "$again" ] && [ "$code" != 0 ]; then
         scontrol requeue "$SLURM_JOB_ID" || echo "Not requeued; the same command goes on"
     fi

@@ -4,7 +4,7 @@
 #   sbatch --nodes 4 --gpus-per-node 8 scripts/slurm/torchrun.sh --arch resnet50 \
 #       --dataset imagenet --loss xent
 #
-# It takes whole nodes (--exclusive), whose CPUs the ranks share. On a cluster without GPUs:
+# It takes whole nodes (--exclusive, all memory), whose CPUs the ranks share. On a cluster without GPUs:
 # sbatch --gpus-per-node 0 --ntasks-per-node 2 ...
 #SBATCH --job-name=agd
 #SBATCH --output=slurm-%j.txt
@@ -14,6 +14,7 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 
 source "${AGD_REPO:-$SLURM_SUBMIT_DIR}/scripts/slurm/common.sh" || exit 1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
