@@ -110,13 +110,14 @@ def abandoned(partial):
 
 
 def is_alive(pid):
+    """Whether there is such a process, and not only its exit code."""
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except OSError:  # another's
+    except OSError:  # another's, or a system without /proc
         return True
-    return True
 
 
 def answer(message):

@@ -18,7 +18,7 @@ import data.imagenet
 import data.layout
 from data import DataError, load
 from data.prepare import main
-from data.resize import reason, shrink
+from data.resize import is_alive, reason, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["n00000001", "n00000002", "n00000003"]
@@ -647,6 +647,14 @@ def test_an_end_in_the_middle(end, command, tmp_path, monkeypatch):
     assert set(files(out).values()) == {shrink(image, 300)}
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert not list(out.rglob("*.partial"))
+
+
+def test_a_process_that_has_ended_is_not_alive():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    wait_until(lambda: gone(process.pid))  # and its exit code is not asked for
+    assert not is_alive(process.pid) and is_alive(os.getpid())
+    process.wait()
+    assert not is_alive(process.pid)
 
 
 # Training
