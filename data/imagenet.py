@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.common import DataError
 from data.jobs import GO_ON, Progress, usable_cores, work
-from data.layout import CLASSES, OFFICIAL, read_layout
+from data.layout import CLASSES, OFFICIAL, few, read_layout
 
 FLAGS = ("resize", "jobs", "shard", "val_labels")
 
@@ -101,7 +101,7 @@ def prepare(source, data_dir, size=None, jobs=None, shard=(1, 1), val_labels=Non
                   f"not {OFFICIAL[split]:,}", file=sys.stderr)  # fmt: skip
         if found.left_out:
             names = [str(path.relative_to(source)) for path in found.left_out]
-            print(f"Left out, since no images of a class: {_few(names)}", file=sys.stderr)
+            print(f"Left out, since no images of a class: {few(names)}", file=sys.stderr)
     options = {"resize": size} if size else {"resize": None, "from": str(source)}
     try:
         return _prepare(splits, target, options, jobs or usable_cores(), shard)
@@ -235,7 +235,7 @@ def _report(splits, target, options, mine, progress):
     missing = [(s, name) for s in splits for name in splits[s].classes if (s, name) not in done]
     if missing:
         print(f"missing: {len(missing):,} class folders that no command has finished yet, "
-              f"{_few(['/'.join(key) for key in missing])}")  # fmt: skip
+              f"{few(['/'.join(key) for key in missing])}")  # fmt: skip
     print(f"imagenet is {'not whole yet' if missing else 'ready'}: {target}")
     if set(missing).isdisjoint(mine):
         return int(any(done[key]["corrupt"] for key in mine) if missing else bool(bad))
@@ -251,7 +251,3 @@ def _write(path, text):
 
 def _within(path, folder):
     return path.resolve().is_relative_to(folder.resolve())
-
-
-def _few(names):
-    return ", ".join(names[:5]) + (f", ... ({len(names):,})" if len(names) > 5 else "")

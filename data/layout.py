@@ -58,18 +58,18 @@ def read_layout(root, val_labels=None, wanted=None):
         raise DataError(_wrong_classes(train))
     loose = [path.name for path in val.left_out if _is_image(path.name) and path.parent == val.root]
     if loose and val.classes:
-        raise DataError(f"{val.root} holds class folders and, beside them, images: {_few(loose)}")
+        raise DataError(f"{val.root} holds class folders and, beside them, images: {few(loose)}")
     if loose:
         val = _flat_split(val, loose, train.classes, labels_of(root, val_labels))
     elif val_labels:
         raise DataError(f"{val.root} is sorted into class folders: it needs no --val_labels")
     odd = sorted(set(train.classes) ^ set(val.classes))
     if odd:
-        raise DataError(f"train/ and val/ of {root} differ in {len(odd)} classes: {_few(odd)}")
+        raise DataError(f"train/ and val/ of {root} differ in {len(odd)} classes: {few(odd)}")
     for split in (train, val):
         empty = [name for name, (_, names) in split.classes.items() if not names]
         if empty:
-            raise DataError(f"without images in {split.root}: {_few(empty)}")
+            raise DataError(f"without images in {split.root}: {few(empty)}")
     return {"train": train, "val": val}
 
 
@@ -94,10 +94,10 @@ def _flat_split(val, names, classes, labels):
     sorted_names = {name: [] for name in classes}
     without = [name for name in names if Path(name).stem not in labels]
     if without:
-        raise DataError(f"{len(without)} images of {val.root} have no label: {_few(without)}")
+        raise DataError(f"{len(without)} images of {val.root} have no label: {few(without)}")
     unknown = sorted({labels[Path(name).stem] for name in names} - set(classes))
     if unknown:
-        raise DataError(f"labels that are no class folder of train/: {_few(unknown)}")
+        raise DataError(f"labels that are no class folder of train/: {few(unknown)}")
     for name in names:
         sorted_names[labels[Path(name).stem]].append(name)
     found = {name: (val.root, images) for name, images in sorted_names.items()}
@@ -170,7 +170,8 @@ def _is_image(name):
     return name.lower().endswith(SUFFIXES)
 
 
-def _few(names):
+def few(names):
+    """The first of some names, for a sentence."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
@@ -196,6 +197,6 @@ def _wrong_classes(train):
     odd = [name for name in train.classes if not re.fullmatch(r"n\d{8}", name)]
     return (
         f"{train.root} holds {len(train.classes)} class folders, not ImageNet's {CLASSES:,}"
-        f"{f' ({_few(odd)} among them)' if odd and len(train.classes) > CLASSES else ''}; "
+        f"{f' ({few(odd)} among them)' if odd and len(train.classes) > CLASSES else ''}; "
         "train on another set with main.py --dataset folder:PATH, as it is"
     )

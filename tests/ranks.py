@@ -31,7 +31,7 @@ class As:
 
     def __init__(self, batches, dtype):
         self.batches, self.dtype = batches, dtype
-        self.batch_size, self.size, self.examples = batches.batch_size, batches.size, 0
+        self.batch_size, self.size = batches.batch_size, batches.size
         self.examples = batches.examples
 
     def __iter__(self):
