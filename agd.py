@@ -26,6 +26,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 __all__ = ["AGD", "init_weights"]
 
@@ -66,7 +67,8 @@ class AGD(torch.optim.Optimizer):
             tensor and the way out.
     """
 
-    def __init__(self, params, gain=1.0):
+    def __init__(self, params, gain=1.0, fused=None):
+        self.fused, self._key, self._plan = fused, None, None
         super().__init__(_listed(params), {"lr": gain})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
@@ -100,10 +102,36 @@ class AGD(torch.optim.Optimizer):
                 loss = closure()
 
         L = sum(len(group["params"]) for group in self.param_groups)
+        found = None if self.fused is False else self._fused_step(L)
+        self.G, self.eta = found or self._plain_step(L)
+        return loss
+
+    def _fused_step(self, L):
+        """(G, eta) after a step in few passes over memory; None, and nothing has changed, where
+        these weights or these gradients need the plain step."""
+        if torch.compiler.is_compiling():
+            return None
+        weights, grads, gains = [], [], []
+        for group in self.param_groups:
+            gain = group["lr"]
+            if isinstance(gain, Tensor):
+                return None
+            _check_gain(gain)  # a scheduler may have changed it
+            here = [p for p in group["params"] if p.grad is not None]
+            weights += here
+            grads += [p.grad for p in here]
+            gains += [gain] * len(here)
+        # A plan keeps the storage of its weights, so that an address is that of one weight.
+        key = [L, gains, [(p.data_ptr(), p.stride(), p.dtype) for p in weights]]
+        if key != self._key:
+            self._key, self._plan = key, _Sweeps.plan(weights, gains, L)
+        return None if self._plan is None else self._plan.step(grads)
+
+    def _plain_step(self, L):
+        """(G, eta) after a step of any weights and gradients."""
         buckets = self._buckets()
         if not buckets:
-            self.G, self.eta = torch.zeros_like(self.G), torch.zeros_like(self.eta)
-            return loss
+            return torch.zeros_like(self.G), torch.zeros_like(self.eta)
         home = buckets[0].weights[0].device
         wide = _wide(home)
         if self.skipped.device != home:  # the network has moved since
@@ -149,9 +177,8 @@ class AGD(torch.optim.Optimizer):
         if weights:
             torch._foreach_sub_(weights, updates)
 
-        self.G, self.eta = G, eta.masked_fill_(~finite, math.nan)
         self.skipped += ~finite
-        return loss
+        return G, eta.masked_fill_(~finite, math.nan)
 
     def _buckets(self):
         """The weights that have a gradient, by shape, layout, dtype, device and gain."""
@@ -195,7 +222,217 @@ class AGD(torch.optim.Optimizer):
             self.skipped.copy_(state_dict["skipped"])
 
     def __getstate__(self):
-        return {**super().__getstate__(), "eta": self.eta, "G": self.G, "skipped": self.skipped}
+        own = {"eta": self.eta, "G": self.G, "skipped": self.skipped, "fused": self.fused}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state):
+        super().__setstate__({"fused": None, **state, "_key": None, "_plan": None})
+
+
+class _Sweeps:
+    """The step of float32 weights in the CPU's memory in four passes over them: gradients are read
+    for their norms, then gradients and weights are read and weights written.
+
+    Squares are summed as they are, without the plain step's division by the largest magnitude;
+    that step takes over where a norm is too small or too large for it, 0, NaN and infinity
+    included.
+    """
+
+    @classmethod
+    def plan(cls, weights, gains, L):
+        """The sweeps over these weights, or None where one of them lies in another way."""
+        lying = []
+        for p in weights:
+            plain = type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu"
+            kind = _kind(p) if plain and p.dtype == torch.float32 else None
+            if kind is None:
+                return None
+            lying.append(kind)
+        return cls(weights, lying, gains, L)
+
+    def __init__(self, weights, lying, gains, L):
+        self.lying = lying
+        scratch = torch.empty(SCRATCH)
+        # An entry a matrix: s / L, and what the update multiplies the gradient with.
+        K = [math.prod(p.shape[2:]) for p in weights]
+        s = [x for p, n in zip(weights, K) for x in [_scale(p.shape) / L] * n]
+        gain = [x for x, n in zip(gains, K) for x in [x] * n]
+        self.s = torch.tensor(s, dtype=torch.float64)
+        self.coefficients = self.s * -torch.tensor(gain, dtype=torch.float64)
+        self.sums, self.quotients = torch.empty_like(self.s), torch.empty_like(self.s)
+        self.factors = torch.empty(len(s))
+
+        # What the first sweep leaves: norms of runs of memory, then sums of squares, and the
+        # matrix that each is of.
+        index = [x.index + start for x, start in zip(lying, _starts(K))]
+        order = sorted(range(len(lying)), key=lambda i: lying[i].squared)
+        self.index = torch.cat([index[i] for i in order])
+        self.partial = torch.empty(len(self.index))
+        self.wide = torch.empty_like(self.partial, dtype=torch.float64)
+        self.norms = self.wide[: sum(len(x.index) for x in lying if not x.squared)]
+        for i, slot in zip(order, self.partial.split([len(index[i]) for i in order])):
+            lying[i].slot, lying[i].scratch = slot, scratch
+        self.measures = [x.measure for x in lying]
+
+        self.moving = [i for i, gain in enumerate(gains) if gain != 0]
+        self.weights = [lying[i].view(weights[i].detach()) for i in self.moving]
+        parts = self.factors.split(K)
+        multipliers, sources = zip(*[x.multiplier(part) for x, part in zip(lying, parts)])
+        self.multipliers = [multipliers[i] for i in self.moving]
+        # Factors that are repeated, so that the processor runs on without a break.
+        self.tiles, self.sources = [], []
+        for tile, source in zip(multipliers, sources):
+            if source is not None:
+                self.tiles.append(tile.view_as(source))
+                self.sources.append(source)
+
+    def step(self, grads):
+        """(G, eta), the weights being updated; None, with weights as they were, where the squares
+        of these gradients cannot be summed as they are."""
+        views = []
+        for measure, grad in zip(self.measures, grads):
+            view = measure(grad)
+            if view is None:
+                return None
+            views.append(view)
+        self.wide.copy_(self.partial)
+        self.norms.square_()
+        norms = self.sums.zero_().index_add_(0, self.index, self.wide)
+        # A number read on the CPU keeps nobody waiting. A sum that overflowed leaves G infinite.
+        if not norms.amin().item() >= LEAST:
+            return None
+        G = torch.dot(norms.sqrt_(), self.s).item()
+        if G == math.inf:
+            return None
+        eta = math.log1p(G / (math.sqrt(G + 0.25) + 0.5))
+        torch.div(self.coefficients, norms, out=self.quotients)
+        torch.mul(self.quotients, eta, out=self.factors)
+        if self.tiles:
+            torch._foreach_copy_(self.tiles, self.sources)
+        if len(self.moving) < len(views):
+            views = [views[i] for i in self.moving]
+        if views:
+            torch._foreach_addcmul_(self.weights, views, self.multipliers)
+        return [torch.scalar_tensor(x, dtype=torch.float64) for x in (G, eta)]
+
+
+LEAST = 2.0**-60  # a squared norm of which float32 loses nothing
+SCRATCH = 2**18  # float32 numbers, a megabyte: what stays in a processor's cache
+ROW = 1024  # the length up to which a float32 norm along memory is exact to 1e-6
+
+
+class _Flat:
+    """How a weight lies in memory: one matrix, in rows of at most ROW."""
+
+    squared = False  # whether `measure` leaves squares, else norms
+
+    def __init__(self, p, order):
+        self.stride, n = p.stride(), p.numel()
+        self.order = None if order == sorted(order) else order
+        self.form = None  # what its view is, or None for itself
+        self.rest = n % ROW
+        if self.order is not None or p.ndim > 2 or not 64 <= p.shape[1] <= ROW:
+            self.form = (n,) if self.rest else (n // ROW, ROW)
+        rows = p.shape[0] if self.form is None else -(-n // ROW)
+        self.index = torch.zeros(rows, dtype=torch.int64)  # the matrix of each result
+
+    def lies(self, x):
+        """Whether a tensor lies as the weight does, whatever its strides along sides of 1."""
+        return (x if self.order is None else x.permute(self.order)).is_contiguous()
+
+    def view(self, x):
+        """A tensor that lies as the weight does, in the form in which it is swept."""
+        if self.order is not None:
+            x = x.permute(self.order)
+        return x if self.form is None else x.view(self.form)
+
+    def measure(self, grad):
+        """The view of a gradient, after its norms or sums of squares have gone to `slot`; None
+        for one that does not lie as the weight does."""
+        if grad.dtype is not torch.float32 or grad.layout is not torch.strided:
+            return None
+        if grad.stride() != self.stride and not self.lies(grad):
+            return None
+        view = grad if self.form is None else self.view(grad)
+        self.sweep(view)
+        return view
+
+    def sweep(self, g):
+        if g.ndim == 2:
+            vector_norm(g, 2, 1, out=self.slot)
+            return
+        if len(self.slot) > 1:
+            vector_norm(g[: -self.rest].view(-1, ROW), 2, 1, out=self.slot[:-1])
+        vector_norm(g[-self.rest :], 2, 0, True, out=self.slot[-1:])
+
+    def multiplier(self, factors):
+        """(what a gradient is multiplied with, what has to be copied there first or None), given
+        the static tensor of factors, one a matrix."""
+        return factors[0], None
+
+
+class _Runs(_Flat):
+    """A row of each of the K matrices, then the next rows, as in channels_last."""
+
+    def __init__(self, p, order, rows, K, row):
+        super().__init__(p, order)
+        self.form, self.run = (rows, K, row), _run(row)
+        self.index = torch.arange(K).view(K, 1).repeat(rows, 1, row // self.run).flatten()
+
+    def sweep(self, g):
+        vector_norm(g.view(-1, self.run), 2, 1, out=self.slot)
+
+    def multiplier(self, factors):
+        return factors.unsqueeze(1), None
+
+
+class _Period(_Flat):
+    """An element of each of the K matrices, then the next elements, as in a contiguous kernel."""
+
+    squared = True
+
+    def __init__(self, p, order, rows, K, width):
+        super().__init__(p, order)
+        self.form, self.K, self.width = (rows, width), K, width
+        self.index = torch.arange(K).repeat(width // K)
+
+    def sweep(self, g):
+        n = min(len(g), SCRATCH // self.width)
+        scratch = self.scratch[: n * self.width].view(n, self.width)
+        first, *others = g.split(n)
+        torch.mul(first, first, out=scratch)
+        for part in others:
+            (scratch if len(part) == n else scratch[: len(part)]).addcmul_(part, part)
+        torch.sum(scratch, 0, out=self.slot)
+
+    def multiplier(self, factors):
+        return factors.new_empty(self.width), factors.expand(self.width // self.K, self.K)
+
+
+def _kind(p):
+    """How a weight lies in memory, or None for a way that has no sweeps."""
+    order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
+    if not p.detach().permute(order).is_contiguous():
+        return None
+    K = math.prod(p.shape[2:])
+    if K == 1:
+        return _Flat(p, order)
+    # Matrices and kernel, without sides of 1: M before, K between, M after.
+    sides = [(i < 2, p.shape[i]) for i in order if p.shape[i] > 1]
+    kernel = [i for i, (matrix, _) in enumerate(sides) if not matrix]
+    if kernel[-1] - kernel[0] >= len(kernel):
+        return None
+    before = [n for _, n in sides[: kernel[0]]]
+    after = math.prod(n for _, n in sides[kernel[-1] + 1 :])
+    if after > 1:
+        return _Runs(p, order, math.prod(before), K, after) if _run(after) else None
+    width = before[-1] * K if before else K
+    return _Period(p, order, math.prod(before[:-1]), K, width) if width <= SCRATCH else None
+
+
+def _starts(sizes):
+    """Where each of consecutive parts begins."""
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 class _Bucket:
@@ -219,9 +456,7 @@ class _Bucket:
         self.first, self.second = (inner, outer) if contiguous else (outer, inner)
         # The length of runs in which a float32 norm along memory is exact to 1e-6, the fastest
         # way; where rows do not divide into such runs, a pairwise sum of squares takes its place.
-        row = p.shape[self.order[-1]]
-        runs = [row] if row <= 1024 else [n for n in range(1024, 31, -32) if row % n == 0]
-        self.run = runs[0] if contiguous and runs else None
+        self.run = _run(p.shape[self.order[-1]]) if contiguous else None
 
     def add(self, p, grad):
         if not self.in_order:
@@ -252,15 +487,21 @@ class _Bucket:
         if self.run is None:
             rows = u.square().sum(self.first, keepdim=True)
         elif self.run == u.shape[-1]:
-            rows = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_()
+            rows = vector_norm(u, dim=-1, keepdim=True).square_()
         else:
-            runs = torch.linalg.vector_norm(u.unflatten(-1, (-1, self.run)), dim=-1).square_()
+            runs = vector_norm(u.unflatten(-1, (-1, self.run)), dim=-1).square_()
             rows = runs.sum(-1, keepdim=True)
         return u, rows.sum(self.second, keepdim=True)
 
     def _zeros(self, x):
         matrix = (self.first, self.second)
         return x.new_zeros([1 if i in matrix else n for i, n in enumerate(x.shape)])
+
+
+def _run(row):
+    """The longest equal parts of a row, up to ROW, or None where there are none worth it."""
+    runs = [row] if row <= ROW else [n for n in range(ROW, 31, -32) if row % n == 0]
+    return runs[0] if runs else None
 
 
 def _is_dtensor(p):

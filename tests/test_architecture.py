@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from architecture import NETWORKS, build
+from agd import AGD, init_weights
+from architecture import NETWORKS, build, fcn
 from architecture.padding import pad_to_32
 
 
@@ -39,8 +40,6 @@ def test_every_network_takes_every_shape(arch, shape):
 
 def test_fcn_keeps_the_size_of_activations():
     """Orthogonal layers and sqrt(2) relu: no growth and no decay over 30 layers."""
-    from agd import init_weights
-
     net = build("fcn", (1, 16, 16), 256, depth=30, width=256)
     init_weights(net.parameters(), torch.Generator().manual_seed(0))
     x = torch.randn(64, 1, 16, 16)
@@ -103,3 +102,30 @@ def test_post_activation_matches_torchvision(arch, shape):
             b.copy_(a)
         x = torch.randn(2, *shape)
         assert torch.allclose(ours(x), theirs(x), atol=1e-4)
+
+
+@pytest.mark.skipif(not fcn.ONEDNN, reason="this processor's products are MKL's")
+def test_fcn_by_onednn_trains_as_by_mkl(monkeypatch):
+    """20 steps: the gradients to each weight and to the images, and a small last batch."""
+    nets, products = [], []
+    product = fcn.product
+    monkeypatch.setattr(fcn, "product", lambda *x: products.append(x) or product(*x))
+    for onednn in (True, False):
+        monkeypatch.setattr(fcn, "ONEDNN", onednn)
+        torch.manual_seed(0)
+        net = build("fcn", (3, 16, 16), 10, depth=4, width=128)
+        init_weights(net.parameters(), torch.Generator().manual_seed(1))
+        optimizer = AGD(net.parameters())
+        for step in range(20):
+            images = torch.randn(20 if step == 19 else 40, 3, 16, 16, requires_grad=True)
+            optimizer.zero_grad()
+            (net(images)[:, 0] - 1).square().mean().backward()
+            optimizer.step()
+        nets.append((images.grad, *[p.detach() for p in net.parameters()]))
+        assert len(products) == 20 * 3 * 3  # forward, to the input, to the weight
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*nets)]
+    assert 0 < max(errors) < 1e-5
+    # what oneDNN does not take
+    empty = net(torch.empty(0, 3, 16, 16))
+    empty.sum().backward()
+    assert empty.shape == (0, 10) and len(products) == 180

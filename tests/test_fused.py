@@ -1,0 +1,257 @@
+"""The step in few passes on the CPU, beside the plain one."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agd import AGD
+from architecture import build
+from tests.reference import reference_step
+from tests.test_agd import SHAPES, bits, near, relative, weights_with_grads
+
+# Rows that are split, rows with a rest, kernels that do not fit the scratch memory in one piece.
+LONG = {
+    "long rows": (3, 5000),
+    "a prime number of weights": (1, 1009),
+    "a row and a bit": (5, 409),
+    "tall": (2048, 3),
+    "1x1 of many": (64, 65, 1, 1),
+    "3x3 in several pieces": (70, 512, 3, 3),
+    "wide 3x3": (3, 1152, 3, 3),
+    "5x7": (6, 30, 5, 7),
+}
+
+
+def channels_last(weights):
+    for W in weights:
+        if W.ndim in (4, 5):
+            form = torch.channels_last if W.ndim == 4 else torch.channels_last_3d
+            W.data = W.data.to(memory_format=form)
+            W.grad = W.grad.to(memory_format=form)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_twenty_steps_agree_with_the_plain_ones(last):
+    weights = weights_with_grads([*SHAPES.values(), *LONG.values()])
+    if last:
+        channels_last(weights)
+    twins = copy.deepcopy(weights)
+    start = [W.detach().clone() for W in weights]
+    fused, plain = AGD(weights), AGD(twins, fused=False)
+    for step in range(20):
+        for W, V in zip(weights, twins):
+            W.grad.normal_().mul_(10.0 ** (step % 6 - 2))
+            V.grad = W.grad.clone()
+        fused.step()
+        plain.step()
+        assert fused._plan is not None
+        assert fused.G.item() == near(plain.G.item(), rel=1e-6)
+        assert fused.eta.item() == near(plain.eta.item(), rel=1e-6)
+        assert fused.G.dtype == plain.G.dtype == torch.float64
+    for W, V, W0 in zip(weights, twins, start):
+        assert relative(W - W0, V - W0) < 1e-5
+        assert relative(W, V) < 1e-6
+    assert plain._plan is None
+
+
+@pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("last", [False, True])
+def test_every_form_of_memory_matches_the_paper(shape, last):
+    weights = weights_with_grads([shape, (7, 5)])
+    if last:
+        channels_last(weights)
+    strides = [W.stride() for W in weights]
+    theirs, eta, G = reference_step(weights, [W.grad for W in weights])
+    optimizer = AGD(weights)
+    optimizer.step()
+    assert optimizer._plan is not None
+    assert optimizer.G.item() == near(G, rel=1e-6)
+    assert optimizer.eta.item() == near(eta, rel=1e-6)
+    assert max(relative(W, V) for W, V in zip(weights, theirs)) < 1e-6
+    assert [W.stride() for W in weights] == strides
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the new tensors that live at a time, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.kernels = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.kernels += not func.is_view
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if "out" in (kwargs or {}):
+            given.add(kwargs["out"].untyped_storage().data_ptr())
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_step_allocates_next_to_nothing(last):
+    with torch.device("meta"):
+        net = build("resnet18", (3, 32, 32), 10)
+    weights = weights_with_grads([p.shape for p in net.parameters()])
+    if last:
+        channels_last(weights)
+    optimizer = AGD(weights)
+    optimizer.step()
+    with Allocations() as allocations:
+        optimizer.step()
+    assert optimizer._plan is not None
+    assert allocations.kernels > 20  # the mode saw the step
+    assert allocations.largest <= 4096  # of 45 megabytes of weights
+
+
+def test_what_the_sweeps_do_not_take_is_left_to_the_plain_step():
+    def planned(*weights, **options):
+        optimizer = AGD(weights, **options)
+        optimizer.step()
+        return optimizer._plan is not None
+
+    for dtype in (torch.float64, torch.bfloat16):
+        (W,) = weights_with_grads([(7, 5)], dtype)
+        assert not planned(W)
+    (W,) = weights_with_grads([(2, 1031, 3, 3)])
+    channels_last([W])  # rows of a prime length
+    assert not planned(W)
+    W, V = weights_with_grads([(7, 5), (6, 8, 3, 3)])
+    assert planned(W, V)
+    assert not planned(W, V, gain=torch.tensor(1.0))
+    assert not planned(W, V, fused=False)
+    V.data = torch.randn(6, 16, 3, 3)[:, ::2]  # with gaps
+    assert not planned(W, V)
+
+
+def test_gradients_that_lie_otherwise_give_the_same_step():
+    weights = weights_with_grads([(6, 8, 3, 3), (9, 9), (6, 8, 1, 1)])
+    weights[0].grad = weights[0].grad.contiguous(memory_format=torch.channels_last)
+    weights[1].grad = weights[1].grad.t().contiguous().t()
+    weights[2].grad = weights[2].grad.to(memory_format=torch.channels_last)
+    theirs, eta, _ = reference_step(weights, [W.grad for W in weights])
+    optimizer = AGD(weights)
+    optimizer.step()
+    assert optimizer.eta.item() == near(eta, rel=1e-6)
+    assert max(relative(W, V) for W, V in zip(weights, theirs)) < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-25, 1e25, math.nan, math.inf])
+@pytest.mark.parametrize("where", [(), (slice(None), slice(None), 1, 1)])
+def test_the_plain_step_takes_over_to_the_bit(value, where):
+    """Where the squares of a matrix, or of all, leave float32's range."""
+    weights = weights_with_grads([(7, 5), (6, 4, 3, 3)])
+    weights[1].grad[where] = value
+    weights[1].data[0] = -0.0
+    twins = copy.deepcopy(weights)
+    for W, V in zip(weights, twins):
+        V.grad = W.grad.clone()
+    fused, plain = AGD(weights), AGD(twins, fused=False)
+    fused.step()
+    plain.step()
+    assert fused._plan is not None
+    assert all(torch.equal(bits(W), bits(V)) for W, V in zip(weights, twins))
+    assert fused.skipped.item() == plain.skipped.item() == (not math.isfinite(value))
+    torch.testing.assert_close(fused.eta, plain.eta, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_plan_is_made_anew_where_the_weights_change():
+    """Other gradients, gains, storage, layout, weights: each step is that of the plain one."""
+    weights = weights_with_grads([(7, 5), (6, 8, 3, 3), (9, 9), (4, 4)])
+    twins = copy.deepcopy(weights)
+    for V in twins:
+        V.grad = torch.zeros_like(V)
+    fused, plain = AGD(weights[:3]), AGD(twins[:3], fused=False)
+    plans = []
+
+    def both(*change):
+        for params, optimizer in ((weights, fused), (twins, plain)):
+            for one in change:
+                one(params, optimizer)
+            for i, W in enumerate(params):
+                if W.grad is not None or change == (restore,):
+                    W.grad = torch.randn(W.shape, generator=torch.Generator().manual_seed(i))
+            if change and change[0] is transpose:
+                params[2].grad = params[2].grad.t().contiguous().t()
+            optimizer.step()
+        plans.append(id(fused._plan))
+        assert fused.G.item() == near(plain.G.item(), rel=1e-6)
+        assert max(relative(W, V) for W, V in zip(weights, twins)) < 1e-6
+
+    def lose(params, optimizer):
+        params[1].grad = None
+
+    def restore(params, optimizer):
+        pass
+
+    def freeze(params, optimizer):
+        optimizer.param_groups[0]["lr"] = 0.25
+
+    def move(params, optimizer):
+        params[0].data = params[0].data.clone()
+
+    def transpose(params, optimizer):
+        params[2].data = params[2].data.t().contiguous().t()
+
+    def add(params, optimizer):
+        optimizer.add_param_group({"params": params[3], "lr": 0.0})
+
+    both()
+    both()
+    assert plans[0] == plans[1]
+    for change in (lose, restore, freeze, move, transpose, add):
+        before = fused._plan
+        both(change)
+        assert fused._plan is not before
+    frozen = bits(weights[3])
+    both()
+    assert torch.equal(bits(weights[3]), frozen)
+
+
+def test_in_place_changes_are_seen_by_autograd():
+    (W,) = weights_with_grads([(5, 5)])
+    y = (W * W).sum()
+    AGD([W]).step()
+    with pytest.raises(RuntimeError, match="in-?place"):
+        y.backward()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_weights_of_their_own(way):
+    weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])
+    optimizer = AGD(weights)
+    optimizer.step()
+    other = way(optimizer)
+    theirs = other.param_groups[0]["params"]
+    before = [bits(W) for W in weights]
+    for W, V in zip(weights, theirs):
+        V.grad = W.grad.clone()
+    other.step()
+    assert all(torch.equal(bits(W), b) for W, b in zip(weights, before))
+    optimizer.step()
+    assert all(torch.equal(bits(W), bits(V)) for W, V in zip(weights, theirs))
+
+
+def test_a_network_trains_alike():
+    """20 steps of a real network by either step."""
+    nets = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        net = build("resnet18", (3, 8, 8), 10).eval()
+        optimizer = AGD(net.parameters(), gain=0.1, fused=fused)
+        x = torch.randn(4, 3, 8, 8)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (net(x) - 1).square().mean().backward()
+            optimizer.step()
+        nets.append(net)
+    assert isinstance(nets[0], nn.Module)
+    worst = max(relative(W, V) for W, V in zip(nets[0].parameters(), nets[1].parameters()))
+    assert 0 < worst < 1e-5
