@@ -40,8 +40,9 @@ def test_twenty_steps_agree_with_the_plain_ones(last):
     weights = weights_with_grads([*SHAPES.values(), *LONG.values()])
     if last:
         channels_last(weights)
+    for W in weights:
+        W.data.zero_()  # so that the weights are the updates, without their rounding
     twins = copy.deepcopy(weights)
-    start = [W.detach().clone() for W in weights]
     fused, plain = AGD(weights), AGD(twins, fused=False)
     for step in range(20):
         for W, V in zip(weights, twins):
@@ -53,9 +54,7 @@ def test_twenty_steps_agree_with_the_plain_ones(last):
         assert fused.G.item() == near(plain.G.item(), rel=1e-6)
         assert fused.eta.item() == near(plain.eta.item(), rel=1e-6)
         assert fused.G.dtype == plain.G.dtype == torch.float64
-    for W, V, W0 in zip(weights, twins, start):
-        assert relative(W - W0, V - W0) < 1e-5
-        assert relative(W, V) < 1e-6
+    assert max(relative(W, V) for W, V in zip(weights, twins)) < 1e-6
     assert plain._plan is None
 
 
