@@ -14,17 +14,19 @@ A step reads every gradient twice, every weight once, and writes every weight on
 Every sum has a fixed order: no atomics, the same result each time. Nothing waits for the device.
 """
 
+import contextlib
 import functools
 import math
 import struct
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 __all__ = ["Plan"]
 
 UPLOAD = 16  # table entries that one launch of `upload` writes
-FIELDS = 7  # of a tile: tensor, start, matrix, place, rows, columns, stride
+FIELDS = 7  # of a tile: tensor, start, matrix, place of its partial norm, rows, columns, stride
 CHUNK = 1024  # matrices, or partial norms, that a program of `norms` or `summarise` takes at a time
 
 
@@ -42,8 +44,9 @@ class Plan:
 
     @classmethod
     def of(cls, weights, scales, L, groups):
-        """The plan, or None where there is none: without Triton, while a CUDA graph is captured,
-        for weights with gaps or in an order that is not (outer, positions, inner).
+        """The plan, or None where there is none: without Triton or on a GPU that it does not know,
+        while a CUDA graph is captured, for weights with gaps or in an order that is not
+        (outer, positions, inner).
 
         Args:
             weights: tensors of one device, of shape (out, in, *kernel).
@@ -52,7 +55,10 @@ class Plan:
             groups: for each weight the index of its gain in what `step` is given.
         """
         layouts = [_layout(w) for w in weights]
-        if None in layouts or _capturing(weights[0].device) or _kernels() is None:
+        device = weights[0].device
+        if None in layouts or _capturing(device) or _kernels() is None:
+            return None
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return None
         return cls(weights, layouts, scales, L, groups)
 
@@ -60,26 +66,25 @@ class Plan:
         self.weights, self.L, self.groups = list(weights), L, list(groups)
         self.device = self.weights[0].device
         self.key = [_key(w) for w in self.weights]
-        tiles, segments, slots, matrix_scales = {}, [], [], []
+        tiles, segments, matrix_scales = {}, [], []
         self.partials = 0
         for tensor, (w, layout, scale) in enumerate(zip(self.weights, layouts, scales)):
-            first, positions = len(segments), layout[1]
-            for way, cut, parts in _cut(layout, w.dtype):
-                cut[:, 0] = tensor
-                cut[:, 2] += first
-                cut[:, 3] += self.partials
-                tiles.setdefault((w.dtype, *way), []).append(cut)
-                segments += [[self.partials + start, *rest] for start, *rest in parts]
-                self.partials += way.width * len(cut) if way.positions > 1 else len(cut)
-            slots += [2 * len(self.weights) + self.groups[tensor]] * positions
-            matrix_scales += [scale] * positions
+            way, cut, parts = _cut(layout, w.dtype.itemsize)
+            cut[:, 0] = tensor
+            cut[:, 2] += len(segments)
+            cut[:, 3] += self.partials
+            tiles.setdefault((w.dtype, way), []).append(cut)
+            slot = 2 * len(self.weights) + self.groups[tensor]  # of the gain in the table
+            segments += [(self.partials + start, *rest, slot) for start, *rest in parts]
+            matrix_scales += [scale] * len(parts)
+            self.partials += len(cut) * (way.width if way.positions > 1 else 1)
         self.matrices = len(segments)
-        # A copy that does not wait; the source is staged or kept until it is done.
-        self.tiles = {
-            way: torch.cat(cut).to(self.device, non_blocking=True) for way, cut in tiles.items()
-        }
-        table = [[*segment, slot] for segment, slot in zip(segments, slots)]
-        self.segments = torch.tensor(table).to(self.device, non_blocking=True)
+        # Copies that do not wait for the device.
+        self.launches = [
+            (torch.cat(cuts).to(self.device, non_blocking=True), _options(*kind))
+            for kind, cuts in tiles.items()
+        ]
+        self.segments = torch.tensor(segments).to(self.device, non_blocking=True)
         scales = torch.tensor(matrix_scales, dtype=torch.float64)
         self.scales = scales.to(self.device, non_blocking=True)
         self.table, self.uploaded = None, []
@@ -112,7 +117,7 @@ class Plan:
             return None
         grads = [_like(g, w) for w, g in zip(self.weights, grads)]
         cuda = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if cuda else torch.device(self.device):
+        with torch.cuda.device(self.device) if cuda else contextlib.nullcontext():
             return self._launch(grads, gains, skipped, capturing)
 
     def _launch(self, grads, gains, skipped, capturing):
@@ -124,15 +129,15 @@ class Plan:
         partials, norms, factors = scratch.split(sizes)
         G, eta = (torch.empty((), dtype=torch.float64, device=self.device) for _ in range(2))
         n, m = len(grads), self.matrices
-        for way, tiles in self.tiles.items():
-            k.squares[(len(tiles),)](table, tiles, partials, **_options(*way))
+        for tiles, options in self.launches:
+            k.squares[(len(tiles),)](table, tiles, partials, **options)
         k.norms[(m,)](partials, self.segments, norms, CHUNK=CHUNK, num_warps=4, **FUSED)
         k.summarise[(1,)](
             norms, self.scales, table, self.segments, factors, G, eta, skipped, m, self.L,
             CHUNK=CHUNK, num_warps=4, **FUSED,
         )  # fmt: skip
-        for way, tiles in self.tiles.items():
-            k.update[(len(tiles),)](table, tiles, factors, n, m, **_options(*way))
+        for tiles, options in self.launches:
+            k.update[(len(tiles),)](table, tiles, factors, n, m, **options)
         return G, eta
 
     def _upload(self, grads, gains, capturing):
@@ -143,7 +148,7 @@ class Plan:
         for gain in gains:
             if isinstance(gain, torch.Tensor) and gain.device.type != "cpu":
                 held[len(entries)], gain = gain, 0.0
-            entries.append(struct.unpack("<q", struct.pack("<d", gain))[0])
+            entries.append(struct.unpack("<q", struct.pack("<d", float(gain)))[0])
         entries += [0] * (_padded(len(entries), UPLOAD) - len(entries))
         # A graph has its arguments by value and writes them at every replay: to a table of its own.
         table, uploaded = (None, []) if capturing else (self.table, self.uploaded)
@@ -158,60 +163,61 @@ class Plan:
             for at, gain in held.items():
                 numbers[at].copy_(gain.detach().view(()))
         if capturing:
-            CAPTURED.append(self)
+            CAPTURED.add(self)
         else:
             self.table, self.uploaded = table, entries
         return table
 
 
 # Plans whose tables some CUDA graph reads: they stay for as long as it may be replayed.
-CAPTURED = []
+CAPTURED = set()
 # Said, because newer Tritons warn where it is not: w - x * y in one rounding.
 FUSED = {"enable_fp_fusion": True}
 
 
-class _Way(tuple):
-    """(runs, positions, width, rows, columns) of a kind of tile; width is 0 in runs."""
+class _Way(NamedTuple):
+    """How a weight is cut into tiles; the width is 0 for runs."""
 
-    runs, positions, width, rows, columns = (
-        property(lambda self, i=i: tuple.__getitem__(self, i)) for i in range(5)
-    )
+    runs: bool
+    positions: int  # in a tile
+    width: int
+    rows: int
+    columns: int
 
 
-def _options(dtype, runs, positions, width, rows, columns):
+def _options(dtype, way):
     """The constants of a launch of `squares` or `update`: 32 elements for each thread."""
     return {
         "DTYPE": getattr(_kernels().tl, str(dtype).removeprefix("torch.")),
-        "RUNS": runs, "POSITIONS": positions, "WIDTH": width, "ROWS": rows, "COLUMNS": columns,
-        "num_warps": rows * columns // 1024, **FUSED,
+        **{name.upper(): value for name, value in way._asdict().items()},
+        "num_warps": way.rows * way.columns // 1024, **FUSED,
     }  # fmt: skip
 
 
-def _cut(layout, dtype):
-    """The tiles of one weight: [(_Way, tiles int64 (number, FIELDS), segments)]. A segment (start,
-    number, stride) says where in the partial norms those of a matrix are, one for each matrix.
-    Tensors, matrices and places count from 0."""
+def _cut(layout, itemsize):
+    """(_Way, tiles, segments) of one weight: tiles int64 (number, FIELDS), and for each matrix a
+    segment (start, number, stride), which says where its partial norms are. Tensor, matrix and
+    place count from 0."""
     outer, positions, inner = layout
     if inner == 1 and positions > 1:
-        width, columns = _width(positions, dtype.itemsize)
-        way = _Way((False, positions, width, 8192 // columns, columns))
+        width, columns = _width(positions, itemsize)
+        way = _Way(False, positions, width, 8192 // columns, columns)
         tiles = _flat(0, outer * positions, way.rows * width)
         tiles[:, 3] = torch.arange(len(tiles)) * width
-        count = len(tiles) * width // positions
-        return [(way, tiles, [(k, count, positions) for k in range(positions)])]
+        number = len(tiles) * width // positions
+        return way, tiles, [(k, number, positions) for k in range(positions)]
     if positions == 1 or outer == 1 or inner >= 4096:  # runs that are long enough on their own
-        way = _Way((False, 1, 1024, 4, 1024))
         if positions == 1:
             outer, inner = 1, outer * inner
         runs = [_flat(i * inner, inner, 4096) for i in range(outer * positions)]
-        count = len(runs[0])
+        number = len(runs[0])
         for i, run in enumerate(runs):
             run[:, 2] = i % positions
-            run[:, 3] = (i % positions * outer + i // positions) * count + torch.arange(count)
-        segments = [(k * outer * count, outer * count, 1) for k in range(positions)]
-        return [(way, torch.cat(runs), segments)]
+            run[:, 3] = (i % positions * outer + i // positions) * number + torch.arange(number)
+        segments = [(k * outer * number, outer * number, 1) for k in range(positions)]
+        return _Way(False, 1, 1024, 4, 1024), torch.cat(runs), segments
     columns = 64 if inner > 16 else 16
-    way = _Way((True, 1, 0, 4096 // columns, columns))
+    way = _Way(True, 1, 0, 4096 // columns, columns)
     down, across = -(-outer // way.rows), -(-inner // columns)
     # In the order of memory: neighbours run at the same time.
     a, k, b = torch.meshgrid(*map(torch.arange, (down, positions, across)), indexing="ij")
@@ -226,11 +232,11 @@ def _cut(layout, dtype):
         torch.full_like(a, stride),
     ]
     segments = [(i * down * across, down * across, 1) for i in range(positions)]
-    return [(way, torch.stack([x.flatten() for x in fields], 1), segments)]
+    return way, torch.stack([x.flatten() for x in fields], 1), segments
 
 
 def _flat(start, length, size):
-    """Tiles of `size` elements each, of a stretch of memory; `rows` is the number of elements."""
+    """Tiles of a stretch of memory, of `size` elements each, a number that stands for the rows."""
     starts = torch.arange(0, length, size)
     tiles = torch.zeros(len(starts), FIELDS, dtype=torch.int64)
     tiles[:, 1] = start + starts
@@ -431,7 +437,8 @@ def _kernels():
             gain = tl.load(table + slot, mask=mask, other=0).to(tl.float64, bitcast=True)
             # Two factors, both in the range of float32: a power of two that takes the gradient to
             # the scale of 1, and the rest.
-            power = tl.minimum(tl.maximum(_power(norm), 1.1754943508222875e-38), 8.507059173023462e37)
+            power = tl.maximum(_power(norm), 1.1754943508222875e-38)
+            power = tl.minimum(power, 8.507059173023462e37)
             factor = rate / layers * scale * gain / (norm / power)
             # Not so for a norm of 0, a gain out of range, or a gradient that is not finite.
             moves = (factor > 0) & (factor < float("inf"))
