@@ -71,12 +71,11 @@ def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
         get_current_stream=lambda index: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
     )
-    code, launches = {}, Counter()
+    code = {}  # by name and compiled variant
 
     def compile_only(name, kernel, grid, xs, constants):
         compiled = kernel.warmup(*xs, grid=grid, **constants)
-        code[name, compiled.asm["ptx"]] = compiled
-        launches[name] += 1
+        code[name, compiled.hash] = compiled.asm["ptx"]
 
     kernels(compile_only)
     driver = triton.runtime.driver
@@ -95,7 +94,7 @@ def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
     plan.step(ws, [1.0] * 20, zero())
     assert Counter(name for name, _ in code) == ways
     wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
-    for name, ptx in code:
+    for (name, _), ptx in code.items():
         assert ".local" not in ptx and not re.search(r"(sqrt|lg2|ex2|div)\.(approx|full)", ptx)
         if name in ("squares", "update"):
             assert f"ld.global.{wide}" in ptx
@@ -147,3 +146,26 @@ def test_launches_and_bytes(
     elements = sum(w.numel() for w in ws)
     assert touched == {"squares": elements, "update": elements}
     assert len(scratch) == 1 and scratch.pop() <= partials * 4 * elements
+
+
+def test_a_captured_graph_has_addresses_of_its_own(kernels, monkeypatch):
+    """While a CUDA graph is captured every address is written, to memory of the graph's own, and
+    the table of the steps outside stays as it was."""
+    tables = []
+    kernels(lambda name, kernel, grid, xs, constants: tables.append((name, xs[0])))
+    ws, capturing = [torch.zeros(4, 3)], [True]
+    monkeypatch.setattr(kernels_cuda, "_capturing", lambda device: capturing[0])
+    assert Plan.of(ws, [1.0], 1, [0]) is None
+    capturing[0] = False
+    plan = Plan.of(ws, [1.0], 1, [0])
+    capturing[0] = True
+    assert plan.step(ws, [1.0], zero()) is None and not tables  # no kernel is loaded yet
+    capturing[0] = False
+    for captured, uploads in [(False, 1), (True, 1), (True, 1), (False, 0)]:
+        tables.clear()
+        capturing[0] = captured
+        plan.step(ws, [1.0], zero())
+        assert [name for name, _ in tables].count("upload") == uploads
+        ours = [table for name, table in tables if name in ("upload", "squares", "update")]
+        assert all((table is plan.table) != captured and table is ours[0] for table in ours)
+        assert (plan in kernels_cuda.CAPTURED) == (captured or uploads == 0)
