@@ -22,6 +22,8 @@ The size of a step follows from the size of the gradient, so the gradient must b
 unscale it after mixed precision, average it after accumulation and over devices, before `step`.
 """
 
+import functools
+import importlib
 import math
 
 import torch
@@ -29,6 +31,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 __all__ = ["AGD", "init_weights"]
+
+GPUS = ("cuda",)  # the devices whose step is that of agd_cuda.py
 
 
 class AGD(torch.optim.Optimizer):
@@ -46,7 +50,7 @@ class AGD(torch.optim.Optimizer):
     L counts every tensor of every group; G and eta are one for all groups. A tensor without a
     gradient is skipped: it adds nothing to G and still counts in L.
 
-    Attributes, 0-dim tensors on the device of the first weight, never read by the optimiser:
+    Attributes, 0-dim tensors on the device of the first weight, where the optimiser leaves them:
         eta: the automatic learning rate of the last step; NaN before the first one, and for a
             step that was skipped.
         G: the gradient summary of the last step.
@@ -57,8 +61,9 @@ class AGD(torch.optim.Optimizer):
     of the whole matrix, for two small all-reduces a step. Every device has shards of all weights.
 
     A zero gradient, of a matrix or of one kernel position, leaves those weights as they were. A
-    step needs a scratch copy of the gradients (float32 at least), and another of those of one shape
-    at a time; it keeps no state. What was counted in `skipped` is part of the state dict.
+    fused step needs a megabyte of scratch memory at most (on a GPU 3 % of the weights'), the plain
+    one a copy of the gradients (float32 at least) and another of those of one shape at a time. The
+    optimiser keeps no state; what was counted in `skipped` is part of the state dict.
 
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
@@ -91,6 +96,9 @@ class AGD(torch.optim.Optimizer):
         group["params"] = params
         for name, p in _named([group]):
             _check(name, p)
+            if self.fused and not _has_fast_step(p):
+                raise ValueError(f"there is no fused step for {_label(name, p)}, {p.dtype} on "
+                                 f"{p.device}: fused=None takes it where there is one")
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -111,21 +119,47 @@ class AGD(torch.optim.Optimizer):
         these weights or these gradients need the plain step."""
         if torch.compiler.is_compiling():
             return None
-        weights, grads, gains = [], [], []
-        for group in self.param_groups:
+        weights, grads, gains, groups = [], [], [], []
+        for i, group in enumerate(self.param_groups):
             gain = group["lr"]
-            if isinstance(gain, Tensor):
-                return None
-            _check_gain(gain)  # a scheduler may have changed it
+            if not isinstance(gain, Tensor):
+                _check_gain(gain)  # a scheduler may have changed it
             here = [p for p in group["params"] if p.grad is not None]
             weights += here
             grads += [p.grad for p in here]
-            gains += [gain] * len(here)
+            groups += [i] * len(here)
+            gains.append(gain)
+        if not weights:
+            return None
+        if weights[0].device.type in GPUS:
+            return self._step_on_a_gpu(weights, grads, gains, groups, L)
+        if any(isinstance(gain, Tensor) for gain in gains):
+            return None
+        gains = [gains[i] for i in groups]
         # A plan keeps the storage of its weights, so that an address is that of one weight.
         key = [L, gains, [(p.data_ptr(), p.stride(), p.dtype) for p in weights]]
         if key != self._key:
             self._key, self._plan = key, _Sweeps.plan(weights, gains, L)
         return None if self._plan is None else self._plan.step(grads)
+
+    def _step_on_a_gpu(self, weights, grads, gains, groups, L):
+        kernels, device = _kernels(), weights[0].device
+        if kernels is None or not kernels.trusted(device, AGD):
+            return None
+        if not all(_is_plain(x) and x.device == device for x in (*weights, *grads)):
+            return None
+        if self._key != [L, groups] or not self._plan.fits(weights):
+            scales = [_scale(p.shape) for p in weights]
+            self._plan = kernels.Plan.of(weights, scales, L, groups)
+            self._key = None if self._plan is None else [L, groups]
+        if self._plan is None:
+            return None
+        if self.skipped.device != device:  # the network has moved since
+            self.skipped = self.skipped.to(device)
+        found = self._plan.step(grads, gains, self.skipped)
+        if found is not None:  # the kernels write past autograd, which has to know
+            torch.autograd.graph.increment_version(weights)
+        return found
 
     def _plain_step(self, L):
         """(G, eta) after a step of any weights and gradients."""
@@ -243,8 +277,8 @@ class _Sweeps:
         """The sweeps over these weights, or None where one of them lies in another way."""
         lying = []
         for p in weights:
-            plain = type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu"
-            kind = _kind(p) if plain and p.dtype == torch.float32 else None
+            fits = _is_plain(p) and p.device.type == "cpu" and p.dtype == torch.float32
+            kind = _kind(p) if fits else None
             if kind is None:
                 return None
             lying.append(kind)
@@ -428,6 +462,27 @@ def _kind(p):
         return _Runs(p, order, math.prod(before), K, after) if _run(after) else None
     width = before[-1] * K if before else K
     return _Period(p, order, math.prod(before[:-1]), K, width) if width <= SCRATCH else None
+
+
+@functools.cache
+def _kernels():
+    """The module of GPU kernels, which lies beside this one, or None."""
+    try:
+        return importlib.import_module(f"{__name__}_cuda")
+    except ImportError:
+        return None
+
+
+def _has_fast_step(p):
+    """Whether `fused=True` can be had for a weight."""
+    if p.device.type in GPUS:
+        return _is_plain(p) and _kernels() is not None and _kernels().trusted(p.device, AGD)
+    return _Sweeps.plan([p], [1.0], 1) is not None
+
+
+def _is_plain(x):
+    """Whether a tensor is one of torch's own, dense, and nothing that wraps one."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
 
 
 def _starts(sizes):

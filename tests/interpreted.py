@@ -1,14 +1,16 @@
-"""The kernels of a GPU in Triton's interpreter, on the CPU: tests/test_kernels_cuda.py runs this
+"""The kernels of a GPU in Triton's interpreter, on the CPU: tests/test_cuda.py runs this
 file in a process of its own, which has TRITON_INTERPRET=1 from its start."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-import kernels_cuda
+import agd
+import agd_cuda
 from agd import AGD
-from kernels_cuda import Plan
+from agd_cuda import Plan
 
 # Linear, 1x1, 3x3, 5x5, 7x7, conv1d, conv3d, depthwise, one element a matrix, more than a tile of
 # each kind.
@@ -84,7 +86,7 @@ def check_step(ws, plan, grads, gains=(1.0,), groups=None, L=None):
     check(ws, before, exact)
 
 
-@pytest.mark.parametrize("dtype", kernels_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", agd_cuda.DTYPES, ids=str)
 def test_every_shape_and_layout_takes_the_plain_paths_step(dtype):
     ws = weights(dtype, 0.01)
     groups = [i % 2 for i in range(len(ws))]
@@ -99,14 +101,14 @@ def test_every_shape_and_layout_takes_the_plain_paths_step(dtype):
 
 
 def test_more_matrices_than_are_taken_at_a_time(monkeypatch):
-    monkeypatch.setattr(kernels_cuda, "CHUNK", 16)
+    monkeypatch.setattr(agd_cuda, "CHUNK", 16)
     ws = [torch.zeros(2, 3, 150), torch.zeros(6, 5), torch.zeros(3, 2, 7)]  # one wide tile
     for _ in range(2):
         check_step(ws, plan_of(ws), [torch.randn_like(w) for w in ws])
 
 
 def test_mixed_dtypes_take_one_step():
-    ws = [torch.randn(9, 5).to(dtype) for dtype in kernels_cuda.DTYPES]
+    ws = [torch.randn(9, 5).to(dtype) for dtype in agd_cuda.DTYPES]
     check_step(ws, plan_of(ws), [torch.randn_like(w) for w in ws])
 
 
@@ -222,7 +224,7 @@ def test_new_addresses_every_step():
 
 @pytest.mark.parametrize("exponent", [-300, -17, -16, -8, -3, 0, 2, 17, 300])
 def test_eta_to_the_last_digits(exponent):
-    k = kernels_cuda._kernels()
+    k = agd_cuda._kernels()
     table = torch.tensor([[0, 1, 1, 0]])
     one = torch.ones(1, dtype=torch.float64)
     for digits in (1.0, 1.7, 3.3, 9.9):
@@ -239,7 +241,7 @@ def test_eta_to_the_last_digits(exponent):
 
 
 def test_a_norm_of_more_partial_norms_than_are_taken_at_a_time():
-    k = kernels_cuda._kernels()
+    k = agd_cuda._kernels()
     x = torch.rand(3, 50, dtype=torch.float64)
     x[1] *= 1e-200
     x[2] *= 1e300
@@ -263,3 +265,75 @@ def test_what_has_no_plan():
     assert plan.fits([w]) and not plan.fits([w, w]) and not plan.fits([w.clone()])
     w.data = w.data.to(memory_format=torch.channels_last)
     assert not plan.fits([w])
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The CPU counts as a GPU, its kernels interpreted."""
+    monkeypatch.setattr(agd, "GPUS", ("cpu",))
+    monkeypatch.setattr(agd_cuda, "TRUSTED", {})
+
+
+def test_the_optimiser_takes_the_kernels(on_a_gpu):
+    """20 steps beside the plain ones: groups, tensor gains, a gradient that is missing for a while,
+    weights that move, and autograd that sees a weight change."""
+    shapes = [(10, 7), (24, 10, 3, 3), (9, 5), (9, 4, 3)]
+    ws = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    twins = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    kernels, plain = (
+        AGD([{"params": x[:2]}, {"params": x[2:], "lr": torch.tensor(0.5)}], fused=fused)
+        for x, fused in ((ws, True), (twins, False))
+    )
+    plans = set()
+    for step in range(20):
+        for i, (w, twin) in enumerate(zip(ws, twins)):
+            w.grad = torch.randn_like(w) * 10.0 ** (step % 5 - 3)
+            w.grad = None if i == 2 and step in (3, 4) else w.grad
+            twin.grad = w.grad
+        if step == 10:
+            ws[1].data = ws[1].data.to(memory_format=torch.channels_last)
+            kernels.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.3
+        product = (ws[0] * ws[0]).sum()
+        kernels.step()
+        plain.step()
+        plans.add(kernels._plan)
+        with pytest.raises(RuntimeError, match="in-?place"):
+            product.backward()
+        torch.testing.assert_close(kernels.G, plain.G, rtol=1e-6, atol=0)
+        torch.testing.assert_close(kernels.eta, plain.eta, rtol=1e-6, atol=0)
+    assert len(plans) == 4 and all(isinstance(plan, Plan) for plan in plans)
+    for w, twin in zip(ws, twins):
+        assert (w - twin).norm() < 1e-6 * twin.norm()
+    ws[3].grad[0] = math.nan
+    before = [w.clone() for w in ws]
+    kernels.step()
+    assert all(map(same_bits, ws, before))
+    assert kernels.skipped == 1 and kernels.eta.isnan()
+    assert isinstance(copy.deepcopy(kernels), AGD)  # tables of a device stay behind
+
+
+def test_kernels_that_do_not_agree_are_not_taken(on_a_gpu, monkeypatch):
+    w = torch.nn.Parameter(torch.randn(5, 4))
+    w.grad = torch.randn(5, 4)
+    step = Plan.step
+
+    def wrong(self, *args):
+        G, eta = step(self, *args)
+        return G * 1.001, eta
+
+    monkeypatch.setattr(Plan, "step", wrong)
+    with pytest.warns(UserWarning, match="disagree"):
+        AGD([w]).step()
+    optimizer = AGD([w])
+    optimizer.step()  # tried once, said once
+    assert optimizer._plan is None and optimizer.eta > 0
+    with pytest.raises(ValueError, match="no fused step for a tensor of shape"):
+        AGD([w], fused=True)
+
+    def broken(self, *args):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(Plan, "step", broken)
+    monkeypatch.setattr(agd_cuda, "TRUSTED", {})
+    with pytest.warns(UserWarning, match="no C compiler"):
+        AGD([w]).step()

@@ -3,12 +3,16 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import agd
 from agd import AGD
 from architecture import build
 from tests.reference import reference_step
@@ -254,3 +258,31 @@ def test_a_network_trains_alike():
     assert isinstance(nets[0], nn.Module)
     worst = max(relative(W, V) for W, V in zip(nets[0].parameters(), nets[1].parameters()))
     assert 0 < worst < 1e-5
+
+
+def test_fused_true_is_a_promise():
+    weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])
+    optimizer = AGD(weights, fused=True)
+    optimizer.step()
+    assert optimizer._plan is not None
+    with pytest.raises(ValueError, match="no fused step for .*torch.float64"):
+        AGD(weights_with_grads([(7, 5)], torch.float64), fused=True)
+    with pytest.raises(ValueError, match="fused=None"):
+        optimizer.add_param_group({"params": torch.randn(6, 16, 3, 3)[:, ::2].requires_grad_()})
+
+
+def test_the_file_alone_is_the_whole_optimiser(tmp_path):
+    """Copied elsewhere, without its neighbour, under another name, and in a package."""
+    source = Path(agd.__file__).read_text()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    for place in ("other.py", "package/agd.py"):
+        (tmp_path / place).write_text(source)
+    code = (
+        "import torch; from other import AGD; from package import agd\n"
+        "for one in (AGD, agd.AGD):\n"
+        "    W = torch.ones(3, 3, requires_grad=True); W.grad = torch.ones(3, 3)\n"
+        "    one([W]).step(); assert W[0, 0] < 1\n"
+        "assert agd._kernels() is None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels_cuda
+import agd_cuda
+from agd_cuda import Plan
 from architecture import build
-from kernels_cuda import Plan
 from tests.conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: AGD takes the plain path")
@@ -34,7 +34,7 @@ def test_the_kernels_in_the_interpreter():
 @pytest.fixture
 def kernels(monkeypatch):
     """f(call) -> the kernels, where a launch is call(name, kernel, grid, arguments, constants)."""
-    real = kernels_cuda._kernels()
+    real = agd_cuda._kernels()
 
     def stand_in(call):
         class Kernel:
@@ -47,7 +47,7 @@ def kernels(monkeypatch):
 
         names = ("upload", "squares", "norms", "summarise", "update")
         fake = SimpleNamespace(tl=real.tl, **{name: Kernel(name) for name in names})
-        monkeypatch.setattr(kernels_cuda, "_kernels", lambda: fake)
+        monkeypatch.setattr(agd_cuda, "_kernels", lambda: fake)
 
     return stand_in
 
@@ -57,7 +57,7 @@ def zero():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", kernels_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", agd_cuda.DTYPES, ids=str)
 def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
     """Every kernel of a step compiles, once, whatever changes from step to step; it reads and
     writes 16 bytes at a time, has float64 to the last digit, and rounds to the nearest."""
@@ -154,7 +154,7 @@ def test_a_captured_graph_has_addresses_of_its_own(kernels, monkeypatch):
     tables = []
     kernels(lambda name, kernel, grid, xs, constants: tables.append((name, xs[0])))
     ws, capturing = [torch.zeros(4, 3)], [True]
-    monkeypatch.setattr(kernels_cuda, "_capturing", lambda device: capturing[0])
+    monkeypatch.setattr(agd_cuda, "_capturing", lambda device: capturing[0])
     assert Plan.of(ws, [1.0], 1, [0]) is None
     capturing[0] = False
     plan = Plan.of(ws, [1.0], 1, [0])
@@ -168,4 +168,4 @@ def test_a_captured_graph_has_addresses_of_its_own(kernels, monkeypatch):
         assert [name for name, _ in tables].count("upload") == uploads
         ours = [table for name, table in tables if name in ("upload", "squares", "update")]
         assert all((table is plan.table) != captured and table is ours[0] for table in ours)
-        assert (plan in kernels_cuda.CAPTURED) == (captured or uploads == 0)
+        assert (plan in agd_cuda.CAPTURED) == (captured or uploads == 0)

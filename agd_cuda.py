@@ -1,5 +1,7 @@
 """AGD's step on a GPU: a handful of Triton kernels, whatever the number of weights.
 
+`agd.py` takes them where this file lies beside it. By themselves:
+
     plan = Plan.of(weights, scales, L, groups)       # None where the plain path has to do it
     G, eta = plan.step(grads, gains, skipped)        # or None, as above
 
@@ -18,12 +20,13 @@ import contextlib
 import functools
 import math
 import struct
+import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "trusted"]
 
 UPLOAD = 16  # table entries that one launch of `upload` writes
 FIELDS = 7  # of a tile: tensor, start, matrix, place of its partial norm, rows, columns, stride
@@ -305,6 +308,53 @@ def _capturing(device):
 
 def _padded(n, unit):
     return -(-n // unit) * unit
+
+
+TRUSTED = {}  # by device
+
+
+def trusted(device, AGD):
+    """Whether the kernels run on this device and agree with the plain step of `AGD`, the optimiser
+    of agd.py. Tried once in a process, on small weights; says so, once, where they do not."""
+    if device not in TRUSTED:
+        if _capturing(device):  # no kernel can be loaded now
+            return False
+        try:
+            TRUSTED[device] = _kernels() is not None and _agree(device, AGD)
+            reason = "they disagree with the plain step" if _kernels() else None
+        except Exception as error:  # no compiler, an unknown GPU: whatever Triton comes upon
+            TRUSTED[device], reason = False, f"{type(error).__name__}: {error}"
+        if reason and not TRUSTED[device]:
+            warnings.warn(f"AGD takes its plain step on {device}, as its kernels do not work there "
+                          f"({reason})", stacklevel=2)  # fmt: skip
+    return TRUSTED[device]
+
+
+def _agree(device, AGD):
+    """Whether two steps of small weights of every layout come out as those of the plain step."""
+    generator = torch.Generator().manual_seed(0)
+    weights, twins = [], []
+    for shape in [(130, 70), (24, 10, 3, 3), (24, 18, 3, 3)]:
+        w = torch.randn(shape, generator=generator, device="cpu").to(device)
+        if shape[1] == 18:
+            w = w.to(memory_format=torch.channels_last)
+        w.grad = torch.randn(shape, generator=generator, device="cpu").to(device)
+        twin = w.detach().clone()
+        twin.grad = w.grad
+        weights.append(w)
+        twins.append(twin)
+    optimizer = AGD(twins, fused=False)
+    scales = [math.sqrt(w.shape[0] / w.shape[1] / math.prod(w.shape[2:])) for w in weights]
+    plan = Plan.of(weights, scales, len(weights), [0] * len(weights))
+    if plan is None:
+        return False
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(2):
+        G, eta = plan.step([w.grad for w in weights], [1.0], skipped)
+        optimizer.step()
+    pairs = [(G, optimizer.G), (eta, optimizer.eta), *zip(weights, twins)]
+    worst = torch.stack([((a - b).norm() / b.norm()).double() for a, b in pairs]).max()
+    return worst.item() < 1e-5 and skipped.item() == 0
 
 
 @functools.cache
