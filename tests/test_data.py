@@ -490,8 +490,10 @@ def encoded(kind):
         "full": {"subsampling": 0}, "restarting": {"restart_marker_blocks": 2},
         "as RGB": {"subsampling": 0, "keep_rgb": True}, "transparent": {"transparency": 3},
     }.get(variant, {})  # fmt: skip
-    if variant in ("L", "CMYK", "1", "LA", "RGBA", "P"):
+    if variant in ("L", "1", "LA", "P"):
         image = image.convert(variant)
+    if variant == "CMYK":
+        image = Image.merge("CMYK", [*image.split(), image.convert("L")])
     if variant == "transparent":
         image = image.quantize(16)
     if variant == "16 bits":
