@@ -16,7 +16,7 @@ from PIL import Image
 import data.prepare
 from data import DATASETS, DataError, load
 from data.arrays import ArrayBatches, load_arrays
-from data.folders import centre_crop, random_crop_and_flip
+from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
 from data.prepare import MNIST_MD5, prepare
 
 CPU = torch.device("cpu")
@@ -337,16 +337,14 @@ def test_folders_are_normalised_and_augmented_as_documented(folder):
     assert train.train and not test.train
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     first = next(iter(found.test))[0][0]
-    image = Image.open(test.samples[0][0]).convert("RGB")
-    expected = (np.asarray(centre_crop(image, 32)) / 255 - mean) / std
+    expected = (centre_crop(decode(test.samples[0][0]), 32).numpy() / 255 - mean) / std
     assert first.numpy() == pytest.approx(expected.transpose(2, 0, 1), abs=1e-5)
     # half of the training images are mirrored: brighter on the left or on the right
-    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)[None, :, None].expand(64, 64, 3)
     sides = [
-        np.asarray(random_crop_and_flip(ramp, 32, np.random.default_rng(i)), dtype=float)
-        for i in range(200)
+        random_crop_and_flip(ramp, 32, np.random.default_rng(i)).double() for i in range(200)
     ]
-    mirrored = np.mean([x[:, 0].mean() > x[:, -1].mean() for x in sides])
+    mirrored = np.mean([(x[:, 0].mean() > x[:, -1].mean()).item() for x in sides])
     assert 0.35 < mirrored < 0.65
 
 
@@ -391,7 +389,7 @@ def test_a_folder_yields_every_image_once(folder, workers):
         labels = torch.cat([y for _, y in got])
         assert labels.bincount().tolist() == [count] * 3
         inputs = torch.cat([x for x, _ in got])
-        assert inputs.dtype == torch.float32
+        assert inputs.dtype == torch.float32 and all(x.is_contiguous() for x, _ in got)
         assert torch.equal(inputs.mean((2, 3)).argmax(1), labels)  # image and label belong together
 
 
@@ -416,22 +414,9 @@ def test_random_crop_draws_as_torchvisions(samples):
     root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
     image = Image.open(next(root.glob("*/*"))).convert("RGB")
     windows = []
-
-    class Spy:
-        size = image.size
-
-    def resized_crop(_, top, left, h, w, size):
+    for i in range(4000):
+        top, left, h, w = random_window(image.height, image.width, np.random.default_rng(i))
         windows.append((h * w, w / h, top, left))
-        return image
-
-    original = data.folders.T
-    data.folders.T = type("T", (), {"resized_crop": staticmethod(resized_crop),
-                                    "hflip": staticmethod(lambda x: x)})  # fmt: skip
-    try:
-        for i in range(4000):
-            random_crop_and_flip(Spy, 224, np.random.default_rng(i))
-    finally:
-        data.folders.T = original
     torch.manual_seed(0)
     theirs = []
     tensor = torch.empty(3, image.height, image.width)
@@ -445,18 +430,170 @@ def test_random_crop_draws_as_torchvisions(samples):
 
 
 def test_a_window_that_never_fits_falls_back_to_the_centre():
-    image = Image.fromarray(np.zeros((4, 400, 3), np.uint8))
-    out = random_crop_and_flip(image, 32, np.random.default_rng(0))
-    assert out.size == (32, 32)
+    assert random_window(4, 400, np.random.default_rng(0)) == (0, 197, 4, 5)
+    assert random_window(400, 4, np.random.default_rng(0)) == (197, 0, 5, 4)
+    out = random_crop_and_flip(torch.zeros(4, 400, 3).byte(), 32, np.random.default_rng(0))
+    assert out.shape == (32, 32, 3)
 
 
-def test_centre_crop_matches_torchvision(samples):
+def noise(height, width):
+    """A picture that shows every fault of a filter: black and white at random."""
+    return np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
+
+
+@pytest.mark.parametrize("size", [(70, 90), (500, 333), (333, 500), (48, 48), (9, 30), (1, 7)])
+def test_crops_are_those_of_pil_to_within_rounding(size):
+    """Windows, flips and the filter: PIL's bilinear one, which antialiases."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = noise(*size)
+    picture, pixels = Image.fromarray(image), torch.from_numpy(image)
+
+    def differ(ours, theirs):
+        assert tuple(ours.shape) == np.asarray(theirs).shape
+        difference = np.abs(ours.numpy().astype(int) - np.asarray(theirs))
+        assert difference.max() <= 2 and (difference > 1).mean() < 1e-3
+        assert difference.mean() < 0.25
+
+    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(42)])
+    differ(centre_crop(pixels, 42), theirs(picture))
+    for i in range(8):
+        rng = np.random.default_rng(i)
+        top, left, h, w = random_window(*size, rng)
+        window = picture.crop((left, top, left + w, top + h))
+        expected = window.resize((42, 42), Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        differ(random_crop_and_flip(pixels, 42, np.random.default_rng(i)), expected)
+    differ(resize(pixels, 31, 77), picture.resize((77, 31), Image.Resampling.BILINEAR))
+
+
+def test_images_of_the_sample_are_those_of_pil(samples):
     transforms = pytest.importorskip("torchvision.transforms")
     root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
     theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    for path in sorted(root.glob("*/*"))[:5]:
+    for path in sorted(root.glob("*/*"))[:20]:
         image = Image.open(path).convert("RGB")
-        assert np.array_equal(np.asarray(centre_crop(image, 224)), np.asarray(theirs(image)))
+        ours = decode(path)
+        assert np.array_equal(ours.numpy(), np.asarray(image))
+        difference = centre_crop(ours, 224).numpy().astype(int) - np.asarray(theirs(image))
+        assert np.abs(difference).max() <= 1
+
+
+def encoded(kind):
+    """The bytes of a small image file."""
+    y, x = np.mgrid[:60, :90]
+    pixels = np.stack([2 * x, 3 * y, x * y % 256], 2).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    kind, _, variant = kind.partition(" ")
+    options = {
+        "progressive": {"progressive": True}, "thin": {"subsampling": 2, "quality": 30},
+        "full": {"subsampling": 0}, "restarting": {"restart_marker_blocks": 2},
+        "as RGB": {"subsampling": 0, "keep_rgb": True}, "transparent": {"transparency": 3},
+    }.get(variant, {})  # fmt: skip
+    if variant in ("L", "1", "LA", "P"):
+        image = image.convert(variant)
+    if variant == "CMYK":
+        image = Image.merge("CMYK", [*image.split(), image.convert("L")])
+    if variant == "transparent":
+        image = image.quantize(16)
+    if variant == "16 bits":
+        image = Image.fromarray(pixels[..., 2].astype(np.uint16) * 257)
+    if variant == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    if variant == "alpha":
+        image.putalpha(Image.fromarray(pixels[..., 0]))
+    made = io.BytesIO()
+    if kind == "MPO":
+        options = {"save_all": True, "append_images": [image.rotate(180)]}
+    image.save(made, kind, **options)
+    return made.getvalue()
+
+
+JPEGS = ["", "progressive", "thin", "full", "restarting", "as RGB", "L", "turned"]
+OTHERS = ["JPEG CMYK", "PNG", "PNG P", "PNG transparent", "PNG alpha", "PNG 16 bits", "PNG 1",
+          "PNG LA", "GIF", "GIF transparent", "BMP", "WEBP", "WEBP alpha", "TIFF", "TIFF CMYK",
+          "PPM", "MPO"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [f"JPEG {k}".strip() for k in JPEGS] + OTHERS)
+def test_every_kind_of_image_is_decoded_as_pil_does(kind, tmp_path, monkeypatch):
+    path = tmp_path / "image.jpeg"  # the name says nothing
+    path.write_bytes(encoded(kind))
+    with Image.open(path) as file:
+        expected = np.asarray(file.convert("RGB"))
+    assert expected.std() > 20
+    with monkeypatch.context() as patch:
+        if kind not in OTHERS:  # these take the quicker way
+            patch.setattr(Image.Image, "convert", None)
+        found = decode(path)
+    assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), expected)
+    monkeypatch.delattr("torchvision.io.decode_jpeg")  # a later torchvision
+    assert np.array_equal(decode(path).numpy(), expected)
+
+
+def outcome(read, path):
+    try:
+        return np.asarray(read(path))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def by_pil(path):
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG restarting"])
+def test_a_cut_jpeg_is_bad_wherever_it_is_cut(kind, tmp_path):
+    path, whole = tmp_path / "image.jpg", encoded(kind)
+    for n in {*range(0, len(whole), 7), *range(len(whole) - 20, len(whole))}:
+        path.write_bytes(whole[:n])
+        found = outcome(decode, path)
+        assert np.array_equal(found, outcome(by_pil, path)), n
+        # Of grey images PIL forgives that the end is not marked.
+        assert isinstance(found, str) or (kind == "JPEG L" and n >= len(whole) - 2), n
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PIL, on EXIF data
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG turned"])
+def test_a_damaged_jpeg_is_what_pil_makes_of_it(kind, tmp_path):
+    """Bytes changed, left out or at the end: the same pixels, or the same error."""
+    path, whole = tmp_path / "image.jpg", encoded(kind)
+    rng = np.random.default_rng(0)
+    cases = [whole + b"and more", whole[:-400] + whole[-2:]]
+    for i in range(150):
+        content = bytearray(whole)
+        for at in rng.integers(0, 700 if i % 2 else len(whole), 3):
+            content[at] = rng.integers(0, 256)
+        cases.append(bytes(content))
+    seen = {str: 0, np.ndarray: 0}
+    for content in cases:
+        path.write_bytes(content)
+        found, expected = outcome(decode, path), outcome(by_pil, path)
+        assert np.array_equal(found, expected)
+        seen[type(found)] += 1
+    assert min(seen.values()) > 10
+
+
+def test_a_jpeg_that_claims_a_monstrous_size_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "image.jpg").write_bytes(encoded("JPEG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 90 // 2 - 1)  # PIL allows twice that
+    with pytest.raises(Image.DecompressionBombError):
+        decode(tmp_path / "image.jpg")
+
+
+def test_a_worker_fills_a_batch_in_shared_memory(folder, monkeypatch):
+    images = open_folder(folder).train.loader.dataset
+    items = [(0, 3), (0, 14), (0, 7)]
+    here, labels, bad = images.__getitems__(items)
+    monkeypatch.setattr(data.folders, "get_worker_info", lambda: "a worker")
+    there, _, _ = images.__getitems__(items)
+    assert there.is_shared() and not here.is_shared()
+    assert torch.equal(here, there) and here.shape == (3, 32, 32, 3)
+    assert (labels.tolist(), bad) == ([0, 2, 1], [])
+    assert torch.equal(here[1], images[0, 14][0])
+    assert images.__getitems__([])[0].shape == (0, 32, 32, 3)  # a rank without a share
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -469,7 +606,8 @@ def test_bad_images_stop_the_run_or_are_left_out(folder, workers):
     train = open_folder(folder, workers=workers, skip_bad_images=True).train
     for n in range(2):
         train.set_epoch(n)
-        assert sum(len(y) for _, y in train) == 13
+        images, labels = (torch.cat(parts) for parts in zip(*train))
+        assert len(labels) == 13 and torch.equal(images.mean((2, 3)).argmax(1), labels)
     assert {Path(p).name for p in train.bad_images} == {"1.jpg", "2.jpg"}
 
 
