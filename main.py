@@ -19,9 +19,10 @@ import flags
 from architecture import NETWORKS, build
 from data import DATASETS, DataError, default_data_dir, load
 from flags import name_and_settings
+from gradient import Gradient, OutOfMemory
 from optimizers import BASELINES, make_optimizer, optimizer_class
 from run import Run, RunError, environment
-from train import LOSSES, Gradient, OutOfMemory, evaluate, train_epoch
+from train import LOSSES, evaluate, train_epoch
 
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory)

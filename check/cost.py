@@ -9,8 +9,9 @@ import torch
 from architecture import build
 from check.common import Fault, duration, size
 from data.jobs import usable_cores
+from gradient import Gradient, OutOfMemory
 from optimizers import make_optimizer
-from train import LOSSES, Gradient, OutOfMemory
+from train import LOSSES
 
 TIMING = 2.0  # seconds of passes and steps
 
