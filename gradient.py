@@ -10,6 +10,10 @@ class OutOfMemory(RuntimeError):
     """A batch does not fit, and nothing can be done about it here; the message says what can."""
 
 
+class CompileError(RuntimeError):
+    """torch.compile cannot work here; the message says why."""
+
+
 class Gradient:
     """The gradient of the mean loss over a batch, in passes of at most `micro_bs` images a rank.
 
@@ -23,10 +27,18 @@ class Gradient:
     after all the passes, so that no rank waits for one that starts again. A later batch that does
     not fit raises OutOfMemory, and so does a single image. Batch-norm statistics are those of each
     pass, as they are of each rank.
+
+    `compiled` is what torch.compile made of `net`: it takes the passes of the first one's size, and
+    `net` itself the others, so that there is one compilation. `span("forward")` and
+    `span("backward")` are contexts around the two, for a profile.
     """
 
-    def __init__(self, net, loss_fn, world=None, micro_bs=None, sync_bn=False):
+    def __init__(
+        self, net, loss_fn, world=None, micro_bs=None, sync_bn=False, compiled=None,
+        span=nullcontext,
+    ):  # fmt: skip
         self.net, self.loss_fn, self.micro_bs = net, loss_fn, micro_bs
+        self.compiled, self.compiled_size, self.span = compiled, None, span
         self.world = world if world is not None and world.size > 1 else None
         self.sync_bn = sync_bn and self.world is not None
         self.trials = 2 if self.world is not None else 0
@@ -51,6 +63,7 @@ class Gradient:
                     done()
                     count.clamp_(min=1)  # no rank may have an image that can be read
                     done = None
+
         # What a pass changes beside the gradient, by dtype: one kernel for many small tensors.
         buffers = {}
         for x in self.net.buffers() if self.world is None or self.trials else ():
@@ -92,14 +105,7 @@ class Gradient:
                 last = i == len(parts) - 1 and not self.trials
                 together = self.world is None or last
                 with nullcontext() if together else self.net.no_sync():
-                    losses, outputs = self._forward(x, y)
-                    loss = losses.sum()
-                    if self.world is not None:
-                        counted()
-                        loss = loss * self.world.size  # of whose gradients the mean is taken
-                    (loss / count).backward()
-                found.append((losses.detach(), outputs.detach()))
-                del losses, outputs
+                    found.append(self._pass(x, y, count, counted))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -109,25 +115,58 @@ class Gradient:
                     f"--micro_bs {max(1, len(x) // 2)}"
                 ) from error
             return None
-        return tuple(torch.cat(column) for column in zip(*found))
+        return found[0] if len(found) == 1 else tuple(torch.cat(column) for column in zip(*found))
+
+    def once(self, inputs, labels):
+        """The same in a single pass of a single process, whether or not it fits: what a CUDA graph
+        can hold."""
+        return self._pass(inputs, labels, float(len(labels)))
+
+    def _pass(self, x, y, count, counted=None):
+        with self.span("forward"):
+            losses, outputs = self._forward(x, y)
+            loss = losses.sum()
+        if self.world is not None:
+            counted()
+            loss = loss * self.world.size  # of whose gradients the mean is taken
+        with self.span("backward"):
+            (loss / count).backward()
+        return losses.detach(), outputs.detach()
 
     def _forward(self, x, y):
         resting = self.norms if not len(y) else []  # no images, no statistics
         for norm in resting:
             norm.eval()
         try:
-            outputs = self.net(x)
+            outputs = self._outputs(x)
         finally:
             for norm in resting:
                 norm.train()
         return self.loss_fn(outputs, y), outputs
 
+    def _outputs(self, x):
+        self.compiled_size = self.compiled_size or len(x)
+        if self.compiled is None or len(x) != self.compiled_size:
+            return self.net(x)
+        try:
+            return self.compiled(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CompileError(
+                f"the network cannot be compiled here ({reason}); start again without --compile"
+            ) from error
+
     def _halve(self, size):
         if size <= 1:
             raise OutOfMemory("out of memory with a single image at a time")
-        self.micro_bs = math.ceil(size / 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.micro_bs, self.compiled_size = math.ceil(size / 2), None
+        free_memory()
+
+
+def free_memory():
+    """Give back what torch keeps of a GPU's memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)

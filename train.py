@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from gradient import Gradient, OutOfMemory, is_out_of_memory
+from gradient import Gradient, OutOfMemory, free_memory, is_out_of_memory
 
 
 def mse(outputs, labels):
@@ -27,6 +27,11 @@ def xent(outputs, labels):
 LOSSES = {"mse": mse, "xent": xent}
 
 
+def sums(losses, outputs, labels):
+    """(The sum of the losses, the number of outputs that are right), 0-dim tensors."""
+    return losses.detach().sum(), (outputs.argmax(1) == labels).sum()
+
+
 class Totals:
     """Sums and counts of an epoch, a column a step, on the device until `read`."""
 
@@ -36,8 +41,7 @@ class Totals:
     def add(self, losses, outputs, labels, **extras):
         """One batch: its losses (B,), outputs (B, C) and labels (B,); of `extras`, scalars that
         are the same on every rank, "eta" and "update", those that are not None."""
-        correct = (outputs.argmax(1) == labels).sum()
-        self.columns.append((losses.detach().sum(), correct, labels.shape[0]))
+        self.columns.append((*sums(losses, outputs, labels), labels.shape[0]))
         for key, value in extras.items():
             if value is not None:
                 self.extras[key].append(value)
@@ -84,16 +88,52 @@ def relative_update(before, after):
     return torch.stack(torch._foreach_div(torch._foreach_norm(before), sizes)).mean()
 
 
-def train_epoch(
-    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False
-):  # fmt: skip
-    """One epoch of `batches` (inputs, labels); returns its Totals. Reads nothing from the device,
-    but for the first two batches of several ranks, in which they agree on what fits.
+class Step:
+    """One step of training, from a batch to new weights. Reads nothing from the device, but for the
+    first two batches of several ranks, in which they agree on what fits.
 
     `gradient` is the Gradient of `net` and `loss_fn`; None makes one, of a single process and whole
-    batches. Over several ranks each has its share of every batch, none included.
+    batches. `log_updates` measures the relative update, at the price of a copy of the weights.
+    """
 
-    `log_updates` measures the relative update of each step, at the price of a copy of the weights.
+    def __init__(self, net, loss_fn, optimizer, gradient=None, log_updates=False):
+        self.net, self.optimizer = net, optimizer
+        self.gradient = gradient or Gradient(net, loss_fn)
+        self.span = self.gradient.span
+        self.weights = [p.detach() for p in net.parameters()]
+        self.before = [torch.empty_like(p) for p in self.weights] if log_updates else None
+        self.agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
+
+    def __call__(self, inputs, labels, share=None):
+        """One step with inputs (B, ...) and labels (B,); of several ranks, `share` is the largest
+        B. Returns (losses (B,), outputs (B, C), {"eta": ..., "update": ...}), the last two 0-dim
+        tensors, None where they are not measured."""
+        return self._update(*self.gradient(inputs, labels, share))
+
+    def once(self, inputs, labels):
+        """The same in a single pass, whether or not it fits: what a CUDA graph can hold."""
+        return self._update(*self.gradient.once(inputs, labels))
+
+    def _update(self, losses, outputs):
+        update = None
+        with self.span("optimiser"):
+            if self.before is not None:
+                torch._foreach_copy_(self.before, self.weights)
+            self.optimizer.step()
+            if self.before is not None:
+                update = relative_update(self.before, self.weights)
+            self.optimizer.zero_grad()
+        eta = self.optimizer.eta if self.agd else None
+        return losses, outputs, {"eta": eta, "update": update}
+
+
+def train_epoch(
+    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False, replay=None
+):
+    """One epoch of `batches` (inputs, labels); returns its Totals. Over several ranks each has its
+    share of every batch, none included. See Step for the rest of the arguments, and for what is
+    read from the device; `replay` is a Replay of such steps, which then takes them.
+
     An optimiser that trains other weights than it answers with (`train` and `eval`, as the
     schedule-free ones have) answers when this returns; batch-norm statistics stay those of the
     weights that it trained.
@@ -101,25 +141,30 @@ def train_epoch(
     net.train()
     if hasattr(optimizer, "train"):
         optimizer.train()
-    gradient = gradient or Gradient(net, loss_fn)
-    totals, update = Totals(), None
-    weights = [p.detach() for p in net.parameters()]
-    before = [torch.empty_like(p) for p in weights] if log_updates else []
-    agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
-    for i, (inputs, labels) in enumerate(batches):
-        losses, outputs = gradient(inputs, labels, largest_share(batches, i))
-        if log_updates:
-            torch._foreach_copy_(before, weights)
-        optimizer.step()
-        if log_updates:
-            update = relative_update(before, weights)
-        optimizer.zero_grad()
-        totals.add(losses, outputs, labels, eta=optimizer.eta if agd else None, update=update)
-        if on_step is not None:
-            on_step()
+    if replay is not None:
+        totals = replay.epoch(on_step)
+    else:
+        step, totals = Step(net, loss_fn, optimizer, gradient, log_updates), Totals()
+        for i, (inputs, labels) in enumerate(spanned(batches, step.span)):
+            losses, outputs, extras = step(inputs, labels, largest_share(batches, i))
+            with step.span("sums"):
+                totals.add(losses, outputs, labels, **extras)
+            if on_step is not None:
+                on_step()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     return totals
+
+
+def spanned(batches, span):
+    """`batches`, each made within span("data")."""
+    batches = iter(batches)
+    while True:
+        with span("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def largest_share(batches, i):
@@ -133,15 +178,24 @@ def largest_share(batches, i):
 @torch.inference_mode()
 def evaluate(net, batches, loss_fn, micro_bs=None):
     """The Totals of `batches`, each example once, with the network in evaluation mode; at most
-    `micro_bs` images at a time."""
+    `micro_bs` images at a time, and fewer where memory runs out."""
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
-        try:
-            outputs = torch.cat([net(x) for x in inputs.split(micro_bs or max(len(labels), 1))])
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory("out of memory in testing: a smaller --test_bs") from error
-            raise
+        outputs = None
+        while outputs is None:
+            size = min(micro_bs or len(labels), len(labels))
+            try:
+                parts = [net(x) for x in inputs.split(max(size, 1))]
+                outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size <= 1:
+                    raise OutOfMemory("out of memory in testing with a single image") from error
+                micro_bs = -(-size // 2)
+            if outputs is None:  # the error, and what it held, are gone by now
+                parts = None
+                free_memory()
         totals.add(loss_fn(outputs, labels), outputs, labels)
     return totals
