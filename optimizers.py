@@ -22,6 +22,20 @@ def make_optimizer(args, net, draw=True):
     return optimizer_class(args.optimizer)(net.parameters(), **rate)
 
 
+def set_capturable(optimizer, yes, device):
+    """Have a baseline count its steps where a CUDA graph can, or where any device can: after a
+    state was loaded, which may be of the other kind."""
+    for group in optimizer.param_groups:
+        if "capturable" not in group:
+            continue
+        group["capturable"] = yes
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, on purpose
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "step" in state:
+                state["step"] = state["step"].to(device if yes else "cpu")
+
+
 def optimizer_class(dotted):
     """The optimiser that package.Class names; ValueError, with what is wrong, where it is none."""
     module, _, name = dotted.rpartition(".")

@@ -24,7 +24,7 @@ class Replay:
     """The steps of an epoch of array batches, by the graphs of one `step` for each size of batch.
 
     Every step is the next one of the training: the first `eager` of a size run as they are, and
-    recording one does not run it. Nothing is read from the device.
+    the first `after` of all; recording one does not run it. Nothing is read from the device.
 
     Where a step cannot be recorded, `failure` says why and all steps run as they are; or, if
     `required`, RecordingError does. So they do, without a failure, once memory has run out and
@@ -34,8 +34,9 @@ class Replay:
     makes it a CUDA graph of the current stream, which must not be the default one.
     """
 
-    def __init__(self, step, batches, required=False, eager=EAGER, record=None):
-        self.step, self.batches, self.required, self.eager = step, batches, required, eager
+    def __init__(self, step, batches, required=False, eager=EAGER, after=0, record=None):
+        self.step, self.batches, self.required = step, batches, required
+        self.eager, self.after = eager, after
         self.record = record or cuda_recorder()
         device, examples, size = batches.device, batches.examples, batches.batch_size
         self.sizes = [min(size, examples - i) for i in range(0, examples, size)]
@@ -67,8 +68,9 @@ class Replay:
         return self._totals()
 
     def _ready(self, size):
-        whole = self.step.gradient.micro_bs is None and self.failure is None
-        return whole and size not in self.graphs and self.seen[size] >= self.eager
+        if size in self.graphs or self.failure or self.step.gradient.micro_bs is not None:
+            return False
+        return self.seen[size] >= self.eager and self.seen.total() >= self.after
 
     def _record(self, size):
         try:
