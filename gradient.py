@@ -151,7 +151,8 @@ class Gradient:
         try:
             return self.compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            lines = [x for x in str(error).splitlines() if x.strip() and not x.endswith("raised:")]
+            reason = lines[0] if lines else type(error).__name__
             raise CompileError(
                 f"the network cannot be compiled here ({reason}); start again without --compile"
             ) from error

@@ -307,6 +307,7 @@ def train(args, world):
                 run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
                 progress.epoch(row)
                 if profile and epoch == done + 1:
+                    profile.write()
                     progress.profile(profile)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())
@@ -343,6 +344,7 @@ def make_profile(args, name, world, steps):
     """The Profile that --profile asks for, or None."""
     if not args.profile:
         return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of devices it cannot find
     from profiling import Profile  # what a run does not need
 
     return Profile(os.path.join(args.out, "profiles"), name, world.device, steps)

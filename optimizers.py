@@ -7,6 +7,12 @@ import torch
 import flags
 from agd import AGD, init_weights
 
+# The first call of some methods that AGD inherits imports torch's compiler, only to say that they
+# are not to be compiled: more than a second of every start. They run as they are instead.
+for method in vars(torch.optim.Optimizer).values():
+    if hasattr(method, "__wrapped__"):
+        method.__wrapped__.__dynamo_disable = method.__wrapped__
+
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 

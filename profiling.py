@@ -15,8 +15,8 @@ class Profile:
     """A record of some steps of an epoch, and of the evaluation after it.
 
     `steps` is the number of steps of an epoch; where there are fewer than FIRST + STEPS, the record
-    has the last of them. Times on a GPU are those between events on the device. Writes the traces
-    `paths`, for chrome://tracing or ui.perfetto.dev.
+    has the last of them. Times on a GPU are those between events on the device. `paths` are the
+    traces, for chrome://tracing or ui.perfetto.dev.
     """
 
     def __init__(self, folder, name, device, steps):
@@ -25,7 +25,7 @@ class Profile:
         self.device, self.steps, self.count = device, steps, 0
         self.last = min(FIRST + STEPS, steps)
         self.first = max(0, self.last - STEPS)
-        self.profiler, self.spans = None, []
+        self.profiler, self.profilers, self.spans = None, [], []
 
     def span(self, name):
         """A context whose time is that of the part `name`."""
@@ -43,7 +43,7 @@ class Profile:
         if self.count == self.first:
             self._start()
         elif self.count == self.last:
-            self._stop("step", self.paths[0])
+            self._stop("step")
         self.count += 1
 
     @contextmanager
@@ -51,7 +51,13 @@ class Profile:
         """Around the evaluation."""
         self._start()
         yield
-        self._stop("evaluation", self.paths[1])
+        self._stop("evaluation")
+
+    def write(self):
+        """Write the traces, which takes longer than what they show."""
+        for profiler, path in zip(self.profilers, self.paths):
+            profiler.export_chrome_trace(str(path))
+        self.profilers = []
 
     def shares(self):
         """(Part, share of an epoch's time, its time a step or an epoch) in words, a row each."""
@@ -77,12 +83,12 @@ class Profile:
         self.profiler.start()
         self.began = self._now()
 
-    def _stop(self, name, path):
+    def _stop(self, name):
         self.spans.append((name, self.began, self._now()))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.profiler.stop()
-        self.profiler.export_chrome_trace(str(path))
+        self.profilers.append(self.profiler)
         self.profiler = None
 
     def _now(self):
