@@ -607,7 +607,7 @@ def test_compilation_happens_once_and_leaves_the_names(tmp_path, monkeypatch):
 
 def test_channels_last_weights_are_saved_and_go_on_in_either_layout(tmp_path):
     flags = ["--dataset", "digits", "--train_examples", 24, "--test_examples", 8, "--arch", "vgg",
-             "--train_bs", 8, "--out", tmp_path]  # fmt: skip
+             "--train_bs", 8, "--gain", 0.001, "--out", tmp_path]  # fmt: skip
     assert call(*flags, "--epochs", 1, "--channels_last", "on") == 0
     (name,) = [path.stem for path in (tmp_path / "logs").iterdir()]
     last = weights(tmp_path, name)
