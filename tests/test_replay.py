@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -13,19 +15,23 @@ SIZES = [128] * 11 + [29]  # of the batches of the digits
 
 
 class Graph:
-    """A CUDA graph's stand-in: what is recorded runs when it is replayed, and not before."""
+    """A CUDA graph's stand-in: what is recorded runs when it is replayed, and not before; a replay
+    leaves an optimiser the tensors that it has. From the recording `fails` on there is an error."""
 
-    def __init__(self):
-        self.recorded, self.replayed, self.error = 0, 0, None
+    def __init__(self, fails=math.inf):
+        self.recorded, self.replayed, self.fails = 0, 0, fails
+        self.optimizer = None
 
     def record(self, work):
-        if self.error is not None:
-            raise RuntimeError(self.error)
         self.recorded += 1
+        if self.recorded >= self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         def replay():
             self.replayed += 1
+            before = dict(vars(self.optimizer))
             work()
+            vars(self.optimizer).update(before)
 
         return replay
 
@@ -50,6 +56,8 @@ def run(data, net, optimizer, epochs, graph=None, log_updates=False, **options):
     """The figures of the epochs, by graphs or without."""
     gradient = Gradient(net, mse)
     step = Step(net, mse, optimizer, gradient, log_updates)
+    if graph:
+        graph.optimizer = optimizer
     replay = graph and Replay(step, data.train, record=graph.record, **options)
     found = []
     for epoch in epochs:
@@ -108,16 +116,38 @@ def test_a_run_goes_on_from_a_state_with_graphs_of_its_own():
     assert first + second == expected and same_weights(whole[1], net)
 
 
-def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_are_required():
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_unless_graphs_are_required(fails):
     plain, other = start(), start()
-    graph = Graph()
-    graph.error = "operation not permitted when stream is capturing\nmore"
-    expected, _ = run(*plain, [1, 2])
-    found, replay = run(*other, [1, 2], graph)
+    graph = Graph(fails)
+    expected, _ = run(*plain, range(1, 6))
+    found, replay = run(*other, range(1, 6), graph)
     assert found == expected and same_weights(plain[1], other[1])
     assert replay.failure == "operation not permitted when stream is capturing"
+    assert graph.recorded == fails and not replay.graphs
     with pytest.raises(RecordingError, match="not permitted.*--cuda_graph auto"):
-        run(*start(), [1, 2], graph, required=True)
+        run(*start(), range(1, 6), Graph(fails), required=True)
+
+
+def test_memory_that_runs_out_in_a_recording_leaves_the_batch_whole():
+    data, net, optimizer = start()
+
+    def record(work):
+        forward = net.forward
+
+        def none(x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        net.forward = none
+        try:
+            work()
+        finally:
+            net.forward = forward
+
+    replay = Replay(Step(net, mse, optimizer), data.train, record=record)
+    totals = replay.epoch()
+    assert replay.failure == "CUDA out of memory" and replay.step.gradient.micro_bs is None
+    assert totals.read()["examples"] == 1437
 
 
 def test_memory_that_runs_out_before_the_recording_halves_the_batch():
@@ -137,8 +167,9 @@ def test_memory_that_runs_out_before_the_recording_halves_the_batch():
 
 def test_replays_read_nothing_back():
     data, net, optimizer = start()
-    step = Step(net, mse, optimizer)
-    replay = Replay(step, data.train, record=Graph().record, eager=1)
+    graph = Graph()
+    graph.optimizer = optimizer
+    replay = Replay(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
     for epoch in (1, 2):
         data.train.set_epoch(epoch)
         with Reads() as reads:
@@ -149,7 +180,9 @@ def test_replays_read_nothing_back():
 def test_a_graph_writes_to_the_same_places_whatever_the_epoch():
     """What is not made anew in a step keeps its memory: a graph knows nothing else."""
     data, net, optimizer = start()
-    replay = Replay(Step(net, mse, optimizer), data.train, record=Graph().record, eager=1)
+    graph = Graph()
+    graph.optimizer = optimizer
+    replay = Replay(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
     places = set()
     for epoch in (1, 2, 3):
         data.train.set_epoch(epoch)
