@@ -662,3 +662,21 @@ def test_where_a_graph_is_possible(flags, words):
     device = [] if "--cpu" in flags else ["--device", "cuda"]
     found = program.flags.no_graph(program.parse([*device, *flags], check=False))
     assert found is None if words is None else words in found
+
+
+def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
+    """Adam counts its steps on the device in a graph, and refuses to do so on a CPU."""
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight])
+    optimizer.step()
+    program.set_capturable(optimizer, True, "meta")
+    assert optimizer.param_groups[0]["capturable"]
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    optimizer.state[weight]["step"] = torch.ones(())
+    with pytest.raises(AssertionError):
+        optimizer.step()
+    program.set_capturable(optimizer, False, "meta")
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    program.set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing
