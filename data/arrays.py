@@ -93,7 +93,7 @@ class ArrayBatches:
         return images
 
     def _pixels(self, places, mirror):
-        return self.images.take(self.pixels[mirror] + places[:, None, None, None])
+        return self.images.view(-1)[self.pixels[mirror] + places[:, None, None, None]]
 
     def _draws(self):
         """What makes this epoch's images, in its order: (3, N) int64 on the device, the place in
@@ -102,9 +102,9 @@ class ArrayBatches:
         image, _, row, _ = self.images.stride()
         places = order * image + top[order] * row + left[order]
         draws = torch.from_numpy(np.stack([places, mirror[order], self.labels[order]]))
-        if self.device.type == "cuda":  # copied without a wait
-            draws = draws.pin_memory()
-        return draws.to(self.device, non_blocking=True)
+        if self.device.type == "cuda":  # copied without a wait; torch keeps the source until then
+            return draws.pin_memory().to(self.device, non_blocking=True)
+        return draws.to(self.device)
 
     def _draw(self):
         """This epoch's order of all N images, and crop offsets and flip of each, by its index."""
