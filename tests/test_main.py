@@ -644,6 +644,18 @@ def test_a_profile_shows_where_the_time_goes(bs, recorded, tmp_path, capsys):
     assert comparable(rows(tmp_path, name)[1:]) == comparable(rows(tmp_path / "plain", name)[1:])
 
 
+def test_graphs_begin_after_the_steps_of_a_profile(tmp_path, monkeypatch, capsys):
+    replayed = []
+    monkeypatch.setattr("flags.no_graph", lambda args: None)
+    monkeypatch.setattr(
+        "replay.cuda_recorder", lambda: lambda work: lambda: (replayed.append(1), work())
+    )
+    flags = [*QUICK, "--train_bs", 14, "--epochs", 1, "--profile", "--out", tmp_path]
+    assert call(*flags) == 0
+    assert len(replayed) == 103 - 40 - 1  # the ragged batch waits for its fourth
+    assert "one kernel at a time, without a CUDA graph" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("device, flags, expected", [
     ("cpu", [], 1000), ("cpu", ["--arch", "vgg"], 64), ("cuda", [], 10_000),
     ("cuda:1", ["--dataset", "folder:x", "--train_bs", 256], 1024), ("cuda", ["--test_bs", 7], 7),
