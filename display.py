@@ -7,9 +7,13 @@ from tqdm import tqdm
 
 def table(title, rows):
     """Two columns, the first as wide as it has to be."""
+    print(columns(title, rows) + "\n", flush=True)
+
+
+def columns(title, rows):
     width = max(len(str(row[0])) for row in [title, *rows])
     lines = [f"{row[0]!s:<{width}}  {row[1]}" for row in [title, ("-" * width, "-" * 20), *rows]]
-    print("\n".join(line.rstrip() for line in lines) + "\n", flush=True)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Progress:
@@ -49,6 +53,12 @@ class Progress:
         """A line of its own, above the bar where there is one."""
         if not self.quiet:
             self.bar.write(text, file=sys.stdout) if self.terminal else print(text, flush=True)
+
+    def profile(self, profile):
+        """Where the time of a Profile goes, and the traces that show more."""
+        rows = [(part, f"{share}  {time}") for part, share, time in profile.shares()]
+        traces = [f"Trace    {path}" for path in profile.paths]
+        self.note("\n".join(["", columns(("Part", "Share of an epoch"), rows), "", *traces, ""]))
 
     def close(self):
         self.bar.close()

@@ -66,12 +66,15 @@ def number(kind, least):
     return check
 
 
+MODES = ("auto", "on", "off")
+
+
 def all_or(kind):
     """An argument type: the word all, or what `kind` takes."""
     return lambda value: value if value == "all" else kind(value)
 
 
-def parser(networks, datasets, losses, optimizers, data_dir):
+def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     """The command line, given the names to choose from and the default data directory."""
 
     def optimizer(value):
@@ -100,7 +103,8 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
     add("--train_bs", type=number(int, 1), default=128,
         help="images a step, on all devices together (default: 128)")
-    add("--test_bs", type=number(int, 1), default=128, help="in testing (default: 128)")
+    add("--test_bs", type=number(int, 1), metavar="N", help="in testing (default: as many as pay "
+        "on the device, halved where memory runs out)")
     add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
         "time, added up to a step (default: all, halved where memory runs out)")
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
@@ -110,6 +114,17 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     add("--lr", type=number(float, 0), help="a baseline's learning rate (default: adam 0.001, "
         "sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
+    add("--precision", type=one_of(precisions), default="fp32", metavar="P",
+        help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "
+        "and optimiser stay float32) (default: fp32)")
+    add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
+    modes = {"type": one_of(MODES), "default": "auto", "metavar": "MODE"}
+    add("--cuda_graph", **modes, help="a step as one CUDA graph: auto (where it is possible: one "
+        "GPU, arrays, whole batches, agd or a baseline), on, off (default: auto)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--channels_last", **modes, help="layout of convolutions' weights: auto (on GPUs unless "
+        "fp32, whose kernels are slower so), on, off (default: auto)")
+    add("--profile", action="store_true", help="a table and traces of where the time goes")
     add = p.add_argument_group("where").add_argument
     add("--data_dir", default=data_dir,
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
@@ -132,6 +147,33 @@ def parser(networks, datasets, losses, optimizers, data_dir):
     return p
 
 
+def is_folder(args):
+    return args.dataset == "imagenet" or args.dataset.startswith("folder:")
+
+
+def test_batch(args):
+    """Images at a time in testing that are about as fast as any number, as measured: on a CPU the
+    activations stay in its caches; on a GPU a batch keeps all of it at work."""
+    if not args.device.startswith("cuda"):
+        return 1000 if args.arch == "fcn" else 64
+    return 4 * args.train_bs if is_folder(args) else 10_000
+
+
+def no_graph(args):
+    """Why a step cannot be a CUDA graph, in words, or None."""
+    if not args.device.startswith("cuda"):
+        return "it takes a CUDA device"
+    if args.distribute:
+        return "it takes a single process"
+    if is_folder(args):
+        return "it takes a data set of arrays"
+    if args.micro_bs is not None:
+        return "it takes whole batches, without --micro_bs"
+    if "." in args.optimizer:
+        return f"{args.optimizer} may read from the device"
+    return None
+
+
 def name_and_settings(args):
     """The run's name, and the settings that shape its result: runs that agree in them have the same
     weights after the same epoch, up to rounding, and, where there is batch norm without --sync_bn,
@@ -142,6 +184,8 @@ def name_and_settings(args):
     settings = {key: getattr(args, key) for key in keys}
     if args.sync_bn:
         settings["sync_bn"] = True
+    if args.precision != "fp32":
+        settings["precision"] = args.precision
     dataset = args.dataset
     if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
@@ -162,6 +206,7 @@ def name_and_settings(args):
         f"seed{args.seed}",
         "skip" if args.skip_bad_images else None,
         "syncbn" if args.sync_bn else None,
+        None if args.precision == "fp32" else args.precision,
         {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
         "updates" if args.log_updates else None,
     )

@@ -8,7 +8,9 @@ if __name__ == "__main__":  # no traceback of half an import, until main() takes
 
 import math
 import os
+import threading
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 
 import torch
@@ -17,20 +19,25 @@ import display
 import distributed
 import flags
 from architecture import NETWORKS, build
+from arithmetic import PRECISIONS, lacks_tf32, set_channels_last, set_precision
 from data import DATASETS, DataError, default_data_dir, load
 from flags import name_and_settings
-from optimizers import BASELINES, make_optimizer, optimizer_class
+from gradient import CompileError, Gradient, OutOfMemory
+from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
+from replay import RecordingError, Replay
 from run import Run, RunError, environment
-from train import LOSSES, Gradient, OutOfMemory, evaluate, train_epoch
+from train import LOSSES, Step, evaluate, train_epoch
 
 # Errors whose message says all that is to be known.
-EXPECTED = (DataError, RunError, OutOfMemory)
+EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError)
+SEEDING = threading.Lock()  # the global generator is that of all the threads
 
 
 def parse(argv=None, check=True):
     """The settings, complete and consistent; without `check`, whether or not the device and the
     optimiser's package are there."""
-    p = flags.parser(NETWORKS, DATASETS, LOSSES, ["agd", *BASELINES], default_data_dir())
+    optimizers = ["agd", *BASELINES]
+    p = flags.parser(NETWORKS, DATASETS, LOSSES, optimizers, PRECISIONS, default_data_dir())
     args = p.parse_args(argv)
     if args.cpu:
         if args.device not in (None, "cpu"):
@@ -55,7 +62,7 @@ def parse(argv=None, check=True):
             optimizer_class(args.optimizer)
         except ValueError as error:
             p.error(str(error))
-    folder = args.dataset == "imagenet" or args.dataset.startswith("folder:")
+    folder = flags.is_folder(args)
     for part in ("train", "test"):
         if folder and getattr(args, f"{part}_examples") is not None:
             p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
@@ -67,6 +74,12 @@ def parse(argv=None, check=True):
         args.image_size = args.image_size or 224
     elif args.image_size is not None:
         p.error(f"--image_size is for imagenet and folder:PATH, not {args.dataset}")
+    if args.test_bs is None:
+        args.test_bs = flags.test_batch(args)
+    if check and args.cuda_graph == "on" and flags.no_graph(args):
+        p.error(f"--cuda_graph on: {flags.no_graph(args)}")
+    if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
+        p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
     return args
 
 
@@ -128,7 +141,8 @@ def main(argv=None):
     except (distributed.LaunchError, KeyboardInterrupt) as error:
         return say("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
     try:
-        code = train(args, world)
+        with stream_of_its_own(world):
+            code = train(args, world)
     except (Exception, KeyboardInterrupt) as error:
         reason, trace = world.failed(error, EXPECTED)
         if trace and world.size == 1:
@@ -153,6 +167,14 @@ def say(reason, trace=None):
     return exit_code(reason)
 
 
+def stream_of_its_own(world):
+    """A context in which a single process works on a GPU in a stream of its own: where a graph can
+    be recorded, and where other threads of the process do not wait."""
+    if world.device.type != "cuda" or world.size > 1:
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(world.device))
+
+
 def train(args, world):
     """Data, network, optimiser, epochs; returns the exit code."""
     first = world.rank == 0  # the rank that prints and writes
@@ -169,14 +191,26 @@ def train(args, world):
     if first:
         world.agree()
 
-    torch.manual_seed(args.seed)
-    net = build(args.arch, data.shape, data.classes, args.depth, args.width).to(world.device)
+    with SEEDING:
+        torch.manual_seed(args.seed)
+        net = build(args.arch, data.shape, data.classes, args.depth, args.width)
+    net.to(world.device)
+    set_precision(net, args.precision, world.device)
+    channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     optimizer = make_optimizer(args, net)
+    no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
     facts = {
         "weights": sum(p.numel() for p in net.parameters()),
         "layers": len(list(net.parameters())),
         "train_examples": data.train.examples,
         "test_examples": data.test.examples,
+        "precision": args.precision,
+        "compile": args.compile,
+        "channels_last": channels_last,
+        "cuda_graph": no_graph is None,
+        **({} if no_graph is None else {"no_cuda_graph": no_graph}),
+        "test_bs": args.test_bs,
+        **({"fused": optimizer.fused} if hasattr(optimizer, "fused") else {}),
     }
     if first:
         layers = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
@@ -212,31 +246,58 @@ def train(args, world):
         done = checkpoint["epoch"]
         net.load_state_dict(checkpoint["net"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if first:
-            print(f"Going on after epoch {done} of {run.log_path}\n", flush=True)
+    set_capturable(optimizer, no_graph is None, world.device)
+    if checkpoint is not None and first:
+        print(f"Going on after epoch {done} of {run.log_path}\n", flush=True)
 
     model, loss_fn = world.wrap(net, args.sync_bn), LOSSES[args.loss]
     # What had to be lowered for want of memory stays so, unless the command says otherwise.
     lowered = rows[-1].get("micro_bs") if rows and rows[-1].get("lowered") else None
-    gradient = Gradient(model, loss_fn, world, args.micro_bs or lowered, args.sync_bn)
+    profile = make_profile(args, name, world, len(data.train)) if first else None
+    gradient = Gradient(
+        model, loss_fn, world, args.micro_bs or lowered, args.sync_bn,
+        torch.compile(model, dynamic=False) if args.compile else None,
+        profile.span if profile else nullcontext,
+    )  # fmt: skip
+    replay = None
+    if no_graph is None:
+        step = Step(model, loss_fn, optimizer, gradient, args.log_updates)
+        steps = profile.last if profile else 0  # which are profiled as they are
+        replay = Replay(step, data.train, args.cuda_graph == "on", after=steps)
     stopped, final, began = None, True, time.perf_counter()
     progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
+
+    def on_step():
+        progress.step()
+        if profile:
+            profile.step()
+
+    if profile and replay:
+        progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
     try:
         for epoch in range(done + 1, args.epochs + 1):
             start, micro_bs = time.perf_counter(), gradient.micro_bs
             data.train.set_epoch(epoch)
+            if profile and epoch == done + 1:
+                profile.step()
+            failure = replay and replay.failure
             trained = train_epoch(
-                model, data.train, loss_fn, optimizer, gradient, progress.step, args.log_updates
+                model, data.train, loss_fn, optimizer, gradient, on_step, args.log_updates, replay
             ).read(world.sum)
             complete(trained, data.train, world)
+            if replay and replay.failure != failure:
+                progress.note(f"No CUDA graph of a step: {replay.failure}")
             if gradient.micro_bs != micro_bs:
                 progress.note(f"Memory ran out: {gradient.micro_bs} images at a time from now on")
             training_seconds = time.perf_counter() - start
             world.share(net.buffers())  # batch-norm statistics: those of the first rank
-            tested = evaluate(net, data.test, loss_fn, gradient.micro_bs).read(world.sum)
+            with profile.evaluation() if profile and epoch == done + 1 else nullcontext():
+                tested = evaluate(net, data.test, loss_fn, gradient.micro_bs).read(world.sum)
             complete(tested, data.test, world)
             together(net, epoch, world)
             row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
+            if replay and replay.failure:
+                row["no_cuda_graph"] = replay.failure
             if gradient.micro_bs is not None:
                 row["micro_bs"] = gradient.micro_bs
                 row["lowered"] = gradient.micro_bs != args.micro_bs
@@ -245,6 +306,9 @@ def train(args, world):
                 steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
                 run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
                 progress.epoch(row)
+                if profile and epoch == done + 1:
+                    profile.write()
+                    progress.profile(profile)
                 if stopped is None:
                     run.save(epoch, net.state_dict(), optimizer.state_dict())
             rows.append(row)
@@ -274,6 +338,16 @@ def train(args, world):
     elif world.speaks:
         return say(stopped)
     return exit_code(stopped)
+
+
+def make_profile(args, name, world, steps):
+    """The Profile that --profile asks for, or None."""
+    if not args.profile:
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of devices it cannot find
+    from profiling import Profile  # what a run does not need
+
+    return Profile(os.path.join(args.out, "profiles"), name, world.device, steps)
 
 
 def bad_images(data):

@@ -7,6 +7,12 @@ import torch
 import flags
 from agd import AGD, init_weights
 
+# The first call of some methods that AGD inherits imports torch's compiler, only to say that they
+# are not to be compiled: more than a second of every start. They run as they are instead.
+for method in vars(torch.optim.Optimizer).values():
+    if hasattr(method, "__wrapped__"):
+        method.__wrapped__.__dynamo_disable = method.__wrapped__
+
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
@@ -20,6 +26,20 @@ def make_optimizer(args, net, draw=True):
         return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
     rate = {} if args.lr is None else {"lr": args.lr}
     return optimizer_class(args.optimizer)(net.parameters(), **rate)
+
+
+def set_capturable(optimizer, yes, device):
+    """Have a baseline count its steps where a CUDA graph can, or where any device can: after a
+    state was loaded, which may be of the other kind."""
+    for group in optimizer.param_groups:
+        if "capturable" not in group:
+            continue
+        group["capturable"] = yes
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, on purpose
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "step" in state:
+                state["step"] = state["step"].to(device if yes else "cpu")
 
 
 def optimizer_class(dotted):

@@ -1,10 +1,11 @@
-"""The losses, the gradient of a batch, one epoch of training, one evaluation, and their totals."""
+"""The losses, one epoch of training, one evaluation, and their totals."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+
+from gradient import Gradient, OutOfMemory, free_memory, is_out_of_memory
 
 
 def mse(outputs, labels):
@@ -26,6 +27,11 @@ def xent(outputs, labels):
 LOSSES = {"mse": mse, "xent": xent}
 
 
+def sums(losses, outputs, labels):
+    """(The sum of the losses, the number of outputs that are right), 0-dim tensors."""
+    return losses.detach().sum(), (outputs.argmax(1) == labels).sum()
+
+
 class Totals:
     """Sums and counts of an epoch, a column a step, on the device until `read`."""
 
@@ -35,8 +41,7 @@ class Totals:
     def add(self, losses, outputs, labels, **extras):
         """One batch: its losses (B,), outputs (B, C) and labels (B,); of `extras`, scalars that
         are the same on every rank, "eta" and "update", those that are not None."""
-        correct = (outputs.argmax(1) == labels).sum()
-        self.columns.append((losses.detach().sum(), correct, labels.shape[0]))
+        self.columns.append((*sums(losses, outputs, labels), labels.shape[0]))
         for key, value in extras.items():
             if value is not None:
                 self.extras[key].append(value)
@@ -73,139 +78,6 @@ class Totals:
         }
 
 
-class OutOfMemory(RuntimeError):
-    """A batch does not fit, and nothing can be done about it here; the message says what can."""
-
-
-class Gradient:
-    """The gradient of the mean loss over a batch, in passes of at most `micro_bs` images a rank.
-
-    `world` has the ranks' `size` and their `sum`, `sum_later` and `most`; with more than one, `net`
-    is a DistributedDataParallel, and the mean is that over the images of all the ranks, however
-    many each of them holds, none included. But for their number, nothing is sent before the last of
-    the passes.
-
-    Where a batch does not fit in memory, `micro_bs` is halved for good, and the same batch goes
-    through again; with several ranks in the first two batches only, in which the gradients are sent
-    after all the passes, so that no rank waits for one that starts again. A later batch that does
-    not fit raises OutOfMemory, and so does a single image. Batch-norm statistics are those of each
-    pass, as they are of each rank.
-    """
-
-    def __init__(self, net, loss_fn, world=None, micro_bs=None, sync_bn=False):
-        self.net, self.loss_fn, self.micro_bs = net, loss_fn, micro_bs
-        self.world = world if world is not None and world.size > 1 else None
-        self.sync_bn = sync_bn and self.world is not None
-        self.trials = 2 if self.world is not None else 0
-        self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
-        if self.sync_bn:
-            self.norms = []
-
-    def __call__(self, inputs, labels, share=None):
-        """Fill the weights' .grad, which has to be None, from inputs (B, ...) and labels (B,).
-
-        `share` is the largest B of any rank. Returns (losses (B,), outputs (B, C)), detached.
-        """
-        share = max(share or len(labels), 1)
-        count, counted = float(len(labels)), None
-        if self.world is not None:
-            count = torch.full((), count, device=labels.device)
-            done = self.world.sum_later(count)
-
-            def counted():
-                nonlocal done
-                if done is not None:
-                    done()
-                    count.clamp_(min=1)  # no rank may have an image that can be read
-                    done = None
-        # What a pass changes beside the gradient, by dtype: one kernel for many small tensors.
-        buffers = {}
-        for x in self.net.buffers() if self.world is None or self.trials else ():
-            buffers.setdefault(x.dtype, []).append(x)
-        before = {dtype: torch._foreach_mul(xs, 1) for dtype, xs in buffers.items()}
-        while True:
-            size = min(self.micro_bs or share, share)
-            passes = -(-share // size)
-            found = self._attempt(inputs, labels, passes, count, counted)
-            too_large = float(size) if found is None else 0.0
-            if self.trials:
-                # One that did not fit, on any rank, has all of them start again.
-                vote = torch.full((), too_large, device=labels.device)
-                self.world.most(vote)
-                too_large = vote.item()
-            if not too_large:
-                break
-            self._halve(too_large)
-            for p in self.net.parameters():
-                p.grad = None
-            for dtype, xs in buffers.items():
-                torch._foreach_copy_(xs, before[dtype])
-        if self.trials:
-            self.trials -= 1
-            for p in self.net.parameters():
-                if p.grad is not None:
-                    self.world.sum(p.grad)
-                    p.grad /= self.world.size
-        return found
-
-    def _attempt(self, inputs, labels, passes, count, counted):
-        """What a call returns, or None where it did not fit."""
-        parts = list(zip(inputs.tensor_split(passes), labels.tensor_split(passes)))
-        if not self.sync_bn:  # which needs as many passes on every rank
-            parts = [part for part in parts if len(part[1])] or parts[:1]
-        found = []
-        try:
-            for i, (x, y) in enumerate(parts):
-                last = i == len(parts) - 1 and not self.trials
-                together = self.world is None or last
-                with nullcontext() if together else self.net.no_sync():
-                    losses, outputs = self._forward(x, y)
-                    loss = losses.sum()
-                    if self.world is not None:
-                        counted()
-                        loss = loss * self.world.size  # of whose gradients the mean is taken
-                    (loss / count).backward()
-                found.append((losses.detach(), outputs.detach()))
-                del losses, outputs
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if self.world is not None and (self.sync_bn or not self.trials):
-                raise OutOfMemory(
-                    f"out of memory with {len(x)} images at a time on a rank; start again with "
-                    f"--micro_bs {max(1, len(x) // 2)}"
-                ) from error
-            return None
-        return tuple(torch.cat(column) for column in zip(*found))
-
-    def _forward(self, x, y):
-        resting = self.norms if not len(y) else []  # no images, no statistics
-        for norm in resting:
-            norm.eval()
-        try:
-            outputs = self.net(x)
-        finally:
-            for norm in resting:
-                norm.train()
-        return self.loss_fn(outputs, y), outputs
-
-    def _halve(self, size):
-        if size <= 1:
-            raise OutOfMemory("out of memory with a single image at a time")
-        self.micro_bs = math.ceil(size / 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-
-
-def is_out_of_memory(error):
-    """Whether a RuntimeError of torch says that a device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in NO_MEMORY)
-
-
 def relative_update(before, after):
     """The mean over layers of |dW|_F / |W|_F, a 0-dim tensor; W is `before`, which is overwritten.
 
@@ -216,16 +88,52 @@ def relative_update(before, after):
     return torch.stack(torch._foreach_div(torch._foreach_norm(before), sizes)).mean()
 
 
-def train_epoch(
-    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False
-):  # fmt: skip
-    """One epoch of `batches` (inputs, labels); returns its Totals. Reads nothing from the device,
-    but for the first two batches of several ranks, in which they agree on what fits.
+class Step:
+    """One step of training, from a batch to new weights. Reads nothing from the device, but for the
+    first two batches of several ranks, in which they agree on what fits.
 
     `gradient` is the Gradient of `net` and `loss_fn`; None makes one, of a single process and whole
-    batches. Over several ranks each has its share of every batch, none included.
+    batches. `log_updates` measures the relative update, at the price of a copy of the weights.
+    """
 
-    `log_updates` measures the relative update of each step, at the price of a copy of the weights.
+    def __init__(self, net, loss_fn, optimizer, gradient=None, log_updates=False):
+        self.net, self.optimizer = net, optimizer
+        self.gradient = gradient or Gradient(net, loss_fn)
+        self.span = self.gradient.span
+        self.weights = [p.detach() for p in net.parameters()]
+        self.before = [torch.empty_like(p) for p in self.weights] if log_updates else None
+        self.agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
+
+    def __call__(self, inputs, labels, share=None):
+        """One step with inputs (B, ...) and labels (B,); of several ranks, `share` is the largest
+        B. Returns (losses (B,), outputs (B, C), {"eta": ..., "update": ...}), the last two 0-dim
+        tensors, None where they are not measured."""
+        return self._update(*self.gradient(inputs, labels, share))
+
+    def once(self, inputs, labels):
+        """The same in a single pass, whether or not it fits: what a CUDA graph can hold."""
+        return self._update(*self.gradient.once(inputs, labels))
+
+    def _update(self, losses, outputs):
+        update = None
+        with self.span("optimiser"):
+            if self.before is not None:
+                torch._foreach_copy_(self.before, self.weights)
+            self.optimizer.step()
+            if self.before is not None:
+                update = relative_update(self.before, self.weights)
+            self.optimizer.zero_grad()
+        eta = self.optimizer.eta if self.agd else None
+        return losses, outputs, {"eta": eta, "update": update}
+
+
+def train_epoch(
+    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False, replay=None
+):
+    """One epoch of `batches` (inputs, labels); returns its Totals. Over several ranks each has its
+    share of every batch, none included. See Step for the rest of the arguments, and for what is
+    read from the device; `replay` is a Replay of such steps, which then takes them.
+
     An optimiser that trains other weights than it answers with (`train` and `eval`, as the
     schedule-free ones have) answers when this returns; batch-norm statistics stay those of the
     weights that it trained.
@@ -233,25 +141,30 @@ def train_epoch(
     net.train()
     if hasattr(optimizer, "train"):
         optimizer.train()
-    gradient = gradient or Gradient(net, loss_fn)
-    totals, update = Totals(), None
-    weights = [p.detach() for p in net.parameters()]
-    before = [torch.empty_like(p) for p in weights] if log_updates else []
-    agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
-    for i, (inputs, labels) in enumerate(batches):
-        losses, outputs = gradient(inputs, labels, largest_share(batches, i))
-        if log_updates:
-            torch._foreach_copy_(before, weights)
-        optimizer.step()
-        if log_updates:
-            update = relative_update(before, weights)
-        optimizer.zero_grad()
-        totals.add(losses, outputs, labels, eta=optimizer.eta if agd else None, update=update)
-        if on_step is not None:
-            on_step()
+    if replay is not None:
+        totals = replay.epoch(on_step)
+    else:
+        step, totals = Step(net, loss_fn, optimizer, gradient, log_updates), Totals()
+        for i, (inputs, labels) in enumerate(spanned(batches, step.span)):
+            losses, outputs, extras = step(inputs, labels, largest_share(batches, i))
+            with step.span("sums"):
+                totals.add(losses, outputs, labels, **extras)
+            if on_step is not None:
+                on_step()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     return totals
+
+
+def spanned(batches, span):
+    """`batches`, each made within span("data")."""
+    batches = iter(batches)
+    while True:
+        with span("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def largest_share(batches, i):
@@ -265,15 +178,24 @@ def largest_share(batches, i):
 @torch.inference_mode()
 def evaluate(net, batches, loss_fn, micro_bs=None):
     """The Totals of `batches`, each example once, with the network in evaluation mode; at most
-    `micro_bs` images at a time."""
+    `micro_bs` images at a time, and fewer where memory runs out."""
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
-        try:
-            outputs = torch.cat([net(x) for x in inputs.split(micro_bs or max(len(labels), 1))])
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory("out of memory in testing: a smaller --test_bs") from error
-            raise
+        outputs = None
+        while outputs is None:
+            size = min(micro_bs or len(labels), len(labels))
+            try:
+                parts = [net(x) for x in inputs.split(max(size, 1))]
+                outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size <= 1:
+                    raise OutOfMemory("out of memory in testing with a single image") from error
+                micro_bs = -(-size // 2)
+            if outputs is None:  # the error, and what it held, are gone by now
+                parts = None
+                free_memory()
         totals.add(loss_fn(outputs, labels), outputs, labels)
     return totals

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from architecture import build
+from arithmetic import set_channels_last, set_precision
 from check.common import Fault, duration, size
 from data.jobs import usable_cores
+from gradient import Gradient, OutOfMemory
 from optimizers import make_optimizer
-from train import LOSSES, Gradient, OutOfMemory
+from train import LOSSES
 
 TIMING = 2.0  # seconds of passes and steps
 
@@ -128,6 +130,8 @@ def seconds_an_epoch(args, world, facts):
     """Passes and steps on the device, timed, and what they make of an epoch."""
     device, share = world.device, -(-args.train_bs // world.size)
     net = build(args.arch, facts.shape, facts.classes, args.depth, args.width).to(device)
+    set_precision(net, args.precision, device)
+    set_channels_last(net, args.channels_last, args.precision, device)
     optimizer = make_optimizer(args, net.train(), draw=False)
     gradient = Gradient(net, LOSSES[args.loss])
     images, end, times = min(2, share), time.perf_counter() + TIMING, []

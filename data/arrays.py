@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from data.common import DataError
 
-GATHER = 1024  # images that are gathered at a time, in batches of which there are enough
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -35,15 +34,26 @@ class ArrayBatches:
     ):  # fmt: skip
         self.images = F.pad(torch.from_numpy(images).permute(0, 3, 1, 2), [pad] * 4).to(device)
         self.images = self.images.contiguous()
-        self.labels = torch.from_numpy(labels).to(device)
+        self.labels = labels
         # Normalised as (x/255 - mean) / std, in two passes over the batch.
         mean, std = torch.tensor(np.array([mean, std]), dtype=torch.float64).view(2, -1, 1, 1)
         self.shift = (mean * 255).to(device=device, dtype=torch.float32)
         self.scale = (1 / (std * 255)).to(device=device, dtype=torch.float32)
-        self.side = images.shape[1:3]
         self.examples, self.batch_size, self.device = len(images), batch_size, device
         self.shuffle, self.pad, self.flip = shuffle, pad, flip
         self.seed, self.rank, self.size, self.epoch = seed, rank, size, 0
+        # The places of a crop's pixels in memory, from its first one on, as they are and mirrored,
+        # (2, C, H, W); and every possible crop by the place of its first pixel, a view.
+        height, width = images.shape[1:3]
+        pixels = torch.arange(self.images[0].numel()).view(self.images.shape[1:])
+        pixels = pixels[:, :height, :width]
+        self.pixels = torch.stack([pixels, pixels.flip(2)]).to(device)
+        self.crops = self.images.as_strided(
+            (self.images.numel() - int(pixels.max()), *pixels.shape), (1, *pixels.stride())
+        )
+        # A CPU copies whole rows, some six times as fast as pixel by pixel.
+        self._images = self._rows if device.type == "cpu" else self._pixels
+        self.count, self.held = torch.arange(batch_size, device=device), None
 
     def __len__(self):
         return -(-self.examples // self.batch_size)
@@ -52,36 +62,58 @@ class ArrayBatches:
         self.epoch = epoch
 
     def __iter__(self):
+        draws = self._draws()
+        for i in range(0, self.examples, self.batch_size):
+            # This rank's share of the batch.
+            yield self._batch(*draws[:, i : i + self.batch_size][:, self.rank :: self.size])
+
+    def hold(self):
+        """Have `at` give the batches of this epoch, from memory that is the same every epoch."""
+        draws = self._draws()
+        if self.held is None:
+            self.held = draws
+        else:
+            self.held.copy_(draws)
+
+    def at(self, position, size):
+        """The batch of `size` images from `position` on, a 0-dim int64 tensor on the device, as
+        iteration gives it: kernels of fixed shape, which a CUDA graph can hold. A single rank's."""
+        return self._batch(*self.held.index_select(1, position + self.count[:size]))
+
+    def _batch(self, places, mirror, labels):
+        images = self._images(places, mirror)
+        return images.float().sub_(self.shift).mul_(self.scale), labels
+
+    def _rows(self, places, mirror):
+        images = self.crops.index_select(0, places)
+        if self.flip:
+            # A choice without a branch; uint8 wraps around, so the sum is exact.
+            choice = mirror.to(torch.uint8)[:, None, None, None]
+            images = (images.flip(3) - images).mul_(choice).add_(images)
+        return images
+
+    def _pixels(self, places, mirror):
+        return self.images.view(-1)[self.pixels[mirror] + places[:, None, None, None]]
+
+    def _draws(self):
+        """What makes this epoch's images, in its order: (3, N) int64 on the device, the place in
+        memory of the crop's first pixel, whether it is mirrored, the label."""
         order, top, left, mirror = self._draw()
-        # This rank's share of each batch; several small batches are gathered at a time.
-        starts = range(0, self.examples, self.batch_size)
-        shares = [order[i : i + self.batch_size][self.rank :: self.size] for i in starts]
-        group = max(1, GATHER // self.batch_size)
-        # A view of every possible crop, (N, C, top, left, H, W), without a copy.
-        height, width = self.side
-        windows = self.images.unfold(2, height, 1).unfold(3, width, 1)
-        for i in range(0, len(shares), group):
-            sizes = [len(share) for share in shares[i : i + group]]
-            index = torch.cat(shares[i : i + group])
-            if self.pad:
-                images = windows[index, :, top[index], left[index]]
-            else:
-                images = self.images[index]
-            if self.flip:
-                # A choice without a branch; uint8 wraps around, so the sum is exact.
-                choice = mirror[index, None, None, None]
-                images = (images.flip(3) - images).mul_(choice).add_(images)
-            for batch, labels in zip(images.split(sizes), self.labels[index].split(sizes)):
-                yield batch.float().sub_(self.shift).mul_(self.scale), labels
+        image, _, row, _ = self.images.stride()
+        places = order * image + top[order] * row + left[order]
+        draws = torch.from_numpy(np.stack([places, mirror[order], self.labels[order]]))
+        if self.device.type == "cuda":  # copied without a wait; torch keeps the source until then
+            return draws.pin_memory().to(self.device, non_blocking=True)
+        return draws.to(self.device)
 
     def _draw(self):
         """This epoch's order of all N images, and crop offsets and flip of each, by its index."""
         rng = np.random.default_rng((self.seed, self.epoch))
         N = self.examples
         order = rng.permutation(N) if self.shuffle else np.arange(N)
-        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (order, order)
-        mirror = rng.integers(0, 2, N).astype(np.uint8) if self.flip else order
-        return [torch.from_numpy(x).to(self.device) for x in (order, top, left, mirror)]
+        none = np.zeros(N, np.int64)
+        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (none, none)
+        return order, top, left, rng.integers(0, 2, N) if self.flip else none
 
 
 def load_arrays(path, shape=None, classes=None, remedy=None):

@@ -132,6 +132,9 @@ def parse(argv):
         help="(default: quick)")
     add("--jobs", type=flags.number(int, 1), metavar="K",
         help="runs at once (default: one a core, 8 at most; 1 on a GPU)")
+    add("--together", choices=["auto", "on", "off"], default="auto",
+        help="whether runs at once share a process, on a GPU each in a stream of its own "
+        "(default: auto, on a GPU)")
     add("--time_limit", type=duration, metavar="TIME",
         help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
     add("--epochs", type=flags.number(int, 1), metavar="N",
@@ -225,11 +228,13 @@ def reproduce(parser, args):
 
 def run(args, todo, results):
     """Run the tasks; returns the exit code."""
-    jobs = args.jobs or (min(cores(), 8) if on_cpu(args.device) else 1)
+    cpu = on_cpu(args.device)
+    jobs = args.jobs or (min(cores(), 8) if cpu else 1)
+    together = args.together == "on" or (args.together == "auto" and not cpu and jobs > 1)
     place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
     place += ["--fresh"] if args.fresh else []
     title = " ".join(args.figures[:3])
-    runner = Runner(results, min(jobs, len(todo)), place, deadline(args), title)
+    runner = Runner(results, min(jobs, len(todo)), place, deadline(args), title, together)
     whole = runner.run(todo)
     for name, reason in runner.failed.items():
         print(f"{name} {reason}", file=sys.stderr)

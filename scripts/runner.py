@@ -1,11 +1,13 @@
-"""Runs of main.py, several at a time, each in a process of its own that ends with this one."""
+"""Runs of main.py, several at a time, in processes that end with this one."""
 
 import importlib.util
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -112,17 +114,123 @@ def cost(task):
     return examples * (work + 4e5) + steps * 3e7
 
 
+class Process:
+    """A run of main.py in a process of its own."""
+
+    def __init__(self, words, output, environment):
+        with open(output, "a", encoding="utf-8") as file:
+            self.process = worker(words, environment, file, subprocess.STDOUT)
+
+    def poll(self):
+        """The exit code, or None for as long as there is none."""
+        return self.process.poll()
+
+    def stop(self):
+        """Ask it to stop after this step."""
+        tell(self.process, b"s")
+
+    def wait(self, seconds):
+        """Whether it has ended within that time."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.process.stdin.close()
+
+
+class Host:
+    """A process that has several runs at once, each in a thread."""
+
+    def __init__(self, environment, output):
+        self.codes, self.number = {}, 0
+        with open(output, "a", encoding="utf-8") as file:
+            self.process = worker([], environment, subprocess.PIPE, file)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def start(self, words, output):
+        """The run, with the methods of a Process."""
+        self.number += 1
+        order = {"run": self.number, "flags": words, "output": str(output)}
+        self.tell(order)
+        return Thread(self, self.number)
+
+    def tell(self, order):
+        tell(self.process, json.dumps(order).encode() + b"\n")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _listen(self):
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            self.codes[answer["run"]] = answer["code"]
+
+
+class Thread:
+    """A run of main.py in a thread of a Host."""
+
+    def __init__(self, host, number):
+        self.host, self.number = host, number
+
+    def poll(self):
+        gone = self.host.process.poll()  # asked before the codes, all of which are there by then
+        return self.host.codes.get(self.number, gone)
+
+    def stop(self):
+        """Ask it, and all the others, to stop after this step."""
+        self.host.tell({"stop": True})
+
+    def wait(self, seconds):
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.poll() is not None
+
+    def kill(self):
+        self.host.process.kill()
+        self.host.process.wait()
+
+    def close(self):
+        pass
+
+
+def worker(words, environment, stdout, stderr):
+    """Ctrl-C reaches it through this process alone."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.worker", *words],
+        stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, start_new_session=True,
+        env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+
+
+def tell(process, what):
+    try:
+        process.stdin.write(what)
+        process.stdin.flush()
+    except OSError:  # it has ended by itself
+        pass
+
+
 class Runner:
-    """Runs tasks, `jobs` at a time, each in a process of its own.
+    """Runs tasks, `jobs` at a time, each in a process of its own or, `together`, in one.
 
     `place` are the flags of main.py that say where things lie, `deadline` is a time.monotonic() or
     None. What failed is in `failed`, name -> reason.
     """
 
-    def __init__(self, results, jobs, place, deadline, title):
+    def __init__(self, results, jobs, place, deadline, title, together=False):
         self.results, self.jobs, self.place, self.deadline = results, jobs, place, deadline
         self.title, self.running, self.ended, self.failed = title, {}, set(), {}
         self.terminal, self.began = sys.stdout.isatty(), time.monotonic()
+        self.together, self.host = together, None
 
     def run(self, todo):
         """True if every task came to its end, False when the time was up."""
@@ -139,9 +247,9 @@ class Runner:
                 while waiting and len(self.running) < self.jobs:
                     self._start(waiting.pop(0))
                 time.sleep(0.2)
-                for process, task in list(self.running.items()):
-                    if process.poll() is not None:
-                        self._ended(process, task)
+                for run, task in list(self.running.items()):
+                    if run.poll() is not None:
+                        self._ended(run, task)
                 bar.n = bar.total - self._left()
                 bar.set_description_str(
                     f"{self.title}: {len(self.ended)} of {len(todo)} runs, {self.time_left()}"
@@ -153,49 +261,44 @@ class Runner:
 
     def stop(self):
         """Ask what is running to stop after this step, and wait for it."""
-        for process in self.running:
-            try:
-                process.stdin.write(b"s")
-                process.stdin.flush()
-            except OSError:  # it has ended by itself
-                pass
+        for run in self.running:
+            run.stop()
         end = time.monotonic() + GRACE
-        for process in self.running:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdin.close()
+        for run in self.running:
+            if not run.wait(max(0.1, end - time.monotonic())):
+                run.kill()
+            run.close()
         self.running = {}
+        if self.host is not None:
+            self.host.close()
+            self.host = None
 
     def gained(self):
         """The number of epochs that were run since the start."""
         return sum(self._epochs(task) - n for task, n in self.at_start.items())
 
     def _start(self, task):
-        """Ctrl-C reaches the process through this one alone."""
         output = self._output(task)
         output.parent.mkdir(parents=True, exist_ok=True)
         words = [*task.flags, "--epochs", str(task.epochs), "--out", str(self.results.folder)]
+        words += self.place
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs)), **os.environ}
-        with open(output, "a", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.worker", *words, *self.place],
-                stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-            )  # fmt: skip
-        self.running[process] = task
+        if not self.together:
+            run = Process(words, output, environment)
+        else:
+            if self.host is None or self.host.process.poll() is not None:
+                self.host = Host(environment, output.parent / "worker.txt")
+            run = self.host.start(words, output)
+        self.running[run] = task
 
-    def _ended(self, process, task):
-        del self.running[process]
-        process.stdin.close()
+    def _ended(self, run, task):
+        del self.running[run]
+        run.close()
         self.ended.add(task)
         if is_finished(self.results, task):
             said = self._figures(task)
         else:
-            said = f"failed: {self._reason(process.returncode, task)} (see {self._output(task)})"
+            said = f"failed: {self._reason(run.poll(), task)} (see {self._output(task)})"
             self.failed[task.name] = said
         if not self.terminal:
             words = f"{len(self.ended)} of {len(self.todo)}  {task.name}  {said}"

@@ -1,14 +1,23 @@
-"""A run of main.py that ends with the process that started it: `python -m scripts.worker FLAGS`.
+"""Runs of main.py that end with the process that started them.
 
-Its standard input is a pipe that nobody else holds. A byte from there asks it to stop after this
-step, as Ctrl-C would; the end of the pipe means that the other process is gone, however it went.
+    python -m scripts.worker FLAGS     one run
+    python -m scripts.worker           several, each in a thread of its own, in one process: on a
+                                       GPU they share what each would leave idle
+
+The standard input is a pipe that nobody else holds; its end means that the other process is gone,
+however it went. For one run, a byte asks it to stop after this step, as Ctrl-C would. For several,
+a line of JSON starts a run, {"run": number, "flags": [...], "output": file}, or stops them all,
+{"stop": true}; the standard output has {"run": number, "code": exit code} of each that has ended.
 """
 
 import _thread
+import ctypes
+import json
 import os
 import signal
 import sys
 import threading
+import traceback
 
 
 def watch():
@@ -17,9 +26,7 @@ def watch():
     os._exit(1)
 
 
-def main():
-    for ending in (signal.SIGINT, signal.SIGTERM):  # whatever they were inherited as
-        signal.signal(ending, signal.default_int_handler)
+def one():
     try:
         threading.Thread(target=watch, daemon=True).start()
         import main as program
@@ -27,6 +34,66 @@ def main():
         return program.main(sys.argv[1:])
     except KeyboardInterrupt:  # while it was starting
         return 130
+
+
+class PerThread:
+    """A text stream that is another file in every thread that has set `here.file`."""
+
+    here = threading.local()
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(getattr(self.here, "file", self.stream), name)
+
+
+def several():
+    answers, alive, lock = sys.stdout, {}, threading.Lock()
+    sys.stdout, sys.stderr = PerThread(sys.stdout), PerThread(sys.stderr)
+    import main as program  # once, before threads would do so at the same time
+
+    def run(order):
+        code = 1
+        try:
+            with open(order["output"], "a", encoding="utf-8", errors="backslashreplace") as file:
+                PerThread.here.file = file
+                try:
+                    code = program.main(order["flags"])
+                except SystemExit as end:  # flags that make no sense
+                    code = end.code if isinstance(end.code, int) else 1
+                except KeyboardInterrupt:  # while it was starting
+                    code = 130
+                except Exception:
+                    traceback.print_exc()
+        except KeyboardInterrupt:  # after it had ended
+            pass
+        finally:
+            with lock:
+                alive.pop(order["run"], None)
+                print(json.dumps({"run": order["run"], "code": code}), file=answers, flush=True)
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "stop" in order:
+            with lock:
+                for thread in alive.values():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
+                    )
+            continue
+        # A daemon: it ends with the process.
+        thread = threading.Thread(target=run, args=(order,), daemon=True)
+        with lock:
+            alive[order["run"]] = thread
+            thread.start()
+    os._exit(1 if alive else 0)
+
+
+def main():
+    for ending in (signal.SIGINT, signal.SIGTERM):  # whatever they were inherited as
+        signal.signal(ending, signal.default_int_handler)
+    return one() if len(sys.argv) > 1 else several()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import fcntl
+import gzip
 import json
 import os
 import pty
@@ -324,6 +325,10 @@ def test_an_image_folder_by_main(samples, tmp_path):
         (["--optimizer", ".SGD"], "no optimiser"),
         (["--optimizer", "math.sqrt"], "no optimiser"),
         (["--optimizer", "agd.AGD"], "--optimizer agd"),
+        (["--cpu", "--cuda_graph", "on"], "--cuda_graph on: it takes a CUDA device"),
+        (["--cuda_graph", "yes"], "auto, on, off"),
+        (["--cpu", "--precision", "tf32"], "Ampere"),
+        (["--precision", "fp16"], "fp32, tf32, bf16"),
     ],
 )
 def test_wrong_flags_say_what_was_meant(flags, words, run_main):
@@ -492,3 +497,198 @@ def test_memory_that_ran_out_is_noted_and_remembered(tmp_path, capsys, monkeypat
 
 
 DIGITS = ["--dataset", "digits", "--depth", "3", "--width", "16", "--cpu"]
+
+
+def test_a_start_does_not_import_the_compiler():
+    command = (
+        "import sys, torch, optimizers; from agd import AGD\n"
+        "net = torch.nn.Linear(2, 2, bias=False)\n"
+        "optimizer = AGD(net.parameters())\n"
+        "net(torch.ones(1, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
+
+
+def test_what_makes_a_run_fast_is_in_the_first_row_and_precision_in_the_name(tmp_path):
+    assert call(*QUICK, "--out", tmp_path) == 0
+    assert call(*QUICK, "--precision", "bf16", "--cuda_graph", "off", "--out", tmp_path) == 0
+    plain, bf16 = rows(tmp_path), rows(tmp_path, f"{NAME}-bf16")
+    expected = {"precision": "fp32", "compile": False, "channels_last": False, "cuda_graph": False,
+                "no_cuda_graph": "it takes a CUDA device", "test_bs": 1000}  # fmt: skip
+    assert {key: plain[0][key] for key in expected} == expected
+    assert bf16[0]["precision"] == bf16[0]["settings"]["precision"] == "bf16"
+    assert bf16[0]["no_cuda_graph"] == "--cuda_graph off"
+    assert "precision" not in plain[0]["settings"]  # earlier runs go on
+    losses = [row["train_loss"] for row in bf16[1:-1]]
+    fp32 = [row["train_loss"] for row in plain[1:-1]]
+    assert losses == pytest.approx(fp32, rel=0.02) and losses != fp32
+    assert weights(tmp_path, f"{NAME}-bf16")["layers.0.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("optimizer", ["agd", "adam", "sgd"])
+def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
+    """To the bit, also where one goes on after the other; graphs have a stand-in here."""
+    flags = [*QUICK, "--optimizer", optimizer, "--log_steps", "--log_updates"]
+    plain, graphs, parts = tmp_path / "plain", tmp_path / "graphs", tmp_path / "parts"
+    assert call(*flags, "--out", plain) == 0
+    assert call(*flags, "--epochs", 2, "--out", parts) == 0
+    replayed = []
+
+    def recorder():
+        return lambda work: lambda: (replayed.append(1), work())
+
+    monkeypatch.setattr("flags.no_graph", lambda args: None)
+    monkeypatch.setattr("replay.cuda_recorder", recorder)
+    # Adam counts on the device in a graph, and not on a CPU.
+    monkeypatch.setattr(program, "set_capturable", lambda *args: None)
+    assert call(*flags, "--out", graphs) == 0
+    assert len(replayed) == 4 * 12 - 2 * 3
+    assert call(*flags, "--out", parts) == 0
+    (name,) = [path.stem for path in (plain / "logs").iterdir()]
+    for out in (graphs, parts):
+        assert comparable(rows(out, name)[1:]) == comparable(rows(plain, name)[1:])
+        state = weights(plain, name)
+        assert all(torch.equal(weights(out, name)[key], state[key]) for key in state)
+    assert rows(graphs, name)[0]["cuda_graph"] is True
+    assert rows(parts, name)[0]["resumed"][0]["cuda_graph"] is True
+
+
+def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def broken():
+        def record(work):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        return record
+
+    assert call(*QUICK, "--out", tmp_path / "plain") == 0
+    monkeypatch.setattr("flags.no_graph", lambda args: None)
+    monkeypatch.setattr("replay.cuda_recorder", broken)
+    assert call(*QUICK, "--out", tmp_path) == 0
+    assert capsys.readouterr().out.count("No CUDA graph of a step: operation not permitted") == 1
+    expected = [row["train_loss"] for row in rows(tmp_path / "plain")[1:-1]]
+    assert [row["train_loss"] for row in rows(tmp_path)[1:-1]] == expected
+    assert rows(tmp_path)[1]["no_cuda_graph"].startswith("operation not permitted")
+    assert call(*QUICK, "--cuda_graph", "on", "--fresh", "--out", tmp_path) == 1
+    assert "start again with --cuda_graph auto" in rows(tmp_path)[-1]["stopped"]
+
+
+def test_compilation_happens_once_and_leaves_the_names(tmp_path, monkeypatch):
+    """For training; the ragged last batch and the test set go through the network itself."""
+    compiled, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph
+
+    def by_backend(net, **options):
+        return compile_(net, backend=backend, **options)
+
+    assert call(*QUICK, "--out", tmp_path / "plain") == 0
+    monkeypatch.setattr(torch, "compile", by_backend)
+    assert call(*QUICK, "--compile", "--precision", "bf16", "--out", tmp_path) == 0
+    assert call(*QUICK, "--compile", "--out", tmp_path) == 0
+    assert len(compiled) == 2
+    assert rows(tmp_path)[0]["compile"] is True
+    state = weights(tmp_path / "plain")
+    assert all(torch.equal(weights(tmp_path)[key], state[key]) for key in state)
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no working C++ compiler")
+
+    def by_none(net, **options):
+        return compile_(net, backend=no_compiler, **options)
+
+    monkeypatch.setattr(torch, "compile", by_none)
+    assert call(*QUICK, "--compile", "--fresh", "--out", tmp_path) == 1
+    assert re.search(r"cannot be compiled here \(.*C\+\+", rows(tmp_path)[-1]["stopped"])
+
+
+def test_channels_last_weights_are_saved_and_go_on_in_either_layout(tmp_path):
+    flags = ["--dataset", "digits", "--train_examples", 24, "--test_examples", 8, "--arch", "vgg",
+             "--train_bs", 8, "--gain", 0.001, "--out", tmp_path]  # fmt: skip
+    assert call(*flags, "--epochs", 1, "--channels_last", "on") == 0
+    (name,) = [path.stem for path in (tmp_path / "logs").iterdir()]
+    last = weights(tmp_path, name)
+    assert last["features.3.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert rows(tmp_path, name)[0]["channels_last"] is True
+    assert call(*flags, "--epochs", 2) == 0
+    assert rows(tmp_path, name)[0]["resumed"][0]["channels_last"] is False
+    assert weights(tmp_path, name).keys() == last.keys()
+    assert weights(tmp_path, name)["features.3.weight"].is_contiguous()
+    assert call(*flags, "--epochs", 1, "--fresh", "--channels_last", "off") == 0
+    first = weights(tmp_path, name)
+    for key in last:
+        difference = (first[key] - last[key]).double().norm() / last[key].double().norm()
+        assert difference < 1e-3, key
+
+
+@pytest.mark.parametrize("bs, recorded", [(128, 12), (14, 30)])
+def test_a_profile_shows_where_the_time_goes(bs, recorded, tmp_path, capsys):
+    assert call(*QUICK, "--out", tmp_path / "plain", "--train_bs", bs) == 0
+    capsys.readouterr()
+    assert call(*QUICK, "--profile", "--out", tmp_path, "--train_bs", bs) == 0
+    printed = capsys.readouterr().out
+    found = re.findall(r"^(\S.*?) +(\d+\.\d)% +(\d+\.\d+) ms (?:a step|an epoch)$", printed, re.M)
+    parts = ["data", "forward", "backward", "optimiser", "sums", "the rest", "evaluation"]
+    assert [part for part, _, _ in found] == parts
+    assert sum(float(share) for _, share, _ in found) == pytest.approx(100, abs=0.5)
+    name = NAME.replace("128", str(bs))
+    with gzip.open(tmp_path / "profiles" / f"{name}.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    for part in parts[:5]:
+        assert names.count(part) == recorded
+    with gzip.open(tmp_path / "profiles" / f"{name}-test.json.gz", "rt") as file:
+        assert "aten::mm" in {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert comparable(rows(tmp_path, name)[1:]) == comparable(rows(tmp_path / "plain", name)[1:])
+
+
+def test_graphs_begin_after_the_steps_of_a_profile(tmp_path, monkeypatch, capsys):
+    replayed = []
+    monkeypatch.setattr("flags.no_graph", lambda args: None)
+    monkeypatch.setattr(
+        "replay.cuda_recorder", lambda: lambda work: lambda: (replayed.append(1), work())
+    )
+    flags = [*QUICK, "--train_bs", 14, "--epochs", 1, "--profile", "--out", tmp_path]
+    assert call(*flags) == 0
+    assert len(replayed) == 103 - 40 - 1  # the ragged batch waits for its fourth
+    assert "one kernel at a time, without a CUDA graph" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device, flags, expected", [
+    ("cpu", [], 1000), ("cpu", ["--arch", "vgg"], 64), ("cuda", [], 10_000),
+    ("cuda:1", ["--dataset", "folder:x", "--train_bs", 256], 1024), ("cuda", ["--test_bs", 7], 7),
+])  # fmt: skip
+def test_the_batch_of_a_test_is_what_pays_on_the_device(device, flags, expected):
+    args = ["--device", device, *map(str, flags)]
+    assert program.parse(args, check=False).test_bs == expected
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--distribute"], "single process"), (["--dataset", "folder:x"], "arrays"),
+    (["--micro_bs", "8"], "whole batches"), (["--optimizer", "torch.optim.Adagrad"], "may read"),
+    (["--cpu"], "CUDA device"), (["--optimizer", "adam"], None), ([], None),
+])  # fmt: skip
+def test_where_a_graph_is_possible(flags, words):
+    device = [] if "--cpu" in flags else ["--device", "cuda"]
+    found = program.flags.no_graph(program.parse([*device, *flags], check=False))
+    assert found is None if words is None else words in found
+
+
+def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
+    """Adam counts its steps on the device in a graph, and refuses to do so on a CPU."""
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight])
+    optimizer.step()
+    program.set_capturable(optimizer, True, "meta")
+    assert optimizer.param_groups[0]["capturable"]
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    optimizer.state[weight]["step"] = torch.ones(())
+    with pytest.raises(AssertionError):
+        optimizer.step()
+    program.set_capturable(optimizer, False, "meta")
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    program.set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing

@@ -7,6 +7,7 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import load
+from gradient import OutOfMemory
 from tests.reference import Averaging
 from tests.test_agd import Reads
 from train import LOSSES, Totals, evaluate, mse, train_epoch, xent
@@ -107,6 +108,31 @@ def test_accuracy_does_not_depend_on_the_test_batch():
     figures = [evaluate(net, digits(test_bs=n).test, mse).read() for n in (1, 7, 128, 1000)]
     assert {f["examples"] for f in figures} == {360}
     assert len({f["acc"] for f in figures}) == 1
+
+
+def test_a_test_batch_that_does_not_fit_is_halved_until_it_does():
+    net, sizes = network(digits()), []
+    expected = evaluate(net, digits(test_bs=360).test, mse).read()
+    forward = net.forward
+
+    def small(x):
+        sizes.append(len(x))
+        if len(x) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x)
+
+    net.forward = small
+    found = evaluate(net, digits(test_bs=200).test, mse).read()
+    assert sizes == [200, 100, 100, 100, 60]
+    assert (found["examples"], found["acc"]) == (expected["examples"], expected["acc"])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+    def none(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    net.forward = none
+    with pytest.raises(OutOfMemory, match="a single image"):
+        evaluate(net, digits(test_bs=200).test, mse)
 
 
 def test_batch_norm_trains_in_training_and_rests_in_evaluation():

@@ -1,0 +1,136 @@
+"""Training steps as CUDA graphs: each size of batch is recorded once, and then replayed whole.
+
+A step of a small network is a hundred kernels of a few microseconds, and launching them one by one
+takes longer than they do. A graph holds them all, from the batch to the sums of its losses.
+"""
+
+import threading
+from collections import Counter
+from contextlib import suppress
+
+import torch
+
+from train import Totals, sums
+
+EAGER = 3  # steps of a size before it is recorded, in which libraries and optimisers set up
+RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
+
+
+class RecordingError(RuntimeError):
+    """A step cannot be recorded; the message says why."""
+
+
+class Replay:
+    """The steps of an epoch of array batches, by the graphs of one `step` for each size of batch.
+
+    Every step is the next one of the training: the first `eager` of a size run as they are, and
+    the first `after` of all; recording one does not run it. Nothing is read from the device.
+
+    Where a step cannot be recorded, `failure` says why and all steps run as they are; or, if
+    `required`, RecordingError does. So they do, without a failure, once memory has run out and
+    batches go through in parts.
+
+    `record(work)` returns a function that does what work() would do, without doing it yet; None
+    makes it a CUDA graph of the current stream, which must not be the default one.
+    """
+
+    def __init__(self, step, batches, required=False, eager=EAGER, after=0, record=None):
+        self.step, self.batches, self.required = step, batches, required
+        self.eager, self.after = eager, after
+        self.record = record or cuda_recorder()
+        device, examples, size = batches.device, batches.examples, batches.batch_size
+        self.sizes = [min(size, examples - i) for i in range(0, examples, size)]
+        # On the device: where the next batch starts, the number of the next step, and of each step
+        # the sum of losses, eta and the relative update, and how many outputs were right.
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.figures = torch.zeros(3, len(self.sizes), device=device)
+        self.correct = torch.zeros(len(self.sizes), dtype=torch.int64, device=device)
+        self.seen, self.graphs, self.results, self.failure = Counter(), {}, {}, None
+
+    def epoch(self, on_step=None):
+        """Take the steps of the epoch that the batches are set to; returns its Totals."""
+        self.batches.hold()
+        self.position.zero_()
+        self.column.zero_()
+        for size in self.sizes:
+            if self._ready(size):
+                self._record(size)
+            if size in self.graphs:
+                self.graphs[size]()
+                if self.step.agd:
+                    self.step.optimizer.eta, self.step.optimizer.G = self.results[size]
+            else:
+                self._take(size, self.step)
+                self.seen[size] += 1
+            if on_step is not None:
+                on_step()
+        return self._totals()
+
+    def _ready(self, size):
+        if size in self.graphs or self.failure or self.step.gradient.micro_bs is not None:
+            return False
+        return self.seen[size] >= self.eager and self.seen.total() >= self.after
+
+    def _record(self, size):
+        try:
+            self.graphs[size] = self.record(lambda: self._take(size, self.step.once))
+        except RuntimeError as error:
+            self.failure = str(error).strip().splitlines()[0]
+            if self.required:
+                raise RecordingError(
+                    f"the step cannot be a CUDA graph here ({self.failure}); start again with "
+                    "--cuda_graph auto"
+                ) from error
+            self.graphs.clear()
+            self.step.optimizer.zero_grad()  # which would be of the recording
+
+    def _take(self, size, step):
+        """One step with the next `size` images, every place in memory but theirs a fixed one."""
+        with self.step.span("data"):
+            inputs, labels = self.batches.at(self.position, size)
+        losses, outputs, extras = step(inputs, labels)
+        with self.step.span("sums"):
+            loss, correct = sums(losses, outputs, labels)
+            figures = [loss, extras["eta"], extras["update"]]
+            figures = [x if x is None else x.to(self.figures) for x in figures]
+            figures = torch.stack([loss.new_zeros(()) if x is None else x for x in figures])
+            self.figures.index_copy_(1, self.column, figures[:, None])
+            self.correct.index_copy_(0, self.column, correct[None])
+            self.position += size
+            self.column += 1
+        if self.step.agd:  # what a replay overwrites stays allocated
+            self.results[size] = self.step.optimizer.eta, self.step.optimizer.G
+
+    def _totals(self):
+        totals, (loss, eta, update) = Totals(), self.figures.clone().unbind()
+        correct = self.correct.clone().unbind()
+        totals.columns = list(zip(loss.unbind(), correct, self.sizes))
+        if self.step.agd:
+            totals.extras["eta"] = list(eta.unbind())
+        if self.step.before is not None:
+            totals.extras["update"] = list(update.unbind())
+        return totals
+
+
+def cuda_recorder():
+    """record(work) of Replay, with CUDA graphs that share their memory: each is replayed from its
+    first kernel to its last, and only what Replay holds outlives that."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work):
+        graph = torch.cuda.CUDAGraph()
+        with RECORDING:
+            torch.cuda.empty_cache()  # a recording cannot make room for itself
+            # Other threads may train on streams of their own meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the recording is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph.replay
+
+    return record
