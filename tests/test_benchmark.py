@@ -69,6 +69,9 @@ def test_a_step_has_all_its_peers():
     names = set(step.peers(fcn))
     assert {"AGD", "SGD, fused", "SGD with momentum, foreach", "AdamW, fused"} <= names
     assert ("Muon" in names) == hasattr(torch.optim, "Muon")
+    for name, optimizer in step.peers(fcn).items():
+        for form in ("fused", "foreach"):
+            assert not name.endswith(form) or optimizer.defaults[form]
     net = step.weights_of("resnet18", (3, 32, 32), 10, CPU, channels_last=True)
     assert "Muon" not in step.peers(net)
     for p in net:
@@ -78,6 +81,17 @@ def test_a_step_has_all_its_peers():
     for optimizer in step.peers(net).values():
         optimizer.step()
     assert all(p.isfinite().all() for p in net)
+
+
+def test_agd_without_its_fast_path_is_a_peer_where_there_is_one(monkeypatch):
+    class Fast(AGD):
+        def __init__(self, params, gain=1.0, fused=None):
+            super().__init__(params, gain)
+            self.fused = fused
+
+    monkeypatch.setattr(step, "AGD", Fast)
+    made = step.peers(step.with_gradients([torch.randn(4, 4, requires_grad=True)]))
+    assert made["AGD"].fused is None and made["AGD, plain"].fused is False
 
 
 def test_a_step_is_told_beside_fused_sgd():
@@ -187,9 +201,11 @@ def test_a_folder_is_read(tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (90, 70), (20 * i, 0, 0)).save(path)
     threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     assert benchmark.main(["data", "--folder", str(tmp_path / "set"), "--image_size", "32",
                            "--repeats", "2", "--out", str(tmp_path)]) == 0  # fmt: skip
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     found = json.loads((tmp_path / "benchmark" / "data.json").read_text())
     assert found["images"] == 12 and set(found["seconds"]) == {"ours", "conventional"}
     rate = 12 / found["seconds"]["ours"][0]
