@@ -32,7 +32,7 @@ from architecture import build
 from data import default_data_dir, load
 from run import environment, read_rows
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark.epoch import epochs_of_main
+from scripts.benchmark.program import epochs_of_main
 from scripts.links import rates
 from scripts.reproduce import duration
 from train import Gradient, evaluate, mse, train_epoch

@@ -15,7 +15,7 @@ from architecture import build
 from data import DataError
 from run import RunError
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import draw, epoch, many, measure, step
+from scripts.benchmark import draw, epoch, many, measure, program, step
 from scripts.figures import fingerprint
 from tests.conftest import ROOT
 from tests.reference import reference_step
@@ -103,6 +103,18 @@ def test_a_step_is_told_beside_fused_sgd():
         assert 0 < low <= told["ratios"][name] <= high
 
 
+def test_a_step_of_a_gpu_is_told_by_the_clock_and_in_the_queue(monkeypatch):
+    weights = step.with_gradients([torch.randn(8, 8, requires_grad=True)])
+    optimizers = {"AGD": AGD(weights), step.YARDSTICK: torch.optim.SGD(weights)}
+    clocks = iter([4.0, 2.0] * 10)
+    monkeypatch.setattr(step, "by_clock", lambda *args: lambda work: next(clocks))
+    monkeypatch.setattr(step, "by_events", lambda work: 1.0)
+    args, gpu = argparse.Namespace(repeats=3, clock="wall"), argparse.Namespace(type="cuda")
+    told = step.compare(weights, optimizers, args, gpu, "")
+    assert told["ratios"]["AGD"] in (0.5, 2) and told["ratios in the queue"] == {"AGD": 1}
+    assert told["seconds in the queue"]["AGD"] == [1, 1, 1]
+
+
 def test_the_memory_of_a_step_is_the_most_at_a_time():
     def work():
         torch.empty(3000)  # given back at once
@@ -110,15 +122,16 @@ def test_the_memory_of_a_step_is_the_most_at_a_time():
         del a
         torch.empty(1500), b
 
-    assert step.scratch(work, CPU) == 12000
+    assert step.held(work, CPU) == (12000, 0)
+    lasting = []
+    assert step.held(lambda: lasting.append(torch.empty(700)), CPU) == (2800, 2800)
     weights = step.with_gradients([torch.randn(50, 20, requires_grad=True) for _ in range(2)])
     optimizers = {"adamw": torch.optim.AdamW(weights), "sgd": torch.optim.SGD(weights, fused=True)}
-    for optimizer in optimizers.values():
-        optimizer.step()
-    told = step.memory(weights, {**optimizers, "AGD": AGD(weights)}, CPU)
+    told = step.memory(weights, optimizers, CPU)
     assert (told["largest weight"], told["weights"]) == (4000, 8000)
-    assert told["scratch"]["sgd"] == 0 and told["kept"]["sgd"] == told["kept"]["AGD"] == 0
-    assert 16000 <= told["kept"]["adamw"] < 16100
+    assert told["scratch"]["sgd"] == told["kept"]["sgd"] == 0
+    assert 16000 <= told["kept"]["adamw"] < 16100  # two moments a weight
+    assert told["scratch"]["adamw"] < 16000  # they are there before the second step
 
 
 def test_steps_against_the_number_of_weights_go_as_far_as_memory(monkeypatch):
@@ -158,8 +171,8 @@ def test_the_conventional_loop_takes_the_papers_step():
 def test_an_epoch_is_measured_and_written(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torchvision")
     images(tmp_path, 1024, 256)
-    monkeypatch.setattr(epoch, "first_step", lambda *args: 3.0)
-    monkeypatch.setattr(epoch, "importing", lambda: 2.0)
+    monkeypatch.setattr(program, "first_step", lambda *args: 3.0)
+    monkeypatch.setattr(program, "importing", lambda: 2.0)
     small = ["epoch", "--quick", "--depth", "3", "--width", "16", "--repeats", "2"]
     place = ["--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path)]
     assert benchmark.main(small + place) == 0
@@ -182,15 +195,15 @@ def test_a_start_ends_with_the_first_step_and_a_failed_one_is_told(tmp_path):
     images(tmp_path, 16, 128)
     flags = {"dataset": "cifar10", "arch": "fcn", "depth": 2, "width": 8, "batch_size": 8}
     args = argparse.Namespace(**flags, data_dir=tmp_path)
-    assert epoch.first_step(args, CPU) > 0
+    assert program.first_step(args, CPU) > 0
     args.batch_size = 32  # more images than there are
     with pytest.raises(RunError, match="has 16 images"):
-        epoch.first_step(args, CPU)
+        program.first_step(args, CPU)
 
 
 def test_epochs_of_main_are_those_of_its_log(tmp_path):
     flags = ["--dataset", "digits", "--depth", "2", "--width", "8", "--epochs", "3"]
-    rows = epoch.epochs_of_main(flags, argparse.Namespace(data_dir=tmp_path), CPU)
+    rows = program.epochs_of_main(flags, argparse.Namespace(data_dir=tmp_path), CPU)
     assert [row["epoch"] for row in rows] == [1, 2, 3] and all(row["seconds"] > 0 for row in rows)
 
 
@@ -304,7 +317,8 @@ def found():
             "quartiles": {net: {peer: told(x)[1:] for peer, x in values.items()}
                           for net, values in ratios.items()},
             "memory in bytes": {draw.SHOWN[0]: {
-                "largest weight": 100, "scratch": {"AGD": 123}, "kept": {"AGD": 0}}},
+                "largest weight": 3e6, "scratch": {"AGD": 1e6, "AdamW, fused": 12},
+                "kept": {"AGD": 5e5, "AdamW, fused": 7.1e6}}},
             "growth": {"weights": [1e5, 1e6],
                        "seconds": {k: [told(1e-3), told(2e-3)] for k in step.GROWING}},
             **where,
@@ -337,13 +351,30 @@ def test_readmes_tables_are_what_was_found(found, tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     for words in ("| 1.25 / 2.50 |", "| 1.17 |", "| 1.28 |", "| 5.39 |", "| 1.83 |", "3.2 s, of",
-                  "2 at once / one | 1.61 |", "| 1.23, and 0.00", "a processor, torch 2.9.0,",
-                  "(results/benchmark/benchmark.png)"):  # fmt: skip
+                  "2 at once / one | 1.61 |",
+                  "| AGD 1.5 MB, fused AdamW 7.1 MB; the largest weight has 3.0 MB |",
+                  "a processor, torch 2.9.0,", "(results/benchmark/benchmark.png)"):  # fmt: skip
         assert words in text, words
     with Image.open(folder / "benchmark.png") as picture:
         drawn = draw.draw(found)
         assert picture.info["Source"] == fingerprint(drawn)
     plt.close(drawn)
+
+
+def test_a_gpu_has_tables_and_a_picture_of_its_own(found, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(found["data"]))
+    queue = {net: {peer: 10 * x for peer, x in values.items()}
+             for net, values in found["step"]["ratios"].items()}  # fmt: skip
+    found["step"] |= {"ratios in the queue": queue, "quartiles in the queue": {
+        net: {peer: [x, x] for peer, x in values.items()} for net, values in queue.items()}}
+    (tmp_path / draw.file_name("step", "cuda")).write_text(json.dumps(found["step"]))
+    assert draw.write(tmp_path) == [tmp_path / "benchmark-cuda.png"]  # and not the README
+    text = draw.block(tmp_path)
+    assert "| 1.25 / 2.50 |" in text and "| 12.50 / 25.00 |" in text
+    assert "benchmark-cuda.png" in text and "benchmark.png" not in text
+    figure = draw.draw({"step": found["step"]})
+    assert max(bar.get_y() + bar.get_height() for bar in figure.axes[0].patches) == 62.5
+    plt.close(figure)
 
 
 def test_the_picture_shows_what_is_there(found):

@@ -191,9 +191,10 @@ def figures(found):
                      f"{times:.2f}"))  # fmt: skip
     for net, told in found.get("step", {}).get("memory in bytes", {}).items():
         if net in SHOWN:
-            share, kept = (told[key]["AGD"] / told["largest weight"] for key in ("scratch", "kept"))
-            rows.append((f"memory of a step, {net}, in sizes of its largest weight",
-                         f"{share:.2f}, and {kept:.2f} that are kept"))  # fmt: skip
+            agd, adamw = (told["scratch"][k] + told["kept"][k] for k in ("AGD", "AdamW, fused"))
+            rows.append((f"memory beside weights and gradients, {net}",
+                         f"AGD {agd / 1e6:.1f} MB, fused AdamW {adamw / 1e6:.1f} MB; "
+                         f"the largest weight has {told['largest weight'] / 1e6:.1f} MB"))
     return rows
 
 

@@ -1,12 +1,6 @@
-"""What an epoch takes, beside its passes alone and beside the usual pipeline; and a start."""
+"""What an epoch takes, beside its passes alone and beside the usual pipeline."""
 
 import math
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +9,7 @@ from agd import AGD, init_weights
 from architecture import build
 from data import DATASETS, load
 from data.prepare import prepare
-from run import RunError, read_rows
+from scripts.benchmark import program
 from scripts.benchmark.measure import (
     by_clock,
     medians,
@@ -24,10 +18,9 @@ from scripts.benchmark.measure import (
     ratios,
     spread,
     take_turns,
-)  # fmt: skip
+)
 from train import evaluate, mse, train_epoch
 
-ROOT = Path(__file__).resolve().parents[2]
 GROWTH = {  # one at a time, the others as in the default network
     "width": (64, 128, 256, 512, 1024),
     "depth": (2, 4, 8, 16, 32),
@@ -181,58 +174,6 @@ def growth(args, device):
     return found
 
 
-def spawn(flags, out, args, device):
-    """(Popen of main.py, the folder of its logs)."""
-    command = [sys.executable, str(ROOT / "main.py"), *flags, "--device", str(device)]
-    command += ["--data_dir", str(args.data_dir), "--out", str(out)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"},
-    )  # fmt: skip
-
-
-def refused(process, said):
-    lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
-    return RunError(f"main.py did not come to its end: {lines[0]}")
-
-
-def epochs_of_main(flags, args, device):
-    """The epoch rows that `python main.py *flags` logs, a process of its own."""
-    with tempfile.TemporaryDirectory() as out:
-        with spawn(flags, out, args, device) as process:
-            said = process.communicate()[1]
-        if process.returncode:
-            raise refused(process, said)
-        (log,) = Path(out, "logs").iterdir()
-        return [row for row in read_rows(log) if row["kind"] == "epoch"]
-
-
-def first_step(args, device):
-    """Seconds from the start of main.py until it says what came of its first epoch, which is one
-    batch in training and one in testing: the first step, and a little more."""
-    flags = ["--dataset", args.dataset, "--arch", args.arch, "--depth", str(args.depth),
-             "--width", str(args.width), "--train_bs", str(args.batch_size), "--epochs", "1",
-             "--train_examples", str(args.batch_size), "--test_examples", "128"]  # fmt: skip
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        with spawn(flags, out, args, device) as process:
-            seconds = None
-            for line in process.stdout:
-                if line.startswith("epoch 1/1"):
-                    seconds = time.perf_counter() - start
-            said = process.stderr.read()
-        if seconds is None:
-            raise refused(process, said)
-        return seconds
-
-
-def importing():
-    """Seconds of a process that imports torch and ends."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    return time.perf_counter() - start
-
-
 def case(args, device):
     few = {"train_examples": 1024, "test_examples": 256} if args.quick else {}
     data = load(args.dataset, args.data_dir, args.batch_size, args.batch_size, device, **few)
@@ -248,8 +189,8 @@ def case(args, device):
              ("conventional", "bare")]  # fmt: skip
     pairs += [("ours, training", x) for x in works if x == "bare, our network"]
     each = ratios(seconds, pairs)
-    starts = {"main.py, to its first step": lambda: first_step(args, device),
-              "import torch": importing}  # fmt: skip
+    starts = {"main.py, to its first step": lambda: program.first_step(args, device),
+              "import torch": program.importing}  # fmt: skip
     starts = take_turns(starts, args.repeats, lambda work: work(), say="start")
     return {
         "ratios": medians(each),

@@ -13,7 +13,7 @@ from scripts.benchmark.measure import (
     ratios,
     spread,
     take_turns,
-)  # fmt: skip
+)
 
 
 def ours(args):

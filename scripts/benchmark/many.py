@@ -17,7 +17,7 @@ from scripts.benchmark.measure import (
     ratios,
     spread,
     take_turns,
-)  # fmt: skip
+)
 from scripts.experiments import Experiment
 from scripts.results import Results, log_name
 from scripts.runner import Task

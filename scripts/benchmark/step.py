@@ -20,7 +20,7 @@ from scripts.benchmark.measure import (
     ratios,
     spread,
     take_turns,
-)  # fmt: skip
+)
 
 CIFAR, IMAGENET = ((3, 32, 32), 10), ((3, 224, 224), 1000)
 NETS = {
@@ -67,15 +67,17 @@ def weights_of(arch, shape, classes, device, channels_last=False):
     return with_gradients(list(net.parameters()))
 
 
-def scratch(step, device):
-    """The most bytes that a step holds at a time beyond those that were there before it."""
+def held(step, device):
+    """(most, left): the bytes that a step holds beyond those that were there before it, at most at
+    a time and when it is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return tuple(x - before for x in after)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
@@ -83,26 +85,22 @@ def scratch(step, device):
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    held = most = 0
+    now = most = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]  # negative where memory is given back
-        most = max(most, held)
-    return most
+        now += event["args"]["Bytes"]  # negative where memory is given back
+        most = max(most, now)
+    return most, now
 
 
 def memory(weights, optimizers, device):
-    """Bytes: of the largest weight and of all, and what each optimiser's step needs beside them
-    and its gradients while it runs, and keeps for the next one."""
-
-    def kept(optimizer):
-        values = [x for state in optimizer.state.values() for x in state.values()]
-        return sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
-
+    """Bytes: of the largest weight and of all, and what each optimiser, none of which has made a
+    step, keeps from its first one, and needs beside that while it makes another."""
+    kept = {name: held(x.step, device)[1] for name, x in optimizers.items()}
     return {
         "largest weight": max(p.nbytes for p in weights),
         "weights": sum(p.nbytes for p in weights),
-        "scratch": {name: scratch(x.step, device) for name, x in optimizers.items()},
-        "kept": {name: kept(x) for name, x in optimizers.items()},
+        "scratch": {name: held(x.step, device)[0] for name, x in optimizers.items()},
+        "kept": kept,
     }
 
 
@@ -155,7 +153,7 @@ def case(args, device):
             for key, values in compare(weights, optimizers, args, device, label).items():
                 found.setdefault(key, {})[label] = values
             if not channels_last:
-                memories[name] = memory(weights, optimizers, device)
+                memories[name] = memory(weights, peers(weights), device)
             if "Muon" not in optimizers:
                 absent.append(label)
     order = sorted(found, key=lambda key: ("ratios", "quartiles", "seconds").index(key.split()[0]))
