@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from scripts.benchmark.step import GROWING, NETS, YARDSTICK
 from scripts.drawing import (
@@ -123,6 +123,11 @@ def sizes(ax, growth, key):
         lines(ax, growth[key]["values"], growth[key][name], 1, colour, linestyle=style, label=label)
     powers(ax, growth[key]["values"])
     log_values(ax)
+    low, high = ax.get_ylim()
+    if high / low >= 30:  # where log_values has left what matplotlib makes of it
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel({"batch_size": "batch"}.get(key, key))
     ax.set_title(f"Seconds of {growth['images']:,} images")
 
