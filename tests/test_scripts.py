@@ -3,12 +3,10 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import main as program
-from scripts import benchmark, plot
+from scripts import plot
 from tests.conftest import ROOT
 
 
@@ -70,60 +68,6 @@ def test_plot_names_what_is_no_log(content, tmp_path):
         plot.main([str(path), "-o", str(tmp_path / "x.png")])
 
 
-def test_benchmark_measures_and_writes(tmp_path, capsys):
-    pytest.importorskip("torchvision")
-    rng = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "cifar10.npz",
-        **{f"{split}_images": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-           for split, n in (("train", 64), ("test", 32))},
-        **{f"{split}_labels": np.arange(n) % 10 for split, n in (("train", 64), ("test", 32))},
-    )  # fmt: skip
-    small = ["--depth", "3", "--width", "16", "--batch_size", "16", "--repeats", "2"]
-    place = ["--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path)]
-    benchmark.main(small + place)
-    result = json.loads((tmp_path / "benchmark" / "epoch.json").read_text())
-    assert set(result["ratios"]) == {
-        "ours / bare", "ours, training / bare", "conventional / ours",
-    }  # fmt: skip
-    for times in result["seconds"].values():
-        assert 0 < times["min"] <= times["median"] <= times["max"]
-    assert "Median of the ratios" in capsys.readouterr().out
-
-
-def test_benchmark_of_a_folder(tmp_path, capsys):
-    for i in range(12):
-        path = tmp_path / "set" / "train" / "ab"[i % 2] / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (90, 70), (20 * i, 0, 0)).save(path)
-    benchmark.main(["data", "--folder", str(tmp_path / "set"), "--image_size", "32", "--repeats",
-                    "2", "--out", str(tmp_path)])  # fmt: skip
-    result = json.loads((tmp_path / "benchmark" / "data.json").read_text())
-    assert result["images"] == 12 and set(result["seconds"]) == {"ours", "conventional"}
-    assert result["images_per_second_per_core"] == 12 / result["seconds"]["ours"]["median"]
-    assert "Images a second a core" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no images under"):
-        benchmark.main(["data", "--folder", str(tmp_path / "none"), "--out", str(tmp_path)])
-
-
-def test_benchmarks_plain_loop_takes_the_papers_step():
-    """The peer is an honest one."""
-    import torch
-
-    from agd import init_weights
-    from architecture import build
-    from tests.reference import reference_step
-
-    net = build("fcn", (1, 4, 4), 3, depth=3, width=8).double()
-    init_weights(net.parameters(), torch.Generator().manual_seed(0))
-    weights = list(net.parameters())
-    net(torch.randn(5, 1, 4, 4, dtype=torch.float64)).square().mean().backward()
-    expected, eta, _ = reference_step(weights, [p.grad for p in weights])
-    assert benchmark.plain_agd_step(weights) == pytest.approx(eta, rel=1e-12)
-    for p, q in zip(weights, expected):
-        assert torch.allclose(p, q, rtol=1e-12)
-
-
 def test_gpu_checks_that_run_anywhere_hold(tmp_path):
     import argparse
 
@@ -143,3 +87,24 @@ def test_gpu_checks_without_a_gpu_say_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
         gpu_checks.main([])
+
+
+def test_gpu_checks_tell_a_time_beside_its_target(monkeypatch):
+    import argparse
+
+    from scripts import gpu_checks
+
+    def rows(flags, args, device):
+        seconds = [9.0, 0.2, 0.1, 0.7] if "fcn" in flags else [9.0, 0.5, 0.5, 0.5]
+        return [{"seconds": x, "images_per_second": 1 / x, "test_acc": 0.5} for x in seconds]
+
+    monkeypatch.setattr(gpu_checks, "epochs_of_main", rows)
+    found = gpu_checks.epoch_times(argparse.Namespace(dataset="cifar10", device="cpu"))
+    fcn, resnet, _ = found.values()
+    assert (fcn["found"], fcn["target"], fcn["met"]) == (0.2, 0.15, False)  # but for the first
+    assert (resnet["found"], resnet["met"]) == (0.5, True)
+
+    ratios = {"16 at once / one": 4.0, "2 at once / one": 1.5}
+    monkeypatch.setattr(gpu_checks, "measured", lambda *args: {"ratios": ratios})
+    found = gpu_checks.runs_at_once(None)
+    assert found["16 at once / one"]["met"] is False and found["2 at once / one"] == 1.5

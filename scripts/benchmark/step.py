@@ -1,0 +1,166 @@
+"""What an optimiser's step takes, in time and in memory, beside torch's."""
+
+import inspect
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+
+from agd import AGD
+from architecture import build
+from check.cost import free_memory
+from scripts.benchmark.measure import (
+    by_clock,
+    by_events,
+    medians,
+    note,
+    quartiles,
+    ratios,
+    spread,
+    take_turns,
+)
+
+CIFAR, IMAGENET = ((3, 32, 32), 10), ((3, 224, 224), 1000)
+NETS = {
+    "FCN 10×256, CIFAR-10": ("fcn", *CIFAR),
+    "ResNet-18, CIFAR-10": ("resnet18", *CIFAR),
+    "ResNet-50, ImageNet": ("resnet50", *IMAGENET),
+    "ResNet-18, ImageNet": ("resnet18", *IMAGENET),
+    "ResNet-50, CIFAR-10": ("resnet50", *CIFAR),
+}
+YARDSTICK = "SGD, fused"
+GROWING = ("AGD", YARDSTICK, "AdamW, fused")
+MATRICES = 10  # of the weights that grow
+RATE = 1e-8  # the peers': it changes no time, and they share their weights
+
+
+def peers(weights):
+    """{name: optimiser} of the same weights."""
+    made = {"AGD": AGD(weights)}
+    if "fused" in inspect.signature(AGD).parameters:
+        made["AGD, plain"] = AGD(weights, fused=False)
+    kinds = {"SGD": (torch.optim.SGD, {}),
+             "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9}),
+             "AdamW": (torch.optim.AdamW, {})}  # fmt: skip
+    for kind, (make, more) in kinds.items():
+        for form in ("fused", "foreach"):
+            made[f"{kind}, {form}"] = make(weights, lr=RATE, **more, **{form: True})
+    if hasattr(torch.optim, "Muon") and all(p.ndim == 2 for p in weights):
+        made["Muon"] = torch.optim.Muon(weights, lr=RATE)
+    return made
+
+
+def with_gradients(weights):
+    """`weights`, a list, with random gradients of a usual size."""
+    torch.manual_seed(0)
+    for p in weights:
+        p.grad = torch.randn_like(p) * 1e-3
+    return weights
+
+
+def weights_of(arch, shape, classes, device, channels_last=False):
+    net = build(arch, shape, classes).to(device)
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return with_gradients(list(net.parameters()))
+
+
+def held(step, device):
+    """(most, left): the bytes that a step holds beyond those that were there before it, at most at
+    a time and when it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return tuple(x - before for x in after)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    now = most = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]  # negative where memory is given back
+        most = max(most, now)
+    return most, now
+
+
+def memory(weights, optimizers, device):
+    """Bytes: of the largest weight and of all, and what each optimiser, none of which has made a
+    step, keeps from its first one, and needs beside that while it makes another."""
+    kept = {name: held(x.step, device)[1] for name, x in optimizers.items()}
+    return {
+        "largest weight": max(p.nbytes for p in weights),
+        "weights": sum(p.nbytes for p in weights),
+        "scratch": {name: held(x.step, device)[0] for name, x in optimizers.items()},
+        "kept": kept,
+    }
+
+
+def compare(weights, optimizers, args, device, say):
+    """{"ratios", "quartiles", "seconds"} of a step; on a GPU those in its own queue as well."""
+    works = {name: optimizer.step for name, optimizer in optimizers.items()}
+    timers = {"": by_clock(device, args.clock)}
+    if device.type == "cuda":
+        timers[" in the queue"] = by_events
+    found = {}
+    for where, timer in timers.items():
+        note(f"{say}: {sum(p.numel() for p in weights):,} weights, {args.repeats} rounds{where}")
+        seconds = take_turns(works, args.repeats, timer, warm=3)
+        pairs = [(name, YARDSTICK) for name in works if name != YARDSTICK]
+        each = {key.split(" / ")[0]: x for key, x in ratios(seconds, pairs).items()}
+        found |= {f"ratios{where}": medians(each), f"quartiles{where}": quartiles(each),
+                  f"seconds{where}": spread(seconds)}  # fmt: skip
+    return found
+
+
+def growth(args, device):
+    """Seconds against the number of weights, as far as memory goes."""
+    counts = [1e5, 1e6] if args.quick else [10 ** (k / 2) for k in range(10, 17)]
+    found = {"weights": [], "ratios": [], "seconds": {name: [] for name in GROWING}}
+    for count in counts:
+        side = round(math.sqrt(count / MATRICES))
+        if free_memory(device) < 8 * 4 * count:  # weights, gradients, AdamW's two, scratch
+            note(f"{count:.0e} weights: left out, too little memory")
+            break
+        weights = [torch.randn(side, side, device=device) / side for _ in range(MATRICES)]
+        optimizers = {k: x for k, x in peers(with_gradients(weights)).items() if k in GROWING}
+        told = compare(weights, optimizers, args, device, "growth")
+        where = " in the queue" if device.type == "cuda" else ""
+        found["weights"].append(MATRICES * side**2)
+        found["ratios"].append(told[f"ratios{where}"]["AGD"])
+        for name in GROWING:
+            found["seconds"][name].append(told[f"seconds{where}"][name])
+    return found
+
+
+def case(args, device):
+    found, memories, absent = {}, {}, []
+    for name in list(NETS)[:2] if args.quick else NETS:
+        for channels_last in (False, True):
+            weights = weights_of(*NETS[name], device, channels_last)
+            if channels_last and all(p.ndim == 2 for p in weights):
+                continue
+            label = f"{name}, channels_last" if channels_last else name
+            optimizers = peers(weights)
+            for key, values in compare(weights, optimizers, args, device, label).items():
+                found.setdefault(key, {})[label] = values
+            if not channels_last:
+                memories[name] = memory(weights, peers(weights), device)
+            if "Muon" not in optimizers:
+                absent.append(label)
+    order = sorted(found, key=lambda key: ("ratios", "quartiles", "seconds").index(key.split()[0]))
+    return {
+        **{key: found[key] for key in order},
+        "ratios are to": YARDSTICK,
+        "memory in bytes": memories,
+        "growth": growth(args, device),
+        "without Muon, which takes matrices alone": absent,
+    }
