@@ -308,7 +308,8 @@ class _Sweeps:
             lying[i].slot, lying[i].scratch = slot, scratch
         self.measures = [x.measure for x in lying]
 
-        self.moving = [i for i, gain in enumerate(gains) if gain != 0]
+        # Backwards, so that the gradients that were read last are still in the cache.
+        self.moving = [i for i in reversed(range(len(gains))) if gains[i] != 0]
         self.weights = [lying[i].view(weights[i].detach()) for i in self.moving]
         parts = self.factors.split(K)
         multipliers, sources = zip(*[x.multiplier(part) for x, part in zip(lying, parts)])
@@ -343,9 +344,8 @@ class _Sweeps:
         torch.mul(self.quotients, eta, out=self.factors)
         if self.tiles:
             torch._foreach_copy_(self.tiles, self.sources)
-        if len(self.moving) < len(views):
+        if self.moving:
             views = [views[i] for i in self.moving]
-        if views:
             torch._foreach_addcmul_(self.weights, views, self.multipliers)
         return [torch.scalar_tensor(x, dtype=torch.float64) for x in (G, eta)]
 
