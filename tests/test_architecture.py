@@ -125,7 +125,32 @@ def test_fcn_by_onednn_trains_as_by_mkl(monkeypatch):
         assert len(products) == 20 * 3 * 3  # forward, to the input, to the weight
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*nets)]
     assert 0 < max(errors) < 1e-5
-    # what oneDNN does not take
+    # what oneDNN does not take: no images, a layer that somebody watches
+    monkeypatch.setattr(fcn, "ONEDNN", True)
     empty = net(torch.empty(0, 3, 16, 16))
     empty.sum().backward()
-    assert empty.shape == (0, 10) and len(products) == 180
+    seen = []
+    net.layers[1].register_forward_hook(lambda *x: seen.append(x))
+    net(torch.randn(20, 3, 16, 16))
+    assert empty.shape == (0, 10) and len(seen) == 1 and len(products) == 180
+
+
+@pytest.mark.skipif(not fcn.ONEDNN, reason="this processor's products are MKL's")
+@pytest.mark.parametrize("frozen", [[], [0], [1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("to_images", [False, True])
+def test_fcn_by_onednn_gives_the_gradients_that_are_asked_for(monkeypatch, frozen, to_images):
+    net = build("fcn", (3, 8, 8), 10, depth=4, width=64)
+    for i in frozen:
+        net.layers[i].weight.requires_grad_(False)
+    images, found = torch.randn(32, 3, 8, 8, requires_grad=to_images), []
+    for onednn in (True, False):
+        monkeypatch.setattr(fcn, "ONEDNN", onednn)
+        net.zero_grad()
+        images.grad = None
+        net(images).square().mean().backward()
+        found.append([p.grad for p in (*net.parameters(), images)])
+    for a, b in zip(*found):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() < 1e-5 * b.norm()
+    assert found[0][-1] is None or to_images
