@@ -9,8 +9,9 @@ epoch, what an epoch takes, and the time against width, depth and batch:
     ours           an epoch of main.py: training, exact test accuracy
     bare           forward and backward passes alone, on batches that lie ready on the device, of
                    the network in torch's own layers; and of ours
-    conventional   the usual pipeline: a PIL image and its torchvision transforms one by one in a
-                   DataLoader, AGD in a plain loop over the layers, loss and eta read every step
+    conventional   the usual pipeline: torch's own layers, a PIL image and its torchvision
+                   transforms one by one in a DataLoader, AGD in a plain loop over the layers, loss
+                   and eta read every step
 
 and the time from the start of main.py to its first step, beside that of importing torch.
 

@@ -1,14 +1,17 @@
 """What an epoch takes, beside its passes alone and beside the usual pipeline."""
 
 import math
+from argparse import Namespace
 
 import numpy as np
 import torch
 
+import flags
 from agd import AGD, init_weights
 from architecture import build
 from data import DATASETS, load
 from data.prepare import prepare
+from replay import Replay
 from scripts.benchmark import program
 from scripts.benchmark.measure import (
     by_clock,
@@ -19,7 +22,7 @@ from scripts.benchmark.measure import (
     spread,
     take_turns,
 )
-from train import evaluate, mse, train_epoch
+from train import Step, evaluate, mse, train_epoch
 
 GROWTH = {  # one at a time, the others as in the default network
     "width": (64, 128, 256, 512, 1024),
@@ -55,14 +58,19 @@ def network(args, data, device):
 
 
 def ours(args, data, device):
-    """(training, test) of an epoch as main.py runs them."""
+    """(training, test) of an epoch as main.py runs them, on a GPU by CUDA graphs."""
     net = network(args, data, device)
     optimizer = AGD(net.parameters())
-    epochs = iter(range(1, 1000))
+    epochs, stream, replay = iter(range(1, 1000)), None, None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            replay = Replay(Step(net, mse, optimizer), data.train)
 
     def training():
         data.train.set_epoch(next(epochs))
-        train_epoch(net, data.train, mse, optimizer).read()
+        with torch.cuda.stream(stream):  # None is the one there is
+            train_epoch(net, data.train, mse, optimizer, replay=replay).read()
 
     return training, lambda: evaluate(net, data.test, mse).read()
 
@@ -95,8 +103,8 @@ def plain_agd_step(weights):
 
 
 def conventional(args, data, device):
-    """What most people write: a PIL image and its torchvision transforms one by one in a
-    DataLoader, a plain loop over the layers, loss, accuracy and eta read every step."""
+    """What most people write: torch's own layers, a PIL image and its torchvision transforms one by
+    one in a DataLoader, a plain loop over the layers, loss, accuracy and eta read every step."""
     from PIL import Image
     from torchvision import transforms
 
@@ -126,6 +134,7 @@ def conventional(args, data, device):
         for part in sets
     )
     net = network(args, data, device)
+    net = PlainFCN(net) if args.arch == "fcn" else net
     weights = list(net.parameters())
 
     def epoch():
@@ -176,7 +185,8 @@ def growth(args, device):
 
 def case(args, device):
     few = {"train_examples": 1024, "test_examples": 256} if args.quick else {}
-    data = load(args.dataset, args.data_dir, args.batch_size, args.batch_size, device, **few)
+    test_bs = flags.test_batch(Namespace(**vars(args), train_bs=args.batch_size))
+    data = load(args.dataset, args.data_dir, args.batch_size, test_bs, device, **few)
     training, test = ours(args, data, device)
     net = network(args, data, device)
     works = {"ours, training": training, "ours, test": test, "bare": bare(net, data)}

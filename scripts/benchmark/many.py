@@ -36,7 +36,7 @@ def runs_at_once(commands, epochs, device, data_dir):
         results.table = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
         todo = [Task(log_name(row.flags), row.flags, epochs) for row in results.table]
         args = Namespace(jobs=len(todo), device=str(device), data_dir=str(data_dir), fresh=False,
-                         figures=["many"], time_limit=None)  # fmt: skip
+                         figures=["many"], time_limit=None, together="auto")  # fmt: skip
         start = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             code = reproduce.run(args, todo, results)
