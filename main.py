@@ -148,14 +148,7 @@ def main(argv=None):
         if trace and world.size == 1:
             raise
         code = say(reason, trace) if world.speaks else exit_code(reason)
-    world.stop()
-    # What is left of a group may wait for ranks that are gone; and where all went well, one of its
-    # threads may still abort the interpreter's own ending ("terminate called ...", exit code 134).
-    if world.size > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return world.leave(code)
 
 
 def say(reason, trace=None):

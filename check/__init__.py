@@ -45,8 +45,7 @@ def main(args):
             said = reason if reason == "interrupted" else f"error: {reason}"
             print(f"{trace or ''}{said}", file=sys.stderr)
         code = 130 if reason == "interrupted" else 1
-    world.stop()
-    return code
+    return world.leave(code)
 
 
 def on_this_rank(args, world, found):

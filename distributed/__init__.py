@@ -4,7 +4,9 @@ Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
 """
 
 import inspect
+import os
 import socket
+import sys
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -133,6 +135,19 @@ class World:
             # After a failure the group is in pieces, and taking it apart may wait for ever.
             if self.watch.failure is None and dist.is_initialized():
                 dist.destroy_process_group()
+
+    def leave(self, code):
+        """Stop, and of several ranks end the process with `code`; returns it otherwise.
+
+        What is left of a group may wait for ranks that are gone; and where all went well, one of
+        its threads may still abort the interpreter's own ending ("terminate called ...").
+        """
+        self.stop()
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
     def _objects(self):
         return self.device if self.device.type == "cuda" else torch.device("cpu")
