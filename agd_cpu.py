@@ -346,7 +346,7 @@ class Plan:
             return None
         torch.autograd.graph.increment_version(self.weights)  # C writes past autograd
         found = self.struct.G, self.struct.eta
-        return [torch.tensor(x, dtype=torch.float64, device="cpu") for x in found]
+        return [torch.scalar_tensor(x, dtype=torch.float64, device="cpu") for x in found]
 
     def _share(self, threads):
         """Cut the chunks into as many parts of about the same number of weights."""
