@@ -56,6 +56,8 @@ def test_without_a_compiler_the_sweeps_are_taken_without_a_word(tmp_path):
 
 def test_a_compiler_that_fails_is_passed_over(tmp_path):
     assert printed(start(CC="false", XDG_CACHE_HOME=str(tmp_path))) == "Plan"
+    (library,) = (tmp_path / "agd" / "kernels").iterdir()  # no draft is left
+    assert library.suffix == ".so"
 
 
 def test_processes_that_compile_at_once_share_one_file(tmp_path):
