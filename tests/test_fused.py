@@ -174,7 +174,7 @@ def test_the_plain_step_takes_over_to_the_bit(value, where, compiled):
     in_range = compiled and value in (0.0, 1e-25, 1e25)
     for W, V in zip(weights, twins):
         assert in_range or torch.equal(bits(W), bits(V))
-        torch.testing.assert_close(W, V, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(W, V, rtol=1e-6, atol=5e-7)  # one rounding or two
         assert torch.equal(W.signbit(), V.signbit())
     assert in_range == (fused._plan.step([W.grad for W in weights]) is not None)
     assert fused.skipped.item() == plain.skipped.item() == (not math.isfinite(value))
