@@ -32,7 +32,7 @@ from torch.linalg import vector_norm
 
 __all__ = ["AGD", "init_weights"]
 
-GPUS = ("cuda",)  # the devices whose step is that of agd_cuda.py
+GPUS = ("cuda",)  # the devices whose step is that of agd_cuda.py; the CPU's is in agd_cpu.py
 
 
 class AGD(torch.optim.Optimizer):
@@ -139,11 +139,11 @@ class AGD(torch.optim.Optimizer):
         # A plan keeps the storage of its weights, so that an address is that of one weight.
         key = [L, gains, [(p.data_ptr(), p.stride(), p.dtype) for p in weights]]
         if key != self._key:
-            self._key, self._plan = key, _Sweeps.plan(weights, gains, L)
+            self._key, self._plan = key, _plan_on_the_cpu(weights, gains, L)
         return None if self._plan is None else self._plan.step(grads)
 
     def _step_on_a_gpu(self, weights, grads, gains, groups, L):
-        kernels, device = _kernels(), weights[0].device
+        kernels, device = _kernels("cuda"), weights[0].device
         if kernels is None or not kernels.trusted(device, AGD):
             return None
         if not all(_is_plain(x) and x.device == device for x in (*weights, *grads)):
@@ -264,8 +264,9 @@ class AGD(torch.optim.Optimizer):
 
 
 class _Sweeps:
-    """The step of float32 weights in the CPU's memory in four passes over them: gradients are read
-    for their norms, then gradients and weights are read and weights written.
+    """The step of float32 weights in the CPU's memory where agd_cpu.py has none, for want of a C
+    compiler: in four passes over them, gradients are read for their norms, then gradients and
+    weights are read and weights written.
 
     Squares are summed as they are, without the plain step's division by the largest magnitude;
     that step takes over where a norm is too small or too large for it, 0, NaN and infinity
@@ -464,11 +465,21 @@ def _kind(p):
     return _Period(p, order, math.prod(before[:-1]), K, width) if width <= SCRATCH else None
 
 
+def _plan_on_the_cpu(weights, gains, L):
+    """The compiled step where there is one, else the sweeps, or None."""
+    kernels = _kernels("cpu")
+    if kernels is not None:
+        plan = kernels.Plan.of(weights, [_scale(p.shape) for p in weights], L, gains)
+        if plan is not None and kernels.trusted(AGD):
+            return plan
+    return _Sweeps.plan(weights, gains, L)
+
+
 @functools.cache
-def _kernels():
-    """The module of GPU kernels, which lies beside this one, or None."""
+def _kernels(device):
+    """The module of kernels for "cuda" or "cpu", which lies beside this one, or None."""
     try:
-        return importlib.import_module(f"{__name__}_cuda")
+        return importlib.import_module(f"{__name__}_{device}")
     except ImportError:
         return None
 
@@ -476,8 +487,9 @@ def _kernels():
 def _has_fast_step(p):
     """Whether `fused=True` can be had for a weight."""
     if p.device.type in GPUS:
-        return _is_plain(p) and _kernels() is not None and _kernels().trusted(p.device, AGD)
-    return _Sweeps.plan([p], [1.0], 1) is not None
+        kernels = _kernels("cuda")
+        return _is_plain(p) and kernels is not None and kernels.trusted(p.device, AGD)
+    return _plan_on_the_cpu([p], [1.0], 1) is not None
 
 
 def _is_plain(x):
