@@ -46,6 +46,10 @@ class AGD(torch.optim.Optimizer):
             negative. It is the group key `lr`, so that torch's schedulers work and 0 freezes a
             group (which still counts in L and G). Under torch.compile, let a scheduler change a
             tensor: a number is compiled in.
+        fused: whether a step takes few passes over memory. None: where there is such a step (for
+            float32 weights on a CPU; for any on a CUDA GPU with Triton and agd_cuda.py) and these
+            gradients allow it, else the plain step. False: the plain step. True: as None, but
+            weights that have no other than the plain step are refused. All agree to rounding.
 
     L counts every tensor of every group; G and eta are one for all groups. A tensor without a
     gradient is skipped: it adds nothing to G and still counts in L.
@@ -68,8 +72,8 @@ class AGD(torch.optim.Optimizer):
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
             has fewer than two dimensions, no elements, or is not real floating point, or is sharded
-            along its kernel; at a step, for a sparse or complex gradient. The message names the
-            tensor and the way out.
+            along its kernel, or with fused=True has no fused step; at a step, for a sparse or
+            complex gradient. The message names the tensor and the way out.
     """
 
     def __init__(self, params, gain=1.0, fused=None):
@@ -137,9 +141,11 @@ class AGD(torch.optim.Optimizer):
             return None
         gains = [gains[i] for i in groups]
         # A plan keeps the storage of its weights, so that an address is that of one weight.
-        key = [L, gains, [(p.data_ptr(), p.stride(), p.dtype) for p in weights]]
+        key = [L, gains, [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in weights]]
         if key != self._key:
-            self._key, self._plan = key, _plan_on_the_cpu(weights, gains, L)
+            # Of ordinary tensors on the CPU, whatever the defaults are just now.
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._key, self._plan = key, _plan_on_the_cpu(weights, gains, L)
         return None if self._plan is None else self._plan.step(grads)
 
     def _step_on_a_gpu(self, weights, grads, gains, groups, L):
@@ -150,7 +156,8 @@ class AGD(torch.optim.Optimizer):
             return None
         if self._key != [L, groups] or not self._plan.fits(weights):
             scales = [_scale(p.shape) for p in weights]
-            self._plan = kernels.Plan.of(weights, scales, L, groups)
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._plan = kernels.Plan.of(weights, scales, L, groups)
             self._key = None if self._plan is None else [L, groups]
         if self._plan is None:
             return None
@@ -260,7 +267,9 @@ class AGD(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state):
-        super().__setstate__({"fused": None, **state, "_key": None, "_plan": None})
+        # load_state_dict comes by here too, with the groups alone
+        fused = self.__dict__.get("fused")
+        super().__setstate__({"fused": fused, **state, "_key": None, "_plan": None})
 
 
 class _Sweeps:
@@ -287,7 +296,7 @@ class _Sweeps:
 
     def __init__(self, weights, lying, gains, L):
         self.lying = lying
-        scratch = torch.empty(SCRATCH)
+        scratch = torch.empty(SCRATCH, dtype=torch.float32)
         # An entry a matrix: s / L, and what the update multiplies the gradient with.
         K = [math.prod(p.shape[2:]) for p in weights]
         s = [x for p, n in zip(weights, K) for x in [_scale(p.shape) / L] * n]
@@ -295,14 +304,14 @@ class _Sweeps:
         self.s = torch.tensor(s, dtype=torch.float64)
         self.coefficients = self.s * -torch.tensor(gain, dtype=torch.float64)
         self.sums, self.quotients = torch.empty_like(self.s), torch.empty_like(self.s)
-        self.factors = torch.empty(len(s))
+        self.factors = torch.empty(len(s), dtype=torch.float32)
 
         # What the first sweep leaves: norms of runs of memory, then sums of squares, and the
         # matrix that each is of.
         index = [x.index + start for x, start in zip(lying, _starts(K))]
         order = sorted(range(len(lying)), key=lambda i: lying[i].squared)
         self.index = torch.cat([index[i] for i in order])
-        self.partial = torch.empty(len(self.index))
+        self.partial = torch.empty(len(self.index), dtype=torch.float32)
         self.wide = torch.empty_like(self.partial, dtype=torch.float64)
         self.norms = self.wide[: sum(len(x.index) for x in lying if not x.squared)]
         for i, slot in zip(order, self.partial.split([len(index[i]) for i in order])):
@@ -348,7 +357,7 @@ class _Sweeps:
         if self.moving:
             views = [views[i] for i in self.moving]
             torch._foreach_addcmul_(self.weights, views, self.multipliers)
-        return [torch.scalar_tensor(x, dtype=torch.float64) for x in (G, eta)]
+        return [torch.scalar_tensor(x, dtype=torch.float64, device="cpu") for x in (G, eta)]
 
 
 LEAST = 2.0**-60  # a squared norm of which float32 loses nothing

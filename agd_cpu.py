@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -384,18 +385,19 @@ def _same(shape, stride, other):
     return all(n == 1 or a == b for n, a, b in zip(shape, stride, other))
 
 
-TRUSTED = []  # whether, once it is known
+TRUSTED, TRYING = [], threading.RLock()  # whether, once it is known; a thread at a time
 
 
 def trusted(AGD):
     """Whether the compiled step agrees with the plain one of `AGD`, the optimiser of agd.py. Tried
     once in a process, on small weights; says so, once, where it does not."""
-    if not TRUSTED:
-        TRUSTED.append(_agree(AGD))
-        if not TRUSTED[0]:
-            warnings.warn("AGD does without its compiled step, as it disagrees with the plain one",
-                          stacklevel=2)  # fmt: skip
-    return TRUSTED[0]
+    with TRYING:
+        if not TRUSTED:
+            TRUSTED.append(_agree(AGD))
+            if not TRUSTED[0]:
+                warnings.warn("AGD does without its compiled step, as it disagrees with the plain "
+                              "one", stacklevel=2)  # fmt: skip
+        return TRUSTED[0]
 
 
 def _agree(AGD):

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import math
 import struct
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -149,7 +150,7 @@ class Plan:
         held = {}  # by entry: gains that are on the device
         entries = [g.data_ptr() for g in grads] + [w.data_ptr() for w in self.weights]
         for gain in gains:
-            if isinstance(gain, torch.Tensor) and gain.device.type != "cpu":
+            if isinstance(gain, torch.Tensor) and gain.device.type not in HOST:
                 held[len(entries)], gain = gain, 0.0
             entries.append(struct.unpack("<q", struct.pack("<d", float(gain)))[0])
         entries += [0] * (_padded(len(entries), UPLOAD) - len(entries))
@@ -165,6 +166,7 @@ class Plan:
             numbers = table.view(torch.float64)
             for at, gain in held.items():
                 numbers[at].copy_(gain.detach().view(()))
+                entries[at] = None  # whatever comes next is another
         if capturing:
             CAPTURED.add(self)
         else:
@@ -310,24 +312,29 @@ def _padded(n, unit):
     return -(-n // unit) * unit
 
 
-TRUSTED = {}  # by device
+TRUSTED, TRYING = {}, threading.Lock()  # by device; a thread at a time
+HOST = ("cpu",)  # where a tensor is a number
 
 
 def trusted(device, AGD):
     """Whether the kernels run on this device and agree with the plain step of `AGD`, the optimiser
     of agd.py. Tried once in a process, on small weights; says so, once, where they do not."""
-    if device not in TRUSTED:
-        if _capturing(device):  # no kernel can be loaded now
-            return False
-        try:
-            TRUSTED[device] = _kernels() is not None and _agree(device, AGD)
-            reason = "they disagree with the plain step" if _kernels() else None
-        except Exception as error:  # no compiler, an unknown GPU: whatever Triton comes upon
-            TRUSTED[device], reason = False, f"{type(error).__name__}: {error}"
-        if reason and not TRUSTED[device]:
-            warnings.warn(f"AGD takes its plain step on {device}, as its kernels do not work there "
-                          f"({reason})", stacklevel=2)  # fmt: skip
-    return TRUSTED[device]
+    with TRYING:
+        if device not in TRUSTED and not _capturing(device):  # when no kernel can be loaded
+            TRUSTED[device] = _tried(device, AGD)
+        return TRUSTED.get(device, False)
+
+
+def _tried(device, AGD):
+    try:
+        found = _kernels() is not None and _agree(device, AGD)
+        reason = "they disagree with the plain step" if _kernels() else None
+    except Exception as error:  # no compiler, an unknown GPU: whatever Triton comes upon
+        found, reason = False, f"{type(error).__name__}: {error}"
+    if reason and not found:
+        warnings.warn(f"AGD takes its plain step on {device}, as its kernels do not work there "
+                      f"({reason})", stacklevel=2)  # fmt: skip
+    return found
 
 
 def _agree(device, AGD):

@@ -1,6 +1,7 @@
 """The gradient of the mean loss over a batch: in passes that fit, over any number of ranks."""
 
 import math
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -164,10 +165,15 @@ class Gradient:
         free_memory()
 
 
+# CUDA records one graph at a time in a process, and gives no memory back meanwhile.
+RECORDING = threading.RLock()
+
+
 def free_memory():
     """Give back what torch keeps of a GPU's memory for later."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with RECORDING:
+            torch.cuda.empty_cache()
 
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)

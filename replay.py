@@ -4,16 +4,15 @@ A step of a small network is a hundred kernels of a few microseconds, and launch
 takes longer than they do. A graph holds them all, from the batch to the sums of its losses.
 """
 
-import threading
 from collections import Counter
 from contextlib import suppress
 
 import torch
 
+from gradient import RECORDING
 from train import Totals, sums
 
 EAGER = 3  # steps of a size before it is recorded, in which libraries and optimisers set up
-RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 class RecordingError(RuntimeError):
@@ -76,7 +75,7 @@ class Replay:
         try:
             self.graphs[size] = self.record(lambda: self._take(size, self.step.once))
         except RuntimeError as error:
-            self.failure = str(error).strip().splitlines()[0]
+            self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
             if self.required:
                 raise RecordingError(
                     f"the step cannot be a CUDA graph here ({self.failure}); start again with "

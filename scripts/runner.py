@@ -149,7 +149,7 @@ class Host:
     """A process that has several runs at once, each in a thread."""
 
     def __init__(self, environment, output):
-        self.codes, self.number = {}, 0
+        self.codes, self.number, self.stopping = {}, 0, False
         with open(output, "a", encoding="utf-8") as file:
             self.process = worker([], environment, subprocess.PIPE, file)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -157,11 +157,16 @@ class Host:
     def start(self, words, output):
         """The run, with the methods of a Process."""
         self.number += 1
-        order = {"run": self.number, "flags": words, "output": str(output)}
-        self.tell(order)
+        self._tell({"run": self.number, "flags": words, "output": str(output)})
         return Thread(self, self.number)
 
-    def tell(self, order):
+    def stop(self):
+        """Ask all of them to stop after this step; once is enough."""
+        if not self.stopping:
+            self._tell({"stop": True})
+        self.stopping = True
+
+    def _tell(self, order):
         tell(self.process, json.dumps(order).encode() + b"\n")
 
     def close(self):
@@ -186,7 +191,7 @@ class Thread:
 
     def stop(self):
         """Ask it, and all the others, to stop after this step."""
-        self.host.tell({"stop": True})
+        self.host.stop()
 
     def wait(self, seconds):
         end = time.monotonic() + seconds

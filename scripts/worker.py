@@ -49,8 +49,11 @@ class PerThread:
 
 
 def several():
-    answers, alive, lock = sys.stdout, {}, threading.Lock()
-    sys.stdout, sys.stderr = PerThread(sys.stdout), PerThread(sys.stderr)
+    # What a library prints by itself must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    alive, unfinished, lock = {}, set(), threading.Lock()
+    sys.stdout, sys.stderr = PerThread(sys.stderr), PerThread(sys.stderr)
     import main as program  # once, before threads would do so at the same time
 
     def run(order):
@@ -66,28 +69,35 @@ def several():
                     code = 130
                 except Exception:
                     traceback.print_exc()
-        except KeyboardInterrupt:  # after it had ended
-            pass
         finally:
-            with lock:
-                alive.pop(order["run"], None)
-                print(json.dumps({"run": order["run"], "code": code}), file=answers, flush=True)
+            try:
+                ended(order["run"], code)
+            except KeyboardInterrupt:  # asked in its last moment, and never again
+                ended(order["run"], code)
+
+    def ended(number, code):
+        with lock:  # from here on it cannot be asked to stop
+            alive.pop(number, None)
+        with lock:
+            print(json.dumps({"run": number, "code": code}), file=answers, flush=True)
+            unfinished.discard(number)
 
     for line in sys.stdin:
         order = json.loads(line)
         if "stop" in order:
-            with lock:
-                for thread in alive.values():
+            with lock:  # each is asked once
+                for number in list(alive):
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                        ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
+                        ctypes.c_ulong(alive.pop(number).ident), ctypes.py_object(KeyboardInterrupt)
                     )
             continue
         # A daemon: it ends with the process.
         thread = threading.Thread(target=run, args=(order,), daemon=True)
         with lock:
             alive[order["run"]] = thread
+            unfinished.add(order["run"])
             thread.start()
-    os._exit(1 if alive else 0)
+    os._exit(1 if unfinished else 0)
 
 
 def main():

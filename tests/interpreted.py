@@ -337,3 +337,15 @@ def test_kernels_that_do_not_agree_are_not_taken(on_a_gpu, monkeypatch):
     monkeypatch.setattr(agd_cuda, "TRUSTED", {})
     with pytest.warns(UserWarning, match="no C compiler"):
         AGD([w]).step()
+
+
+def test_a_gain_that_was_on_the_device_and_then_is_0(monkeypatch):
+    monkeypatch.setattr(agd_cuda, "HOST", ())
+    w = torch.randn(5, 4)
+    plan, skipped = plan_of([w]), torch.zeros((), dtype=torch.int64)
+    plan.step([torch.randn(5, 4)], [torch.tensor(1.0)], skipped)
+    before = w.clone()
+    plan.step([torch.randn(5, 4)], [0.0], skipped)
+    assert same_bits(w, before)
+    plan.step([torch.randn(5, 4)], [torch.tensor(0.5)], skipped)
+    assert not same_bits(w, before)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 from agd import AGD, init_weights
 from architecture import NETWORKS, build, fcn
@@ -154,3 +155,78 @@ def test_fcn_by_onednn_gives_the_gradients_that_are_asked_for(monkeypatch, froze
         if a is not None:
             assert (a - b).norm() < 1e-5 * b.norm()
     assert found[0][-1] is None or to_images
+
+
+@pytest.mark.skipif(not fcn.ONEDNN, reason="this processor's products are MKL's")
+def test_fcn_by_onednn_keeps_what_is_not_finite(monkeypatch):
+    """In the images, the weights and the gradient, in the same places as by MKL."""
+    for where in ("images", "weight", "none"):
+        torch.manual_seed(0)
+        net = build("fcn", (3, 8, 8), 10, depth=4, width=64)
+        images = torch.randn(32, 3, 8, 8)
+        with torch.no_grad():
+            if where == "images":
+                images[3, 0, 0, 0], images[5, 1] = math.nan, math.inf
+            if where == "weight":
+                net.layers[1].weight[7] = math.nan
+        found = []
+        for onednn in (True, False):
+            monkeypatch.setattr(fcn, "ONEDNN", onednn)
+            net.zero_grad()
+            outputs = net(images)
+            outputs.backward(torch.full_like(outputs, math.inf if where == "none" else 1.0))
+            found.append([outputs, *[p.grad for p in net.parameters()]])
+        for a, b in zip(*found):
+            assert torch.equal(a.isfinite(), b.isfinite()), where
+        assert not all(x.isfinite().all() for x in found[0])
+
+
+@pytest.mark.skipif(not fcn.ONEDNN, reason="this processor's products are MKL's")
+def test_fcn_by_onednn_is_as_flexible(monkeypatch):
+    """Second derivatives, checkpoints, function transforms, biases, hooks of every kind."""
+    torch.manual_seed(0)
+    net = build("fcn", (3, 8, 8), 10, depth=4, width=64)
+    images = torch.randn(32, 3, 8, 8, requires_grad=True)
+    seen = []
+
+    def second():
+        first = torch.autograd.grad(
+            net(images).square().sum(), [*net.parameters(), images], create_graph=True
+        )
+        return torch.autograd.grad(sum(x.square().sum() for x in first), net.parameters())
+
+    def checkpointed():
+        outputs = torch.utils.checkpoint.checkpoint(net, images, use_reentrant=False)
+        return torch.autograd.grad(outputs.square().sum(), net.parameters())
+
+    def transformed():
+        return [
+            torch.func.vmap(net)(images.detach().unflatten(0, (2, 16))),
+            torch.func.grad(lambda x: net(x).sum())(images.detach()),
+        ]
+
+    def hooked():
+        handles = [
+            net.layers[0].register_forward_pre_hook(lambda *x: seen.append(x)),
+            nn.modules.module.register_module_forward_hook(lambda *x: seen.append(x)),
+        ]
+        net(images).sum().backward()
+        for handle in handles:
+            handle.remove()
+        seen.append(None)
+        return [torch.tensor(seen.index(None))]
+
+    def biased():
+        net.layers[1] = nn.Linear(64, 64)
+        return [net(images)]
+
+    for case in (second, checkpointed, transformed, hooked, biased):
+        found = []
+        for onednn in (True, False):
+            seen.clear()
+            state = torch.get_rng_state()
+            monkeypatch.setattr(fcn, "ONEDNN", onednn)
+            found.append(case())
+            torch.set_rng_state(state)
+        for a, b in zip(*found, strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm(), case

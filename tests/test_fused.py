@@ -243,6 +243,47 @@ def test_in_place_changes_are_seen_by_autograd():
         y.backward()
 
 
+def test_a_loaded_state_leaves_the_choice_of_step():
+    weights = weights_with_grads([(7, 5)])
+    optimizer = AGD(weights, fused=False)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.fused is False and optimizer._plan is None
+
+
+def test_weights_that_shrink_in_place():
+    """The same memory, of another shape."""
+    for shape in ((40, 4), (40, 128)):
+        (W,) = weights_with_grads([shape])
+        optimizer = AGD([W])
+        optimizer.step()
+        W.grad, W.data = None, W.data[:20]
+        W.grad = torch.ones(20, shape[1])
+        theirs, _, _ = reference_step([W], [W.grad])
+        optimizer.step()
+        assert relative(W, theirs[0]) < 1e-6
+
+
+def test_defaults_of_the_moment_do_not_matter():
+    """A default dtype, a default device, inference mode: where the plan happens to be made."""
+    weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])
+    theirs = [W.detach().double() for W in weights]
+    try:
+        torch.set_default_dtype(torch.float64)
+        optimizer = AGD(weights)
+        for context in (torch.inference_mode(), torch.device("meta"), torch.no_grad()):
+            with context:
+                optimizer._key = None  # a plan made here
+                theirs, _, _ = reference_step(theirs, [W.grad for W in weights])
+                optimizer.step()
+            optimizer.step()
+            theirs, _, _ = reference_step(theirs, [W.grad for W in weights])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer._plan is not None and optimizer.eta.device.type == "cpu"
+    assert max(relative(W, V) for W, V in zip(weights, theirs)) < 1e-6
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_have_weights_of_their_own(way):
     weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])

@@ -112,6 +112,19 @@ def test_a_host_that_dies_fails_its_runs_and_the_others_get_a_new_one(one_thread
     assert some.host is None and second.host.process.returncode == 0
 
 
+def test_what_a_library_prints_does_not_come_between(one_thread, monkeypatch, tmp_path):
+    def table(scale):
+        rows = [list(row.flags) for row in small_table(scale)[:2]]
+        for words in rows:  # wide enough for oneDNN, which prints what it does
+            words[words.index("16")] = "128"
+        return [x._replace(flags=tuple(f)) for x, f in zip(small_table(scale), rows)]
+
+    monkeypatch.setattr(results, "experiments", table)
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    how = ["--jobs", "2", "--together", "on", "--device", "cpu"]
+    assert call("fig5", "--out", tmp_path, *how) == 0
+
+
 def test_a_worker_without_runs_ends_with_its_input():
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.worker"], cwd=ROOT, stdin=subprocess.PIPE,
