@@ -203,7 +203,6 @@ def train(args, world):
         "cuda_graph": no_graph is None,
         **({} if no_graph is None else {"no_cuda_graph": no_graph}),
         "test_bs": args.test_bs,
-        **({"fused": optimizer.fused} if hasattr(optimizer, "fused") else {}),
     }
     if first:
         layers = [(name, tuple(p.shape)) for name, p in net.named_parameters()]

@@ -350,7 +350,7 @@ def test_readmes_tables_are_what_was_found(found, tmp_path):
     assert paths == [folder / "benchmark.png", readme]
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
-    for words in ("| 1.25 / 2.50 |", "| 1.17 |", "| 1.28 |", "| 5.39 |", "| 1.83 |", "3.2 s, of",
+    for words in ("| 1.25 / 2.50 |", "| 1.17 |", "| 1.28 |", "| 5.39 |", "| 1.83 |", "3.2 s; a",
                   "2 at once / one | 1.61 |",
                   "| AGD 1.5 MB, fused AdamW 7.1 MB; the largest weight has 3.0 MB |",
                   "a processor, torch 2.9.0,", "(results/benchmark/benchmark.png)"):  # fmt: skip
