@@ -245,7 +245,7 @@ def _resumed(then, now, done):
     """The first row of a run that goes on after `done` epochs: as it was, with the flags of now,
     and with the environment where that is another."""
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
-    keys += ["compile", "channels_last", "cuda_graph", "fused"]
+    keys += ["compile", "channels_last", "cuda_graph"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
     row = {**then, "flags": now["flags"]}
     if changed:
