@@ -239,7 +239,10 @@ def test_when_the_time_is_up_the_job_is_queued_again_and_goes_on(slurm, run_main
     one.comes_to("PENDING", restarts=1)
     done = epochs(tmp_path / "one")
     assert 3 < done < 400 and "Interrupted after" in one.said(), one
-    say("scontrol", "update", f"JobId={one.id}", "StartTime=now")  # else in two minutes
+    # SLURM itself waits two minutes. A job that starts while the node still clears up after its
+    # first start is failed by SLURM, without a word of its script.
+    time.sleep(10)
+    say("scontrol", "update", f"JobId={one.id}", "StartTime=now")
     said = one.comes_to("COMPLETED", restarts=1)
     assert went_on(said) in (done - 1, done), one
     whole = run_main(*long, out=tmp_path / "whole", env={"OMP_NUM_THREADS": "1"})
