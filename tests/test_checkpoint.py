@@ -33,7 +33,8 @@ def test_the_last_two_are_kept(tmp_path):
     os.unlink(checkpoints.path)  # killed between the two renamings
     assert epoch(checkpoints) == (2, None)
     checkpoints.write(content(4))
-    assert epoch(checkpoints) == (4, None) and unpack(checkpoints.previous.read_bytes())["epoch"] == 2
+    assert epoch(checkpoints) == (4, None)
+    assert unpack(checkpoints.previous.read_bytes())["epoch"] == 2
     checkpoints.discard()
     assert os.listdir(tmp_path) == []
 
@@ -57,7 +58,8 @@ def test_a_damaged_newest_one_is_set_aside_and_the_one_before_used(how, tmp_path
     checkpoints.path.write_bytes(bad)
     found, warning = epoch(checkpoints)
     assert found == 2
-    assert "a.pt is damaged (" in warning and "set aside as a.damaged.pt, and a.previous.pt" in warning
+    assert "a.pt is damaged (" in warning
+    assert "set aside as a.damaged.pt, and a.previous.pt is used" in warning
     assert (tmp_path / "a.damaged.pt").read_bytes() == bad
     assert epoch(checkpoints) == (2, None)  # said once
     checkpoints.write(content(3))
@@ -94,7 +96,8 @@ def test_what_fails_half_way_leaves_the_last_ones(call, tmp_path, monkeypatch):
         checkpoints.write(content(3))
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == ["a.previous.pt", "a.pt"]
-    assert epoch(checkpoints) == (2, None) and unpack(checkpoints.previous.read_bytes())["epoch"] == 1
+    assert epoch(checkpoints) == (2, None)
+    assert unpack(checkpoints.previous.read_bytes())["epoch"] == 1
 
 
 class Evil:
