@@ -68,6 +68,9 @@ class ArrayBatches:
         """The indices of the images in the order of this epoch, an int64 array."""
         return self._draw()[0]
 
+    def close(self):
+        """There is nothing to end."""
+
     def __iter__(self):
         draws, self.position = self._draws(), self.start
         for i in range(self.start * self.batch_size, self.examples, self.batch_size):

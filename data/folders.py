@@ -64,6 +64,10 @@ class FolderBatches:
         """The indices of the images in the order of this epoch, an int64 array."""
         return self.sampler.order()
 
+    def close(self):
+        """End the worker processes; nothing can be read any longer."""
+        self.loader = None
+
     def __iter__(self):
         self.missing, self.position = 0, self.sampler.start
         for images, labels, bad in self.loader:
