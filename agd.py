@@ -284,10 +284,12 @@ class _Sweeps:
 
     @classmethod
     def plan(cls, weights, gains, L):
-        """The sweeps over these weights, or None where one of them lies in another way."""
+        """The sweeps over these weights, or None where one of them lies in another way, or has a
+        gain so far from 1 that float32 may not hold what its gradient is multiplied with."""
         lying = []
-        for p in weights:
+        for p, gain in zip(weights, gains):
             fits = _is_plain(p) and p.device.type == "cpu" and p.dtype == torch.float32
+            fits = fits and (gain == 0 or LOWEST < gain * _scale(p.shape) / L < HIGHEST)
             kind = _kind(p) if fits else None
             if kind is None:
                 return None
@@ -361,6 +363,7 @@ class _Sweeps:
 
 
 LEAST = 2.0**-60  # a squared norm of which float32 loses nothing
+LOWEST, HIGHEST = 2.0**-40, 2.0**60  # times eta over any norm that is swept, within float32
 SCRATCH = 2**18  # float32 numbers, a megabyte: what stays in a processor's cache
 ROW = 1024  # the length up to which a float32 norm along memory is exact to 1e-6
 
