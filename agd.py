@@ -94,9 +94,11 @@ class AGD(torch.optim.Optimizer):
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             params = list(params)
-            # A tied weight is one layer, however often it is listed.
-            tensor = {id(x[1] if isinstance(x, tuple) else x): x for x in reversed(params)}
-            params = list(reversed(tensor.values()))
+            # A tied weight is one layer, however often it is listed, and is where it is first.
+            tensors = {}
+            for x in params:
+                tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
+            params = list(tensors.values())
         group["params"] = params
         for name, p in _named([group]):
             _check(name, p)
