@@ -111,8 +111,9 @@ class Net:
 
 sides = st.one_of(st.just(1), st.integers(1, 9), st.sampled_from([16, 33, 64]))
 kernels = st.lists(st.integers(1, 4), max_size=3)
+small = st.tuples(sides, sides, kernels).map(lambda x: (*x[:2], *x[2]))
 shapes = st.one_of(
-    st.tuples(sides, sides, kernels).map(lambda x: (*x[:2], *x[2])),
+    small,
     # Long rows, primes, more than a chunk or a piece of scratch memory, more positions than a
     # period of the compiled step holds.
     st.sampled_from([(3, 1500), (1, 1009), (5, 409), (700, 2), (131, 127), (3, 2, 33, 32),
@@ -158,13 +159,13 @@ GAINS = (1.0, 1, 0.3, 0.0, 1e-30, 17.0, 1e20)
 
 @st.composite
 def nets(draw, dtypes=(*WIDE, *HALF), kinds=KINDS, gains=GAINS, exponents=(-38, 38), missing=True,
-         largest=4):  # fmt: skip
+         largest=4, of=shapes):  # fmt: skip
     """A net of some layers in one or two groups; most are of float32 throughout."""
     usual = draw(st.sampled_from([torch.float32, torch.float32, *dtypes]))
     dtypes = st.sampled_from([usual] if draw(st.integers(0, 3)) else dtypes)
     layers = []
     for _ in range(draw(st.integers(1, largest))):
-        shape, dtype = draw(shapes), draw(dtypes)
+        shape, dtype = draw(of), draw(dtypes)
         W = draw(tensors(shape, dtype, (-3, 3), ("normal", "zero", "positions")))
         none = missing and draw(st.integers(0, 7)) == 7
         grad = None if none else draw(tensors(shape, dtype, exponents, kinds))
@@ -184,12 +185,12 @@ def everything(optimizer):
     return [(p, group["lr"]) for group in optimizer.param_groups for p in group["params"]]
 
 
-def weights(optimizer):
+def weights_of(optimizer):
     return [p for p, _ in everything(optimizer)]
 
 
 def copies(optimizer):
-    return [p.detach().clone() for p in weights(optimizer)]
+    return [p.detach().clone() for p in weights_of(optimizer)]
 
 
 def same(a, b):
@@ -299,9 +300,9 @@ def test_so_is_every_step_of_any_sequence(form, net, data):
     step_and_check(optimizer)
     gains = [x for x in GAINS if x < 100]
     for event in data.draw(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=5)):
-        p = data.draw(st.sampled_from(weights(optimizer)))
+        p = data.draw(st.sampled_from(weights_of(optimizer)))
         if event == "gradients":
-            for p in weights(optimizer):
+            for p in weights_of(optimizer):
                 p.grad = data.draw(tensors(p.shape, p.dtype, (-38, 38), KINDS))
         elif event == "expanded":  # one number, with strides of 0
             p.grad = torch.full((), 0.5, dtype=p.dtype).expand(p.shape)
@@ -336,12 +337,12 @@ def test_each_form_is_taken_where_it_can_be(form, net):
         return Lying(tuple(range(x.W.ndim)))
 
     optimizer = net.replaced(lying=dense, of_grad=dense).optimizer(form)
-    assume(any(p.grad is not None for p in weights(optimizer)))
+    assume(any(p.grad is not None for p in weights_of(optimizer)))
     optimizer.step()
     if form is not None:
         assert optimizer.plain and optimizer._plan is None
         return
-    moving = [p for p in weights(optimizer) if p.grad is not None]
+    moving = [p for p in weights_of(optimizer) if p.grad is not None]
     narrow = all(math.prod(p.shape[2:]) <= 1024 for p in moving)
     compiled = narrow and agd_cpu._library() is not None
     assert isinstance(optimizer._plan, agd_cpu.Plan if compiled else agd._Sweeps)
@@ -380,7 +381,7 @@ def test_a_scale_of_all_gradients_is_that_of_G_and_no_direction(form, net, expon
     assert near(other.G.item(), c * one.G.item(), 2e-6)
     if abs(exponent) > 1e-3 and one.G > 0:
         assert (other.eta > one.eta) == (c > 1)
-    for p, q in zip(weights(one), weights(other)):
+    for p, q in zip(weights_of(one), weights_of(other)):
         p, q = p.double() / one.eta.clamp_min(1e-99), q.double() / other.eta.clamp_min(1e-99)
         assert (p - q).norm() <= 4e-6 * p.norm()
 
@@ -410,7 +411,7 @@ def test_order_groups_memory_and_the_names_of_positions_change_nothing(form, net
     torch.testing.assert_close(one.eta, other.eta, **tolerance)
     # The first lists the layers by their groups.
     first = sorted(range(len(order)), key=lambda i: net.layers[i].group)
-    ours, theirs = dict(zip(first, weights(one))), dict(zip(order, weights(other)))
+    ours, theirs = dict(zip(first, weights_of(one))), dict(zip(order, weights_of(other)))
     for i, turn in enumerate(turns):
         W = ours[i].permute(turn)
         smallest = torch.finfo(W.dtype).tiny * torch.finfo(W.dtype).eps
@@ -445,7 +446,7 @@ def test_a_weight_that_is_listed_often_is_one_layer(form, net, data):
     for optimizer in (often, once):
         optimizer.step()
     assert same([*copies(often), often.G, often.eta], [*copies(once), once.G, once.eta])
-    for params in (tied(data.draw, weights(often)), weights(once)):
+    for params in (tied(data.draw, weights_of(often)), weights_of(once)):
         init_weights(params, torch.Generator().manual_seed(0))
     assert same(copies(often), copies(once))
 
@@ -457,9 +458,9 @@ def test_a_bad_value_anywhere_changes_no_bit_and_nothing_later(form, net, data):
     if data.draw(st.booleans()):
         optimizer.step()  # with a plan of before
         twin.step()
-    before, gradients = copies(optimizer), [p.grad for p in weights(optimizer)]
+    before, gradients = copies(optimizer), [p.grad for p in weights_of(optimizer)]
     for _ in range(2):
-        p = data.draw(st.sampled_from(weights(optimizer)))
+        p = data.draw(st.sampled_from(weights_of(optimizer)))
         p.grad = p.grad.clone()
         where = [data.draw(st.integers(0, n - 1)) for n in p.shape]
         p.grad[tuple(where)] = data.draw(st.sampled_from(BAD))
@@ -467,7 +468,7 @@ def test_a_bad_value_anywhere_changes_no_bit_and_nothing_later(form, net, data):
     assert same(copies(optimizer), before)
     assert math.isnan(optimizer.eta.item())
     assert optimizer.skipped.item() == 1
-    for p, g in zip(weights(optimizer), gradients):
+    for p, g in zip(weights_of(optimizer), gradients):
         p.grad = g
     optimizer.step()
     twin.step()
@@ -512,7 +513,7 @@ def test_saved_and_copied_optimisers_go_on_to_the_same_bits(form, net, way, bad)
         other = net.optimizer(form)
         other.load_state_dict(state)
         with torch.no_grad():
-            for p, x in zip(weights(other), values):
+            for p, x in zip(weights_of(other), values):
                 p.copy_(x)
     else:
         other = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(
@@ -520,7 +521,7 @@ def test_saved_and_copied_optimisers_go_on_to_the_same_bits(form, net, way, bad)
         assert same([other.G, other.eta], [optimizer.G, optimizer.eta])
     assert other.skipped.item() == optimizer.skipped.item() == bad
     for i in range(3):
-        for p, q in zip(weights(optimizer), weights(other)):
+        for p, q in zip(weights_of(optimizer), weights_of(other)):
             generator = torch.Generator().manual_seed(i)
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
             q.grad = p.grad.clone()
