@@ -295,7 +295,7 @@ def test_a_step_is_that_of_the_mathematics(form, net):
     step_and_check(net.optimizer(form))
 
 
-EVENTS = ("nothing", "gradients", "expanded", "bad", "lose", "gain", "move", "weight")
+EVENTS = ("nothing", "gradients", "expanded", "bad", "lose", "gain", "move", "turn", "weight")
 
 
 @PROPERTY
@@ -321,10 +321,13 @@ def test_so_is_every_step_of_any_sequence(form, net, data):
         elif event == "gain":
             group = data.draw(st.sampled_from(optimizer.param_groups))
             group["lr"] = data.draw(st.sampled_from(gains))
-        elif event == "move":
+        elif event in ("move", "turn"):
             grad, p.grad = p.grad, None
-            p.data = data.draw(layings(p.ndim)).lay(p.detach())
-            p.grad = grad
+            there = data.draw(layings(p.ndim, gaps=event == "move")).lay(p.detach())
+            whole = p.numel() == 1 + sum((n - 1) * k for n, k in zip(p.shape, p.stride()))
+            if event == "turn" and whole:  # the same memory, read in another order
+                there = p.detach().as_strided(p.shape, there.stride())
+            p.data, p.grad = there, grad
         elif event == "weight":
             p.data.mul_(0.5)
         step_and_check(optimizer)
