@@ -43,13 +43,14 @@ class Requests:
         self.found = max(self.found, ANNOUNCED)
 
     def _end(self, number, frame):
-        now = time.monotonic()
-        if not self.listening or (self.since is not None and now - self.since > ONE):
+        now, first = time.monotonic(), self.since is None
+        if not first and now - self.since <= ONE:
+            return
+        self.since = now
+        if not first or not self.listening:
             raise KeyboardInterrupt
-        if self.since is None:
-            self.since = now
-            if number == signal.SIGINT and sys.stderr.isatty():
-                os.write(2, b"\nStopping after this step; Ctrl-C again: at once\n")
+        if number == signal.SIGINT and sys.stderr.isatty():
+            os.write(2, b"\nStopping after this step; Ctrl-C again: at once\n")
         self.found = STOP
 
 

@@ -233,7 +233,7 @@ def train(args, world, requests):
     if profile and replay:
         progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
     stopped, final, own, began = None, True, {}, time.perf_counter()
-    code = bad = None
+    code, bad, failed = None, None, False
     progress.begin(course.epoch * len(data.train) + course.step)
     try:
         requests.listening = True
@@ -242,6 +242,7 @@ def train(args, world, requests):
     except Ended as ended:
         stopped, final, own = ended.reason, ended.final, ended.facts
     except (Exception, KeyboardInterrupt) as error:
+        failed = True
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
             for ending in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(ending, signal.SIG_IGN)
@@ -250,7 +251,6 @@ def train(args, world, requests):
         if trace and first:
             print(trace, end="", file=sys.stderr)
     finally:
-        requests.listening = False
         progress.close()
         for part in data[:2]:
             part.close()
@@ -262,7 +262,7 @@ def train(args, world, requests):
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
         # A device may wait for ranks that are gone: what it holds is not asked for then.
-        readable = args.optimizer == "agd" and (world.size == 1 or final)
+        readable = args.optimizer == "agd" and (world.size == 1 or not failed)
         skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row["seconds"] for row in rows)
         failure = run.log(
@@ -280,6 +280,8 @@ def train(args, world, requests):
             code = code or 1
     elif world.speaks:
         say(stopped)
+    if not failed:
+        world.agree()  # when a rank has gone, launchers end the others: none goes before all is said
     return code
 
 

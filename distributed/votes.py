@@ -22,7 +22,8 @@ class Later:
             if self.spare:
                 host, event = self.spare.pop()
             else:
-                host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
+                with torch.inference_mode(False):  # an evaluation's is used in training again
+                    host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
                 event = torch.cuda.Event()
             host.copy_(tensor, non_blocking=True)
             event.record()
@@ -59,16 +60,9 @@ class Votes:
             return vote
         tensor = torch.full((), vote, dtype=torch.int32, device=self.world.device)
         self.sent.append((tensor, self.world.most_later(tensor)))
-        return max(self._read(1), default=0)
-
-    def rest(self):
-        """The greatest of the votes that have not been read."""
-        return max([*self._read(0), *self.later.rest()], default=0)
-
-    def _read(self, left):
         values = []
-        while len(self.sent) > left:
+        while len(self.sent) > 1:
             tensor, done = self.sent.popleft()
             done()
             values += self.later.put(tensor)
-        return values
+        return max(values, default=0)

@@ -9,8 +9,10 @@ import torch
 import torch.nn as nn
 
 import distributed
+import main as program
 from agd import AGD, init_weights
 from data import load
+from interrupt import Requests
 from train import Gradient, evaluate, mse, train_epoch
 
 CPU = torch.device("cpu")
@@ -111,6 +113,32 @@ def memory(world, rooms, calls=0, norms=False):
     except Exception as error:
         return {"error": world.failed(error)[0]}
     return {**found, "micro_bs": gradient.micro_bs}
+
+
+class Signalled(Requests):
+    """Requests of a process that sends itself signals, {look: number}; looks count from 1."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.looks = numbers, 0
+        self.install()
+
+    def take(self):
+        self.looks += 1
+        if str(self.looks) in self.numbers:
+            os.kill(os.getpid(), self.numbers[str(self.looks)])
+        return super().take()
+
+
+def runs(world, several):
+    """(exit code, looks) of runs of main.py in this group, one after the other: of each the flags
+    and, for each rank, the Signalled's numbers."""
+    found = []
+    for flags, numbers in several:
+        requests = Signalled(numbers.get(str(world.rank), {}))
+        args = program.parse(["--cpu", "--distribute", *flags])
+        found.append((program.train(args, world, requests), requests.looks))
+    return found
 
 
 def drift(world, rank):
