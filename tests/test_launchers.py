@@ -1,5 +1,6 @@
 """What people start runs with, for real: SLURM's batch scripts and srun, mpirun, torchrun."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import torch
 
 from scripts import reproduce
 from tests.conftest import ROOT
-from tests.test_distributed import FOLDER, VARIABLES, folders, outcome
+from tests.test_distributed import FOLDER, TORCHRUN, VARIABLES, folders, outcome
+from tests.test_main import comparable
 from tests.test_reproduce import small  # noqa: F401 (a fixture)
 
 LOCAL = ROOT.parent / "shared" / "slurm" / "local.sh"  # a SLURM of one node, where it lies there
@@ -27,6 +29,14 @@ LAUNCH = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
                  "--nproc_per_node", "2"],
 }  # fmt: skip
+OWN = """#!/bin/sh
+#SBATCH --requeue
+#SBATCH --signal=USR1@60
+#SBATCH --open-mode=append
+#SBATCH --oversubscribe
+#SBATCH --mem=1000
+srun "$AGD_PYTHON" main.py "$@"
+"""
 RANK = {"srun": "SLURM_PROCID", "mpirun": "OMPI_COMM_WORLD_RANK", "torchrun": "RANK"}
 
 
@@ -247,16 +257,79 @@ def test_when_the_time_is_up_the_job_is_queued_again_and_goes_on(slurm, run_main
     assert went_on(said) in (done - 1, done), one
     whole = run_main(*long, out=tmp_path / "whole", env={"OMP_NUM_THREADS": "1"})
     assert whole.returncode == 0, whole.stderr
-    (rows, weights), (others, copies) = outcome(tmp_path / "whole"), outcome(tmp_path / "one")
-    assert all(torch.equal(weights[k], copies[k]) for k in weights)
-    for a, b in zip(rows[1:], others[1:], strict=True):
-        assert [a.get(k) for k in ("epoch", "train_loss", "test_acc", "eta_mean", "final")] == [
-            b.get(k) for k in ("epoch", "train_loss", "test_acc", "eta_mean", "final")
-        ]
+    same_bits(tmp_path / "whole", tmp_path / "one")
 
 
-def test_ranks_stop_together_when_the_time_is_up(slurm, tmp_path):
-    job = Job("srun.sh", tmp_path, *FLAGS, "--epochs", 100000, options=["--ntasks-per-node=2"])
+def same_bits(whole, parts):
+    (rows, weights), (others, copies) = outcome(whole), outcome(parts)
+    assert digest(weights) == digest(copies)
+    assert comparable(rows)[1:] == comparable(others)[1:]
+
+
+def digest(weights):
+    """SHA-256 over the names and the bytes."""
+    found = hashlib.sha256()
+    for name, x in sorted(weights.items()):
+        found.update(name.encode() + b"\0" + x.numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's batch script, which knows nothing of signals."""
+    path = tmp_path / "own.sh"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_plain_batch_script_goes_back_to_the_queue_by_itself(slurm, own, run_main, tmp_path):
+    """USR1 reaches the processes of the step alone, as SLURM sends it without B: before the limit;
+    of one process and of two ranks."""
+    flags = [*FLAGS, "--epochs", "400", "--log_steps", "--save_every", "1h"]
+    several = ["--distribute", *flags]
+    jobs = {"one": Job(own, tmp_path / "one", *flags),
+            "two": Job(own, tmp_path / "two", *several, options=["--ntasks=2"])}  # fmt: skip
+    for name, job in jobs.items():
+        wait_for(lambda: epochs(tmp_path / name) > 3, 100, job.said)
+        say("scancel", "--signal=USR1", job.id)
+    for job in jobs.values():
+        said = job.comes_to("PENDING", restarts=1)
+        assert said.count("The job is back in the queue after ") == 1, job
+        assert "Traceback" not in said and "\nerror:" not in said, job
+    time.sleep(10)  # see above
+    for job in jobs.values():
+        say("scontrol", "update", f"JobId={job.id}", "StartTime=now")
+    environment = {"OMP_NUM_THREADS": "1"}
+    whole = run_main(*flags, out=tmp_path / "whole", env=environment)
+    assert whole.returncode == 0, whole.stderr
+    whole = run_main(
+        *several, out=tmp_path / "both", env=environment, launcher=[*TORCHRUN, "2"]
+    )
+    assert whole.returncode == 0, whole.stderr
+    for job in jobs.values():
+        said = job.comes_to("COMPLETED", restarts=1)
+        back = re.search(r"The job is back in the queue after (\d+) whole epochs", said)
+        assert went_on(said) == int(back[1]), job
+    same_bits(tmp_path / "whole", tmp_path / "one")
+    same_bits(tmp_path / "both", tmp_path / "two")
+
+
+def test_at_its_time_limit_a_job_saves_where_it_is(slurm, own, tmp_path):
+    """Without a signal before: SIGTERM, and SIGKILL half a minute later."""
+    flags = [*FLAGS, "--epochs", 1000000, "--save_every", "1h"]
+    job = Job(own, tmp_path, *flags, options=["--time=1", "--signal=0@0"])
+    wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
+    wait_for(lambda: job.facts()["JobState"] == "TIMEOUT", 180, lambda: job)
+    assert job.said().count("Interrupted after") == 1, job
+    rows, _ = outcome(tmp_path)
+    (saved,) = (tmp_path / "checkpoints").glob("*.pt")
+    assert rows[-1]["stopped"] == "interrupted"
+    assert torch.load(saved, weights_only=True)["epoch"] == rows[-1]["epochs"]
+
+
+@pytest.mark.parametrize("script", ["srun.sh", "torchrun.sh"])
+def test_ranks_stop_together_when_the_time_is_up(script, slurm, tmp_path):
+    job = Job(script, tmp_path, *FLAGS, "--epochs", 100000, options=["--ntasks-per-node=2"])
     wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
     say("scancel", "--batch", "--signal=USR1", job.id)
     said = job.comes_to("PENDING", restarts=1)
@@ -265,11 +338,13 @@ def test_ranks_stop_together_when_the_time_is_up(slurm, tmp_path):
     job.comes_to("CANCELLED", restarts=1)
 
 
-def test_a_job_that_is_cancelled_stays_so(slurm, tmp_path):
-    job = Job("one.sh", tmp_path, *FLAGS, "--epochs", 100000)
+@pytest.mark.parametrize("script", ["one.sh", "own.sh"])
+def test_a_job_that_is_cancelled_stays_so(script, slurm, own, tmp_path):
+    job = Job(own if script == "own.sh" else script, tmp_path, *FLAGS, "--epochs", 100000)
     wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
     say("scancel", job.id)
     job.comes_to("CANCELLED")
+    wait_for(lambda: "Interrupted after" in job.said(), 30, job.said)
     wait_for(lambda: not ranks(tmp_path, "SLURM_PROCID"), 60, lambda: "it runs on")
 
 

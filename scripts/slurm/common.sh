@@ -6,11 +6,12 @@ AGD_SETUP=${AGD_SETUP:-}            # what makes Python available: "source .venv
 AGD_PYTHON=${AGD_PYTHON:-python}
 AGD_REPO=${AGD_REPO:-$SLURM_SUBMIT_DIR}     # this checkout, on a disk that every node sees
 
-# SLURM sends USR1 to this shell alone, two minutes before the time is up (--signal). SIGTERM to the
-# step, which srun would turn into SIGKILL, lets main.py write the end of its log.
+# SLURM sends USR1 to this shell alone, two minutes before the time is up (--signal). main.py could
+# take USR1 itself; torchrun and scripts.reproduce would die of it. SIGTERM to the step, which srun
+# would turn into SIGKILL, has each of them save where the run is.
 nearly_over() {
     again=yes
-    echo "The time is nearly up: stopping, to go on after the last whole epoch"
+    echo "The time is nearly up: saving, to go on from there"
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
 again=
