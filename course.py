@@ -50,7 +50,7 @@ class Course:
         self.steps = least if kind == "steps" else None
         self.seconds = least if kind == "seconds" else None
         self.epoch = self.step = self.missing = 0
-        self.totals, self.before, self.micro_bs, self.tried = None, 0.0, None, False
+        self.totals, self.before, self.micro_bs, self.tried = None, 0.0, None, 0
         self.votes, self.etas, self.places = Votes(world), Later(world.device), deque()
         self.not_finite = []  # (epoch, step) of the last steps in a row without a finite gradient
         self.so_far = self.seconds_before = None  # set as an epoch goes on
@@ -78,8 +78,8 @@ class Course:
                 raise ValueError(f"step {self.step} of {steps}")
             if state is not None and len({len(column) for column in state.values()}) != 1:
                 raise ValueError("its totals are of different lengths")
-            begun = self.epoch * steps + self.step > 2
-            self.tried = begun and checkpoint.get("here") == self.here
+            if checkpoint.get("here") == self.here:
+                self.tried = self.epoch * steps + self.step
             if state is not None:
                 if self.world.rank:  # the sums over the ranks are the first one's
                     state = {**state, "losses": torch.zeros_like(state["losses"]),
@@ -157,7 +157,7 @@ class Course:
     def save(self, totals):
         """Write a checkpoint of this moment; `totals` are those of the epoch under way."""
         self._count(self.etas.rest())
-        state = None if totals is None else totals.state(self.world.sum)
+        state = None if totals is None else totals.state(self.world.sum_in_order)
         seconds = 0.0 if totals is None else self.seconds_of_epoch()
         missing, bad = self.missing, [set(), set()]
         if hasattr(self.data.train, "bad_images"):

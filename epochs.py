@@ -42,7 +42,7 @@ class Epochs:
         with profile.evaluation() if profile else nullcontext():
             tested = evaluate(
                 net, data.test, course.loss_fn, course.gradient.micro_bs, course.after_test_batch
-            ).read(world.sum)
+            ).read(world.sum_in_order)
         complete(tested, data.test, world)
         together(net, epoch, world)
         seconds = before + time.perf_counter() - began
@@ -92,7 +92,7 @@ class Epochs:
             self.progress.note(
                 f"Memory ran out: {gradient.micro_bs} images at a time from now on"
             )
-        return totals.read(course.world.sum)
+        return totals.read(course.world.sum_in_order)
 
 
 def spread(key, values):

@@ -33,19 +33,19 @@ class Gradient:
     `compiled` is what torch.compile made of `net`: it takes the first pass of a batch of `whole`
     images (None: of the first batch) and those of its size, and `net` itself the others, so that
     there is one compilation. `span("forward")` and `span("backward")` are contexts around the two,
-    for a profile. `tried`: the first batches of this run have gone through, before it was broken.
+    for a profile. `tried`: the batches of this run that went through before it was broken.
     """
 
     def __init__(
         self, net, loss_fn, world=None, micro_bs=None, sync_bn=False, compiled=None,
-        span=nullcontext, whole=None, tried=False,
+        span=nullcontext, whole=None, tried=0,
     ):  # fmt: skip
         self.net, self.loss_fn, self.micro_bs = net, loss_fn, micro_bs
         self.compiled, self.compiled_size, self.span = compiled, None, span
         self.world = world if world is not None and world.size > 1 else None
         self.sync_bn = sync_bn and self.world is not None
         self.whole, self.lowered = whole, False
-        self.trials = 2 if self.world is not None and not tried else 0
+        self.trials = max(0, 2 - tried) if self.world is not None else 0
         self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
         if self.sync_bn:
             self.norms = []

@@ -51,12 +51,42 @@ class World:
         # step. Newer versions of torch have another word for it.
         names = inspect.signature(ddp.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return ddp(net, device_ids=ids, **{name: False})
+        model = ddp(net, device_ids=ids, **{name: False})
+        self._settle(model)
+        return model
+
+    def _settle(self, model):
+        """Have `model` send its gradients as it is going to at every step.
+
+        After the first step it puts them into other messages; over three ranks and more, the place
+        in a message decides in which order the ranks' numbers are added, and a run that goes on
+        from a checkpoint would differ in the last bits. So it takes a first step without images.
+        """
+        net = model.module
+        forward = vars(net).get("forward")
+        net.forward = lambda x: sum((x * p.sum() for p in net.parameters()), x)
+        try:
+            model(torch.zeros((), device=self.device)).backward()
+        finally:
+            if forward is None:
+                del net.forward
+            else:
+                net.forward = forward
+            net.zero_grad()
 
     def sum(self, tensor):
         """Add `tensor` up over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def sum_in_order(self, tensor):
+        """The same, each element of a small tensor in the same way, wherever in it that stands."""
+        if self.size > 1:
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            dist.all_gather(parts, tensor)
+            tensor.zero_()
+            for part in parts:
+                tensor += part
 
     def sum_later(self, tensor):
         """Begin to; returns a function that has to be called before the tensor is used."""
