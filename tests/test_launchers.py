@@ -317,7 +317,8 @@ def test_a_plain_batch_script_goes_back_to_the_queue_by_itself(slurm, own, run_m
 def test_at_its_time_limit_a_job_saves_where_it_is(slurm, own, tmp_path):
     """Without a signal before: SIGTERM, and SIGKILL half a minute later."""
     flags = [*FLAGS, "--epochs", 1000000, "--save_every", "1h"]
-    job = Job(own, tmp_path, *flags, options=["--time=1", "--signal=0@0"])
+    own.write_text(OWN.replace("#SBATCH --signal=USR1@60\n", ""))
+    job = Job(own, tmp_path, *flags, options=["--time=1"])
     wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
     wait_for(lambda: job.facts()["JobState"] == "TIMEOUT", 180, lambda: job)
     assert job.said().count("Interrupted after") == 1, job
@@ -333,7 +334,7 @@ def test_ranks_stop_together_when_the_time_is_up(script, slurm, tmp_path):
     wait_for(lambda: epochs(tmp_path) > 3, 100, job.said)
     say("scancel", "--batch", "--signal=USR1", job.id)
     said = job.comes_to("PENDING", restarts=1)
-    assert said.count("Interrupted after") == 1 and "Traceback" not in said, job
+    assert said.count("Interrupted after") == 1 and 'main.py", line' not in said, job
     say("scancel", job.id)
     job.comes_to("CANCELLED", restarts=1)
 
