@@ -1,42 +1,169 @@
 """Runs of several ranks that a signal breaks, wherever it comes and to whichever rank."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from tests.test_course import LOOKS, SMALL, only, same
-from tests.test_distributed import run_ranks  # noqa: F401 (a fixture)
+from distributed.votes import Later
+from tests.conftest import ROOT
+from tests.test_course import LOOKS, SMALL, call, only, same
+from tests.test_distributed import (  # noqa: F401 (a fixture)
+    TORCHRUN,
+    VARIABLES,
+    outcome,
+    run_ranks,
+)
 from tests.test_main import rows
 
 TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
+STOP = 3  # of interrupt, for one process
+WIDE = ["--width", "600"]  # so that gradients take more than one message
 
 
 def words(*flags):
     return [str(flag) for flag in flags]
 
 
-def broken(run, size, cases, *flags, folder):
-    """Have `size` ranks make an unbroken run in `folder`/whole and, of {name: numbers} of tests.
-    ranks.runs, each run that is broken and goes on; returns (code, looks) of the broken ones."""
-    several = [(words(*SMALL, *flags, "--out", folder / "whole"), {})]
-    for name, numbers in cases.items():
-        command = words(*SMALL, *flags, "--out", folder / name)
-        several += [(command, numbers), (command, {})]
-    found, errors = run(size, "runs", several=several)
+@pytest.fixture
+def broken(run_ranks, tmp_path):  # noqa: F811
+    """f(size, cases, *flags): `size` ranks make an unbroken run, and for each of {name: numbers}
+    (see ranks.runs) one that is broken and goes on, to the same bits; returns what the broken ones
+    returned."""
+
+    def run(size, cases, *flags, **options):
+        several = [(words(*SMALL, *flags, "--out", tmp_path / "whole"), {})]
+        for name, numbers in cases.items():
+            command = words(*SMALL, *flags, "--out", tmp_path / name)
+            several += [(command, numbers), (command, {})]
+        found, errors = run_ranks(size, "runs", several=several, **options)
+        assert None not in found, errors
+        for rank in found:
+            assert rank == found[0]  # they end in the same step
+            assert all(ended for _, _, ended in rank)  # and none before all is written
+            assert [code for code, *_ in rank[::2]] == [0] * (len(cases) + 1)
+        for name in cases:
+            same(tmp_path / name, tmp_path / "whole")
+        return {name: pair[:2] for name, pair in zip(cases, found[0][1::2])}
+
+    return run
+
+
+def test_a_signal_to_one_rank_breaks_all_in_the_same_step(broken, tmp_path):
+    """All know of it at the next look: in an epoch, between two, in a test."""
+    looks = [1, 3, 4, 6, 7, LOOKS - 1]
+    cases = {str(k): {"1": {k: TERM}} for k in [*looks, LOOKS]}
+    ended = broken(2, {**cases, "saved": {"1": {2: USR1}}})
+    assert ended == {
+        **{str(k): (130, k + 1) for k in looks},
+        str(LOOKS): (0, LOOKS),  # too late to be of use
+        "saved": (0, LOOKS),
+    }
+    assert rows(tmp_path / "3", only(tmp_path / "3"))[0]["ranks"] == 2
+
+
+def test_three_ranks_go_on_to_the_bit(broken):
+    """Whose numbers are added in an order that the places in a message decide."""
+    one, all_of_them = {"2": {9: TERM}}, {str(rank): {3: INT} for rank in range(3)}
+    cases = {"first": {"1": {1: TERM}}, "third": all_of_them, "ninth": one}
+    ended = broken(3, cases, *WIDE)
+    assert ended == {"first": (130, 2), "third": (130, 4), "ninth": (130, 10)}
+
+
+@pytest.mark.parametrize("flags", [[], ["--sync_bn"]])
+def test_networks_with_batch_norm_go_on_to_the_bit(flags, broken):
+    """Each rank's running statistics are lost with it; those of the first count."""
+    cases = {str(k): {"1": {k: TERM}} for k in (2, 5, 9)}
+    broken(3, cases, *flags, norms=True)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, capsys):  # noqa: F811
+    assert call(*SMALL, "--out", tmp_path / "whole")[0] == 0
+    assert call(*SMALL, "--out", tmp_path / "three", asked={9: STOP})[0] == 130
+    several = [(words(*SMALL, "--out", tmp_path / "three"), {}),
+               (words(*SMALL, "--out", tmp_path / "two"), {"2": {9: TERM}})]  # fmt: skip
+    found, errors = run_ranks(3, "runs", several=several)
     assert None not in found, errors
-    for rank in found:
-        assert rank == found[0]  # they end in the same step
-        assert [code for code, _ in rank[::2]] == [0] * (len(cases) + 1)
-    return dict(zip(cases, found[0][1::2]))
+    assert [x[:2] for x in found[0]] == [(0, 5), (130, 10)]
+    assert call(*SMALL, "--out", tmp_path / "two")[0] == 0
+    weights = outcome(tmp_path / "whole")[1]
+    for name in ("three", "two"):
+        copies = outcome(tmp_path / name)[1]
+        assert all(torch.allclose(weights[k], copies[k], atol=1e-5) for k in weights)
+        a, b = (rows(tmp_path / x, only(tmp_path / x)) for x in ("whole", name))
+        for key, kind in (("loss", "step"), ("test_loss", "epoch"), ("test_acc", "epoch")):
+            x, y = ([row[key] for row in log if row["kind"] == kind] for log in (a, b))
+            assert x == pytest.approx(y, rel=1e-4)
+        assert b[0]["resumed"][0]["ranks"] == (3 if name == "three" else 1)
 
 
-def test_a_signal_to_one_rank_breaks_all_in_the_same_step(run_ranks, tmp_path):  # noqa: F811
-    """At every look of the rank; all know of it at the next one. The state goes on to the bit."""
-    cases = {str(k): {"1": {k: TERM}} for k in range(1, LOOKS + 1)}
-    ended = broken(run_ranks, 2, cases, folder=tmp_path)
-    for k in range(1, LOOKS):
-        assert ended[str(k)] == (130, k + 1)
-    assert ended[str(LOOKS)] == (0, LOOKS)  # too late to be of use
-    for name in cases:
-        same(tmp_path / name, tmp_path / "whole")
+def ids_of_ranks(out):
+    """rank -> process id."""
+    listed = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout
+    found = {}
+    for pid in listed.split():
+        try:
+            with open(f"/proc/{pid}/environ") as file:
+                variables = dict(x.split("=", 1) for x in file.read().split("\0") if "=" in x)
+        except OSError:
+            continue
+        if "RANK" in variables:
+            found[int(variables["RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the ranks in /proc")
+def test_signals_under_torchrun(run_main, tmp_path):
+    """From outside, in the long test of an epoch: to one rank, and to all of them and to torchrun,
+    as from a terminal, which torchrun passes on to ranks that have it already."""
+    flags = words(*SMALL, "--distribute", "--cpu", "--epochs", 30, "--test_bs", 1)
+
+    def interrupt(signalled, epochs):
+        plain = {k: v for k, v in os.environ.items() if k not in VARIABLES | {"SLURM_JOB_ID"}}
+        process = subprocess.Popen(
+            [sys.executable, *TORCHRUN, "2", "main.py", *flags, "--out", str(tmp_path / "parts")],
+            cwd=ROOT, env={**plain, "OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            end, log = time.monotonic() + 100, tmp_path / "parts" / "logs"
+            while sum(x.read_text().count('"kind": "epoch"') for x in log.glob("*l")) < epochs:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.02)
+            signalled(process)
+            out, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert out.count("Interrupted after") == 1, out + errors
+        assert rows(tmp_path / "parts", only(tmp_path / "parts"))[-1]["stopped"] == "interrupted"
+        return errors
+
+    said = interrupt(lambda process: os.kill(ids_of_ranks(tmp_path / "parts")[1], TERM), 3)
+    assert "exitcode  : 130" in said and "-15" not in said  # both ended by themselves
+    interrupt(lambda process: os.killpg(process.pid, INT), 7)
+    for name in ("parts", "whole"):
+        done = run_main(*flags, out=tmp_path / name, launcher=[*TORCHRUN, "2"])
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_what_an_evaluation_has_read_training_reads_again(monkeypatch):
+    """A GPU's votes, with stand-ins for what only a GPU has."""
+
+    class Event:
+        def record(self):
+            pass
+
+        synchronize = record
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *x, pin_memory, **options: empty(*x, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    later = Later(torch.device("cuda"), lag=0)
+    with torch.inference_mode():
+        assert later.put(torch.tensor(3)) == [3]
+    assert later.put(torch.tensor(4)) == [4]

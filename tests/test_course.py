@@ -163,6 +163,8 @@ def test_signals_are_noted_once_a_run_listens():
     requests = Requests()
     with pytest.raises(KeyboardInterrupt):
         requests._end(signal.SIGINT, None)
+    requests._end(signal.SIGTERM, None)
+    requests = Requests()
     requests._announce(signal.SIGUSR1, None)
     requests.listening = True
     assert requests.take() == ANNOUNCED and requests.take() == NOTHING
