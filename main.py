@@ -30,8 +30,9 @@ from epochs import Epochs
 from flags import name_and_settings
 from gradient import CompileError, Gradient, OutOfMemory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
+from provenance import environment
 from replay import RecordingError, Replay
-from run import Run, RunError, environment
+from run import Run, RunError
 from train import LOSSES, Step
 
 BAD = 2  # the exit code for what nothing can be done with, as that for flags

@@ -8,14 +8,9 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
-
-import torch
 
 from checkpoint import Checkpoints, Damaged, plain, sync_folder
 
@@ -274,41 +269,6 @@ def run_name(*parts):
     if words != parts or len(name) > 120:
         name = f"{name[:110]}-{zlib.crc32(repr(parts).encode()):08x}"
     return name
-
-
-def environment(device):
-    """Versions, hardware and commit that a result was made with."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-        if subprocess.run([*git, "diff", "--quiet", "HEAD"], timeout=5).returncode:
-            commit += "-modified"
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": sys.platform,
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "commit": commit,
-    }
-
-
-def processor():
-    """The processor's name, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except (OSError, IndexError):
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _resumed(then, now, checkpoint):

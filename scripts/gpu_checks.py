@@ -32,8 +32,9 @@ from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
 from gradient import Gradient
+from provenance import environment
 from replay import Replay
-from run import environment, read_rows
+from run import read_rows
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark.program import epochs_of_main
 from scripts.links import rates
