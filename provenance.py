@@ -34,7 +34,10 @@ def data_sha256(path, files=None):
         _add(found, path)
         return {"sha256": found.hexdigest(), "files": 1, "bytes": os.path.getsize(path),
                 "contents": True}  # fmt: skip
-    files = sorted((os.fsencode(os.path.relpath(x, path)), os.path.getsize(x), x) for x in files)
+    root = os.path.join(path, "")
+    names = [x[len(root) :] if x.startswith(root) else os.path.relpath(x, path) for x in files]
+    names = [os.fsencode(name.replace(os.sep, "/")) for name in names]
+    files = sorted((name, os.path.getsize(file), file) for name, file in zip(names, files))
     total = sum(size for _, size, _ in files)
     for name, size, file in files:
         found.update(b"%s\0%d\n" % (name, size))

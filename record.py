@@ -14,6 +14,7 @@ Paths below the home directory are written with ~.
 import hashlib
 import json
 import os
+import shlex
 import threading
 import zlib
 from contextlib import suppress
@@ -31,8 +32,9 @@ LARGEST = 2**26  # bytes of a record, in reading
 WHERE = ("out", "data_dir", "device", "cpu", "distribute", "workers", "epochs", "fresh", "profile",
          "check", "save_every", "replay")  # fmt: skip
 # What differs in the rows of two logs of the same bits: times, and what the record tells instead.
-PASSING = ("date", "seconds", "images_per_second", "resumed", "python", "torch", "platform",
-           "device", "device_name", "threads", "cores", "commit", "launcher")  # fmt: skip
+PASSING = ("date", "seconds", "images_per_second", "saving_seconds", "resumed", "python", "torch",
+           "platform", "device", "device_name", "threads", "cores", "commit",
+           "launcher")  # fmt: skip
 COUNTED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the number of threads says what comes of them
 HARDWARE = ("device", "device_name", "processor", "vectors", "threads", "ranks")  # inputs
 
@@ -64,16 +66,17 @@ class Record:
     """What a run is made with. What takes a while to find out, the hash of the data above all, a
     thread finds beside the run's first steps: `content` is whole after `complete`.
 
-    `data` is the run's Data, `facts` its counts by FACTS, `command` the words that make it again.
+    `path` is the record's, `data` the run's Data, `facts` its counts by FACTS, `command` the words
+    that make it again.
     """
 
     FACTS = ("train_examples", "test_examples", "weights", "layers")
 
-    def __init__(self, name, args, command, settings, data, facts, world):
-        self.path, self.problem, self.writing = None, None, None
+    def __init__(self, path, args, command, settings, data, facts, world):
+        self.path, self.problem, self.writing = Path(path), None, None
         self.content = {
             "format": 1,
-            "name": name,
+            "name": self.path.name.removesuffix(".run.json"),
             "command": ["python", "main.py", *map(tilde, command)],
             "flags": {key: tilde(x) for key, x in vars(args).items() if key != "replay"},
             "settings": json.loads(json.dumps(settings)),
@@ -97,10 +100,9 @@ class Record:
         except OSError as error:
             self.problem = str(error)
 
-    def begin(self, path, done=None):
-        """Write the record to `path` as soon as it is whole. Of a run that goes on, `done` epochs
-        lie behind it; the record that is there tells what they were made with."""
-        self.path = Path(path)
+    def begin(self, done=None):
+        """Write the record as soon as it is whole. Of a run that goes on, `done` epochs lie behind
+        it; the record that is there tells what they were made with."""
         self.writing = threading.Thread(target=self._begin, args=(done,), daemon=True)
         self.writing.start()
 
@@ -119,6 +121,25 @@ class Record:
                     again = {"after_epoch": done, "changed": changed}
                     self.content["resumed"] = [*then["resumed"], again]
         self._write()
+
+    def promised(self, path, table):
+        """The result that this run has to come to, as a replay of the record `path`. Raises
+        RecordError where the inputs are others, after table(title, rows) has shown them."""
+        if self.path.exists() and os.path.samefile(self.path, path):
+            raise RecordError(f"the replay of {path} would take its place: choose another --out")
+        then = read(path)
+        self.complete()
+        if self.problem is not None:
+            raise RecordError(f"{path} cannot be replayed: {self.problem}")
+        found, advice = hindrances(then, self.content)
+        if not found:
+            return then["results"][-1]
+        table(("Input", "Then", "Now"), [tuple(map(shown, row)) for row in found])
+        out = tilde(str(self.path.parent.parent))
+        anyway = shlex.join([*self.content["command"], f"--out={out}"])
+        print(*advice, f"It runs anyway as: {anyway}", sep="\n")
+        names = ", ".join(shown(key) for key, *_ in found)
+        raise RecordError(f"other inputs than those of {path} ({names}): the bits may differ")
 
     def complete(self):
         """Wait until all is found, and written if it is to be."""
@@ -141,7 +162,8 @@ class Record:
         partial = self.path.with_suffix(".partial")
         try:
             with open(partial, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.content, indent=1) + "\n")
+                content = {key: self.content[key] for key in FORM}
+                file.write(json.dumps(content, indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)  # the one before stays until then
@@ -275,7 +297,8 @@ def weights_sha256(net):
 
 def comparable(rows):
     """The rows of a log without what differs between runs of the same bits: times, what they were
-    made on, and the flags that are no inputs."""
+    made on, what the disk did not take, and the flags that are no inputs."""
+    rows = [row for row in rows if row["kind"] != "unsaved"]
     rows = [{key: x for key, x in row.items() if key not in PASSING} for row in rows]
     for row in rows:
         if "flags" in row:

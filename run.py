@@ -1,6 +1,7 @@
 """What a run leaves on disk: its name, its JSONL log, its checkpoint.
 
     <out>/logs/<name>.jsonl           a row {"kind": "run"}, a row an epoch, a row {"kind": "end"}
+    <out>/logs/<name>.run.json        what it was made with; see record.py
     <out>/checkpoints/<name>.pt       weights, optimiser, and how far the run is; see checkpoint.py
 """
 
@@ -81,6 +82,7 @@ class Run:
     def __init__(self, out, name, settings):
         self.name, self.settings, self.lock = name, settings, None
         self.log_path = Path(out, "logs", f"{name}.jsonl")
+        self.record_path = Path(out, "logs", f"{name}.run.json")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         self.checkpoints = Checkpoints(self.checkpoint_path)
         self.file, self.length, self.pending = None, 0, b""
@@ -254,7 +256,8 @@ class Run:
     def discard(self):
         """Forget what an earlier run of this name left."""
         try:
-            self.log_path.unlink(missing_ok=True)
+            for path in (self.log_path, self.record_path):
+                path.unlink(missing_ok=True)
             self.checkpoints.discard()
         except OSError as error:
             raise RunError(f"{error.filename} cannot be removed: {error.strerror}") from error
@@ -275,7 +278,7 @@ def _resumed(then, now, checkpoint):
     """The first row of a run that goes on from a checkpoint: as it was, with the flags of now, and
     with the environment where that is another."""
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
-    keys += ["compile", "channels_last", "cuda_graph"]
+    keys += ["compile", "channels_last", "cuda_graph", "deterministic"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
     row = {**then, "flags": now["flags"]}
     if changed:

@@ -1,18 +1,28 @@
 import hashlib
+import io
 import json
 import os
+import shlex
+import shutil
 import struct
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import main as program
 import provenance
 import record
+from flags import words as flag_words
 from provenance import code, data_sha256, tilde, variables
 from record import RecordError, comparable, deviation, log_sha256, read, result, weights_sha256
+from run import read_rows
+from tests.conftest import ROOT
+from train import LOSSES
 
 RESULT = {"epochs": 2, "weights_sha256": "a", "log_sha256": "b", "epoch_crc32": ["c", "d"],
           "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
@@ -83,6 +93,8 @@ def test_the_hash_of_a_log_leaves_out_what_differs_from_run_to_run():
     first = log_sha256(log())
     assert log_sha256(log(seconds=2.0, out="b")) == first
     assert log_sha256([{**row, "resumed": 1} for row in log()]) == first
+    unsaved = {"kind": "unsaved", "epoch": 2, "reason": "No space left on device"}
+    assert log_sha256([*log()[:-1], unsaved, log()[-1]]) == first
     assert len({first, log_sha256(log(loss=0.75)), log_sha256(log(seed=1))}) == 3
     assert log_sha256(log()[:-1]) != first
     assert comparable(log())[0] == {"kind": "run", "flags": {"seed": 0}, "settings": {"seed": 0}}
@@ -188,7 +200,7 @@ def tree(root, files):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return root, list(root.rglob("*.jpg"))
+    return root, [str(path) for path in root.rglob("*.jpg")]
 
 
 def test_the_hash_of_images(tmp_path, monkeypatch):
@@ -201,6 +213,7 @@ def test_the_hash_of_images(tmp_path, monkeypatch):
     assert first["sha256"] == hashlib.sha256(words).hexdigest()
     assert data_sha256(*tree(tmp_path / "second", files)) == first  # wherever it lies
     assert data_sha256(root, paths[::-1]) == first
+    assert data_sha256(root / ".." / "first", paths) == first
     renamed = {**files, "train/b/4.jpg": files["train/b/2.jpg"]}
     del renamed["train/b/2.jpg"]
     edited = {**files, "val/a/3.jpg": b"ten"}
@@ -210,7 +223,7 @@ def test_the_hash_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "CONTENTS", 8)  # too many to be read: names and sizes
     large = data_sha256(root, paths)
     assert large["contents"] is False and large["sha256"] != first["sha256"]
-    assert data_sha256(tmp_path / "fourth", list((tmp_path / "fourth").rglob("*.jpg"))) == large
+    assert data_sha256(*tree(tmp_path / "fourth", edited)) == large
     longer = {**files, "val/a/3.jpg": b"eleven"}
     assert data_sha256(*tree(tmp_path / "fifth", longer))["sha256"] != large["sha256"]
 
@@ -285,8 +298,8 @@ def begun(path, done=None, seed=0, file=Path(__file__)):
     data = SimpleNamespace(train=range(3), files=(file,))
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     facts = {"train_examples": 5, "test_examples": 2, "weights": 7, "layers": 1}
-    found = record.Record("a-run", args, ["--seed=0"], {"seed": seed}, data, facts, world)
-    found.begin(path, done)
+    found = record.Record(path, args, ["--seed=0"], {"seed": seed}, data, facts, world)
+    found.begin(done)
     found.complete()
     return found
 
@@ -323,3 +336,181 @@ def test_a_record_that_cannot_be_made_or_written_is_a_remark(tmp_path):
     (tmp_path / "none").mkdir()  # and is once it can be
     nowhere.end({"w": torch.ones(2)}, log())
     assert nowhere.problem is None and len(read(nowhere.path)["results"]) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--dataset digits --depth 3 --width 32 --epochs 4 --gain 0 --seed 7 --cpu",
+        "--optimizer adam --lr 1e-05 --precision bf16 --train_examples 10 --log_steps --workers 0",
+        "--optimizer torch.optim.SGD --log_steps 3 --log_updates --micro_bs 8 --sync_bn --compile",
+        "--arch resnet18 --dataset folder:~/some-where/it's --image_size 64 --skip_bad_images",
+        "--dataset npz:a.npz --data_dir /a --deterministic --channels_last on --test_bs 9",
+    ],
+)
+def test_the_command_of_a_record_gives_its_flags_again(flags):
+    args = program.parse([*flags.split(), "--out", "o", "--fresh"], check=False)
+    words = flag_words(program.command_line(), vars(args))
+    again = program.parse([*words, "--out", "o", "--fresh"], check=False)
+    assert {**vars(again), "cpu": args.cpu} == vars(args)
+    assert not {"--out=o", "--fresh"} & set(words)
+
+
+def refusal(path, *flags):
+    """What is said of a command that --replay does not take, in one line."""
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        said = io.StringIO()
+        patch.setattr(sys, "stderr", said)
+        program.parse(["--replay", str(path), *map(str, flags)])
+    assert end.value.code == 2
+    return said.getvalue().splitlines()[0]
+
+
+def test_what_cannot_be_replayed_is_said_at_once(tmp_path):
+    path = tmp_path / "a.run.json"
+    path.write_text(json.dumps(RECORD))
+    assert program.parse(["--replay", str(path), "--out", "o"], check=False).seed == 0
+    assert refusal(path, "--seed", 1).endswith("from its record: leave out --seed")
+    assert refusal(path, "--epochs", 200).endswith("leave out --epochs")  # the default, but given
+    assert "there is no such file" in refusal(tmp_path / "b.run.json")
+    path.write_text(json.dumps(changed(flags={"tempo": 3})))
+    assert refusal(path).endswith(f"{path} has --tempo, which there is no more; its commit has it: "
+                                  "abc")  # fmt: skip
+    path.write_text(json.dumps(changed(results=[])))
+    assert "has not come to its end" in refusal(path)
+    path.write_text(json.dumps(changed(flags={"arch": "--check"})))
+    assert "argument --arch: no '--check' among" in refusal(path)
+    path.write_text(json.dumps(changed(flags={"seed": True})))
+    assert "argument --seed: expected one argument" in refusal(path)
+
+
+QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2"]
+NAME = "fcn3x32-digits-mse-bs128-agd-seed0"
+
+
+def call(*flags):
+    return program.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of a data set in a file of its own: (its record's path, that file)."""
+    out = tmp_path_factory.mktemp("finished")
+    shutil.copy(ROOT / "data" / "digits.npz", out / "mine.npz")
+    flags = ["--dataset", "npz:mine.npz", "--data_dir", out, "--out", out]
+    assert call(*QUICK, *flags, "--log_steps") == 0
+    (path,) = (out / "logs").glob("*.run.json")
+    return path, out / "mine.npz"
+
+
+def test_a_run_leaves_its_record(finished):
+    path, file = finished
+    found = read(path)
+    assert found["flags"]["dataset"] == "npz:mine.npz" and found["flags"]["log_steps"] == "all"
+    assert found["data"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found["code"] == json.loads(json.dumps(code()))
+    assert found["counts"] == {"train_examples": 1437, "test_examples": 360, "weights": 3392,
+                               "layers": 3, "epoch_steps": 12}  # fmt: skip
+    assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
+    assert found["hardware"]["threads"] == torch.get_num_threads()
+    (end,) = found["results"]
+    name = path.name.removesuffix(".run.json")
+    checkpoint = path.parent.parent / "checkpoints" / f"{name}.pt"
+    net = torch.load(checkpoint, weights_only=True)["net"]
+    assert end["epochs"] == 2 and end["weights_sha256"] == weights_sha256(net)
+    assert end["log_sha256"] == log_sha256(read_rows(path.with_name(f"{name}.jsonl")))
+    assert found["resumed"] == [] and not list(path.parent.glob("*.partial"))
+
+
+def test_a_replay_has_the_same_bits(finished, tmp_path, capsys):
+    path, _ = finished
+    assert call("--replay", path, "--out", tmp_path) == 0
+    assert "The same bits" in capsys.readouterr().out
+    again = read(tmp_path / "logs" / path.name)
+    assert again["results"][0]["weights_sha256"] == read(path)["results"][0]["weights_sha256"]
+    assert call("--replay", path, "--out", tmp_path) == 0  # always from the start
+    assert "The same bits" in capsys.readouterr().out
+
+
+def test_other_data_is_named_and_nothing_is_run(finished, tmp_path, capsys):
+    path, file = finished
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as copy, zipfile.ZipFile(file) as archive:
+        for item in archive.infolist():
+            copy.writestr(item.filename, archive.read(item.filename))
+        copy.comment = b"touched"  # the same images, in other bytes
+    assert call("--replay", path, "--data_dir", tmp_path, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    table = [line.split()[0] for line in said.out.split("Input ")[1].splitlines()[2:3]]
+    assert table == ["data"]
+    assert f"error: other inputs than those of {path} (data): the bits may differ" in said.err
+    anyway = said.out.split("It runs anyway as: ")[1].splitlines()[0]
+    assert not list(tmp_path.glob("out/logs/*"))
+    words = shlex.split(anyway)
+    assert words[:2] == ["python", "main.py"] and call(*words[2:]) == 0
+    assert list(tmp_path.glob("out/logs/*.run.json"))
+
+
+def edited(path, target, **parts):
+    content = read(path)
+    for key, part in parts.items():
+        content[key] = {**content[key], **part} if isinstance(part, dict) else part
+    target.write_text(json.dumps(content))
+    return target
+
+
+def test_another_version_machine_and_code_are_named(finished, tmp_path, capsys):
+    parts = {
+        "versions": {"torch": "1.0"}, "hardware": {"threads": 99}, "environment": {"MKL_CBWR": "X"},
+        "code": {"sha256": "0", "commit": "abc", "diff": "+"},
+    }  # fmt: skip
+    path = edited(finished[0], tmp_path / "a.run.json", **parts)
+    assert call("--replay", path, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    table = said.out.split("Input ")[1]
+    rows = [line.split() for line in table.splitlines()[2:6]]
+    assert [row[0] for row in rows] == ["code", "torch", "threads", "MKL_CBWR"]
+    assert rows[1][1:] == ["1.0", torch.__version__] and rows[2][1] == "99"
+    assert "git checkout abc and apply the diff" in table
+    assert "(code, torch, threads, MKL_CBWR): the bits may differ" in said.err
+
+
+def test_other_bits_are_said_with_their_first_epoch(finished, tmp_path, capsys):
+    result = read(finished[0])["results"][0]
+    crc = [result["epoch_crc32"][0], "00000000"]
+    forged = [{**result, "weights_sha256": "0" * 64, "log_sha256": "0" * 64, "epoch_crc32": crc}]
+    path = edited(finished[0], tmp_path / "a.run.json", results=forged)
+    assert call("--replay", path, "--out", tmp_path / "out") == 1
+    assert "other weights and another log than the record's, from epoch 2 on" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_replay_does_not_overwrite_what_it_repeats(finished, capsys):
+    path, _ = finished
+    before = {file: file.read_bytes() for file in path.parent.parent.rglob("*.*") if file.is_file()}
+    assert call("--replay", path, "--out", path.parent.parent) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_an_operation_without_a_deterministic_form_is_one_sentence(tmp_path, capsys, monkeypatch):
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+
+    def loss(outputs, labels):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        return LOSSES["mse"](outputs, labels)
+
+    monkeypatch.setitem(program.LOSSES, "xent", loss)
+    try:
+        assert call(*QUICK, "--out", tmp_path, "--deterministic") == 0
+        assert read_rows(tmp_path / "logs" / f"{NAME}.jsonl")[0]["deterministic"] is True
+        assert call(*QUICK, "--loss", "xent", "--out", tmp_path, "--deterministic") == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.backends.cudnn.deterministic = False
+    said = capsys.readouterr()
+    assert "Stopped: put_ has no deterministic form; leave out --deterministic" in said.out
+    assert "Traceback" not in said.err
