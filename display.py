@@ -114,5 +114,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where):
     print(f"Log      {run.log_path}")
     if run.checkpoint_path.exists():  # also where it is the only one that could be written
         print(f"Weights  {run.checkpoint_path}")
+    if run.record_path.exists():
+        print(f"Record   {run.record_path}")
     if rows:
         print(f"Curves   python -m scripts.plot {run.log_path} -o curves.png")

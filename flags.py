@@ -208,6 +208,8 @@ def replayed(p, args, argv):
         p.error(f"{args.replay} is of a run that has not come to its end: there is no result")
     # The end that is compared is the last one, whatever more was asked for.
     flags = {**record["flags"], "epochs": record["results"][-1]["epochs"], **given}
+    if not os.path.isdir(os.path.expanduser(str(flags.get("data_dir")))):  # another machine's
+        flags["data_dir"] = args.data_dir
     args = p.parse_args(words(p, flags))
     args.out, args.fresh, args.replay = given.get("out", "replayed"), True, given["replay"]
     return args

@@ -295,6 +295,7 @@ def train(args, world, requests):
              "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds,
              "saving_seconds": course.saving, **own},
         )  # fmt: skip
+        result = record.end(net.state_dict(), run.rows()) if final and failure is None else None
         run.release()
         where = course.step and (course.step, len(data.train))
         display.summary(
@@ -303,12 +304,10 @@ def train(args, world, requests):
         if failure is not None:
             print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
             code = code or 1
-        elif final:
-            result = record.end(net.state_dict(), run.rows())
-            if record.problem is not None:
-                print(f"There is no record of this result: {record.problem}", file=sys.stderr)
-            if promised is not None:
-                code = compared(promised, result, args.replay)
+        if result is not None and record.problem is not None:
+            print(f"There is no record of this result: {record.problem}", file=sys.stderr)
+        if result is not None and promised is not None:
+            code = compared(promised, result, args.replay)
     elif world.speaks:
         say(stopped)
     return code
@@ -321,7 +320,7 @@ def compared(promised, result, path):
     if other is not None:
         print(f"error: {other}, {path}", file=sys.stderr)
         return 1
-    print(f"The same bits as those of {path}: the weights and the log of {result['epochs']} epochs")
+    print(f"The same bits as those of {path}, in the weights and in all rows of the log")
     return 0
 
 

@@ -17,7 +17,7 @@ PACKAGES = ("architecture", "data", "distributed")  # which a run imports, besid
 DIFF = 2**18  # bytes of a diff that are kept
 CONTENTS = 2**30  # bytes of images up to which their contents are read
 
-# Variables that change how something is computed.
+# Variables that change how something is computed, and not where something lies.
 VARIABLES = re.compile(
     "(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|OPENBLAS|CUBLAS|CUBLASLT|CUDNN|TORCHINDUCTOR|TRITON)_.*"
     "|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|ATEN_CPU_CAPABILITY|AGD_NO_COMPILER"
@@ -87,7 +87,8 @@ def _git(root, *words):
 def variables():
     """The variables of the environment that change how something is computed."""
     found = sorted(os.environ.items())
-    return {key: tilde(value) for key, value in found if VARIABLES.fullmatch(key)}
+    found = [(key, tilde(value)) for key, value in found if VARIABLES.fullmatch(key)]
+    return {key: value for key, value in found if os.sep not in value}
 
 
 def versions(args, device):

@@ -135,8 +135,7 @@ class Record:
         if not found:
             return then["results"][-1]
         table(("Input", "Then", "Now"), [tuple(map(shown, row)) for row in found])
-        out = tilde(str(self.path.parent.parent))
-        anyway = shlex.join([*self.content["command"], f"--out={out}"])
+        anyway = shlex.join([*self.content["command"], f"--out={self.path.parent.parent}"])
         print(*advice, f"It runs anyway as: {anyway}", sep="\n")
         names = ", ".join(shown(key) for key, *_ in found)
         raise RecordError(f"other inputs than those of {path} ({names}): the bits may differ")
@@ -239,8 +238,11 @@ def changes(then, now):
 def hindrances(then, now):
     """[(input, then, now)] of what keeps a run from giving the bits that a record promises, and
     what can be done about it, in sentences."""
-    found, advice = differences(then, now), []
-    if any(key == "code" for key, *_ in found):
+    found, advice = [], []
+    for key, *values in differences(then, now):
+        hashes = key in ("code", "data")
+        found.append((key, *(x[:12] if hashes else x for x in values)))
+    if found and found[0][0] == "code":
         commit, changed = then["code"]["commit"], then["code"]["diff"]
         if commit is None:
             advice.append("The code that made it was no checkout of git.")
@@ -249,8 +251,7 @@ def hindrances(then, now):
             advice.append(f"To have its code: git checkout {shown(commit)}{diff}.")
     for again in then["resumed"]:
         changed = ", ".join(map(shown, again["changed"] or ["not known"]))
-        was = f"others until epoch {again['after_epoch']} ({changed})"
-        found.append(("in all epochs", was, "the same"))
+        found.append((f"epochs to {again['after_epoch']}", f"others ({changed})", "these"))
     return found, advice
 
 

@@ -17,6 +17,7 @@ import torch
 import main as program
 import provenance
 import record
+from data import default_data_dir
 from flags import words as flag_words
 from provenance import code, data_sha256, tilde, variables
 from record import RecordError, comparable, deviation, log_sha256, read, result, weights_sha256
@@ -192,7 +193,7 @@ def test_what_is_in_the_way_comes_with_advice():
     assert "no checkout of git" in record.hindrances(bare, now)[1][0]
     parts = changed(resumed=[{"after_epoch": 1, "changed": {"torch": ["2.6", "2.9.0"]}}])
     found, advice = record.hindrances(parts, changed())
-    assert found == [("in all epochs", "others until epoch 1 (torch)", "the same")] and not advice
+    assert found == [("epochs to 1", "others (torch)", "these")] and not advice
 
 
 def tree(root, files):
@@ -287,9 +288,10 @@ def test_no_path_of_the_home_directory_and_no_variable_but_those_of_arithmetic(m
     monkeypatch.setenv("A_SECRET_TOKEN", "s3cret")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "3")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")  # torch sets it
     found = variables()
     assert found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "3" and "NCCL_SOCKET_IFNAME" not in found
-    assert "A_SECRET_TOKEN" not in found and "HOME" not in found
+    assert not {"A_SECRET_TOKEN", "HOME", "TORCHINDUCTOR_CACHE_DIR"} & set(found)
 
 
 def begun(path, done=None, seed=0, file=Path(__file__)):
@@ -370,7 +372,13 @@ def refusal(path, *flags):
 def test_what_cannot_be_replayed_is_said_at_once(tmp_path):
     path = tmp_path / "a.run.json"
     path.write_text(json.dumps(RECORD))
-    assert program.parse(["--replay", str(path), "--out", "o"], check=False).seed == 0
+    taken = program.parse(["--replay", str(path), "--out", "o"], check=False)
+    assert (taken.seed, taken.epochs, taken.out, taken.fresh) == (0, 2, "o", True)
+    assert program.parse(["--replay", str(path)], check=False).out == "replayed"
+    for there, expected in ((str(tmp_path), str(tmp_path)), ("/nowhere", default_data_dir())):
+        path.write_text(json.dumps(changed(flags={"data_dir": there})))
+        assert program.parse(["--replay", str(path)], check=False).data_dir == expected
+    path.write_text(json.dumps(RECORD))
     assert refusal(path, "--seed", 1).endswith("from its record: leave out --seed")
     assert refusal(path, "--epochs", 200).endswith("leave out --epochs")  # the default, but given
     assert "there is no such file" in refusal(tmp_path / "b.run.json")
@@ -423,6 +431,18 @@ def test_a_run_leaves_its_record(finished):
     assert found["resumed"] == [] and not list(path.parent.glob("*.partial"))
 
 
+def test_a_run_in_parts_has_the_record_of_a_whole_one(finished, tmp_path):
+    path, file = finished
+    flags = ["--dataset", "npz:mine.npz", "--data_dir", file.parent, "--out", tmp_path]
+    for epochs in (1, 2):
+        assert call(*QUICK, *flags, "--log_steps", "--epochs", epochs) == 0
+    whole, parts = read(path), read(tmp_path / "logs" / path.name)
+    assert [x["epochs"] for x in parts["results"]] == [1, 2] and parts["resumed"] == []
+    whole["results"][0]["date"] = parts["results"][1]["date"]
+    assert parts["results"][1] == whole["results"][0]
+    assert parts["results"][0]["epoch_crc32"] == whole["results"][0]["epoch_crc32"][:1]
+
+
 def test_a_replay_has_the_same_bits(finished, tmp_path, capsys):
     path, _ = finished
     assert call("--replay", path, "--out", tmp_path) == 0
@@ -470,6 +490,7 @@ def test_another_version_machine_and_code_are_named(finished, tmp_path, capsys):
     table = said.out.split("Input ")[1]
     rows = [line.split() for line in table.splitlines()[2:6]]
     assert [row[0] for row in rows] == ["code", "torch", "threads", "MKL_CBWR"]
+    assert rows[0][2] == code()["sha256"][:12]
     assert rows[1][1:] == ["1.0", torch.__version__] and rows[2][1] == "99"
     assert "git checkout abc and apply the diff" in table
     assert "(code, torch, threads, MKL_CBWR): the bits may differ" in said.err
