@@ -31,7 +31,7 @@ RECORD = {
     "format": 1,
     "name": "a-run",
     "command": ["python", "main.py"],
-    "flags": {"epochs": 2, "seed": 0, "lr": None, "out": "results"},
+    "flags": {"epochs": 9, "seed": 0, "lr": None, "out": "results"},
     "settings": {"seed": 0},
     "code": {"sha256": "c0", "commit": "abc", "diff": "", "untracked": []},
     "data": {"sha256": "d0", "files": 1, "bytes": 5, "contents": True},
