@@ -32,8 +32,9 @@ from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
 from gradient import Gradient
+from provenance import environment
 from replay import Replay
-from run import environment, read_rows
+from run import read_rows
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark.program import epochs_of_main
 from scripts.links import rates
@@ -246,7 +247,7 @@ def ranks_of_nccl(args):
             place = Path(out, str(len(launcher)))
             subprocess.run([sys.executable, *launcher, *flags, *more, "--out", str(place)],
                            check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-            (log,) = Path(place, "logs").iterdir()
+            (log,) = Path(place, "logs").glob("*.jsonl")
             losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
     worst = max(abs(a - b) / a for a, b in zip(*losses))
     if not worst < 1e-3:
