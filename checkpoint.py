@@ -125,8 +125,11 @@ def plain(value, name="it"):
         value = value.detach().cpu().as_subclass(torch.Tensor)
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if whole else value.clone()
-    if value is None or type(value) in (bool, int, float, str, bytes):
+    if value is None:
         return value
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, dict):
         return {plain(k, name): plain(x, f"{name}[{k!r}]") for k, x in value.items()}
     if isinstance(value, (list, tuple)):

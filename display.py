@@ -19,19 +19,22 @@ def columns(title, rows):
 class Progress:
     """What a person sees of the epochs: a bar on a terminal, else a line an epoch; or nothing."""
 
-    def __init__(self, epochs, steps, done, quiet):
-        self.epochs, self.terminal = epochs, sys.stdout.isatty()
-        self.quiet = quiet
+    def __init__(self, epochs, steps, quiet):
+        self.epochs, self.steps, self.terminal = epochs, steps, sys.stdout.isatty()
+        self.quiet, self.bar = quiet, None
         encoding = sys.stdout.encoding or "ascii"
         self.eta = "η" if "η".encode(encoding, "ignore") else "eta"
+
+    def begin(self, done):
+        """Show that `done` steps have been taken."""
         self.bar = tqdm(
-            total=epochs * steps, initial=done * steps, disable=quiet or not self.terminal,
+            total=self.epochs * self.steps, initial=done, disable=self.quiet or not self.terminal,
             file=sys.stdout, bar_format="{desc} {remaining} left {bar}", dynamic_ncols=True,
-            desc=f"{done}/{epochs}", ascii=None if self.eta == "η" else " #",
+            desc=f"{done // self.steps}/{self.epochs}", ascii=None if self.eta == "η" else " #",
         )  # fmt: skip
 
-    def step(self):
-        self.bar.update()
+    def step(self, done):
+        self.bar.update(done - self.bar.n)
 
     def epoch(self, row):
         eta = row["eta_mean"]
@@ -52,7 +55,10 @@ class Progress:
     def note(self, text):
         """A line of its own, above the bar where there is one."""
         if not self.quiet:
-            self.bar.write(text, file=sys.stdout) if self.terminal else print(text, flush=True)
+            if self.bar is not None and self.terminal:
+                self.bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
 
     def profile(self, profile):
         """Where the time of a Profile goes, and the traces that show more."""
@@ -61,23 +67,33 @@ class Progress:
         self.note("\n".join(["", columns(("Part", "Share of an epoch"), rows), "", *traces, ""]))
 
     def close(self):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def already(run, epochs, test_acc, stopped):
     """The words for a run that has nothing left to do."""
     if stopped is None:
-        print(f"Already finished: {epochs} epochs, test accuracy {test_acc:.2%}.")
+        print(f"Already finished: {epochs} epochs, test accuracy {figure(test_acc, '.2%')}.")
     else:
         print(f"Already ended: {stopped}.")
     print(f"{run.log_path} has it; --fresh starts over.")
 
 
-def summary(run, rows, done, stopped, seconds, skipped, bad_images):
-    """The last lines of a run: its epoch rows, of which `done` were there before."""
+def figure(x, form):
+    """A number, or a dash where the log has none."""
+    return "-" if x is None else format(x, form)
+
+
+def summary(run, rows, done, stopped, seconds, skipped, bad_images, where):
+    """The last lines of a run: its epoch rows, of which `done` were there before; `where`: (step,
+    steps) of the epoch under way, if any."""
     print()
+    whole = f"{len(rows)} whole epochs" + ("" if not where else ", in step {} of {}".format(*where))
     if stopped == "interrupted":
-        print(f"Interrupted after {len(rows)} whole epochs; the same command goes on from there.")
+        print(f"Interrupted after {whole}; the same command goes on from the last checkpoint.")
+    elif stopped == "requeued":
+        print(f"The job is back in the queue after {whole}, and goes on from there.")
     elif stopped is not None:
         print(f"Stopped: {stopped.rstrip('.')}.")
     else:
@@ -85,8 +101,8 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images):
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")
     if rows and stopped in (None, "interrupted"):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
-        print(f"Train loss {last['train_loss']:.4f}, train accuracy {last['train_acc']:.2%}, "
-              f"test accuracy {last['test_acc']:.2%} "
+        print(f"Train loss {figure(last['train_loss'], '.4f')}, "
+              f"train accuracy {last['train_acc']:.2%}, test accuracy {last['test_acc']:.2%} "
               f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
     if skipped:
         print(f"{skipped} steps were skipped for a gradient that was not finite")
@@ -95,7 +111,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images):
         print(f"{len(bad_images)} images could not be decoded and were left out: "
               f"{', '.join(bad_images[:5])}{more}")
     print(f"Log      {run.log_path}")
-    if run.checkpoint_path.exists():
+    if run.checkpoint_path.exists():  # also where it is the only one that could be written
         print(f"Weights  {run.checkpoint_path}")
     if rows:
         print(f"Curves   python -m scripts.plot {run.log_path} -o curves.png")

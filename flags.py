@@ -66,6 +66,25 @@ def number(kind, least):
     return check
 
 
+def every(value):
+    """An argument type: 500 steps, or 90s, 10m, 2h; returns ("steps", n) or ("seconds", s)."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(value[-1:])
+    try:
+        least = float(value[:-1]) * unit if unit else int(value)
+    except ValueError:
+        least = 0
+    if not 0 < least < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is neither a number of steps, as 500, nor a time, as 90s, 10m or 2h"
+        )
+    return ("seconds", least) if unit else ("steps", least)
+
+
+def checked(kind):
+    """An argument type: the text itself, where `kind` takes it."""
+    return lambda value: (kind(value), value)[1]
+
+
 MODES = ("auto", "on", "off")
 
 
@@ -129,6 +148,8 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--data_dir", default=data_dir,
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
     add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
+    add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="a checkpoint "
+        "every so many steps (500) or so often (90s, 10m, 2h), beside one an epoch (default: 10m)")
     add("--fresh", action="store_true", help="forget an earlier run of the same name")
     add("--device", help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")

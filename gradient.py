@@ -23,26 +23,29 @@ class Gradient:
     many each of them holds, none included. But for their number, nothing is sent before the last of
     the passes.
 
-    Where a batch does not fit in memory, `micro_bs` is halved for good, and the same batch goes
+    Where a batch does not fit in memory, `micro_bs` is halved for good (`lowered`), and the same
+    batch goes
     through again; with several ranks in the first two batches only, in which the gradients are sent
     after all the passes, so that no rank waits for one that starts again. A later batch that does
     not fit raises OutOfMemory, and so does a single image. Batch-norm statistics are those of each
     pass, as they are of each rank.
 
-    `compiled` is what torch.compile made of `net`: it takes the passes of the first one's size, and
-    `net` itself the others, so that there is one compilation. `span("forward")` and
-    `span("backward")` are contexts around the two, for a profile.
+    `compiled` is what torch.compile made of `net`: it takes the first pass of a batch of `whole`
+    images (None: of the first batch) and those of its size, and `net` itself the others, so that
+    there is one compilation. `span("forward")` and `span("backward")` are contexts around the two,
+    for a profile. `tried`: the first batches of this run have gone through, before it was broken.
     """
 
     def __init__(
         self, net, loss_fn, world=None, micro_bs=None, sync_bn=False, compiled=None,
-        span=nullcontext,
+        span=nullcontext, whole=None, tried=False,
     ):  # fmt: skip
         self.net, self.loss_fn, self.micro_bs = net, loss_fn, micro_bs
         self.compiled, self.compiled_size, self.span = compiled, None, span
         self.world = world if world is not None and world.size > 1 else None
         self.sync_bn = sync_bn and self.world is not None
-        self.trials = 2 if self.world is not None else 0
+        self.whole, self.lowered = whole, False
+        self.trials = 2 if self.world is not None and not tried else 0
         self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
         if self.sync_bn:
             self.norms = []
@@ -146,7 +149,10 @@ class Gradient:
         return self.loss_fn(outputs, y), outputs
 
     def _outputs(self, x):
-        self.compiled_size = self.compiled_size or len(x)
+        if self.compiled_size is None:
+            whole = self.whole or len(x)
+            passes = -(-whole // min(self.micro_bs or whole, whole))
+            self.compiled_size = -(-whole // passes)
         if self.compiled is None or len(x) != self.compiled_size:
             return self.net(x)
         try:
@@ -161,7 +167,7 @@ class Gradient:
     def _halve(self, size):
         if size <= 1:
             raise OutOfMemory("out of memory with a single image at a time")
-        self.micro_bs, self.compiled_size = math.ceil(size / 2), None
+        self.micro_bs, self.lowered, self.compiled_size = math.ceil(size / 2), True, None
         free_memory()
 
 

@@ -3,10 +3,14 @@
 import signal
 import sys
 
-if __name__ == "__main__":  # no traceback of half an import, until main() takes over
+from interrupt import Requests
+
+if __name__ == "__main__":
+    REQUESTS = Requests()
+    REQUESTS.install()
+    # No traceback of half an import, until main() takes over.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import math
 import os
 import threading
 import time
@@ -20,14 +24,18 @@ import distributed
 import flags
 from architecture import NETWORKS, build
 from arithmetic import PRECISIONS, lacks_tf32, set_channels_last, set_precision
+from course import Course, Ended
 from data import DATASETS, DataError, default_data_dir, load
+from epochs import Epochs
 from flags import name_and_settings
 from gradient import CompileError, Gradient, OutOfMemory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
 from replay import RecordingError, Replay
 from run import Run, RunError, environment
-from train import LOSSES, Step, evaluate, train_epoch
+from train import LOSSES, Step
 
+BAD = 2  # the exit code for what nothing can be done with, as that for flags
+BAD_INPUT = (DataError, RunError, distributed.LaunchError)
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError)
 SEEDING = threading.Lock()  # the global generator is that of all the threads
@@ -83,51 +91,9 @@ def parse(argv=None, check=True):
     return args
 
 
-def spread(key, values):
-    """The least, the mean and the greatest of an epoch's finite values, or None for each."""
-    values = [x for x in values or [] if math.isfinite(x)]
-    found = (min(values), sum(values) / len(values), max(values)) if values else (None,) * 3
-    return dict(zip((f"{key}_min", f"{key}_mean", f"{key}_max"), found))
-
-
-def epoch_row(epoch, train, test, seconds, training_seconds):
-    steps = train["steps"]
-    return {
-        "kind": "epoch",
-        "epoch": epoch,
-        "train_loss": train["loss"],
-        "train_acc": train["acc"],
-        "test_loss": test["loss"],
-        "test_acc": test["acc"],
-        **spread("eta", steps["eta"]),
-        **(spread("update", steps["update"]) if steps["update"] else {}),
-        "seconds": seconds,
-        "images_per_second": train["examples"] / training_seconds,
-    }
-
-
-def step_rows(epoch, steps):
-    columns = {key: values for key, values in steps.items() if values or key == "eta"}
-    columns["eta"] = steps["eta"] or [None] * len(steps["loss"])
-    return [
-        {"kind": "step", "epoch": epoch, "step": i, **dict(zip(columns, values))}
-        for i, values in enumerate(zip(*columns.values()), 1)
-    ]
-
-
-def not_finite(args, epoch, losses):
-    """Why the run has to end, or None."""
-    step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    if step is None:
-        return None
-    remedy = "a smaller --lr"
-    if args.optimizer == "agd":
-        remedy = "a smaller --gain" if args.gain > 1 else "another --seed, and look at the images"
-    return f"the loss was {losses[step - 1]} at epoch {epoch}, step {step}; try {remedy}"
-
-
-def main(argv=None):
-    """Run the command line; returns the exit code."""
+def main(argv=None, requests=None):
+    """Run the command line; returns the exit code. `requests`: what signals ask of it."""
+    requests = requests or Requests()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -139,15 +105,18 @@ def main(argv=None):
     try:
         world = distributed.start(torch.device(args.device), args.distribute)
     except (distributed.LaunchError, KeyboardInterrupt) as error:
-        return say("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = say("interrupted" if interrupted else str(error))
+        return code if interrupted else BAD
     try:
         with stream_of_its_own(world):
-            code = train(args, world)
+            code = train(args, world, requests)
     except (Exception, KeyboardInterrupt) as error:
         reason, trace = world.failed(error, EXPECTED)
         if trace and world.size == 1:
             raise
         code = say(reason, trace) if world.speaks else exit_code(reason)
+        code = BAD if isinstance(error, BAD_INPUT) else code
     return world.leave(code)
 
 
@@ -168,7 +137,7 @@ def stream_of_its_own(world):
     return torch.cuda.stream(torch.cuda.Stream(world.device))
 
 
-def train(args, world):
+def train(args, world, requests):
     """Data, network, optimiser, epochs; returns the exit code."""
     first = world.rank == 0  # the rank that prints and writes
     if first:
@@ -211,7 +180,7 @@ def train(args, world):
               "{test_examples:,} test images\n".format(**facts))  # fmt: skip
 
     name, settings = name_and_settings(args)
-    finished = None
+    run = finished = begun = None
     if first:
         run = Run(args.out, name, {**settings, "data": data.source})
         if args.fresh:
@@ -223,113 +192,93 @@ def train(args, world):
         if first:
             display.already(run, *finished)
         return exit_code(finished[-1])
-
-    checkpoint = None
     if first:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        checkpoint = run.start(
+        begun = run.start(
             {"kind": "run", "name": name, "flags": vars(args), **environment(world.device),
              "ranks": world.size, "launcher": world.launcher, "data": data.source, **facts,
              "date": now},
         )  # fmt: skip
-    checkpoint = world.agree(checkpoint)
-    done, rows = 0, world.agree(run.epochs() if first else None)
+    checkpoint, warning = world.agree(begun or (None, None))
+    rows = world.agree(run.epochs() if first else None)
+    done, progress = len(rows), display.Progress(args.epochs, len(data.train), quiet=not first)
+    course = Course(
+        world, run, data, net, optimizer, LOSSES[args.loss], requests,
+        flags.every(args.save_every), progress.note,
+    )  # fmt: skip
+    if warning:
+        progress.note(f"Warning: {warning}")
     if checkpoint is not None:
-        done = checkpoint["epoch"]
-        net.load_state_dict(checkpoint["net"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        course.restore(checkpoint)
+        step = f", step {course.step} of {len(data.train)}" if course.step else ""
+        if first:
+            progress.note(f"Going on after epoch {done}{step}, of {run.log_path}\n")
     set_capturable(optimizer, no_graph is None, world.device)
-    if checkpoint is not None and first:
-        print(f"Going on after epoch {done} of {run.log_path}\n", flush=True)
 
-    model, loss_fn = world.wrap(net, args.sync_bn), LOSSES[args.loss]
-    # What had to be lowered for want of memory stays so, unless the command says otherwise.
-    lowered = rows[-1].get("micro_bs") if rows and rows[-1].get("lowered") else None
+    model = world.wrap(net, args.sync_bn)
     profile = make_profile(args, name, world, len(data.train)) if first else None
-    gradient = Gradient(
-        model, loss_fn, world, args.micro_bs or lowered, args.sync_bn,
+    course.gradient = Gradient(
+        # What had to be lowered for want of memory stays so, unless the command says otherwise.
+        model, course.loss_fn, world, args.micro_bs or course.micro_bs, args.sync_bn,
         torch.compile(model, dynamic=False) if args.compile else None,
         profile.span if profile else nullcontext,
+        len(range(world.rank, min(args.train_bs, data.train.examples), world.size)), course.tried,
     )  # fmt: skip
+    course.gradient.lowered = course.micro_bs is not None and args.micro_bs is None
     replay = None
     if no_graph is None:
-        step = Step(model, loss_fn, optimizer, gradient, args.log_updates)
-        steps = profile.last if profile else 0  # which are profiled as they are
-        replay = Replay(step, data.train, args.cuda_graph == "on", after=steps)
-    stopped, final, began = None, True, time.perf_counter()
-    progress = display.Progress(args.epochs, len(data.train), done, quiet=not first)
-
-    def on_step():
-        progress.step()
-        if profile:
-            profile.step()
-
+        step = Step(model, course.loss_fn, optimizer, course.gradient, args.log_updates)
+        eager = profile.last if profile else 0  # which are profiled as they are
+        replay = Replay(step, data.train, args.cuda_graph == "on", after=eager)
     if profile and replay:
         progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
+    stopped, final, own, began = None, True, {}, time.perf_counter()
+    code = bad = None
+    progress.begin(course.epoch * len(data.train) + course.step)
     try:
-        for epoch in range(done + 1, args.epochs + 1):
-            start, micro_bs = time.perf_counter(), gradient.micro_bs
-            data.train.set_epoch(epoch)
-            if profile and epoch == done + 1:
-                profile.step()
-            failure = replay and replay.failure
-            trained = train_epoch(
-                model, data.train, loss_fn, optimizer, gradient, on_step, args.log_updates, replay
-            ).read(world.sum)
-            complete(trained, data.train, world)
-            if replay and replay.failure != failure:
-                progress.note(f"No CUDA graph of a step: {replay.failure}")
-            if gradient.micro_bs != micro_bs:
-                progress.note(f"Memory ran out: {gradient.micro_bs} images at a time from now on")
-            training_seconds = time.perf_counter() - start
-            world.share(net.buffers())  # batch-norm statistics: those of the first rank
-            with profile.evaluation() if profile and epoch == done + 1 else nullcontext():
-                tested = evaluate(net, data.test, loss_fn, gradient.micro_bs).read(world.sum)
-            complete(tested, data.test, world)
-            together(net, epoch, world)
-            row = epoch_row(epoch, trained, tested, time.perf_counter() - start, training_seconds)
-            if replay and replay.failure:
-                row["no_cuda_graph"] = replay.failure
-            if gradient.micro_bs is not None:
-                row["micro_bs"] = gradient.micro_bs
-                row["lowered"] = gradient.micro_bs != args.micro_bs
-            stopped = not_finite(args, epoch, trained["steps"]["loss"])
-            if first:
-                steps = args.log_steps == "all" or epoch <= (args.log_steps or 0)
-                run.log(*(step_rows(epoch, trained["steps"]) if steps else []), row)
-                progress.epoch(row)
-                if profile and epoch == done + 1:
-                    profile.write()
-                    progress.profile(profile)
-                if stopped is None:
-                    run.save(epoch, net.state_dict(), optimizer.state_dict())
-            rows.append(row)
-            if stopped is not None:
-                break
+        requests.listening = True
+        stopped = Epochs(args, course, model, rows, progress, replay, profile).run()
         bad = sorted(set().union(*world.gather(bad_images(data))))
+    except Ended as ended:
+        stopped, final, own = ended.reason, ended.final, ended.facts
     except (Exception, KeyboardInterrupt) as error:
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
             for ending in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(ending, signal.SIG_IGN)
-        (stopped, trace), final, bad = world.failed(error, EXPECTED), False, bad_images(data)
+        (stopped, trace), final = world.failed(error, EXPECTED), False
+        code = BAD if isinstance(error, BAD_INPUT) else None
         if trace and first:
             print(trace, end="", file=sys.stderr)
     finally:
+        requests.listening = False
         progress.close()
+    if stopped is None and course.failure is not None:
+        stopped, final = f"the last checkpoint could not be written: {course.failure}", False
+    code = exit_code(stopped) if code is None else code
     if first:
+        bad = bad_images(data) if bad is None else bad
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
         # A device may wait for ranks that are gone: what it holds is not asked for then.
-        readable = args.optimizer == "agd" and (world.size == 1 or stopped is None)
+        readable = args.optimizer == "agd" and (world.size == 1 or final)
         skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row["seconds"] for row in rows)
-        run.log({"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
-                 "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds})
+        failure = run.log(
+            {"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
+             "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds,
+             "saving_seconds": course.saving, **own},
+        )  # fmt: skip
         run.release()
-        display.summary(run, rows, done, stopped, time.perf_counter() - began, skipped, bad)
+        where = course.step and (course.step, len(data.train))
+        display.summary(
+            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where
+        )
+        if failure is not None:
+            print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
+            code = code or 1
     elif world.speaks:
-        return say(stopped)
-    return exit_code(stopped)
+        say(stopped)
+    return code
 
 
 def make_profile(args, name, world, steps):
@@ -347,39 +296,11 @@ def bad_images(data):
     return sorted(set().union(*(getattr(part, "bad_images", ()) for part in data[:2])))
 
 
-def complete(figures, batches, world):
-    """Raises where an epoch did not see every image once, over all the ranks."""
-    missing = sum(world.gather(batches.missing))
-    if figures["examples"] + missing != batches.examples:
-        raise distributed.RankError(
-            f"{figures['examples']} images went through the network and {missing} could not be "
-            f"decoded, of {batches.examples}: the ranks' shares are not the whole"
-        )
-    if not figures["examples"]:
-        raise distributed.RankError(f"none of the {batches.examples} images can be decoded")
-
-
-def together(net, epoch, world):
-    """Raises where the ranks do not hold the same weights, to the bit."""
-    drifted = world.drifted(net.parameters())
-    if drifted:
-        ranks = f"rank {drifted[0]} holds other weights than the rest"
-        if len(drifted) > 1:
-            ranks = f"ranks {', '.join(map(str, drifted))} hold other weights than the rest"
-        if world.size == 2:
-            ranks = "ranks 0 and 1 hold different weights"
-        raise distributed.RankError(
-            f"{ranks} after epoch {epoch}: nodes of different hardware or software, or faulty "
-            "memory"
-        )
-
-
 def exit_code(stopped):
     """0 for a run that came to its end, else by what stopped it."""
-    return {None: 0, "interrupted": 130}.get(stopped, 1)
+    return {None: 0, "interrupted": 130, "requeued": 130}.get(stopped, 1)
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; a queue's way to end a job
-        signal.signal(ending, signal.default_int_handler)
-    sys.exit(main())
+    REQUESTS.install()
+    sys.exit(main(requests=REQUESTS))

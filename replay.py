@@ -47,12 +47,17 @@ class Replay:
         self.correct = torch.zeros(len(self.sizes), dtype=torch.int64, device=device)
         self.seen, self.graphs, self.results, self.failure = Counter(), {}, {}, None
 
-    def epoch(self, on_step=None):
-        """Take the steps of the epoch that the batches are set to; returns its Totals."""
+    def epoch(self, on_step=None, totals=None):
+        """Take the steps of the epoch that the batches are set to; returns its Totals. Where the
+        batches begin later, `totals` are those of the steps before."""
         self.batches.hold()
-        self.position.zero_()
-        self.column.zero_()
-        for size in self.sizes:
+        done = self.batches.position
+        self.position.fill_(sum(self.sizes[:done]))
+        self.column.fill_(done)
+        if done:
+            self._begin(totals)
+        for size in self.sizes[done:]:
+            self.batches.position += 1
             if self._ready(size):
                 self._record(size)
             if size in self.graphs:
@@ -63,7 +68,7 @@ class Replay:
                 self._take(size, self.step)
                 self.seen[size] += 1
             if on_step is not None:
-                on_step()
+                on_step(self.step.optimizer.eta if self.step.agd else None, self._totals)
         return self._totals()
 
     def _ready(self, size):
@@ -101,9 +106,19 @@ class Replay:
         if self.step.agd:  # what a replay overwrites stays allocated
             self.results[size] = self.step.optimizer.eta, self.step.optimizer.G
 
+    def _begin(self, totals):
+        losses, correct, counts = zip(*totals.columns)
+        eta, update = totals.extras["eta"], totals.extras["update"]
+        self.correct[: len(counts)] = torch.stack(correct)
+        for row, column in zip(self.figures, (losses, eta, update)):
+            if column:
+                row[: len(counts)] = torch.stack(column)
+
     def _totals(self):
-        totals, (loss, eta, update) = Totals(), self.figures.clone().unbind()
-        correct = self.correct.clone().unbind()
+        """Those of the steps so far."""
+        done = self.batches.position
+        totals, (loss, eta, update) = Totals(), self.figures[:, :done].clone().unbind()
+        correct = self.correct[:done].clone().unbind()
         totals.columns = list(zip(loss.unbind(), correct, self.sizes))
         if self.step.agd:
             totals.extras["eta"] = list(eta.unbind())

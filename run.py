@@ -1,9 +1,10 @@
 """What a run leaves on disk: its name, its JSONL log, its checkpoint.
 
     <out>/logs/<name>.jsonl           a row {"kind": "run"}, a row an epoch, a row {"kind": "end"}
-    <out>/checkpoints/<name>.pt       weights and optimiser after the last whole epoch
+    <out>/checkpoints/<name>.pt       weights, optimiser, and how far the run is; see checkpoint.py
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,14 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import Checkpoints, Damaged, plain, sync_folder
+
 KEYS = {"epoch", "settings", "net", "optimizer"}  # of a checkpoint
+FIGURES = {  # of rows, numbers or null
+    "loss", "acc", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
+    "images_per_second", "eta", "eta_min", "eta_mean", "eta_max", "update", "update_min",
+    "update_mean", "update_max",
+}  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -28,35 +36,57 @@ def read_rows(path):
 
     Raises RunError where there is something else in the file.
     """
-    rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines, rows = Path(path).read_bytes().split(b"\n"), []
         for i, line in enumerate(lines):
             try:
-                row = json.loads(line or "null")
-            except ValueError:
+                row = json.loads(line.decode()) if line else None
+            except (ValueError, RecursionError) as error:
                 if i < len(lines) - 1:
-                    raise
+                    raise ValueError(f"line {i + 1}: {error}") from error
                 break
             if row is not None:
+                _check(row, i + 1)
                 rows.append(row)
-        if not rows or any(not isinstance(row, dict) or "kind" not in row for row in rows):
-            raise ValueError("it has other rows, or none")
-        if rows[0]["kind"] != "run" or not {"flags", "settings"} <= set(rows[0]):
+        if not rows:
+            raise ValueError("it has no row")
+        if rows[0]["kind"] != "run" or not all(
+            isinstance(rows[0].get(key), dict) for key in ("flags", "settings")
+        ):
             raise ValueError("its first row is of another kind")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is no log of a run: {error}") from error
     return rows
 
 
+def _check(row, line):
+    """Raises ValueError unless a row has what those who read it rely on."""
+    kind = row.get("kind") if isinstance(row, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"line {line} is no row")
+    for key in {"epoch": ["epoch"], "step": ["epoch", "step"]}.get(kind, []):
+        if type(row.get(key)) is not int or row[key] < 1:
+            raise ValueError(f"line {line} has no {key}")
+    for key, value in row.items() if kind in ("epoch", "step") else ():
+        number = value is None or isinstance(value, (int, float))
+        if key in FIGURES and not number:
+            raise ValueError(f"line {line} has {value!r:.50} for {key}")
+
+
 class Run:
     """The files of one run. `settings` is what shapes its result: what lies there of a run of the
-    same name counts only if it has the same settings."""
+    same name counts only if it has the same settings.
+
+    What a full disk does not take of the log waits in memory for the next time, and no checkpoint
+    is written before the rows that belong to it.
+    """
 
     def __init__(self, out, name, settings):
         self.name, self.settings, self.lock = name, settings, None
         self.log_path = Path(out, "logs", f"{name}.jsonl")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
+        self.checkpoints = Checkpoints(self.checkpoint_path)
+        self.file, self.length, self.pending = None, 0, b""
         for path in (self.log_path, self.checkpoint_path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,33 +116,21 @@ class Run:
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
         end = rows[-1] if rows and rows[-1]["kind"] == "end" else {}
+        test_acc = done[-1]["test_acc"] if done else None
         if end.get("final") and (end["stopped"] or len(done) >= epochs):
-            return len(done), done[-1]["test_acc"], end["stopped"]
+            return len(done), test_acc, end["stopped"]
         # An unfinished run may hold more epochs than this command asks for.
-        return (len(done), done[-1]["test_acc"], None) if len(done) > epochs else None
+        return (len(done), test_acc, None) if len(done) > epochs else None
 
     def start(self, first_row):
-        """Open the log, cut to the last checkpoint; returns that checkpoint, or None at the start.
+        """Open the log, cut to the last checkpoint; returns (that checkpoint, or None at the start;
+        what is to be said of one that is damaged, or None).
 
-        A checkpoint is a dict with "epoch", "net" and "optimizer", its tensors on the CPU.
+        A checkpoint is a dict, see `save`, with its tensors on the CPU.
         """
         self.lock_or_fail()
-        rows, checkpoint = self.rows(), None
-        first_row = {**first_row, "settings": self.settings}
-        if self.checkpoint_path.exists():
-            try:
-                checkpoint = torch.load(
-                    self.checkpoint_path, map_location="cpu", weights_only=True
-                )
-            except Exception as error:  # torch raises many kinds for a damaged file
-                raise RunError(
-                    f"{self.checkpoint_path} cannot be read ({type(error).__name__}); "
-                    "--fresh starts over"
-                ) from error
-            if not isinstance(checkpoint, dict) or set(checkpoint) != KEYS:
-                raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
-            then = json.loads(checkpoint["settings"])
-            self.compare(self.settings, then, self.checkpoint_path)
+        rows, first_row = self.rows(), {**first_row, "settings": self.settings}
+        checkpoint, warning = self._checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
         if epochs[:done] != list(range(1, done + 1)):
@@ -120,23 +138,51 @@ class Run:
                 f"{self.log_path} lacks epochs that {self.checkpoint_path} has behind it; "
                 "--fresh starts over"
             )
-        if len(epochs) > done + 1:
+        # One epoch may be logged before its checkpoint, and more where the disk was full.
+        if checkpoint is None and len(epochs) > 1 and not any(r["kind"] == "unsaved" for r in rows):
             raise RunError(
                 f"{self.log_path} holds {len(epochs)} epochs, and there is no checkpoint to go on "
                 "from; --fresh starts over, another --out keeps it"
             )
-        if done:
-            first_row = _resumed(rows[0], first_row, done)
+        if checkpoint:
+            first_row = _resumed(rows[0], first_row, checkpoint) if rows else first_row
         rows = [r for r in rows if r["kind"] in ("epoch", "step") and r["epoch"] <= done]
         # The cut log replaces the old one at once, or not at all.
         partial = self.log_path.with_suffix(".partial")
         try:
-            partial.write_text("".join(_line(r) for r in [first_row, *rows]), encoding="utf-8")
+            with open(partial, "wb") as file:
+                file.write("".join(_line(r) for r in [first_row, *rows]).encode())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, self.log_path)
-            self.file = open(self.log_path, "a", encoding="utf-8")
+            sync_folder(partial.parent)
+            self.file = open(self.log_path, "ab", buffering=0)
+            self.length = self.log_path.stat().st_size
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
-        return checkpoint
+        return checkpoint, warning
+
+    def _checkpoint(self):
+        try:
+            checkpoint, warning = self.checkpoints.read()
+        except Damaged as error:
+            raise RunError(f"{error}; --fresh starts over") from error
+        if checkpoint is None:
+            return None, None
+        whole = isinstance(checkpoint, dict) and KEYS <= set(checkpoint)
+        try:
+            then = json.loads(checkpoint["settings"]) if whole else None
+            whole = whole and isinstance(then, dict)
+            numbers = [checkpoint["epoch"], checkpoint.get("step", 0)] if whole else []
+            whole = whole and all(type(x) is int and x >= 0 for x in numbers)
+        except (TypeError, ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
+        self.compare(self.settings, then, self.checkpoint_path)
+        return checkpoint, warning
 
     def lock_or_fail(self):
         """Keep other processes from this run, for as long as this one lives."""
@@ -174,25 +220,47 @@ class Run:
             )
 
     def log(self, *rows):
-        self.file.write("".join(_line(row) for row in rows))
-        self.file.flush()
+        """Append rows; returns the OSError for which they wait in memory, or None."""
+        self.pending += "".join(_line(row) for row in rows).encode()
+        try:
+            # What is left of an attempt that failed goes first.
+            self.file.truncate(self.length)
+            rest = memoryview(self.pending)
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            return error
+        self.length += len(self.pending)
+        self.pending = b""
+        return None
 
-    def save(self, epoch, net, optimizer):
-        """Write the checkpoint after `epoch`, from state dicts; the last one stays until then."""
-        partial = self.checkpoint_path.with_suffix(".partial")
+    def save(self, checkpoint):
+        """Write a checkpoint, a dict of what `checkpoint.plain` takes; returns the OSError for
+        which it could not be, and then the last ones are there still, or None.
+
+        It has "epoch", the number of whole epochs, "net" and "optimizer", the state dicts, and
+        what Course adds. Raises RunError where a value in it is of another type.
+        """
+        failure = self.log() if self.pending else None
+        if failure is not None:
+            return failure
         settings = json.dumps(self.settings)
-        torch.save(
-            {"epoch": epoch, "settings": settings, "net": net, "optimizer": optimizer}, partial
-        )
-        os.replace(partial, self.checkpoint_path)
+        try:
+            self.checkpoints.write(plain({**checkpoint, "settings": settings}, "the state"))
+        except OSError as error:
+            return error
+        except TypeError as error:
+            raise RunError(f"{error}, which a checkpoint of plain types cannot hold") from error
+        return None
 
     def discard(self):
         """Forget what an earlier run of this name left."""
-        for path in (self.log_path, self.checkpoint_path):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise RunError(f"{path} cannot be removed: {error}") from error
+        try:
+            self.log_path.unlink(missing_ok=True)
+            self.checkpoints.discard()
+        except OSError as error:
+            raise RunError(f"{error.filename} cannot be removed: {error.strerror}") from error
 
 
 def run_name(*parts):
@@ -241,15 +309,18 @@ def processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _resumed(then, now, done):
-    """The first row of a run that goes on after `done` epochs: as it was, with the flags of now,
-    and with the environment where that is another."""
+def _resumed(then, now, checkpoint):
+    """The first row of a run that goes on from a checkpoint: as it was, with the flags of now, and
+    with the environment where that is another."""
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
     keys += ["compile", "channels_last", "cuda_graph"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
     row = {**then, "flags": now["flags"]}
     if changed:
-        resumed = {"after_epoch": done, "date": now.get("date"), **changed}
+        where = {"after_epoch": checkpoint["epoch"]}
+        if checkpoint.get("step"):
+            where["step"] = checkpoint["step"]
+        resumed = {**where, "date": now.get("date"), **changed}
         row["resumed"] = [*then.get("resumed", []), resumed]
     return row
 

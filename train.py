@@ -33,10 +33,18 @@ def sums(losses, outputs, labels):
 
 
 class Totals:
-    """Sums and counts of an epoch, a column a step, on the device until `read`."""
+    """Sums and counts of an epoch, a column a step, on the device until `read`.
 
-    def __init__(self):
+    They begin with those of `state`, which then are on `device`.
+    """
+
+    def __init__(self, state=None, device=None):
         self.columns, self.extras = [], {"eta": [], "update": []}
+        if state is not None:
+            losses, correct = state["losses"].to(device), state["correct"].to(device)
+            self.columns = list(zip(losses.unbind(), correct.unbind(), state["counts"]))
+            for key in self.extras:
+                self.extras[key] = list(state[key].to(device).unbind()) if key in state else []
 
     def add(self, losses, outputs, labels, **extras):
         """One batch: its losses (B,), outputs (B, C) and labels (B,); of `extras`, scalars that
@@ -45,6 +53,19 @@ class Totals:
         for key, value in extras.items():
             if value is not None:
                 self.extras[key].append(value)
+
+    def state(self, reduce=None):
+        """What other Totals can begin with, on the CPU; `reduce` as in `read`."""
+        if not self.columns:
+            return None
+        losses, correct, counts = zip(*self.columns)
+        losses, correct = torch.stack(losses), torch.stack(correct)
+        counts = torch.tensor(counts, dtype=torch.int64, device=correct.device)
+        for tensor in (losses, correct, counts) if reduce is not None else ():
+            reduce(tensor)
+        extras = {key: torch.stack(values).cpu() for key, values in self.extras.items() if values}
+        return {"losses": losses.cpu(), "correct": correct.cpu(), "counts": counts.tolist(),
+                **extras}  # fmt: skip
 
     def read(self, reduce=None):
         """The figures of the epoch, in two transfers from the device.
@@ -128,11 +149,16 @@ class Step:
 
 
 def train_epoch(
-    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False, replay=None
-):
-    """One epoch of `batches` (inputs, labels); returns its Totals. Over several ranks each has its
-    share of every batch, none included. See Step for the rest of the arguments, and for what is
-    read from the device; `replay` is a Replay of such steps, which then takes them.
+    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False, replay=None,
+    totals=None,
+):  # fmt: skip
+    """One epoch of `batches` (inputs, labels); returns its Totals, which are `totals` of what came
+    before the batches, where they begin later. Over several ranks each has its share of every
+    batch, none included. See Step for the rest of the arguments, and for what is read from the
+    device; `replay` is a Replay of such steps, which then takes them.
+
+    After each step on_step(eta, so_far) is called: eta of the step, None for a baseline, and a
+    function that gives the Totals up to it.
 
     An optimiser that trains other weights than it answers with (`train` and `eval`, as the
     schedule-free ones have) answers when this returns; batch-norm statistics stay those of the
@@ -141,16 +167,17 @@ def train_epoch(
     net.train()
     if hasattr(optimizer, "train"):
         optimizer.train()
+    totals = totals or Totals()
     if replay is not None:
-        totals = replay.epoch(on_step)
+        totals = replay.epoch(on_step, totals)
     else:
-        step, totals = Step(net, loss_fn, optimizer, gradient, log_updates), Totals()
-        for i, (inputs, labels) in enumerate(spanned(batches, step.span)):
-            losses, outputs, extras = step(inputs, labels, largest_share(batches, i))
+        step = Step(net, loss_fn, optimizer, gradient, log_updates)
+        for inputs, labels in spanned(batches, step.span):
+            losses, outputs, extras = step(inputs, labels, largest_share(batches))
             with step.span("sums"):
                 totals.add(losses, outputs, labels, **extras)
             if on_step is not None:
-                on_step()
+                on_step(extras["eta"], lambda: totals)
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     return totals
@@ -167,18 +194,20 @@ def spanned(batches, span):
         yield batch
 
 
-def largest_share(batches, i):
-    """The most images of batch `i` that any rank has, where `batches` tells, else None."""
+def largest_share(batches):
+    """The most images of the last batch that any rank has, where `batches` tells, else None."""
     if not hasattr(batches, "batch_size"):
         return None
-    images = min(batches.batch_size, batches.examples - i * batches.batch_size)
+    before = (batches.position - 1) * batches.batch_size
+    images = min(batches.batch_size, batches.examples - before)
     return -(-images // batches.size)
 
 
 @torch.inference_mode()
-def evaluate(net, batches, loss_fn, micro_bs=None):
+def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
     """The Totals of `batches`, each example once, with the network in evaluation mode; at most
-    `micro_bs` images at a time, and fewer where memory runs out."""
+    `micro_bs` images at a time, and fewer where memory runs out. After each batch on_batch() is
+    called."""
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
@@ -198,4 +227,6 @@ def evaluate(net, batches, loss_fn, micro_bs=None):
                 parts = None
                 free_memory()
         totals.add(loss_fn(outputs, labels), outputs, labels)
+        if on_batch is not None:
+            on_batch()
     return totals

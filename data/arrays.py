@@ -41,7 +41,8 @@ class ArrayBatches:
         self.scale = (1 / (std * 255)).to(device=device, dtype=torch.float32)
         self.examples, self.batch_size, self.device = len(images), batch_size, device
         self.shuffle, self.pad, self.flip = shuffle, pad, flip
-        self.seed, self.rank, self.size, self.epoch = seed, rank, size, 0
+        self.seed, self.rank, self.size = seed, rank, size
+        self.epoch = self.start = self.position = 0
         # The places of a crop's pixels in memory, from its first one on, as they are and mirrored,
         # (2, C, H, W); and every possible crop by the place of its first pixel, a view.
         height, width = images.shape[1:3]
@@ -58,18 +59,25 @@ class ArrayBatches:
     def __len__(self):
         return -(-self.examples // self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """The next pass is that of `epoch`, from batch `start` on; `position` counts those that
+        have been begun, the ones before `start` included."""
+        self.epoch, self.start, self.position = epoch, start, start
+
+    def order(self):
+        """The indices of the images in the order of this epoch, an int64 array."""
+        return self._draw()[0]
 
     def __iter__(self):
-        draws = self._draws()
-        for i in range(0, self.examples, self.batch_size):
+        draws, self.position = self._draws(), self.start
+        for i in range(self.start * self.batch_size, self.examples, self.batch_size):
+            self.position += 1
             # This rank's share of the batch.
             yield self._batch(*draws[:, i : i + self.batch_size][:, self.rank :: self.size])
 
     def hold(self):
         """Have `at` give the batches of this epoch, from memory that is the same every epoch."""
-        draws = self._draws()
+        draws, self.position = self._draws(), self.start
         if self.held is None:
             self.held = draws
         else:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
 from data.common import DataError
+from interrupt import ignore_all
 
 
 class FolderBatches:
@@ -37,6 +37,7 @@ class FolderBatches:
         self.batch_size, self.device, self.size = batch_size, device, size
         self.sampler = _EpochSampler(self.examples, batch_size, train, seed, rank, size)
         self.skip_bad_images, self.bad_images, self.missing = skip_bad_images, set(), 0
+        self.position = 0
         mean, std = torch.tensor([mean, std], dtype=torch.float64).view(2, -1, 1, 1)
         self.shift = (mean * 255).to(device=device, dtype=torch.float32)
         self.scale = (1 / (std * 255)).to(device=device, dtype=torch.float32)
@@ -47,18 +48,26 @@ class FolderBatches:
             collate_fn=tuple,  # of what __getitems__ gives: a batch already
             pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_all,
+            generator=torch.Generator(),  # the workers draw nothing, and leave torch's own alone
         )
 
     def __len__(self):
         return -(-self.examples // self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.sampler.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """The next pass is that of `epoch`, from batch `start` on; `position` counts those that
+        have been begun, the ones before `start` included."""
+        self.sampler.epoch, self.sampler.start = epoch, start
+
+    def order(self):
+        """The indices of the images in the order of this epoch, an int64 array."""
+        return self.sampler.order()
 
     def __iter__(self):
-        self.missing = 0
+        self.missing, self.position = 0, self.sampler.start
         for images, labels, bad in self.loader:
+            self.position += 1
             for path, reason in bad:
                 if not self.skip_bad_images:
                     raise DataError(
@@ -109,17 +118,21 @@ class _EpochSampler:
 
     def __init__(self, examples, batch_size, shuffle, seed, rank, size):
         self.examples, self.batch_size, self.shuffle = examples, batch_size, shuffle
-        self.seed, self.rank, self.size, self.epoch = seed, rank, size, 0
+        self.seed, self.rank, self.size = seed, rank, size
+        self.epoch = self.start = 0
 
     def __len__(self):
-        return -(-self.examples // self.batch_size)
+        return -(-self.examples // self.batch_size) - self.start
+
+    def order(self):
+        if self.shuffle:
+            return np.random.default_rng((self.seed, self.epoch)).permutation(self.examples)
+        return np.arange(self.examples)
 
     def __iter__(self):
-        epoch, order = self.epoch, np.arange(self.examples)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-        for start in range(0, self.examples, self.batch_size):
-            index = order[start : start + self.batch_size][self.rank :: self.size]
+        epoch, order = self.epoch, self.order()
+        for i in range(self.start * self.batch_size, self.examples, self.batch_size):
+            index = order[i : i + self.batch_size][self.rank :: self.size]
             yield [(epoch, int(i)) for i in index]
 
 
@@ -223,8 +236,3 @@ def _empty_batch(*shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
-
-
-def _ignore_interrupts(worker):
-    """Ctrl-C reaches every process of a terminal; the main one ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -67,6 +67,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
+    def most_later(self, tensor):
+        """Begin to take the greatest; returns a function to be called before the tensor is used."""
+        return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True).wait
+
     def share(self, tensors):
         """Give every rank the tensors of rank 0, in place."""
         if self.size > 1:

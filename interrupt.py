@@ -1,0 +1,58 @@
+"""What signals ask of a run: noted when they come, looked at between two steps."""
+
+import os
+import signal
+import sys
+import time
+
+# What a run is asked for; the greater one counts.
+NOTHING, SAVE, ANNOUNCED, STOP = range(4)
+
+# SIGUSR1 and SIGUSR2 announce the end of a job's time, or ask a run that is no job to save.
+ANNOUNCING = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+ENDING = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; a queue's way to end a job
+ONE = 1.0  # seconds within which two signals are one, that a launcher has passed on
+
+
+class Requests:
+    """What a run has been asked for. Until it is `listening`, a signal of ENDING raises
+    KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it."""
+
+    def __init__(self):
+        self.found, self.listening, self.since = NOTHING, False, None
+
+    def install(self):
+        """Take this process's signals; in its main thread."""
+        for number in ANNOUNCING:
+            signal.signal(number, self._announce)
+        for number in ENDING:
+            signal.signal(number, self._end)
+
+    def take(self):
+        """The greatest of what has been asked since it was taken last."""
+        found, self.found = self.found, NOTHING
+        return found
+
+    def stop(self):
+        """Ask the run to save and to end, from any thread."""
+        self.found = STOP
+
+    def _announce(self, number, frame):
+        self.found = max(self.found, ANNOUNCED)
+
+    def _end(self, number, frame):
+        now = time.monotonic()
+        if not self.listening or (self.since is not None and now - self.since > ONE):
+            raise KeyboardInterrupt
+        if self.since is None:
+            self.since = now
+            if number == signal.SIGINT and sys.stderr.isatty():
+                os.write(2, b"\nStopping after this step; Ctrl-C again: at once\n")
+        self.found = STOP
+
+
+def ignore_all(*_):
+    """In a worker process: a signal to a terminal or a job reaches every process of it, and the
+    main one ends its workers."""
+    for number in (*ENDING, *ANNOUNCING):
+        signal.signal(number, signal.SIG_IGN)
