@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 # What no two runs have in common: times, dates, and where a run was resumed.
-APART = {"seconds", "images_per_second", "date", "resumed"}
+APART = {"seconds", "saving_seconds", "images_per_second", "date", "resumed"}
 
 
 class Remains:
@@ -50,7 +50,8 @@ def read_whole_rows(path):
             rows.append(json.loads(line))
         except ValueError:  # the last line, empty or torn
             rows.append({"kind": "torn"} if line else None)
-    return [row for row in rows if row is not None]
+    # That a checkpoint could not be written is no part of the result.
+    return [row for row in rows if row is not None and row["kind"] != "unsaved"]
 
 
 def newest(out):
