@@ -70,7 +70,6 @@ def main(argv=None):
         code = 130
     finally:
         end_all()
-        disk.unmount_all()
         if args.keep:
             print(f"The runs lie in {folder}")
         else:
@@ -99,6 +98,7 @@ def run_all(args, folder, more):
     for i, case in enumerate(cases):
         lab = Lab(case, folder / f"case{i}", save_every, say=say)
         unbroken = lab.run_unbroken()
+        lab.count_moments()
         say(f"{case.name}: unbroken in {lab.seconds:.1f} s, weights {unbroken.sha256()[:16]}")
         for name in names:
             rng = random.Random(f"{args.seed} {case.name} {name}")

@@ -44,6 +44,7 @@ class Lab:
         self.folder = Path(folder)
         self.out = self.folder / "out"
         self.folder.mkdir(parents=True)
+        self.seconds = self.size = self.unbroken = self.census = None
         self.flags = [
             *("--cpu", *case.flags, "--epochs", str(case.epochs), "--out", str(self.out)),
             *(("--save_every", save_every) if save_every else ()),
@@ -56,17 +57,23 @@ class Lab:
         shutil.rmtree(self.out, ignore_errors=True)
 
     def run_unbroken(self):
-        """The Remains that all others are compared with, and the number of moments of each kind:
-        one plain run, one that counts. Raises RuntimeError where these two differ already."""
+        """The Remains that all others are compared with; RuntimeError where the run fails."""
         self.fresh()
         plain = self.child().end(PATIENCE)
         if plain.code:
-            raise RuntimeError(f"the unbroken run ended with {plain.code}: {plain.stderr[-500:]}")
+            raise RuntimeError(f"the unbroken run ended with {plain.code}: {plain.said()[-5:]}")
         self.seconds = plain.seconds
         self.unbroken = Remains(self.out)
-        place = self.folder / "unbroken"
-        shutil.move(self.out, place)  # --out may be a disk of its own
-        self.unbroken.out = place
+        self.unbroken.out = self.folder / "unbroken"
+        shutil.move(self.out, self.unbroken.out)  # --out may be a disk of its own
+        checkpoints = self.unbroken.out.glob("checkpoints/*.pt")
+        self.size = max(path.stat().st_size for path in checkpoints)
+        return self.unbroken
+
+    def count_moments(self):
+        """How many moments of each kind an unbroken run has, for `draw`; RuntimeError where this
+        second unbroken run differs from the first."""
+        self.fresh()
         census = self.folder / "census.json"
         counted = self.child({"census": str(census)}).end(PATIENCE)
         if counted.code:
@@ -75,8 +82,6 @@ class Lab:
         if odd:
             raise RuntimeError(f"two unbroken runs differ: {odd}")
         self.census = json.loads(census.read_text(encoding="utf-8"))
-        self.size = max(x.stat().st_size for x in place.glob("checkpoints/*.pt"))
-        return self.unbroken
 
     def steps(self, place):
         epoch, step = place

@@ -2,7 +2,7 @@
 FLAGS`, FLAGS being those of main.py, --out among them.
 
 Nothing of the program is changed. What it does to the files below --out is seen by an audit hook,
-fsync, a step of the optimiser and a batch of an evaluation by a wrapper, each a moment of a kind:
+fsync, a step and a batch of an evaluation by a wrapper, each a moment of a kind:
 
     create      a checkpoint's temporary file is opened to be written: the epoch's row is in the
                 log by then, the checkpoint is not
@@ -12,7 +12,7 @@ fsync, a step of the optimiser and a batch of an evaluation by a wrapper, each a
     rename      before each of the renames of a checkpoint
     sync        after them, before the folder is flushed
     log         the log is opened, cut, renamed
-    step        after a step of the optimiser
+    step        after a step of training
     evaluation  before a batch of an evaluation
     row         as evaluation; death comes within the rows written next, after `bytes` of them
 
@@ -101,22 +101,25 @@ class Victim:
             self.moment("create" if changes else "read")
 
     def watch(self):
-        """Put the hooks in place; what they need of torch is imported here."""
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
+        """Put the hooks in place."""
         import train
 
-        fsync, evaluate = os.fsync, train.evaluate
+        fsync, step, evaluate = os.fsync, train.Step.__call__, train.evaluate
 
         def counted_fsync(file):
             self.moment("fsync")
             fsync(file)
 
+        def counted_step(*args, **kwargs):
+            found = step(*args, **kwargs)
+            self.moment("step")
+            return found
+
         def counted_evaluate(net, batches, *args, **kwargs):
             return evaluate(net, Counted(batches, self), *args, **kwargs)
 
-        os.fsync, train.evaluate = counted_fsync, counted_evaluate
-        register_optimizer_step_post_hook(lambda *_: self.moment("step"))
+        os.fsync, train.Step.__call__ = counted_fsync, counted_step
+        train.evaluate = counted_evaluate
         sys.addaudithook(self.audit)
 
 
