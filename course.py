@@ -76,6 +76,8 @@ class Course:
             state, steps = checkpoint.get("totals"), len(self.data.train)
             if self.step > steps or (self.step > 0) != (state is not None):
                 raise ValueError(f"step {self.step} of {steps}")
+            if state is not None and len({len(column) for column in state.values()}) != 1:
+                raise ValueError("its totals are of different lengths")
             begun = self.epoch * steps + self.step > 2
             self.tried = begun and checkpoint.get("here") == self.here
             if state is not None:

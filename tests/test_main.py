@@ -28,7 +28,7 @@ def rows(out, name=NAME):
 
 def comparable(rows):
     """The rows without what differs from run to run: times and date."""
-    drop = ("seconds", "images_per_second", "date")
+    drop = ("seconds", "images_per_second", "date", "saving_seconds")
     return [{k: v for k, v in row.items() if k not in drop} for row in rows]
 
 
@@ -128,31 +128,46 @@ def test_an_interrupt_before_the_checkpoint_counts_what_is_saved(tmp_path, monke
 
     save = Run.save
 
-    def interrupted(run, epoch, *states):
-        if epoch == 3:
+    def interrupted(run, checkpoint):
+        if checkpoint["epoch"] == 3:
             raise KeyboardInterrupt
-        save(run, epoch, *states)
+        return save(run, checkpoint)
 
     monkeypatch.setattr(Run, "save", interrupted)
     assert call(*QUICK, "--out", tmp_path) == 130
-    assert "Interrupted after 2 whole epochs" in capsys.readouterr().out
+    assert "Interrupted after 3 whole epochs" in capsys.readouterr().out
     monkeypatch.undo()
     assert call(*QUICK, "--out", tmp_path) == 0
     assert "Going on after epoch 2" in capsys.readouterr().out
     assert [row["kind"] for row in rows(tmp_path)] == ["run", *["epoch"] * 4, "end"]
 
 
-def test_a_full_disk_ends_the_log_and_the_run_goes_on_later(tmp_path, monkeypatch):
-    from run import Run
+@pytest.mark.parametrize("full_from", [1, 3])
+def test_a_full_disk_is_said_and_the_run_goes_on_now_and_later(
+    full_from, tmp_path, monkeypatch, capsys
+):
+    from checkpoint import Checkpoints
 
-    def full(run, epoch, *states):
-        raise OSError("No space left on device")
+    write, last = Checkpoints.write, tmp_path / "checkpoints" / f"{NAME}.pt"
 
-    monkeypatch.setattr(Run, "save", full)
+    def full(checkpoints, content):
+        if content["epoch"] >= full_from:
+            raise OSError("No space left on device")
+        write(checkpoints, content)
+
+    assert call(*QUICK, "--out", tmp_path / "whole") == 0
+    monkeypatch.setattr(Checkpoints, "write", full)
     assert call(*QUICK, "--out", tmp_path) == 1
-    assert "No space left" in rows(tmp_path)[-1]["stopped"]
+    said = capsys.readouterr().out
+    assert said.count("No checkpoint: No space left on device. Going on") == 1
+    assert "epoch 4/4" in said and "Stopped: the last checkpoint could not be written" in said
+    assert "No space left" in rows(tmp_path)[-1]["stopped"] and not rows(tmp_path)[-1]["final"]
+    assert last.exists() == (full_from > 1)
     monkeypatch.undo()
     assert call(*QUICK, "--out", tmp_path) == 0
+    assert comparable(rows(tmp_path))[1:] == comparable(rows(tmp_path / "whole"))[1:]
+    state = weights(tmp_path / "whole")
+    assert all(torch.equal(weights(tmp_path)[key], state[key]) for key in state)
 
 
 def start(*flags, out):
@@ -235,21 +250,23 @@ def test_what_does_not_belong_to_the_run_is_refused(tmp_path, capsys):
     text, state = log.read_text(), checkpoint.read_bytes()
     log.write_text("".join(text.splitlines(keepends=True)[:2]))
     capsys.readouterr()
-    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 2
     assert "lacks epochs" in capsys.readouterr().err
     log.write_text(text)
     checkpoint.write_bytes(state[:1000])
-    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
-    assert re.search("cannot be read.*--fresh", capsys.readouterr().err)
+    before = checkpoint.with_suffix(".previous.pt")
+    before.unlink()
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 2
+    assert re.search("is damaged.*--fresh", capsys.readouterr().err)
     checkpoint.unlink()
-    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 1
+    assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 2
     assert re.search("4 epochs.*no checkpoint.*--fresh", capsys.readouterr().err)
     assert log.read_text() == text
     checkpoint.write_bytes(state)
     first = json.loads(text.splitlines()[0])
     first["settings"]["data"]["crc32"]["train_images"] = "00000000"
     log.write_text("\n".join([json.dumps(first), *text.splitlines()[1:]]) + "\n")
-    assert call(*QUICK, "--out", tmp_path) == 1  # finished, but on other images
+    assert call(*QUICK, "--out", tmp_path) == 2  # finished, but on other images
     assert "is of another run of this name (data" in capsys.readouterr().err
 
 
@@ -278,11 +295,11 @@ def test_an_image_folder_by_main(samples, tmp_path):
     bad.write_bytes(b"no image")
     flags = ["--dataset", f"folder:{small}", "--image_size", 32, "--arch", "fcn", "--depth", 3,
              "--train_bs", 10, "--epochs", 2, "--out", tmp_path, "--workers", 2]  # fmt: skip
-    assert call(*flags) == 1
+    assert call(*flags) == 2
     (log,) = (tmp_path / "logs").glob("*.jsonl")
     end = json.loads(log.read_text().splitlines()[-1])
     assert "zz.JPEG" in end["stopped"] and not end["final"]
-    assert call(*flags) == 1  # the run is not over: it tries again
+    assert call(*flags) == 2  # the run is not over: it tries again
     assert call(*flags, "--skip_bad_images") == 0
     (log,) = (tmp_path / "logs").glob("*skip*.jsonl")
     first, *epochs, end = [json.loads(line) for line in log.read_text().splitlines()]
@@ -340,7 +357,7 @@ def test_wrong_flags_say_what_was_meant(flags, words, run_main):
 
 def test_an_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert call(*QUICK, "--out", tmp_path / "file") == 1
+    assert call(*QUICK, "--out", tmp_path / "file") == 2
     assert "error:" in capsys.readouterr().err
 
 
@@ -469,7 +486,7 @@ def test_fresh_does_not_touch_a_run_that_is_going_on(tmp_path, run_main):
     with open(tmp_path / "checkpoints" / f"{log.stem}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run_main(*flags, "--fresh")
-    assert done.returncode == 1 and "another process is making" in done.stderr
+    assert done.returncode == 2 and "another process is making" in done.stderr
     assert log.read_bytes() == before
 
 
