@@ -44,7 +44,7 @@ class Lab:
         self.folder = Path(folder)
         self.out = self.folder / "out"
         self.folder.mkdir(parents=True)
-        self.seconds = self.size = self.unbroken = self.census = None
+        self.seconds = self.start = self.size = self.unbroken = self.census = None
         self.flags = [
             *("--cpu", *case.flags, "--epochs", str(case.epochs), "--out", str(self.out)),
             *(("--save_every", save_every) if save_every else ()),
@@ -64,6 +64,8 @@ class Lab:
             raise RuntimeError(f"the unbroken run ended with {plain.code}: {plain.said()[-5:]}")
         self.seconds = plain.seconds
         self.unbroken = Remains(self.out)
+        training = sum(x["seconds"] for x in self.unbroken.rows if x["kind"] == "epoch")
+        self.start = max(self.seconds - training, 0.0)
         self.unbroken.out = self.folder / "unbroken"
         shutil.move(self.out, self.unbroken.out)  # --out may be a disk of its own
         checkpoints = self.unbroken.out.glob("checkpoints/*.pt")
@@ -113,10 +115,9 @@ def draw(lab, name, rng, done):
 def seconds_into(lab, rng, left):
     """A time at which to strike: one in five while the process starts, the rest in the part of the
     run that is `left`."""
-    start = min(2.0, lab.seconds / 2)
     if rng.random() < 0.2:
-        return rng.uniform(0, start)
-    return start + rng.uniform(0, left * (lab.seconds - start))
+        return rng.uniform(0, lab.start)
+    return lab.start + rng.uniform(0, left * (lab.seconds - lab.start))
 
 
 def describe(plan):
