@@ -94,9 +94,11 @@ class AGD(torch.optim.Optimizer):
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             params = list(params)
-            # A tied weight is one layer, however often it is listed.
-            tensor = {id(x[1] if isinstance(x, tuple) else x): x for x in reversed(params)}
-            params = list(reversed(tensor.values()))
+            # A tied weight is one layer, however often it is listed, and is where it is first.
+            tensors = {}
+            for x in params:
+                tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
+            params = list(tensors.values())
         group["params"] = params
         for name, p in _named([group]):
             _check(name, p)
@@ -284,10 +286,12 @@ class _Sweeps:
 
     @classmethod
     def plan(cls, weights, gains, L):
-        """The sweeps over these weights, or None where one of them lies in another way."""
+        """The sweeps over these weights, or None where one of them lies in another way, or has a
+        gain so far from 1 that float32 may not hold what its gradient is multiplied with."""
         lying = []
-        for p in weights:
+        for p, gain in zip(weights, gains):
             fits = _is_plain(p) and p.device.type == "cpu" and p.dtype == torch.float32
+            fits = fits and (gain == 0 or LOWEST < gain * _scale(p.shape) / L < HIGHEST)
             kind = _kind(p) if fits else None
             if kind is None:
                 return None
@@ -361,6 +365,7 @@ class _Sweeps:
 
 
 LEAST = 2.0**-60  # a squared norm of which float32 loses nothing
+LOWEST, HIGHEST = 2.0**-40, 2.0**60  # times eta over any norm that is swept, within float32
 SCRATCH = 2**18  # float32 numbers, a megabyte: what stays in a processor's cache
 ROW = 1024  # the length up to which a float32 norm along memory is exact to 1e-6
 

@@ -1,9 +1,9 @@
 """Checkpoints on disk: at every moment there is a good one, and a bad one does no harm.
 
     <name>.pt             the newest
-    <name>.previous.pt    the one before
-    <name>.partial        the next one, while it is written
-    <name>.damaged.pt     a newest one that could not be read
+    <name>.pt.previous    the one before
+    <name>.pt.partial     the next one, while it is written
+    <name>.pt.damaged     a newest one that could not be read
 
 A file is what torch.save makes of plain types and of tensors on the CPU.
 """
@@ -28,8 +28,11 @@ class Checkpoints:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.previous = self.path.with_suffix(".previous.pt")
-        self.partial = self.path.with_suffix(".partial")
+        self.previous = self._beside("previous")
+        self.partial = self._beside("partial")
+
+    def _beside(self, what):
+        return self.path.with_name(f"{self.path.name}.{what}")
 
     def write(self, content):
         """Make `content`, of what `plain` takes, the newest checkpoint. OSError where it cannot be
@@ -72,7 +75,7 @@ class Checkpoints:
     def _set_aside(self, good, damage):
         if not damage:
             return None
-        (bad, error), aside = damage.popitem(), self.path.with_suffix(".damaged.pt")
+        (bad, error), aside = damage.popitem(), self._beside("damaged")
         try:
             os.replace(bad, aside)
         except OSError:

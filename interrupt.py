@@ -11,6 +11,7 @@ NOTHING, SAVE, ANNOUNCED, STOP = range(4)
 # SIGUSR1 and SIGUSR2 announce the end of a job's time, or ask a run that is no job to save.
 ANNOUNCING = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 ENDING = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; a queue's way to end a job
+LAST = 30  # seconds that a worker goes on after SIGTERM
 ONE = 1.0  # seconds within which two signals are one, that a launcher has passed on
 
 
@@ -21,11 +22,12 @@ class Requests:
     def __init__(self):
         self.found, self.listening, self.since = NOTHING, False, None
 
-    def install(self):
-        """Take this process's signals; in its main thread."""
+    def install(self, ending=True):
+        """Take this process's signals; in its main thread. Without `ending`, those alone that
+        would end the process and are not meant to."""
         for number in ANNOUNCING:
             signal.signal(number, self._announce)
-        for number in ENDING:
+        for number in ENDING if ending else ():
             signal.signal(number, self._end)
 
     def take(self):
@@ -53,6 +55,10 @@ class Requests:
 
 def ignore_all(*_):
     """In a worker process: a signal to a terminal or a job reaches every process of it, and the
-    main one ends its workers."""
-    for number in (*ENDING, *ANNOUNCING):
+    main one, which needs its workers to the end of a step, ends them. What else ends them, as the
+    interpreter does when it stops, has to wait a little."""
+    for number in (signal.SIGINT, *ANNOUNCING):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))

@@ -7,7 +7,7 @@ from interrupt import Requests
 
 if __name__ == "__main__":
     REQUESTS = Requests()
-    REQUESTS.install()
+    REQUESTS.install(ending=False)
     # No traceback of half an import, until main() takes over.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -252,6 +252,8 @@ def train(args, world, requests):
     finally:
         requests.listening = False
         progress.close()
+        for part in data[:2]:
+            part.close()
     if stopped is None and course.failure is not None:
         stopped, final = f"the last checkpoint could not be written: {course.failure}", False
     code = exit_code(stopped) if code is None else code

@@ -54,6 +54,8 @@ def read_rows(path):
             isinstance(rows[0].get(key), dict) for key in ("flags", "settings")
         ):
             raise ValueError("its first row is of another kind")
+        if not isinstance(rows[0].get("resumed", []), list):
+            raise ValueError("its first row has no list of what resumed it")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is no log of a run: {error}") from error
     return rows
@@ -116,9 +118,9 @@ class Run:
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
         end = rows[-1] if rows and rows[-1]["kind"] == "end" else {}
-        test_acc = done[-1]["test_acc"] if done else None
-        if end.get("final") and (end["stopped"] or len(done) >= epochs):
-            return len(done), test_acc, end["stopped"]
+        test_acc = done[-1].get("test_acc") if done else None
+        if end.get("final") and (end.get("stopped") or len(done) >= epochs):
+            return len(done), test_acc, end.get("stopped")
         # An unfinished run may hold more epochs than this command asks for.
         return (len(done), test_acc, None) if len(done) > epochs else None
 
@@ -133,7 +135,7 @@ class Run:
         checkpoint, warning = self._checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
-        if epochs[:done] != list(range(1, done + 1)):
+        if len(epochs) < done or epochs[:done] != list(range(1, done + 1)):
             raise RunError(
                 f"{self.log_path} lacks epochs that {self.checkpoint_path} has behind it; "
                 "--fresh starts over"

@@ -19,6 +19,8 @@ import sys
 import threading
 import traceback
 
+from interrupt import Requests
+
 
 def watch():
     while os.read(0, 1):
@@ -27,11 +29,13 @@ def watch():
 
 
 def one():
+    requests = Requests()
+    requests.install()
     try:
         threading.Thread(target=watch, daemon=True).start()
         import main as program
 
-        return program.main(sys.argv[1:])
+        return program.main(sys.argv[1:], requests)
     except KeyboardInterrupt:  # while it was starting
         return 130
 
@@ -52,7 +56,7 @@ def several():
     # What a library prints by itself must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    alive, unfinished, lock = {}, set(), threading.Lock()
+    alive, requests, unfinished, lock = {}, {}, set(), threading.Lock()
     sys.stdout, sys.stderr = PerThread(sys.stderr), PerThread(sys.stderr)
     import main as program  # once, before threads would do so at the same time
 
@@ -62,7 +66,7 @@ def several():
             with open(order["output"], "a", encoding="utf-8", errors="backslashreplace") as file:
                 PerThread.here.file = file
                 try:
-                    code = program.main(order["flags"])
+                    code = program.main(order["flags"], requests[order["run"]])
                 except SystemExit as end:  # flags that make no sense
                     code = end.code if isinstance(end.code, int) else 1
                 except KeyboardInterrupt:  # while it was starting
@@ -87,6 +91,9 @@ def several():
         if "stop" in order:
             with lock:  # each is asked once
                 for number in list(alive):
+                    if requests[number].listening:
+                        requests[number].stop()
+                        continue
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(alive.pop(number).ident), ctypes.py_object(KeyboardInterrupt)
                     )
@@ -94,7 +101,7 @@ def several():
         # A daemon: it ends with the process.
         thread = threading.Thread(target=run, args=(order,), daemon=True)
         with lock:
-            alive[order["run"]] = thread
+            alive[order["run"]], requests[order["run"]] = thread, Requests()
             unfinished.add(order["run"])
             thread.start()
     os._exit(1 if unfinished else 0)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 import agd
 import agd_cuda
 from agd import AGD
 from agd_cuda import Plan
+from tests.test_properties import PROPERTY, Lying, nets, small, step_and_check, weights_of
 
 # Linear, 1x1, 3x3, 5x5, 7x7, conv1d, conv3d, depthwise, one element a matrix, more than a tile of
 # each kind.
@@ -310,6 +312,14 @@ def test_the_optimiser_takes_the_kernels(on_a_gpu):
     assert all(map(same_bits, ws, before))
     assert kernels.skipped == 1 and kernels.eta.isnan()
     assert isinstance(copy.deepcopy(kernels), AGD)  # tables of a device stay behind
+
+
+@settings(PROPERTY, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(net=nets((torch.float64, torch.float32, torch.float16), largest=3, of=small))
+def test_a_step_of_any_net_is_that_of_the_mathematics(on_a_gpu, net):
+    optimizer = net.replaced(lying=lambda x: Lying(tuple(range(x.W.ndim)))).optimizer(None)
+    step_and_check(optimizer)
+    assert optimizer.plain == all(w.grad is None for w in weights_of(optimizer))
 
 
 def test_kernels_that_do_not_agree_are_not_taken(on_a_gpu, monkeypatch):

@@ -34,6 +34,10 @@ class As:
         self.batch_size, self.size = batches.batch_size, batches.size
         self.examples = batches.examples
 
+    @property
+    def position(self):
+        return self.batches.position
+
     def __iter__(self):
         for inputs, labels in self.batches:
             yield inputs.to(self.dtype), labels

@@ -404,6 +404,9 @@ def test_tied_weights_are_one_layer():
     once = W.detach().clone()
     init_weights([W], torch.Generator().manual_seed(0))
     assert torch.equal(W, once)
+    V = torch.zeros(3, 3)  # net.parameters() lists a weight where it is first, too
+    (group,) = AGD([("a", W), ("b", V), ("c", W)]).param_groups
+    assert group["param_names"] == ["a", "b"] and group["params"][0] is W
 
 
 def test_closure_returns_its_loss_with_gradients_enabled():

@@ -28,7 +28,7 @@ def test_the_last_two_are_kept(tmp_path):
     assert checkpoints.read() == (None, None)
     for n in (1, 2, 3):
         checkpoints.write(content(n))
-    assert sorted(os.listdir(tmp_path)) == ["a-lr0.1.previous.pt", "a-lr0.1.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["a-lr0.1.pt", "a-lr0.1.pt.previous"]
     assert epoch(checkpoints) == (3, None)
     os.unlink(checkpoints.path)  # killed between the two renamings
     assert epoch(checkpoints) == (2, None)
@@ -59,8 +59,8 @@ def test_a_damaged_newest_one_is_set_aside_and_the_one_before_used(how, tmp_path
     found, warning = epoch(checkpoints)
     assert found == 2
     assert "a.pt is damaged (" in warning
-    assert "set aside as a.damaged.pt, and a.previous.pt is used" in warning
-    assert (tmp_path / "a.damaged.pt").read_bytes() == bad
+    assert "set aside as a.pt.damaged, and a.pt.previous is used" in warning
+    assert (tmp_path / "a.pt.damaged").read_bytes() == bad
     assert epoch(checkpoints) == (2, None)  # said once
     checkpoints.write(content(3))
     assert epoch(checkpoints) == (3, None)
@@ -72,7 +72,7 @@ def test_nothing_is_set_aside_where_there_is_nothing_else(tmp_path):
         checkpoints.write(content(n))
     for path in (checkpoints.path, checkpoints.previous):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(Damaged, match=r"a\.pt is damaged.*a\.previous\.pt is damaged"):
+    with pytest.raises(Damaged, match=r"a\.pt is damaged.*a\.pt\.previous is damaged"):
         checkpoints.read()
     assert checkpoints.path.exists() and checkpoints.previous.exists()
 
@@ -95,7 +95,7 @@ def test_what_fails_half_way_leaves_the_last_ones(call, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="does not read as" if call == "read back" else "No space"):
         checkpoints.write(content(3))
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == ["a.previous.pt", "a.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.pt.previous"]
     assert epoch(checkpoints) == (2, None)
     assert unpack(checkpoints.previous.read_bytes())["epoch"] == 1
 

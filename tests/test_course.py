@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_network_names_the_layer(tmp_path, capsys):
                    {"totals": {**good["totals"], "losses": torch.zeros(9)}}):  # fmt: skip
         assert "of another network or optimiser" in refused(**forged), forged
     settings = json.loads(good["settings"])
-    assert "width 16 now" in refused(settings=json.dumps({**settings, "width": 7}))
+    assert "(width 7 then, 16 now)" in refused(settings=json.dumps({**settings, "width": 7}))
 
 
 def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, capsys):

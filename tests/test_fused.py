@@ -182,6 +182,19 @@ def test_the_plain_step_takes_over_to_the_bit(value, where, compiled):
     torch.testing.assert_close(fused.eta, plain.eta, rtol=rtol, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("gain, size, other", [(1e-30, 1e15, 1.0), (1e32, 1e-8, 1e17)])
+def test_a_gain_far_from_1_keeps_its_digits(gain, size, other):
+    """Also where gain and norm together leave float32's range, but not the update."""
+    weights = weights_with_grads([(8, 8), (8, 8)], scale=1.0)
+    for W, scale in zip(weights, (size, other)):
+        W.data.zero_()
+        W.grad.mul_(scale / W.grad.norm())
+    expected, _, _ = reference_step(weights, [W.grad for W in weights], gain)
+    optimizer = AGD(weights, gain=gain)
+    optimizer.step()
+    assert max(relative(W, V) for W, V in zip(weights, expected)) < 1e-6
+
+
 def test_a_plan_is_made_anew_where_the_weights_change():
     """Other gradients, gains, storage, layout, weights: each step is that of the plain one."""
     weights = weights_with_grads([(7, 5), (6, 8, 3, 3), (9, 9), (4, 4)])

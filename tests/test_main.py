@@ -254,8 +254,7 @@ def test_what_does_not_belong_to_the_run_is_refused(tmp_path, capsys):
     assert "lacks epochs" in capsys.readouterr().err
     log.write_text(text)
     checkpoint.write_bytes(state[:1000])
-    before = checkpoint.with_suffix(".previous.pt")
-    before.unlink()
+    checkpoint.with_name(f"{NAME}.pt.previous").unlink()
     assert call(*QUICK, "--epochs", 9, "--out", tmp_path) == 2
     assert re.search("is damaged.*--fresh", capsys.readouterr().err)
     checkpoint.unlink()

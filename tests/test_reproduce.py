@@ -59,7 +59,7 @@ def logs(out, scale="quick"):
 
 def lasting(rows):
     """What does not differ from run to run."""
-    drop = {"seconds", "images_per_second", "date", "flags"}
+    drop = {"seconds", "images_per_second", "date", "flags", "saving_seconds"}
     return [{k: v for k, v in row.items() if k not in drop} for row in rows]
 
 
