@@ -25,6 +25,7 @@ from scripts.crashtest.child import end_all
 from scripts.crashtest.remains import Remains, differences, good_checkpoint
 
 WAYS = ("full", "immutable", "read-only", "errors", "limit")
+LEAST = 20_000  # bytes of a limit: what a run prints goes to a file, too
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 ROOTS = {"full", "immutable", "read-only"}  # those of WAYS that take a file system of their own
 
@@ -183,7 +184,7 @@ def broken_process(lab, disk, way, before, rng):
         what = f"{errno.errorcode[number]} from change {k} to {until - 1}"
         return what, lab.child(plan).end(PATIENCE)
     if way == "limit":
-        limit = rng.choice((rng.randint(0, lab.size), rng.randint(0, 20_000)))
+        limit = rng.randint(LEAST, max(lab.size, LEAST))
         return f"{limit:,} bytes a file", lab.child({"limit": limit}).end(PATIENCE)
     at = seconds_into(lab, rng, 1 - lab.steps(before) / (lab.case.epochs * lab.case.steps))
     child = lab.child()
