@@ -150,8 +150,8 @@ def test_what_differs_is_named(tmp_path):
         "dtype": (remains(tmp_path / "2", rows=[row % (1, 0.5)], dtype=torch.float64), "float64"),
         "row": (remains(tmp_path / "3", rows=[row % (1, 0.25)]), "row 1 (epoch) of the log: loss"),
         "twice": (remains(tmp_path / "4", rows=[row % (1, 0.5)] * 2), "has 3 rows, not 2"),
-        "left": (remains(tmp_path / "5", rows=[row % (1, 0.5)], more=["checkpoints/a.partial"]),
-                 "checkpoints/a.partial is left over"),
+        "left": (remains(tmp_path / "5", rows=[row % (1, 0.5)], more=["checkpoints/a.pt.partial"]),
+                 "checkpoints/a.pt.partial is left over"),
     }  # fmt: skip
     for what, (other, words) in found.items():
         assert any(words in line for line in differences(one, other)), what
@@ -166,11 +166,11 @@ def test_the_last_good_checkpoint_is_looked_for_in_two_files(tmp_path):
     found = remains(tmp_path / "a", 1.0)
     assert found.place() == (1, 0)
     path = tmp_path / "a" / "checkpoints" / "a.pt"
-    path.rename(path.with_name("a.previous.pt"))
+    path.rename(path.with_name("a.pt.previous"))
     assert found.place() == (1, 0)  # between the two renames
     path.write_bytes(b"half")
     assert found.place() == (1, 0)
-    path.with_name("a.previous.pt").unlink()
+    path.with_name("a.pt.previous").unlink()
     with pytest.raises(Exception):  # noqa: B017 torch raises many kinds
         found.place()
 

@@ -56,9 +56,9 @@ def read_whole_rows(path):
 
 def newest(out):
     """The paths of the newest checkpoint and of the one before, whether or not they are there."""
-    for path in sorted(Path(out, "checkpoints").glob("*.pt")):
-        name = path.name.removesuffix(".pt").removesuffix(".previous").removesuffix(".damaged")
-        return path.with_name(f"{name}.pt"), path.with_name(f"{name}.previous.pt")
+    for path in sorted(Path(out, "checkpoints").glob("*.pt*")):
+        path = path.with_name(path.name.rpartition(".pt")[0] + ".pt")
+        return path, path.with_name(f"{path.name}.previous")
     return ()
 
 
