@@ -43,8 +43,13 @@ def parse(argv=None):
     add = parser.add_argument
     add("--kills", type=int, default=20, help="of each case by each signal (default: 20)")
     add("--signal", choices=[*SIGNALS, "all"], default="KILL", help="(default: KILL)")
-    add("--workers", type=int, nargs="+", default=[0, 1, 3], help="of the image folder (default: "
-        "0 1 3)")
+    add(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[0, 1, 3],
+        help="of the image folder (default: 0 1 3)",
+    )
     add("--cases", nargs="+", metavar="WORD", help="only cases with one of these in their names")
     add("--disk", action="store_true", help="a disk that fills, a folder that is read-only, ...")
     add("--seed", type=int, default=0, help="of the images and the moments (default: 0)")
