@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from interrupt import Requests
+from interrupt import Requests, ignore
 
 if __name__ == "__main__":
     REQUESTS = Requests()
@@ -268,8 +268,7 @@ def train(args, world, requests):
         stopped, final, own = ended.reason, ended.final, ended.facts
     except (Exception, KeyboardInterrupt) as error:
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
-            for ending in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(ending, signal.SIG_IGN)
+            ignore()
         (stopped, trace), final = world.failed(refused(error) or error, EXPECTED), False
         code = BAD if isinstance(error, BAD_INPUT) else None
         if trace and first:
@@ -346,4 +345,9 @@ def exit_code(stopped):
 
 if __name__ == "__main__":
     REQUESTS.install()
-    sys.exit(main(requests=REQUESTS))
+    try:
+        CODE = main(requests=REQUESTS)
+    except KeyboardInterrupt:  # before there was anything to end
+        CODE = say("interrupted")
+    ignore()
+    sys.exit(CODE)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import weakref
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,12 @@ FIGURES = {  # of rows, numbers or null
     "images_per_second", "eta", "eta_min", "eta_mean", "eta_max", "update", "update_min",
     "update_mean", "update_max",
 }  # fmt: skip
+
+
+# What a process that was forked holds of a lock would outlive the run by seconds.
+LOCKS = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(LOCKS)])
 
 
 class RunError(RuntimeError):
@@ -193,6 +200,7 @@ class Run:
             return
         try:
             self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
+            LOCKS.add(self.lock)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.common import DataError, printable
 from data.layout import entries_of, few, is_image
 from data.resize import open_image, read_image, reason
-from interrupt import ignore_all
+from interrupt import held_back, ignore_all
 
 LONG = 16  # how often the longer side of a test image may hold the shorter one
 
@@ -70,7 +70,9 @@ class FolderBatches:
 
     def __iter__(self):
         self.missing, self.position = 0, self.sampler.start
-        for images, labels, bad in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for images, labels, bad in batches:
             self.position += 1
             for path, why in bad:
                 if not self.skip_bad_images:
