@@ -232,6 +232,23 @@ def memory_that_runs_out(args):
     return {"micro_bs": micro_bs, "worst relative difference of a gradient": worst}
 
 
+def broken_runs(args):
+    """Runs that are killed at random moments, with --deterministic, end with the unbroken one's
+    bits: ordinary steps, CUDA graphs and Adam."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "told.json")
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.crashtest", "--device", str(args.device), "--kills",
+             "6", "--workers", "1", "--seconds", "150", "--out", str(told)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError((done.stdout + done.stderr)[-2000:])
+        reports = json.loads(told.read_text())["reports"]
+    return {f"{x['case']}, {x['how']}": {key: x[key] for key in ("hits", "rounds", "equal")}
+            for x in reports}  # fmt: skip
+
+
 def ranks_of_nccl(args):
     """main.py over NCCL with a rank a GPU, beside one process: the losses of two epochs. None where
     there is one GPU alone."""
@@ -274,8 +291,8 @@ def figures(args):
 
 
 CHECKS = [same_step_as_the_cpu, no_host_read_in_an_epoch, graphs_are_the_loop, step_times,
-          epoch_times, runs_at_once, not_finite_and_scale, memory_that_runs_out, resnet50_rate,
-          ranks_of_nccl]  # fmt: skip
+          epoch_times, broken_runs, runs_at_once, not_finite_and_scale, memory_that_runs_out,
+          resnet50_rate, ranks_of_nccl]  # fmt: skip
 
 
 def main(argv=None):

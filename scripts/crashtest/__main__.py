@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from display import table
-from run import environment
+from provenance import environment
 from scripts.crashtest import disk
 from scripts.crashtest.breaking import SIGNALS, Lab, break_runs, draw
 from scripts.crashtest.cases import SAVE_EVERY, make_cases, make_images
@@ -51,6 +51,7 @@ def parse(argv=None):
         help="of the image folder (default: 0 1 3)",
     )
     add("--cases", nargs="+", metavar="WORD", help="only cases with one of these in their names")
+    add("--device", default="cpu", help="on a GPU, --deterministic (default: cpu)")
     add("--disk", action="store_true", help="a disk that fills, a folder that is read-only, ...")
     add("--seed", type=int, default=0, help="of the images and the moments (default: 0)")
     add("--seconds", type=float, default=float("inf"), help="begin nothing more after so many")
@@ -101,7 +102,7 @@ def run_all(args, folder, more):
         return
     names = list(SIGNALS) if args.signal == "all" else [args.signal]
     for i, case in enumerate(cases):
-        lab = Lab(case, folder / f"case{i}", save_every, say=say)
+        lab = Lab(case, folder / f"case{i}", save_every, say=say, device=args.device)
         unbroken = lab.run_unbroken()
         lab.count_moments()
         say(f"{case.name}: unbroken in {lab.seconds:.1f} s, weights {unbroken.sha256()[:16]}")
@@ -148,7 +149,7 @@ def write(args, reports, seconds):
     found = {
         "command": "python -m scripts.crashtest",
         "flags": flags,
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(torch.device(args.device)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "took_seconds": round(seconds, 1),
         "reports": [{**asdict(report), "longest": round(report.longest, 2)} for report in reports],

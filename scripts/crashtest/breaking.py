@@ -39,14 +39,17 @@ class Report:
 class Lab:
     """One case in a folder of its own: the unbroken run, and as many broken ones as are wanted."""
 
-    def __init__(self, case, folder, save_every=None, program=PROGRAM, say=print):
+    def __init__(
+        self, case, folder, save_every=None, program=PROGRAM, say=print, device="cpu"
+    ):
         self.case, self.program, self.say = case, program, say
         self.folder = Path(folder)
         self.out = self.folder / "out"
         self.folder.mkdir(parents=True)
         self.seconds = self.start = self.size = self.unbroken = self.census = None
         self.flags = [
-            *("--cpu", *case.flags, "--epochs", str(case.epochs), "--out", str(self.out)),
+            *(case.flags + ("--epochs", str(case.epochs), "--out", str(self.out))),
+            *(("--device", device) if device == "cpu" else ("--device", device, "--deterministic")),
             *(("--save_every", save_every) if save_every else ()),
         ]
 
