@@ -1,8 +1,15 @@
-"""How a network computes: in what precision, and with what layout of its weights in memory."""
+"""How a network computes: in what precision, with what layout of its weights in memory, and whether
+with the same bits each time."""
+
+import os
 
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class NotDeterministic(RuntimeError):
+    """An operation has no form that gives the same bits each time; the message names it."""
 
 
 def set_precision(net, precision, device):
@@ -46,3 +53,28 @@ def set_channels_last(net, wanted, precision, device):
     if wanted == "on":
         net.to(memory_format=torch.channels_last)
     return wanted == "on"
+
+
+def set_deterministic():
+    """Have every operation give the same bits each time, or raise what `refused` knows. The
+    process's: runs that share a process share it. To be called before it multiplies on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one a stream, kept for it
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that was not written, so it need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def refused(error):
+    """The NotDeterministic that says what torch's own error says in many words, or None if `error`
+    is another."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if "torch.use_deterministic_algorithms(True)" not in text:
+        return None
+    if "CUBLAS_WORKSPACE_CONFIG" in text:
+        return NotDeterministic(
+            "--deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8 before CUDA starts, "
+            f"and here it is {os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}"
+        )
+    operation = text.split()[0]
+    return NotDeterministic(f"{operation} has no deterministic form; leave out --deterministic")

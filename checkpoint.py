@@ -13,10 +13,14 @@ import errno
 import io
 import numbers
 import os
+import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+
+from data.common import printable
 
 
 class Damaged(ValueError):
@@ -110,12 +114,16 @@ def unpack(data):
             broken = archive.testzip()  # torch.load does not look at the checksums
             if broken is not None:
                 raise Damaged(f"the checksum of {broken} is wrong")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickles that it goes on to refuse
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Damaged:
         raise
+    except pickle.UnpicklingError as error:  # torch's message is how to load it all the same
+        raise Damaged("it holds other things than numbers, strings and tensors") from error
     except Exception as error:  # both raise whatever they come upon
         said = str(error).strip().splitlines()
-        raise Damaged(said[0] if said else type(error).__name__) from error
+        raise Damaged(printable(said[0] if said else type(error).__name__)) from error
 
 
 def plain(value, name="it"):

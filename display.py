@@ -6,13 +6,14 @@ from tqdm import tqdm
 
 
 def table(title, rows):
-    """Two columns, the first as wide as it has to be."""
+    """Columns that are as wide as they have to be."""
     print(columns(title, rows) + "\n", flush=True)
 
 
 def columns(title, rows):
-    width = max(len(str(row[0])) for row in [title, *rows])
-    lines = [f"{row[0]!s:<{width}}  {row[1]}" for row in [title, ("-" * width, "-" * 20), *rows]]
+    widths = [max(map(len, map(str, column))) for column in list(zip(title, *rows))[:-1]]
+    rows = [title, [*("-" * width for width in widths), "-" * 20], *rows]
+    lines = ["  ".join(f"{x!s:<{width}}" for x, width in zip(row, [*widths, 0])) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -113,5 +114,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where):
     print(f"Log      {run.log_path}")
     if run.checkpoint_path.exists():  # also where it is the only one that could be written
         print(f"Weights  {run.checkpoint_path}")
+    if run.record_path.exists():
+        print(f"Record   {run.record_path}")
     if rows:
         print(f"Curves   python -m scripts.plot {run.log_path} -o curves.png")

@@ -10,6 +10,7 @@ import zlib
 from decimal import Decimal
 
 from distributed.launch import is_first
+from record import RecordError, read, shown
 from run import run_name
 
 
@@ -143,6 +144,8 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--channels_last", **modes, help="layout of convolutions' weights: auto (on GPUs unless "
         "fp32, whose kernels are slower so), on, off (default: auto)")
+    add("--deterministic", action="store_true", help="the same bits each time, on GPUs too, or an "
+        "error that names what cannot be had so; slower there")
     add("--profile", action="store_true", help="a table and traces of where the time goes")
     add = p.add_argument_group("where").add_argument
     add("--data_dir", default=data_dir,
@@ -151,6 +154,8 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="a checkpoint "
         "every so many steps (500) or so often (90s, 10m, 2h), beside one an epoch (default: 10m)")
     add("--fresh", action="store_true", help="forget an earlier run of the same name")
+    add("--replay", metavar="FILE", help="repeat the run of a record, <out>/logs/NAME.run.json, "
+        "and compare the bits; beside it --out (default: replayed), --data_dir and --device")
     add("--device", help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -166,6 +171,48 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--log_updates", action="store_true",
         help="how large the updates are, relative to the weights")
     return p
+
+
+def words(p, flags):
+    """The command line beyond its defaults that gives `flags`, a dict of a whole Namespace; without
+    those that choose what becomes of an earlier run, and what is shown."""
+    passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "replay")
+    found = []
+    for action in p._actions:
+        value = flags.get(action.dest, action.default)
+        if action.dest in passing or value == action.default or value is None or value is False:
+            continue
+        flag = action.option_strings[-1]
+        found.append(flag if value is True else f"{flag}={value}")
+    return found
+
+
+def replayed(p, args, argv):
+    """The flags that --replay FILE stands for: those of the record, with --out, --data_dir and
+    --device as they are given beside it."""
+    unset = object()
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {key: value for key, value in given.items() if value is not unset}
+    odd = [key for key in given if key not in ("replay", "out", "data_dir", "device")]
+    if odd:
+        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
+    try:
+        record = read(args.replay)
+    except RecordError as error:
+        p.error(str(error))
+    odd = [key for key in record["flags"] if key not in vars(args)]
+    if odd:
+        p.error(f"{args.replay} has --{shown(odd[0])}, which there is no more; its commit has it: "
+                f"{shown(record['code']['commit'])}")  # fmt: skip
+    if not record["results"]:
+        p.error(f"{args.replay} is of a run that has not come to its end: there is no result")
+    # The end that is compared is the last one, whatever more was asked for.
+    flags = {**record["flags"], "epochs": record["results"][-1]["epochs"], **given}
+    if not os.path.isdir(os.path.expanduser(str(flags.get("data_dir")))):  # another machine's
+        flags["data_dir"] = args.data_dir
+    args = p.parse_args(words(p, flags))
+    args.out, args.fresh, args.replay = given.get("out", "replayed"), True, given["replay"]
+    return args
 
 
 def is_folder(args):

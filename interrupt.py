@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 
 # What a run is asked for; the greater one counts.
 NOTHING, SAVE, ANNOUNCED, STOP = range(4)
@@ -58,8 +59,28 @@ def ignore_all(*_):
     """In a worker process: a signal to a terminal or a job reaches every process of it, and the
     main one, which needs its workers to the end of a step, ends them. What else ends them, as the
     interpreter does when it stops, has to wait a little."""
-    for number in (signal.SIGINT, *ANNOUNCING):
-        signal.signal(number, signal.SIG_IGN)
+    ignore(signal.SIGINT, *ANNOUNCING)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, *ANNOUNCING})
+
+
+def ignore(*numbers):
+    """Have signals do nothing; all that this module knows, where none are given. The interpreter
+    does not change that as it ends, while what it has handlers for would kill it."""
+    for number in numbers or (*ENDING, *ANNOUNCING):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back():
+    """While processes are made: what is sent to them waits until they have called ignore_all."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, *ANNOUNCING})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from interrupt import Requests
+from interrupt import Requests, ignore
 
 if __name__ == "__main__":
     REQUESTS = Requests()
@@ -23,30 +23,47 @@ import display
 import distributed
 import flags
 from architecture import NETWORKS, build
-from arithmetic import PRECISIONS, lacks_tf32, set_channels_last, set_precision
+from arithmetic import (
+    PRECISIONS,
+    NotDeterministic,
+    lacks_tf32,
+    refused,
+    set_channels_last,
+    set_deterministic,
+    set_precision,
+)
 from course import Course, Ended
 from data import DATASETS, DataError, default_data_dir, load
 from epochs import Epochs
 from flags import name_and_settings
 from gradient import CompileError, Gradient, OutOfMemory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
+from provenance import environment
+from record import Record, deviation
 from replay import RecordingError, Replay
-from run import Run, RunError, environment
+from run import Run, RunError
 from train import LOSSES, Step
 
 BAD = 2  # the exit code for what nothing can be done with, as that for flags
 BAD_INPUT = (DataError, RunError, distributed.LaunchError)
 # Errors whose message says all that is to be known.
-EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError)
+EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError, NotDeterministic)
 SEEDING = threading.Lock()  # the global generator is that of all the threads
+
+
+def command_line():
+    """The parser of the flags."""
+    optimizers = ["agd", *BASELINES]
+    return flags.parser(NETWORKS, DATASETS, LOSSES, optimizers, PRECISIONS, default_data_dir())
 
 
 def parse(argv=None, check=True):
     """The settings, complete and consistent; without `check`, whether or not the device and the
     optimiser's package are there."""
-    optimizers = ["agd", *BASELINES]
-    p = flags.parser(NETWORKS, DATASETS, LOSSES, optimizers, PRECISIONS, default_data_dir())
+    p = command_line()
     args = p.parse_args(argv)
+    if args.replay is not None:
+        args = flags.replayed(p, args, argv)
     if args.cpu:
         if args.device not in (None, "cpu"):
             p.error(f"--cpu contradicts --device {args.device}")
@@ -139,6 +156,8 @@ def stream_of_its_own(world):
 
 def train(args, world, requests):
     """Data, network, optimiser, epochs; returns the exit code."""
+    if args.deterministic:
+        set_deterministic()
     first = world.rank == 0  # the rank that prints and writes
     if first:
         settings = [(key, value) for key, value in vars(args).items() if value is not None]
@@ -168,6 +187,7 @@ def train(args, world, requests):
         "test_examples": data.test.examples,
         "precision": args.precision,
         "compile": args.compile,
+        "deterministic": args.deterministic,
         "channels_last": channels_last,
         "cuda_graph": no_graph is None,
         **({} if no_graph is None else {"no_cuda_graph": no_graph}),
@@ -180,9 +200,13 @@ def train(args, world, requests):
               "{test_examples:,} test images\n".format(**facts))  # fmt: skip
 
     name, settings = name_and_settings(args)
-    run = finished = begun = None
+    run = finished = begun = record = promised = None
     if first:
         run = Run(args.out, name, {**settings, "data": data.source})
+        command = flags.words(command_line(), vars(args))
+        record = Record(run.record_path, args, command, run.settings, data, facts, world)
+        if args.replay is not None:
+            promised = record.promised(args.replay, display.table)
         if args.fresh:
             run.lock_or_fail()
             run.discard()
@@ -199,6 +223,7 @@ def train(args, world, requests):
              "ranks": world.size, "launcher": world.launcher, "data": data.source, **facts,
              "date": now},
         )  # fmt: skip
+        record.begin(begun[0]["epoch"] if begun[0] else None)
     checkpoint, warning = world.agree(begun or (None, None))
     rows = world.agree(run.epochs() if first else None)
     done, progress = len(rows), display.Progress(args.epochs, len(data.train), quiet=not first)
@@ -244,9 +269,8 @@ def train(args, world, requests):
     except (Exception, KeyboardInterrupt) as error:
         failed = True
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
-            for ending in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(ending, signal.SIG_IGN)
-        (stopped, trace), final = world.failed(error, EXPECTED), False
+            ignore()
+        (stopped, trace), final = world.failed(refused(error) or error, EXPECTED), False
         code = BAD if isinstance(error, BAD_INPUT) else None
         if trace and first:
             print(trace, end="", file=sys.stderr)
@@ -270,6 +294,7 @@ def train(args, world, requests):
              "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds,
              "saving_seconds": course.saving, **own},
         )  # fmt: skip
+        result = record.end(net.state_dict(), run.rows()) if final and failure is None else None
         run.release()
         where = course.step and (course.step, len(data.train))
         display.summary(
@@ -278,11 +303,26 @@ def train(args, world, requests):
         if failure is not None:
             print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
             code = code or 1
+        if result is not None and record.problem is not None:
+            print(f"There is no record of this result: {record.problem}", file=sys.stderr)
+        if result is not None and promised is not None:
+            code = compared(promised, result, args.replay)
     elif world.speaks:
         say(stopped)
     if not failed:
         world.agree()  # when a rank has gone, launchers end the others: none goes before all is said
     return code
+
+
+def compared(promised, result, path):
+    """Say whether the result of a replay is the one that the record promised; returns the exit
+    code."""
+    other = deviation(promised, result)
+    if other is not None:
+        print(f"error: {other}, {path}", file=sys.stderr)
+        return 1
+    print(f"The same bits as those of {path}, in the weights and in all rows of the log")
+    return 0
 
 
 def make_profile(args, name, world, steps):
@@ -307,4 +347,9 @@ def exit_code(stopped):
 
 if __name__ == "__main__":
     REQUESTS.install()
-    sys.exit(main(requests=REQUESTS))
+    try:
+        CODE = main(requests=REQUESTS)
+    except KeyboardInterrupt:  # before there was anything to end
+        CODE = say("interrupted")
+    ignore()
+    sys.exit(CODE)

@@ -1,6 +1,7 @@
 """What a run leaves on disk: its name, its JSONL log, its checkpoint.
 
     <out>/logs/<name>.jsonl           a row {"kind": "run"}, a row an epoch, a row {"kind": "end"}
+    <out>/logs/<name>.run.json        what it was made with; see record.py
     <out>/checkpoints/<name>.pt       weights, optimiser, and how far the run is; see checkpoint.py
 """
 
@@ -8,14 +9,10 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
+import weakref
 import zlib
 from pathlib import Path
-
-import torch
 
 from checkpoint import Checkpoints, Damaged, plain, sync_folder
 
@@ -25,6 +22,12 @@ FIGURES = {  # of rows, numbers or null
     "images_per_second", "eta", "eta_min", "eta_mean", "eta_max", "update", "update_min",
     "update_mean", "update_max",
 }  # fmt: skip
+
+
+# What a process that was forked holds of a lock would outlive the run by seconds.
+LOCKS = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(LOCKS)])
 
 
 class RunError(RuntimeError):
@@ -86,6 +89,7 @@ class Run:
     def __init__(self, out, name, settings):
         self.name, self.settings, self.lock = name, settings, None
         self.log_path = Path(out, "logs", f"{name}.jsonl")
+        self.record_path = Path(out, "logs", f"{name}.run.json")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         self.checkpoints = Checkpoints(self.checkpoint_path)
         self.file, self.length, self.pending = None, 0, b""
@@ -196,6 +200,7 @@ class Run:
             return
         try:
             self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
+            LOCKS.add(self.lock)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
@@ -259,7 +264,8 @@ class Run:
     def discard(self):
         """Forget what an earlier run of this name left."""
         try:
-            self.log_path.unlink(missing_ok=True)
+            for path in (self.log_path, self.record_path):
+                path.unlink(missing_ok=True)
             self.checkpoints.discard()
         except OSError as error:
             raise RunError(f"{error.filename} cannot be removed: {error.strerror}") from error
@@ -276,46 +282,11 @@ def run_name(*parts):
     return name
 
 
-def environment(device):
-    """Versions, hardware and commit that a result was made with."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-        if subprocess.run([*git, "diff", "--quiet", "HEAD"], timeout=5).returncode:
-            commit += "-modified"
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": sys.platform,
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "commit": commit,
-    }
-
-
-def processor():
-    """The processor's name, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except (OSError, IndexError):
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _resumed(then, now, checkpoint):
     """The first row of a run that goes on from a checkpoint: as it was, with the flags of now, and
     with the environment where that is another."""
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
-    keys += ["compile", "channels_last", "cuda_graph"]
+    keys += ["compile", "channels_last", "cuda_graph", "deterministic"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
     row = {**then, "flags": now["flags"]}
     if changed:

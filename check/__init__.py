@@ -11,6 +11,7 @@ import distributed
 from check import cost, place
 from check.common import Fault, Finding
 from data import DataError
+from data.common import printable
 from run import RunError
 
 MEETING = 60  # seconds for the ranks to meet: torch is imported at different speeds
@@ -99,7 +100,7 @@ def report(findings, world, seconds):
                     seen.add((x.what, x.text))
                     lines.append(Finding("fault", x.what, f"rank {rank} on {node}: {x.text}"))
         for x in lines:
-            print(f"{x.kind:<6} {x.what:<8} {x.text}")
+            print(f"{x.kind:<6} {x.what:<8} {printable(x.text)}")
         shown = sum(x.kind == "fault" for x in lines)
         if shown:
             print(f"\n{shown} fault{'s' if shown > 1 else ''} in {seconds:.1f} s")

@@ -46,6 +46,7 @@ class Data(NamedTuple):
     shape: tuple  # (channels, height, width)
     classes: int
     source: dict  # what identifies the images that were used
+    files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
 
 
 def load(
@@ -67,10 +68,13 @@ def load(
 
         path = find(data_dir) if name == "imagenet" else Path(name[len("folder:") :])
         classes = DATASETS[name].classes if name in DATASETS else None
-        return Data(*folder_batches(
-            path.expanduser(), train_bs, test_bs, image_size or 224, classes, IMAGENET_MEAN,
-            IMAGENET_STD, seed=seed, workers=workers, skip_bad_images=skip_bad_images, **shard,
-        ))  # fmt: skip
+        path = path.expanduser()
+        train, test, *facts = folder_batches(
+            path, train_bs, test_bs, image_size or 224, classes, IMAGENET_MEAN, IMAGENET_STD,
+            seed=seed, workers=workers, skip_bad_images=skip_bad_images, **shard,
+        )  # fmt: skip
+        images = [file for part in (train, test) for file, _ in part.loader.dataset.samples]
+        return Data(train, test, *facts, (path, images))
 
     spec, remedy = DATASETS.get(name, Spec(None, None)), None
     if name == "digits":
@@ -110,7 +114,7 @@ def load(
         arrays["test_images"], arrays["test_labels"], mean, std, test_bs, **shard
     )
     height, side, channels = images.shape[1:]
-    return Data(train, test, (channels, height, side), spec.classes, source)
+    return Data(train, test, (channels, height, side), spec.classes, source, (path,))
 
 
 def channel_statistics(images):

@@ -1,5 +1,8 @@
 """Small data sets: uint8 arrays held on the device, shuffled, cropped and flipped by the batch."""
 
+import math
+import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,6 +14,20 @@ import torch.nn.functional as F
 from data.common import DataError
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+# The header of an .npy: numpy evaluates it as Python, which this does without.
+HEADER = re.compile(
+    r"(?=.*'descr': *'([^']*)')(?=.*'fortran_order': *(True|False))"
+    r"(?=.*'shape': *\(((?:\d+, *)*\d*)\))",
+    re.DOTALL,
+)
+LONGEST = 4096  # characters of a header; numpy's own have 118
+DTYPES = {kind: np.dtype(np.uint8) for kind in ("|u1", "u1", "<u1", "=u1", ">u1", "B")}
+DTYPES.update({kind: np.dtype(np.int64) for kind in ("<i8", "i8", "=i8")})
+# A file may say that it holds this many bytes beside RATIO times its own. Photographs shrink by a
+# third, drawings to a fifteenth; deflate's limit is a thousandth, and a file of it a trap.
+MODEST, RATIO = 2**28, 100
+CHUNK = 2**20  # bytes
 
 
 class ArrayBatches:
@@ -131,14 +148,17 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
     """The arrays of a prepared data set, by KEYS, and what identifies them: its name and CRCs.
 
     Checks the shape of an image and the number of classes; None takes them as they are. `remedy`
-    says what to do about a file that is not right.
+    says what to do about a file that is not right. What the file claims is checked before memory
+    is taken for it, and nothing but numbers is read: an array of objects would be a pickle.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
-            crc = {key: f"{archive.getinfo(key + '.npy').CRC:08x}" for key in KEYS}
-        with np.load(path) as file:  # verifies the CRCs
-            arrays = {key: file[key] for key in KEYS}
+            records = _records(archive, path.stat().st_size)
+            crc = {key: f"{record.CRC:08x}" for key, record in records.items()}
+            arrays = {key: _array(archive, key, record) for key, record in records.items()}
         for split in ("train", "test"):
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
             if shape is None and images.ndim == 4 and images.size:
@@ -150,10 +170,12 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
                 raise ValueError(f"{split}_labels is not int64 (N,) with an entry an image")
             if classes is None:
                 classes = len(np.unique(labels))
+            if classes < 2:
+                raise ValueError(f"{split}_labels are all the same: there is nothing to tell apart")
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zlib.error,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, OverflowError,
+            zlib.error, struct.error, zipfile.BadZipFile) as error:  # fmt: skip
         raise DataError(
             f"{path} is damaged or another data set ({error}). "
             + (
@@ -162,3 +184,52 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
             )
         ) from error
     return arrays, {"file": path.name, "crc32": crc}
+
+
+def _records(archive, size):
+    """{key: the entry of its array} of an .npz of `size` bytes; ValueError where what the entries
+    claim cannot be."""
+    every, records = [info.filename for info in archive.infolist()], {}
+    for key in KEYS:
+        if every.count(f"{key}.npy") != 1:
+            raise ValueError(f"it holds {every.count(f'{key}.npy') or 'no'} {key}")
+        records[key] = record = archive.getinfo(f"{key}.npy")
+        if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{key} is compressed in a way that numpy does not write")
+        if record.compress_type == zipfile.ZIP_STORED and record.file_size > size:
+            raise ValueError(f"{key} is said to be longer than the file")
+    total = sum(record.file_size for record in records.values())
+    if total > MODEST + RATIO * size:
+        raise ValueError(f"{size:,} bytes are said to hold {total:,}")
+    return records
+
+
+def _array(archive, key, record):
+    """The array of an entry, its CRC verified; ValueError, before memory is taken, where it is
+    none of uint8 or int64, or its shape is not that of the entry's bytes."""
+    with archive.open(record) as file:
+        # The format's own description: magic, version, length of the header, header.
+        start = file.read(8)
+        if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
+            raise ValueError(f"{key} is no .npy array")
+        prefix = file.read(2 if start[6] == 1 else 4)
+        length = int.from_bytes(prefix, "little")
+        text = file.read(min(length, LONGEST)).decode("latin-1")
+        found = HEADER.match(text)
+        if length > LONGEST or not found:
+            raise ValueError(f"{key} has no header that numpy writes")
+        kind, fortran, shape = found.groups()
+        dtype, shape = DTYPES.get(kind), [int(n) for n in shape.rstrip(", ").split(",") if n]
+        if dtype is None or len(shape) > 4:
+            raise ValueError(f"{key} is not {'int64 (N,)' if 'labels' in key else 'uint8'}")
+        rest = record.file_size - 8 - len(prefix) - length
+        if math.prod(shape) * dtype.itemsize != rest:
+            raise ValueError(f"{key} has {rest:,} bytes, not those of its shape {tuple(shape)}")
+        array = np.empty(shape[::-1] if fortran == "True" else shape, dtype)
+        into, done = memoryview(array.reshape(-1).view(np.uint8)), 0
+        while part := file.read(min(rest - done, CHUNK)):
+            into[done : done + len(part)] = part
+            done += len(part)
+        if done < rest or file.read(1):  # the CRC was verified with the last byte
+            raise ValueError(f"{key} is cut off")
+    return array.T if fortran == "True" else array

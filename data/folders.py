@@ -2,17 +2,20 @@
 
 import contextlib
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.datasets import ImageFolder
 
-from data.common import DataError
-from interrupt import ignore_all
+from data.common import DataError, printable
+from data.layout import entries_of, few, is_image
+from data.resize import open_image, read_image, reason
+from interrupt import held_back, ignore_all
+
+LONG = 16  # how often the longer side of a test image may hold the shorter one
 
 
 class FolderBatches:
@@ -29,11 +32,8 @@ class FolderBatches:
         self, root, batch_size, image_size, mean, std, device, train=False, seed=0, workers=0,
         skip_bad_images=False, rank=0, size=1,
     ):  # fmt: skip
-        try:
-            folder = ImageFolder(root)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"no images under {root}, one folder a class: {error}") from error
-        self.root, self.classes, self.examples = root, folder.classes, len(folder.samples)
+        self.classes, samples = list_images(root)
+        self.root, self.examples = root, len(samples)
         self.batch_size, self.device, self.size = batch_size, device, size
         self.sampler = _EpochSampler(self.examples, batch_size, train, seed, rank, size)
         self.skip_bad_images, self.bad_images, self.missing = skip_bad_images, set(), 0
@@ -42,7 +42,7 @@ class FolderBatches:
         self.shift = (mean * 255).to(device=device, dtype=torch.float32)
         self.scale = (1 / (std * 255)).to(device=device, dtype=torch.float32)
         self.loader = DataLoader(
-            _Images(folder.samples, image_size, train, seed),
+            _Images(samples, image_size, train, seed),
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=tuple,  # of what __getitems__ gives: a batch already
@@ -70,12 +70,14 @@ class FolderBatches:
 
     def __iter__(self):
         self.missing, self.position = 0, self.sampler.start
-        for images, labels, bad in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for images, labels, bad in batches:
             self.position += 1
-            for path, reason in bad:
+            for path, why in bad:
                 if not self.skip_bad_images:
                     raise DataError(
-                        f"{path} cannot be decoded: {reason}. Replace it, or leave such images "
+                        f"{path} cannot be decoded: {why}. Replace it, or leave such images "
                         "out with --skip_bad_images."
                     )
                 self.bad_images.add(path)
@@ -117,6 +119,40 @@ def folder_batches(
     return train, test, (3, image_size, image_size), len(train.classes), source
 
 
+def list_images(root):
+    """([name of each class], [(path, class)]) of the images below `root`, in torchvision's order.
+
+    Every folder in `root` is a class, hidden ones too, and what lies below it belongs to it. Links
+    are followed. Raises DataError where there is none, one class alone, a class without images, a
+    folder that cannot be read, or one that links lead to twice, as those in a circle do.
+    """
+    classes = [name for name, is_folder in entries_of(root) if is_folder]
+    samples, empty = [], []
+    for label, name in enumerate(classes):
+        found, seen, folders = [], set(), [os.path.join(root, name)]
+        while folders:
+            folder = folders.pop()
+            inside, place = entries_of(folder), os.stat(folder)
+            if (place.st_dev, place.st_ino) in seen:
+                raise DataError(f"{folder} is a link to a folder that class {name} has already: "
+                                "remove one of them")  # fmt: skip
+            seen.add((place.st_dev, place.st_ino))
+            folders += [os.path.join(folder, n) for n, is_folder in inside if is_folder]
+            found.append((folder, [n for n, is_folder in inside if not is_folder and is_image(n)]))
+        paths = [os.path.join(folder, n) for folder, names in sorted(found) for n in names]
+        samples += [(path, label) for path in paths]
+        if not paths:
+            empty.append(name)
+    if empty or len(classes) < 2:
+        said = (
+            f"{len(empty)} of its {len(classes)} classes have none: {few(empty)}" if empty else
+            f"{classes[0]} is its only class, and there is nothing to tell apart" if classes else
+            "it has no folders"
+        )  # fmt: skip
+        raise DataError(f"no images under {root}, one folder a class: {said}")
+    return classes, samples
+
+
 class _EpochSampler:
     """Batches of (epoch, index): the workers need no state to know what to draw."""
 
@@ -151,7 +187,7 @@ class _Images(Dataset):
         try:
             image = decode(path)
         except Exception as error:  # a damaged file raises whatever its decoder comes upon
-            return None, label, (path, str(error).replace(repr(path), "this file"))
+            return None, label, (printable(path), reason(error))
         if self.train:
             rng = np.random.default_rng((self.seed, epoch, index))
             image = random_crop_and_flip(image, self.image_size, rng)
@@ -181,10 +217,12 @@ def decode(path):
     the rest, and has the last word where torchvision finds a fault, as in a file that was cut, or
     has no such function (0.29 announces that). An EXIF orientation is not applied.
     """
-    with Image.open(path) as file:
+    content = read_image(path)
+    with open_image(content) as file:
+        if 0 in file.size:
+            raise ValueError("it has no pixels")
         if file.format == "JPEG" and file.mode in ("RGB", "L"):
-            file.fp.seek(0)
-            content = torch.frombuffer(bytearray(file.fp.read()), dtype=torch.uint8)
+            content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             with contextlib.suppress(Exception):
                 image = torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
                 return image.permute(1, 2, 0)
@@ -219,7 +257,12 @@ def random_window(height, width, rng):
 
 def centre_crop(image, side):
     """The central (side, side, 3) of an image, uint8 (height, width, 3), once its shorter side
-    measures 256/224 of that."""
+    measures 256/224 of that. Of a side that is more than LONG times the other, as long in memory
+    as it is thin on disk, the ends are cut off first."""
+    most = LONG * min(image.shape[:2])
+    for dim in range(2):
+        if image.shape[dim] > most:
+            image = image.narrow(dim, (image.shape[dim] - most) // 2, most)
     short, least = round(side * 256 / 224), min(image.shape[:2])
     height, width = (int(short * n / least) for n in image.shape[:2])
     top, left = round((height - side) / 2), round((width - side) / 2)

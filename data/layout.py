@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from data.common import DataError
+from data.common import DataError, printable
 
 # ILSVRC 2012: what the official archives hold
 CLASSES = 1000
@@ -56,7 +56,7 @@ def read_layout(root, val_labels=None, wanted=None):
     val = _sorted_split(root / "val")
     if wanted is not None and len(train.classes) != wanted:
         raise DataError(_wrong_classes(train))
-    loose = [path.name for path in val.left_out if _is_image(path.name) and path.parent == val.root]
+    loose = [path.name for path in val.left_out if is_image(path.name) and path.parent == val.root]
     if loose and val.classes:
         raise DataError(f"{val.root} holds class folders and, beside them, images: {few(loose)}")
     if loose:
@@ -76,15 +76,15 @@ def read_layout(root, val_labels=None, wanted=None):
 def _sorted_split(root):
     """The class folders of `root`; what lies beside them is left out."""
     classes, left_out, tidy = {}, [], True
-    for name, is_folder in _entries(root):
+    for name, is_folder in entries_of(root):
         if not is_folder or name.startswith("."):
             left_out.append(root / name)
             tidy &= not is_folder  # training takes any folder for a class
             continue
-        inside = _entries(root / name)
-        images = [n for n, folder in inside if not folder and _is_image(n)]
+        inside = entries_of(root / name)
+        images = [n for n, folder in inside if not folder and is_image(n)]
         classes[name] = root / name, images
-        left_out += [root / name / n for n, folder in inside if folder or not _is_image(n)]
+        left_out += [root / name / n for n, folder in inside if folder or not is_image(n)]
         tidy &= not any(folder for _, folder in inside)  # and the images in folders within
     return Split(root, classes, False, tidy, left_out)
 
@@ -122,11 +122,13 @@ def labels_of(root, path=None):
             return _from_devkit(path / "data")
         if path.is_dir():
             return {file.stem: _from_xml(file) for file in sorted(path.glob("*.xml"))}
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        lines = path.read_text().splitlines()
+        rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
+        rows = [[cell.split()[:1] for cell in row[:2]] for row in rows if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"no labels in {path}: {error}") from error
-    rows = csv.reader(text.splitlines()) if "," in text else map(str.split, text.splitlines())
-    rows = [[cell.split()[:1] for cell in row[:2]] for row in rows if row]
     if any(len(row) < 2 or [] in row for row in rows):
         raise DataError(f"{path} has a line without two columns, a file name and its class")
     return {Path(name).stem: label for (name,), (label,) in rows if name != "ImageId"}
@@ -153,26 +155,33 @@ def _from_devkit(folder):
         lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
         names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
         return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file raises whatever scipy comes upon
         raise DataError(f"{folder} is no whole {DEVKIT}: {error!r}") from error
 
 
-def _entries(folder):
+def entries_of(folder):
     """[(name, whether it is a folder)], sorted, of what lies in `folder`."""
     try:
-        with os.scandir(folder) as entries:
-            return sorted((entry.name, entry.is_dir()) for entry in entries)
+        with os.scandir(folder) as found:
+            return sorted((entry.name, _is_folder(entry)) for entry in found)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _is_image(name):
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def is_image(name):
     return name.lower().endswith(SUFFIXES)
 
 
 def few(names):
     """The first of some names, for a sentence."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _how_to_unpack(root):

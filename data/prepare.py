@@ -26,8 +26,13 @@ or impossible, 2 a wrong flag, 130 after Ctrl-C.
 
 import argparse
 import contextlib
+import functools
 import gzip
+import hashlib
+import io
+import math
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -56,6 +61,7 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LARGEST = 2**28  # bytes: no file of MNIST or CIFAR is as long, unpacked
 TIMEOUT = 30  # seconds without an answer after which an address counts as dead
 
 
@@ -89,84 +95,171 @@ def prepare(name, data_dir, source=None):
 
 
 def _find(name, data_dir, source, scratch):
-    """(train, test), torchvision's data sets, from what is at hand or fetched into `scratch`."""
+    """((images, labels) for training, and for testing), from what is at hand or fetched into
+    `scratch`."""
     if source is not None and "://" not in str(source):
-        return _from_copy(name, Path(source).expanduser(), scratch)
+        return _from_copy(name, Path(source).expanduser())
     dataset = _dataset(name, url=source)
     if source is None:
         found = data_dir / ("MNIST/raw" if name == "mnist" else dataset.base_folder)
         archive = data_dir / _files(dataset)[0][0]
         try:
             if found.exists():
-                return _read(name, data_dir)
+                return _read(name, found)
             if name != "mnist" and archive.exists():
-                return _from_copy(name, archive, scratch)
-        except (DataError, RuntimeError) as error:
+                return _from_copy(name, archive)
+        except DataError as error:
             print(f"Not used: {error}", file=sys.stderr)
     print(f"Fetching {name} from {' or '.join(_addresses(dataset))}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        dataset(scratch, download=True)
-        return _read(name, scratch)
+        if name == "mnist":
+            dataset(scratch, download=True)
+            return _read(name, scratch / "MNIST" / "raw")
+        from torchvision.datasets.utils import download_url
+
+        download_url(dataset.url, scratch, dataset.filename, dataset.tgz_md5)
+        return _from_copy(name, scratch / dataset.filename)
     except (OSError, RuntimeError, EOFError) as error:
         raise DataError(_advice(name, dataset, error, data_dir)) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _from_copy(name, source, scratch):
-    dataset, folder = _dataset(name), scratch
+def _from_copy(name, source):
+    dataset = _dataset(name)
     if not source.exists():
         raise DataError(f"there is no {source}")
     if name == "mnist":
         at = source.parent if source.is_file() else source
-        at = next((p for p in (at / "MNIST" / "raw", at / "raw") if p.is_dir()), at)
-        raw = scratch / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for file in MNIST_MD5:
-            if (at / file).exists():
-                shutil.copyfile(at / file, raw / file)
-            elif (at / f"{file}.gz").exists():
-                packed = (at / f"{file}.gz").read_bytes()
-                with contextlib.suppress(OSError, EOFError, zlib.error):  # then its MD5 is wrong
-                    (raw / file).write_bytes(gzip.decompress(packed))
-            else:
-                raise DataError(f"there is no {file} or {file}.gz in {at}")
-    elif source.is_file():
-        if not _verified(source, dataset.tgz_md5):
-            raise DataError(
-                f"{source} is not the whole {dataset.filename}: its MD5 should be "
-                f"{dataset.tgz_md5}; fetch it again from {dataset.url}"
-            )
+        return _read(name, next((p for p in (at / "MNIST" / "raw", at / "raw") if p.is_dir()), at))
+    if source.is_dir():
+        inside = source / dataset.base_folder
+        return _read(name, inside if inside.is_dir() else source)
+    if not source.is_file() or _md5(source) != dataset.tgz_md5:
+        raise DataError(
+            f"{source} is not the whole {dataset.filename}: its MD5 should be "
+            f"{dataset.tgz_md5}; fetch it again from {dataset.url}"
+        )
+    # Nothing is unpacked: the members are read where they are.
+    try:
         with tarfile.open(source) as archive:
-            archive.extractall(scratch, filter="data")
-    else:
-        folder = source.parent if source.name == dataset.base_folder else source
-    try:
-        return _read(name, folder)
-    except RuntimeError as error:
-        raise DataError(f"{source} does not hold the whole of {name}: {error}") from error
+            return _cifar(dataset, lambda name: _member(archive, f"{dataset.base_folder}/{name}"))
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{source} is damaged: {error}") from error
 
 
-def _read(name, root):
-    """(train, test) from torchvision's layout under root; RuntimeError where it is not whole."""
-    if name == "mnist":
-        for file, md5 in MNIST_MD5.items():
-            if not _verified(Path(root, "MNIST", "raw", file), md5):
-                raise RuntimeError(f"{root}/MNIST/raw/{file} is missing or damaged")
+def _member(archive, name):
     try:
-        return _dataset(name)(root, train=True), _dataset(name)(root, train=False)
-    except RuntimeError as error:
-        raise RuntimeError(f"{root}/{_dataset(name).base_folder} is missing or damaged") from error
+        file = archive.extractfile(name)
+    except KeyError:
+        return b""
+    return file.read(LARGEST) if file else b""  # none for a folder or a device
+
+
+def _read(name, folder):
+    """((images, labels) for training, and for testing) from the original files in a folder."""
+    read = functools.partial(_content, folder)
+    return _mnist(folder, read) if name == "mnist" else _cifar(_dataset(name), read, folder)
+
+
+def _content(folder, name):
+    """The bytes of a file, or of what name.gz holds; none where there is no such file, or where it
+    is longer than any of these sets'."""
+    path, packed = Path(folder, name), Path(folder, f"{name}.gz")
+    if path.is_file():
+        with open(path, "rb") as file:
+            return file.read(LARGEST)
+    if packed.is_file():
+        with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(packed) as file:
+            return file.read(LARGEST)
+    return b""
+
+
+def _verified(content, md5, what):
+    """`content`, if it is what has always been there; it may be read as the format says then."""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise DataError(f"{what} is missing or damaged")
+    return content
+
+
+def _mnist(folder, read):
+    parts = [_idx(_verified(read(name), md5, f"{folder}/{name} (or {name}.gz)"), name)
+             for name, md5 in MNIST_MD5.items()]  # fmt: skip
+    return parts[:2], parts[2:]
+
+
+def _idx(content, name):
+    """The uint8 array of an idx file."""
+    dimensions = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
+    if dimensions not in (1, 3) or math.prod(shape) != len(content) - 4 * (dimensions + 1):
+        raise DataError(f"{name} is no idx file of bytes")
+    return np.frombuffer(content, np.uint8, offset=4 * (dimensions + 1)).reshape(shape)
+
+
+def _cifar(dataset, read, where="the archive"):
+    splits = []
+    for files in (dataset.train_list, dataset.test_list):
+        contents = {name: _verified(read(name), md5, f"{where}/{name}") for name, md5 in files}
+        batches = [unpickle(content, f"{where}/{name}") for name, content in contents.items()]
+        try:
+            labels = [label for x in batches for label in x.get("labels") or x["fine_labels"]]
+            images = np.concatenate([x["data"] for x in batches])
+            images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            splits.append((images, np.asarray(labels, dtype=np.int64)))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{where} holds something else than {dataset.__name__}") from error
+    return splits
+
+
+def unpickle(content, what):
+    """The dict of a file of CIFAR's, which is a pickle.
+
+    Nothing that the pickle names is called, not even numpy's own: arrays are made here, of the
+    bytes that stand in it. Raises DataError where it names anything else, or is no dict.
+    """
+    try:
+        found = _Plain(io.BytesIO(content), encoding="latin-1").load()
+        return {key: x.array() if isinstance(x, _Array) else x for key, x in found.items()}
+    except Exception as error:  # a damaged pickle raises whatever it comes upon
+        raise DataError(f"{what} is no batch of CIFAR's: {error}") from error
+
+
+class _Plain(pickle.Unpickler):
+    """Numbers, texts, lists, dicts, and arrays of bytes; everything else is refused."""
+
+    def find_class(self, module, name):
+        stand_ins = {"_reconstruct": _Array, "ndarray": _Array, "dtype": _Array}
+        if name not in stand_ins or module.split(".")[0] != "numpy":
+            raise ValueError(f"it asks for {module}.{name}")
+        return stand_ins[name]
+
+
+class _Array:
+    """What an array, or its type, is unpickled to: what it would be made of."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        """uint8, of the shape and order that numpy has written down."""
+        _, shape, dtype, fortran, content = self.state
+        if dtype.args[0] not in ("u1", "|u1"):
+            raise ValueError("an array that is not uint8")
+        content = content.encode("latin-1") if isinstance(content, str) else content
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
 def _write(path, splits):
     arrays = {}
-    for split, dataset in zip(("train", "test"), splits):
-        images = np.asarray(dataset.data, dtype=np.uint8)
+    for split, (images, labels) in zip(("train", "test"), splits):
         arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., None]
-        arrays[f"{split}_labels"] = np.asarray(dataset.targets, dtype=np.int64)
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
     np.savez(path, **arrays)
 
 
@@ -184,10 +277,12 @@ def _dataset(name, url=None):
     return type(dataset.__name__, (dataset,), place)
 
 
-def _verified(path, md5):
-    from torchvision.datasets.utils import check_integrity
-
-    return check_integrity(str(path), md5)
+def _md5(path):
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _addresses(dataset):

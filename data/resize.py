@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -24,6 +25,10 @@ from PIL import Image, UnidentifiedImageError
 # what was decoded; training decodes it once more, so a second loss should not be one to see.
 QUALITY = 95
 SECONDS = 0.2  # between two words about progress
+# What is decoded, whatever the file is called. PIL knows more, among it PostScript, which is a
+# program that Ghostscript would run.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+LARGEST = 2**30  # bytes of an image file
 
 
 def shrink(content, size=None):
@@ -33,7 +38,7 @@ def shrink(content, size=None):
     decoded all the same. Raises whatever PIL does on a damaged file. Orientation is what PIL
     decodes: the EXIF tag is neither applied nor kept, since training does not apply it either.
     """
-    with Image.open(io.BytesIO(content)) as file:
+    with open_image(content) as file:
         width, height = file.size
         if size is None or min(width, height) <= size:
             file.convert("RGB")
@@ -49,12 +54,33 @@ def shrink(content, size=None):
     return made.getvalue()
 
 
+def open_image(content):
+    """PIL's image of the bytes of a file, its header read; raises as PIL does."""
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def read_image(path):
+    """The bytes of an image file; OSError where it is no file, such as a pipe without an end."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("not a file")
+        if found.st_size > LARGEST:
+            raise OSError(f"{found.st_size:,} bytes are too many for an image")
+        return file.read()
+
+
+def _open_at_once(path, flags):
+    """Without waiting for whoever writes into a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def reason(error):
     """Why an image cannot be decoded, the same words each time."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that PIL knows"
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(said.split())
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def do(task, tell):
@@ -79,7 +105,7 @@ def do(task, tell):
     for name in task["names"]:
         path = os.path.join(task["source"], name)
         try:
-            content = Path(path).read_bytes()
+            content = read_image(path)
             result = shrink(content, task["size"])
         except Exception as error:  # a damaged file raises whatever its decoder comes upon
             corrupt.append([name, reason(error)])

@@ -5,7 +5,7 @@ from collections import deque
 
 import torch
 
-LAG = 2  # steps after which a GPU's are read: so far ahead is what the host has it do
+LAG = 4  # steps after which a GPU's are read: so far ahead is what the host has it do
 
 
 class Later:

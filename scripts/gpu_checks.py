@@ -32,8 +32,9 @@ from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
 from gradient import Gradient
+from provenance import environment
 from replay import Replay
-from run import environment, read_rows
+from run import read_rows
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark.program import epochs_of_main
 from scripts.links import rates
@@ -231,6 +232,23 @@ def memory_that_runs_out(args):
     return {"micro_bs": micro_bs, "worst relative difference of a gradient": worst}
 
 
+def broken_runs(args):
+    """Runs that are killed at random moments, with --deterministic, end with the unbroken one's
+    bits: ordinary steps, CUDA graphs and Adam."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "told.json")
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.crashtest", "--device", str(args.device), "--kills",
+             "6", "--workers", "1", "--seconds", "150", "--out", str(told)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError((done.stdout + done.stderr)[-2000:])
+        reports = json.loads(told.read_text())["reports"]
+    return {f"{x['case']}, {x['how']}": {key: x[key] for key in ("hits", "rounds", "equal")}
+            for x in reports}  # fmt: skip
+
+
 def ranks_of_nccl(args):
     """main.py over NCCL with a rank a GPU, beside one process: the losses of two epochs. None where
     there is one GPU alone."""
@@ -246,7 +264,7 @@ def ranks_of_nccl(args):
             place = Path(out, str(len(launcher)))
             subprocess.run([sys.executable, *launcher, *flags, *more, "--out", str(place)],
                            check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-            (log,) = Path(place, "logs").iterdir()
+            (log,) = Path(place, "logs").glob("*.jsonl")
             losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
     worst = max(abs(a - b) / a for a, b in zip(*losses))
     if not worst < 1e-3:
@@ -273,8 +291,8 @@ def figures(args):
 
 
 CHECKS = [same_step_as_the_cpu, no_host_read_in_an_epoch, graphs_are_the_loop, step_times,
-          epoch_times, runs_at_once, not_finite_and_scale, memory_that_runs_out, resnet50_rate,
-          ranks_of_nccl]  # fmt: skip
+          epoch_times, broken_runs, runs_at_once, not_finite_and_scale, memory_that_runs_out,
+          resnet50_rate, ranks_of_nccl]  # fmt: skip
 
 
 def main(argv=None):

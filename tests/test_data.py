@@ -18,6 +18,7 @@ from data import DATASETS, DataError, load
 from data.arrays import ArrayBatches, load_arrays
 from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
 from data.prepare import MNIST_MD5, prepare
+from data.resize import reason
 
 CPU = torch.device("cpu")
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
@@ -170,7 +171,7 @@ def cifar_archive(tmp_path, monkeypatch, images, labels):
     files = {f"data_batch_{i + 1}": slice(5 * i, 5 * i + 5) for i in range(5)}
     files["test_batch"] = slice(25, 40)
     contents = {
-        name: pickle.dumps({"data": flat[part], "labels": labels[part].tolist()})
+        name: pickle.dumps({"data": flat[part], "labels": labels[part].tolist()}, 4)
         for name, part in files.items()
     }
     contents["batches.meta"] = pickle.dumps({"label_names": [str(i) for i in range(10)]})
@@ -558,7 +559,7 @@ def outcome(read, path):
     try:
         return np.asarray(read(path))
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {reason(error)}"
 
 
 def by_pil(path):

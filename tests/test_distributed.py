@@ -79,7 +79,7 @@ def one_process(function, **arguments):
 
 
 def outcome(out):
-    (log,) = (out / "logs").iterdir()
+    (log,) = (out / "logs").glob("*.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     (saved,) = (out / "checkpoints").glob("*.pt")
     return rows, torch.load(saved, weights_only=True)["net"]
@@ -247,7 +247,7 @@ def test_a_bad_image_on_one_rank_is_shown_once(tmp_path):
     everything = "".join(part for pair in said for part in pair)
     assert everything.count("3.png cannot be decoded") == 1, everything
     assert "Traceback" not in everything
-    (log,) = (tmp_path / "logs").iterdir()
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
     end = json.loads(log.read_text().splitlines()[-1])
     assert not end["final"] and "3.png" in end["stopped"]
 

@@ -372,6 +372,6 @@ def test_submit_runs_the_table_and_draws(slurm, small, tmp_path, monkeypatch, ca
 
     wait_for(page.exists, 200, state)
     wait_for(lambda: not say("squeue", "-h", "--me", "--name=agd,agd-draw"), 60, state)
-    assert len(list((tmp_path / "out" / "quick" / "logs").iterdir())) == 4
+    assert len(list((tmp_path / "out" / "quick" / "logs").glob("*.jsonl"))) == 4
     assert len(list(output.glob("slurm-*_*.txt"))) == 4, state()
     assert (tmp_path / "out" / "quick" / "figures" / "fig5.png").exists()

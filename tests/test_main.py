@@ -55,7 +55,7 @@ def test_readme_first_command_reaches_97_percent(run_main, tmp_path):
     )
     done = run_main(*command.group(1).split(), env={"PYTHONPATH": str(blocker.parent)})
     assert done.returncode == 0, done.stderr
-    (log,) = (tmp_path / "logs").iterdir()
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
     last = [json.loads(line) for line in log.read_text().splitlines()][-1]
     assert last["kind"] == "end" and last["stopped"] is None
     assert last["test_acc"] >= 0.97
@@ -102,7 +102,7 @@ def test_a_longer_run_goes_on_bit_for_bit(optimizer, tmp_path):
     assert call(*flags, "--out", whole) == 0
     assert call(*flags, "--epochs", 2, "--out", parts) == 0
     assert call(*flags, "--out", parts) == 0
-    (name,) = [path.stem for path in (whole / "logs").iterdir()]
+    (name,) = [path.stem for path in (whole / "logs").glob("*.jsonl")]
     ours, theirs = weights(parts, name), weights(whole, name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     expected = comparable(rows(whole, name))
@@ -274,7 +274,7 @@ def test_seeds_gain_and_losses_change_the_run(tmp_path):
     finals = set()
     for flags in variants:
         assert call(*QUICK, "--epochs", 1, *flags, "--out", tmp_path) == 0
-    names = [path.stem for path in (tmp_path / "logs").iterdir()]
+    names = [path.stem for path in (tmp_path / "logs").glob("*.jsonl")]
     assert len(names) == len(variants)
     assert all(re.fullmatch(r"[A-Za-z0-9_.+-]{1,120}", name) for name in names)
     for name in names:
@@ -440,7 +440,7 @@ def test_an_optimiser_with_two_sets_of_weights_is_saved_and_goes_on(tmp_path):
     assert call(*flags, "--out", whole) == 0
     assert call(*flags, "--epochs", 2, "--out", parts) == 0
     assert call(*flags, "--out", parts) == 0
-    (name,) = [path.stem for path in (whole / "logs").iterdir()]
+    (name,) = [path.stem for path in (whole / "logs").glob("*.jsonl")]
     assert all(torch.equal(weights(parts, name)[k], v) for k, v in weights(whole, name).items())
 
 
@@ -480,7 +480,7 @@ def test_what_depends_on_the_machine_can_be_left_unchecked():
 def test_fresh_does_not_touch_a_run_that_is_going_on(tmp_path, run_main):
     flags = ["--dataset", "digits", "--depth", 3, "--width", 16, "--epochs", 1, "--cpu"]
     assert run_main(*flags).returncode == 0
-    (log,) = (tmp_path / "logs").iterdir()
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
     before = log.read_bytes()
     with open(tmp_path / "checkpoints" / f"{log.stem}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -500,7 +500,7 @@ def test_memory_that_ran_out_is_noted_and_remembered(tmp_path, capsys, monkeypat
 
     def run(epochs, *more):
         assert program.main([*DIGITS, "--epochs", str(epochs), "--out", str(tmp_path), *more]) == 0
-        (log,) = (tmp_path / "logs").iterdir()
+        (log,) = (tmp_path / "logs").glob("*.jsonl")
         row = json.loads(log.read_text().splitlines()[-2])
         noted = "Memory ran out: 32 images at a time" in capsys.readouterr().out
         return row["micro_bs"], row["lowered"], noted
@@ -562,7 +562,7 @@ def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
     assert call(*flags, "--out", graphs) == 0
     assert len(replayed) == 4 * 12 - 2 * 3
     assert call(*flags, "--out", parts) == 0
-    (name,) = [path.stem for path in (plain / "logs").iterdir()]
+    (name,) = [path.stem for path in (plain / "logs").glob("*.jsonl")]
     for out in (graphs, parts):
         assert comparable(rows(out, name)[1:]) == comparable(rows(plain, name)[1:])
         state = weights(plain, name)
@@ -625,7 +625,7 @@ def test_channels_last_weights_are_saved_and_go_on_in_either_layout(tmp_path):
     flags = ["--dataset", "digits", "--train_examples", 24, "--test_examples", 8, "--arch", "vgg",
              "--train_bs", 8, "--gain", 0.001, "--out", tmp_path]  # fmt: skip
     assert call(*flags, "--epochs", 1, "--channels_last", "on") == 0
-    (name,) = [path.stem for path in (tmp_path / "logs").iterdir()]
+    (name,) = [path.stem for path in (tmp_path / "logs").glob("*.jsonl")]
     last = weights(tmp_path, name)
     assert last["features.3.weight"].is_contiguous(memory_format=torch.channels_last)
     assert rows(tmp_path, name)[0]["channels_last"] is True

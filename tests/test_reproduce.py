@@ -54,7 +54,7 @@ def start(out, *argv, epochs=3):
 
 
 def logs(out, scale="quick"):
-    return {path.stem: read_rows(path) for path in (Path(out) / scale / "logs").iterdir()}
+    return {path.stem: read_rows(path) for path in (Path(out) / scale / "logs").glob("*.jsonl")}
 
 
 def lasting(rows):
@@ -108,10 +108,11 @@ def test_runs_draws_and_skips_what_is_finished(small, tmp_path, capsys):
         assert (tmp_path / "quick" / "figures" / f"fig5.{suffix}").stat().st_size > 5000
     page = (tmp_path / "README.md").read_text()
     assert "quick/figures/fig5.png" in page and "FCN 3×16, digits, Adam at 1e-3" in page
-    times = [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
+    kept = list((tmp_path / "quick" / "logs").iterdir())
+    times = [path.stat().st_mtime_ns for path in kept]
     assert call("fig5", "--out", tmp_path) == 0
     assert "4 runs: 4 finished, 0 to do" in capsys.readouterr().out
-    assert times == [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
+    assert times == [path.stat().st_mtime_ns for path in kept]
 
 
 def test_a_run_alone_is_the_run_of_the_table(small, tmp_path):
@@ -439,7 +440,7 @@ def test_a_limit_in_which_nothing_can_be_done_says_so(small, tmp_path, monkeypat
 def test_a_run_is_finished_with_the_end_row_behind_it(small, tmp_path):
     """The last checkpoint is written before that row, and may have failed."""
     assert call("fig5", "--out", tmp_path, "--runs", "0", "--device", "cpu") == 0
-    (path,) = (tmp_path / "quick" / "logs").iterdir()
+    (path,) = (tmp_path / "quick" / "logs").glob("*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     task = runner.tasks(Results(tmp_path, "quick"), ["fig5"])[0]
     assert runner.is_finished(Results(tmp_path, "quick"), task)
@@ -470,7 +471,7 @@ def test_what_is_damaged_fails_alone_and_fresh_starts_it_over(damage, small, tmp
 
 def logs_but(out, name):
     """The logs aside from one."""
-    paths = (Path(out) / "quick" / "logs").iterdir()
+    paths = (Path(out) / "quick" / "logs").glob("*.jsonl")
     return [(path.stem, read_rows(path)) for path in paths if path.stem != name]
 
 
@@ -533,7 +534,7 @@ def test_the_stand_in_gives_way_to_cifar100(tmp_path):
 
 def test_a_log_of_another_run_is_not_taken_for_this_one(small, tmp_path):
     assert call("fig5", "--out", tmp_path, "--runs", "0", "--device", "cpu") == 0
-    (path,) = (tmp_path / "quick" / "logs").iterdir()
+    (path,) = (tmp_path / "quick" / "logs").glob("*.jsonl")
     lines = path.read_text().splitlines()
     first = json.loads(lines[0])
     first["settings"]["width"] = 999

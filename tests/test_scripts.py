@@ -16,7 +16,7 @@ def logs(tmp_path_factory):
     for flags in (["--seed", "0"], ["--seed", "1"], ["--optimizer", "adam"]):
         program.main(["--dataset", "digits", "--depth", "3", "--width", "16", "--epochs", "3",
                       "--out", str(out), *flags])  # fmt: skip
-    return sorted((out / "logs").iterdir())
+    return sorted((out / "logs").glob("*.jsonl"))
 
 
 def test_plot_draws_loss_accuracy_and_eta(logs, tmp_path):

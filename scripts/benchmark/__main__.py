@@ -40,7 +40,8 @@ import torch
 from architecture import NETWORKS
 from data import DataError, default_data_dir
 from display import table
-from run import RunError, environment, processor
+from provenance import environment, processor
+from run import RunError
 from scripts.benchmark import draw, epoch, folders, many, step
 from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
 

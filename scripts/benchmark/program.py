@@ -34,7 +34,7 @@ def epochs_of_main(flags, args, device):
             said = process.communicate()[1]
         if process.returncode:
             raise refused(process, said)
-        (log,) = Path(out, "logs").iterdir()
+        (log,) = Path(out, "logs").glob("*.jsonl")
         return [row for row in read_rows(log) if row["kind"] == "epoch"]
 
 
