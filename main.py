@@ -310,7 +310,7 @@ def train(args, world, requests):
     elif world.speaks:
         say(stopped)
     if not failed:
-        world.agree()  # when a rank has gone, launchers end the others: none goes before all is said
+        world.agree()  # launchers end the others when a rank has gone: none goes before all is said
     return code
 
 

@@ -131,8 +131,8 @@ class Signalled(Requests):
 
 
 def runs(world, several, norms=False):
-    """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one after
-    the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
+    """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
+    after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
     found, log = [], program.Run.log
     if world.rank == 0:

@@ -289,8 +289,8 @@ def test_a_plain_batch_script_goes_back_to_the_queue_by_itself(slurm, own, run_m
     several = ["--distribute", *flags]
     jobs = {"one": Job(own, tmp_path / "one", *flags),
             "two": Job(own, tmp_path / "two", *several, options=["--ntasks=2"])}  # fmt: skip
-    for name, job in jobs.items():
-        wait_for(lambda: epochs(tmp_path / name) > 3, 100, job.said)
+    for job in jobs.values():
+        wait_for(lambda job=job: epochs(job.output.parent) > 3, 100, job.said)
         say("scancel", "--signal=USR1", job.id)
     for job in jobs.values():
         said = job.comes_to("PENDING", restarts=1)
