@@ -60,7 +60,8 @@ class Checkpoints:
 
     def read(self):
         """(The newest checkpoint that is whole, or None where there is none; what is to be said of
-        a newer one, which is set aside, or None). Damaged where there are files and none is whole.
+        a newer one, which is set aside, or None). Damaged where there are files and none is whole,
+        OSError where one cannot be read for another reason than damage.
         """
         damage = {}
         for path in (self.path, self.previous):
@@ -69,6 +70,8 @@ class Checkpoints:
             except FileNotFoundError:
                 continue
             except (OSError, Damaged) as error:
+                if isinstance(error, OSError) and error.errno != errno.EIO:
+                    raise
                 damage[path] = error
                 continue
             return content, self._set_aside(path, damage)
@@ -85,9 +88,6 @@ class Checkpoints:
         except OSError:
             aside = bad
         return f"{bad} is damaged ({error}): set aside as {aside.name}, and {good.name} is used"
-
-    def exist(self):
-        return self.path.exists() or self.previous.exists()
 
     def discard(self):
         for path in (self.path, self.previous, self.partial):
@@ -117,7 +117,7 @@ def unpack(data):
         with warnings.catch_warnings():  # about pickles that it goes on to refuse
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Damaged:
+    except (Damaged, MemoryError):  # for want of memory nothing is damaged
         raise
     except pickle.UnpicklingError as error:  # torch's message is how to load it all the same
         raise Damaged("it holds other things than numbers, strings and tensors") from error

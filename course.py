@@ -1,6 +1,8 @@
 """How far a run is: when a checkpoint is written, what is in it, and when the run has to end."""
 
 import json
+import math
+import threading
 import time
 from collections import deque
 
@@ -13,6 +15,11 @@ from run import RunError
 from train import Totals
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
+SEEDING = threading.Lock()  # the global generator is that of all the threads
+EMPTY = {  # what a checkpoint has beside the states, at the end of an epoch
+    "step": 0, "totals": None, "missing": 0, "seconds": 0.0, "not_finite": [],
+    "micro_bs": [None, None], "here": None, "generators": [], "bad_images": "[]",
+}  # fmt: skip
 
 
 class Ended(Exception):
@@ -37,12 +44,17 @@ class Course:
 
     Args:
         run: the Run, of the first rank; None for the others, who take part in every call.
+        micro_bs: what the command asks for; `micro_bs` is what memory has been found to allow.
+        draws: whether the optimiser may draw random numbers, of torch's own generator.
         requests: the interrupt.Requests of this process.
         every: ("steps", n) or ("seconds", s) between two checkpoints, beside one an epoch.
         note: a function that shows a line of text.
     """
 
-    def __init__(self, world, run, data, net, optimizer, loss_fn, requests, every, note):
+    def __init__(
+        self, world, run, data, net, optimizer, loss_fn, requests, every, note, micro_bs=None,
+        draws=False,
+    ):  # fmt: skip
         self.world, self.run, self.data, self.loss_fn = world, run, data, loss_fn
         self.net, self.optimizer, self.requests, self.note = net, optimizer, requests, note
         self.gradient = None  # which the run makes once it knows what a checkpoint says
@@ -50,7 +62,9 @@ class Course:
         self.steps = least if kind == "steps" else None
         self.seconds = least if kind == "seconds" else None
         self.epoch = self.step = self.missing = 0
-        self.totals, self.before, self.micro_bs, self.tried = None, 0.0, None, 0
+        self.totals, self.before, self.tried = None, 0.0, 0
+        self.asked = self.micro_bs = micro_bs
+        self.draws, self.saved, self.refused = draws, False, False
         self.votes, self.etas, self.places = Votes(world), Later(world.device), deque()
         self.not_finite = []  # (epoch, step) of the last steps in a row without a finite gradient
         self.so_far = self.seconds_before = None  # set as an epoch goes on
@@ -67,18 +81,21 @@ class Course:
             for name, x in now.items():
                 if x.shape != then[name].shape or x.dtype != then[name].dtype:
                     raise ValueError(f"{name} is {_kind(then[name])} there, and {_kind(x)} here")
+            rates = [[g.get("lr") for g in groups] for groups in (
+                self.optimizer.param_groups, checkpoint["optimizer"]["param_groups"]
+            )]  # fmt: skip
+            if rates[0] != rates[1]:
+                raise ValueError(f"lr {rates[1]} there, and {rates[0]} here")
+            steps = len(self.data.train)
+            rest = _checked({**EMPTY, **checkpoint}, steps)
             self.net.load_state_dict(then)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
-            self.missing, self.before = checkpoint.get("missing", 0), checkpoint.get("seconds", 0.0)
-            self.not_finite = [tuple(place) for place in checkpoint.get("not_finite", [])]
-            self.micro_bs = checkpoint.get("micro_bs")
-            state, steps = checkpoint.get("totals"), len(self.data.train)
-            if self.step > steps or (self.step > 0) != (state is not None):
-                raise ValueError(f"step {self.step} of {steps}")
-            if state is not None and len({len(column) for column in state.values()}) != 1:
-                raise ValueError("its totals are of different lengths")
-            if checkpoint.get("here") == self.here:
+            self.epoch, self.step, state = checkpoint["epoch"], rest["step"], rest["totals"]
+            self.missing, self.before = rest["missing"], rest["seconds"]
+            self.not_finite = [tuple(place) for place in rest["not_finite"]]
+            if rest["micro_bs"][0] == self.micro_bs:  # what memory allowed, unless that is asked
+                self.micro_bs = rest["micro_bs"][1]
+            if rest["here"] == self.here:
                 self.tried = self.epoch * steps + self.step
             if state is not None:
                 if self.world.rank:  # the sums over the ranks are the first one's
@@ -86,9 +103,10 @@ class Course:
                              "correct": torch.zeros_like(state["correct"]),
                              "counts": [0] * len(state["counts"])}  # fmt: skip
                 self.totals = Totals(state, self.world.device)
-            if "generator" in checkpoint:
-                torch.set_rng_state(checkpoint["generator"])
-            for part, paths in zip(self.data[:2], json.loads(checkpoint.get("bad_images", "[]"))):
+            if rest["generators"]:
+                with SEEDING:
+                    _set_generators(rest["generators"], self.world.device)
+            for part, paths in zip(self.data[:2], json.loads(rest["bad_images"])):
                 if paths:
                     part.bad_images.update(paths)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -109,6 +127,9 @@ class Course:
     def after_step(self, eta, so_far):
         """To be called after every step; raises Ended."""
         self.step, self.so_far = self.data.train.position, so_far
+        if self.draws and not self.saved:  # a state that cannot be saved is told of now
+            self.run and self.run.plain(self.optimizer.state_dict())
+            self.saved = True
         if eta is not None:
             self.places.append((self.epoch + 1, self.step))
             self._count(self.etas.put(eta))
@@ -148,11 +169,12 @@ class Course:
         self.save(self.so_far())
         if decided == STOP:
             raise Ended("interrupted")
-        if decided == ANNOUNCED and in_a_job():
+        if decided == ANNOUNCED and in_a_job() and not self.refused:
             refusal = self.world.agree(requeue() if self.run else None)
             if refusal is None:
                 raise Ended("requeued")
             self.note(f"SLURM does not take the job back ({refusal}): going on")
+            self.refused = True
 
     def save(self, totals):
         """Write a checkpoint of this moment; `totals` are those of the epoch under way."""
@@ -171,14 +193,15 @@ class Course:
         began = time.monotonic()
         # What a baseline has spoiled does not replace what is good.
         if not all(bool(p.isfinite().all()) for p in self.net.parameters()):
+            self.note("No checkpoint: there are weights that are not finite; the last one stays")
             return
         failure = self.run.save({
             "epoch": self.epoch, "step": self.step, "totals": state, "missing": missing,
             "seconds": seconds, "not_finite": self.not_finite,
-            "micro_bs": self.gradient.micro_bs if self.gradient.lowered else None,
+            "micro_bs": [self.asked, self.gradient.micro_bs],
             "bad_images": json.dumps(bad, default=sorted), "here": self.here,
-            "generator": torch.get_rng_state(), "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "generators": _generators(self.world.device) if self.draws else [],
+            "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
         })  # fmt: skip
         self.saved_at = time.monotonic()
         self.saving += self.saved_at - began
@@ -208,13 +231,64 @@ class Course:
             steps.append({"epoch": epoch, "step": step, "indices": train.order()[batch].tolist()})
         epoch, step = self.not_finite[-1]
         train.set_epoch(epoch, step - 1)
-        found = culprit(self.net, self.loss_fn, *next(iter(train)), self.gradient.micro_bs)
+        batch = next(iter(train))
+        if self.gradient.sync_bn:
+            self.net.eval()  # where the ranks do not wait for one another
+        found = culprit(self.net, self.loss_fn, *batch, self.gradient.micro_bs)
         found = next((x for x in self.world.gather(found) if x is not None), None)
         raise Ended(
             f"{IN_A_ROW} steps in a row had no finite gradient, the last of them epoch {epoch}, "
             f"step {step}" + (f": the first that is not finite is {found}" if found else ""),
             final=True, not_finite={"where": found, "steps": steps},
         )  # fmt: skip
+
+
+def _checked(rest, steps):
+    """What a checkpoint has by the names of EMPTY, in an epoch of so many steps. ValueError where a
+    value is not what a run writes."""
+    def counts(x, least=0):
+        return type(x) is int and least <= x < 2**53
+
+    state, seconds = rest["totals"], rest["seconds"]
+    if not (counts(rest["step"]) and rest["step"] <= steps):
+        raise ValueError(f"step {rest['step']} of {steps}")
+    if (rest["step"] > 0) != (state is not None):
+        raise ValueError(f"step {rest['step']} and {'no ' if state is None else ''}totals")
+    if state is not None:
+        columns = [x for key, x in state.items() if key != "counts"]
+        lengths = {x.shape for x in columns}
+        if (
+            not {"losses", "correct", "counts"} <= set(state) <= TOTALS
+            or lengths != {torch.Size([len(state["counts"])])}
+            or not all(x.dtype.is_floating_point for x in columns if x is not state["correct"])
+            or state["correct"].dtype != torch.int64
+            or not all(map(counts, state["counts"]))
+        ):
+            raise ValueError("its totals are others")
+    whole = all(type(x) in (list, tuple) and len(x) == 2 and all(map(counts, x))
+                for x in rest["not_finite"])  # fmt: skip
+    micro = len(rest["micro_bs"]) == 2 and all(
+        x is None or counts(x, 1) for x in rest["micro_bs"]
+    )
+    if not (whole and micro and counts(rest["missing"]) and type(seconds) is float
+            and 0 <= seconds < math.inf):  # fmt: skip
+        raise ValueError("its counts are others")
+    return rest
+
+
+TOTALS = {"losses", "correct", "counts", "eta", "update"}
+
+
+def _generators(device):
+    """The states of the generators that an optimiser may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_generators(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def culprit(net, loss_fn, inputs, labels, micro_bs=None):
@@ -226,6 +300,8 @@ def culprit(net, loss_fn, inputs, labels, micro_bs=None):
     for name, p in net.named_parameters():
         if not p.isfinite().all():
             return f"the weights of {name}"
+    if not len(labels):  # a rank may have none of the images
+        return None
     found, state = [], {key: x.clone() for key, x in net.state_dict().items()}
     hooks = [
         module.register_forward_hook(

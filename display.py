@@ -81,6 +81,12 @@ def already(run, epochs, test_acc, stopped):
     print(f"{run.log_path} has it; --fresh starts over.")
 
 
+def further(run, epoch, epochs):
+    """The words for a run whose checkpoint is in an epoch past those that are asked for."""
+    print(f"The checkpoint is in epoch {epoch} already, past --epochs {epochs}.")
+    print(f"{run.log_path} has the epochs before; --fresh starts over.")
+
+
 def figure(x, form):
     """A number, or a dash where the log has none."""
     return "-" if x is None else format(x, form)

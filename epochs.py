@@ -85,6 +85,8 @@ class Epochs:
                 self.model, train, course.loss_fn, course.optimizer, gradient, on_step,
                 self.args.log_updates, replay, totals,
             )  # fmt: skip
+        elif hasattr(course.optimizer, "eval"):  # as train_epoch leaves it
+            course.optimizer.eval()
         course.after_epoch(totals)
         if replay and replay.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {replay.failure}")

@@ -21,27 +21,29 @@ class Requests:
     KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it."""
 
     def __init__(self):
-        self.found, self.listening, self.since = NOTHING, False, None
+        self.stopping = self.announced = self.listening = False
+        self.since = None
 
     def install(self, ending=True):
         """Take this process's signals; in its main thread. Without `ending`, those alone that
         would end the process and are not meant to."""
         for number in ANNOUNCING:
-            signal.signal(number, self._announce)
+            signal.signal(number, self.announce)
         for number in ENDING if ending else ():
             signal.signal(number, self._end)
 
     def take(self):
-        """The greatest of what has been asked since it was taken last."""
-        found, self.found = self.found, NOTHING
-        return found
+        """What is asked: to end, once that was asked, or what came since it was taken last."""
+        announced, self.announced = self.announced, False
+        return STOP if self.stopping else ANNOUNCED if announced else NOTHING
 
     def stop(self):
         """Ask the run to save and to end, from any thread."""
-        self.found = STOP
+        self.stopping = True
 
-    def _announce(self, number, frame):
-        self.found = max(self.found, ANNOUNCED)
+    def announce(self, *_):
+        """Tell the run that its time is nearly up, or to save."""
+        self.announced = True
 
     def _end(self, number, frame):
         now, first = time.monotonic(), self.since is None
@@ -52,7 +54,7 @@ class Requests:
             raise KeyboardInterrupt
         if number == signal.SIGINT and sys.stderr.isatty():
             os.write(2, b"\nStopping after this step; Ctrl-C again: at once\n")
-        self.found = STOP
+        self.stopping = True
 
 
 def ignore_all(*_):

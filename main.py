@@ -12,7 +12,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import os
-import threading
 import time
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -32,8 +31,9 @@ from arithmetic import (
     set_deterministic,
     set_precision,
 )
-from course import Course, Ended
+from course import SEEDING, Course, Ended
 from data import DATASETS, DataError, default_data_dir, load
+from distributed.queue import restarted
 from epochs import Epochs
 from flags import name_and_settings
 from gradient import CompileError, Gradient, OutOfMemory
@@ -48,7 +48,6 @@ BAD = 2  # the exit code for what nothing can be done with, as that for flags
 BAD_INPUT = (DataError, RunError, distributed.LaunchError)
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError, NotDeterministic)
-SEEDING = threading.Lock()  # the global generator is that of all the threads
 
 
 def command_line():
@@ -207,7 +206,7 @@ def train(args, world, requests):
         record = Record(run.record_path, args, command, run.settings, data, facts, world)
         if args.replay is not None:
             promised = record.promised(args.replay, display.table)
-        if args.fresh:
+        if args.fresh and not restarted():
             run.lock_or_fail()
             run.discard()
         finished = run.finished(args.epochs)
@@ -229,7 +228,7 @@ def train(args, world, requests):
     done, progress = len(rows), display.Progress(args.epochs, len(data.train), quiet=not first)
     course = Course(
         world, run, data, net, optimizer, LOSSES[args.loss], requests,
-        flags.every(args.save_every), progress.note,
+        flags.every(args.save_every), progress.note, args.micro_bs, "." in args.optimizer,
     )  # fmt: skip
     if warning:
         progress.note(f"Warning: {warning}")
@@ -238,18 +237,22 @@ def train(args, world, requests):
         step = f", step {course.step} of {len(data.train)}" if course.step else ""
         if first:
             progress.note(f"Going on after epoch {done}{step}, of {run.log_path}\n")
+    if course.epoch >= args.epochs and course.step:
+        if first:
+            run.release()
+            display.further(run, course.epoch + 1, args.epochs)
+        return 0
     set_capturable(optimizer, no_graph is None, world.device)
 
     model = world.wrap(net, args.sync_bn)
     profile = make_profile(args, name, world, len(data.train)) if first else None
     course.gradient = Gradient(
-        # What had to be lowered for want of memory stays so, unless the command says otherwise.
-        model, course.loss_fn, world, args.micro_bs or course.micro_bs, args.sync_bn,
+        model, course.loss_fn, world, course.micro_bs, args.sync_bn,
         torch.compile(model, dynamic=False) if args.compile else None,
         profile.span if profile else nullcontext,
         len(range(world.rank, min(args.train_bs, data.train.examples), world.size)), course.tried,
     )  # fmt: skip
-    course.gradient.lowered = course.micro_bs is not None and args.micro_bs is None
+    course.gradient.lowered = course.micro_bs != args.micro_bs
     replay = None
     if no_graph is None:
         step = Step(model, course.loss_fn, optimizer, course.gradient, args.log_updates)
@@ -288,13 +291,15 @@ def train(args, world, requests):
         # A device may wait for ranks that are gone: what it holds is not asked for then.
         readable = args.optimizer == "agd" and (world.size == 1 or not failed)
         skipped = int(optimizer.skipped) if readable else 0
-        seconds = sum(row["seconds"] for row in rows)
+        seconds = sum(row.get("seconds") or 0 for row in rows)
         failure = run.log(
             {"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
              "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds,
              "saving_seconds": course.saving, **own},
         )  # fmt: skip
-        result = record.end(net.state_dict(), run.rows()) if final and failure is None else None
+        result = None
+        if final and failure is None and not own:  # whole epochs
+            result = record.end(net.state_dict(), run.rows())
         run.release()
         where = course.step and (course.step, len(data.train))
         display.summary(

@@ -33,8 +33,8 @@ WHERE = ("out", "data_dir", "device", "cpu", "distribute", "workers", "epochs", 
          "check", "save_every", "replay")  # fmt: skip
 # What differs in the rows of two logs of the same bits: times, and what the record tells instead.
 PASSING = ("date", "seconds", "images_per_second", "saving_seconds", "resumed", "python", "torch",
-           "platform", "device", "device_name", "threads", "cores", "commit",
-           "launcher")  # fmt: skip
+           "platform", "device", "device_name", "threads", "cores", "commit", "launcher",
+           "no_cuda_graph")  # fmt: skip
 COUNTED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the number of threads says what comes of them
 HARDWARE = ("device", "device_name", "processor", "vectors", "threads", "ranks")  # inputs
 

@@ -173,6 +173,8 @@ class Run:
     def _checkpoint(self):
         try:
             checkpoint, warning = self.checkpoints.read()
+        except OSError as error:
+            raise RunError(f"{error.filename} cannot be read: {error.strerror}") from error
         except Damaged as error:
             raise RunError(f"{error}; --fresh starts over") from error
         if checkpoint is None:
@@ -252,14 +254,21 @@ class Run:
         failure = self.log() if self.pending else None
         if failure is not None:
             return failure
-        settings = json.dumps(self.settings)
         try:
-            self.checkpoints.write(plain({**checkpoint, "settings": settings}, "the state"))
+            self.checkpoints.write(
+                self.plain({**checkpoint, "settings": json.dumps(self.settings)})
+            )
         except OSError as error:
             return error
+        return None
+
+    @staticmethod
+    def plain(state):
+        """`state` as a checkpoint holds it; RunError where it cannot."""
+        try:
+            return plain(state, "the state")
         except TypeError as error:
             raise RunError(f"{error}, which a checkpoint of plain types cannot hold") from error
-        return None
 
     def discard(self):
         """Forget what an earlier run of this name left."""
@@ -288,6 +297,10 @@ def _resumed(then, now, checkpoint):
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
     keys += ["compile", "channels_last", "cuda_graph", "deterministic"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
+    keys = ("micro_bs", "test_bs")
+    flags = {key: now["flags"].get(key) for key in keys
+             if now["flags"].get(key) != then["flags"].get(key)}  # fmt: skip
+    changed |= {"flags": flags} if flags else {}
     row = {**then, "flags": now["flags"]}
     if changed:
         where = {"after_epoch": checkpoint["epoch"]}

@@ -22,3 +22,11 @@ def requeue(environ=None):
         return str(error)
     said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     return said if done.returncode else None
+
+
+def restarted(environ=None):
+    """Whether this is not the first time that SLURM or torchrun has started this command: it goes
+    on then, whether or not the first time started over."""
+    environ = os.environ if environ is None else environ
+    counts = (environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 
-from interrupt import Requests
+from interrupt import ANNOUNCING, Requests
 
 
 def watch():
@@ -79,6 +79,10 @@ def several():
             except KeyboardInterrupt:  # asked in its last moment, and never again
                 ended(order["run"], code)
 
+    def announced(signum, frame):
+        for each in list(requests.values()):
+            each.announce()
+
     def ended(number, code):
         with lock:  # from here on it cannot be asked to stop
             alive.pop(number, None)
@@ -86,6 +90,8 @@ def several():
             print(json.dumps({"run": number, "code": code}), file=answers, flush=True)
             unfinished.discard(number)
 
+    for number in ANNOUNCING:
+        signal.signal(number, announced)
     for line in sys.stdin:
         order = json.loads(line)
         if "stop" in order:

@@ -151,7 +151,7 @@ def test_what_cannot_be_a_checkpoint_is_said(tmp_path):
     run.start({"kind": "run", "flags": {}})
     with pytest.raises(RunError, match=r"the state\['optimizer'\] is a function, which"):
         run.save({"epoch": 1, "net": {}, "optimizer": lambda: 0})
-    assert not run.checkpoints.exist()
+    assert not run.checkpoint_path.exists()
 
 
 def test_no_checkpoint_is_ahead_of_the_log(tmp_path):
@@ -177,9 +177,9 @@ def test_no_checkpoint_is_ahead_of_the_log(tmp_path):
     run.file = Full(10)
     assert "No space" in str(run.log({"kind": "epoch", "epoch": 1}))
     assert len(run.log_path.read_bytes()) == len(before) + 10
-    assert "No space" in str(run.save(state)) and not run.checkpoints.exist()
+    assert "No space" in str(run.save(state)) and not run.checkpoint_path.exists()
     assert run.log_path.read_bytes() == before
     run.file = file
     assert run.log({"kind": "epoch", "epoch": 2}) is None
     assert [row["epoch"] for row in run.epochs()] == [1, 2]
-    assert run.save(state) is None and run.checkpoints.exist()
+    assert run.save(state) is None and run.checkpoint_path.exists()

@@ -64,8 +64,9 @@ def same(one, other):
     return a
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "adam"])
+@pytest.mark.parametrize("optimizer", ["agd", "adam", "tests.reference.Averaging"])
 def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(optimizer, tmp_path, capsys):
+    """The last optimiser trains other weights than those that are tested."""
     flags = [*SMALL, "--optimizer", optimizer]
     code, plan = call(*flags, "--out", tmp_path / "whole")
     assert (code, plan.looks) == (0, LOOKS)
@@ -105,6 +106,56 @@ def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
         assert call(*flags, "--out", out, asked={k: STOP})[0] == 130
         assert call(*flags, "--out", out)[0] == 0
         same(out, tmp_path / "whole")
+
+
+def test_fewer_epochs_than_the_checkpoint_has_are_no_result(tmp_path, capsys):
+    flags = [*SMALL, "--out", tmp_path]
+    assert call(*flags, "--epochs", 3, asked={16: STOP})[0] == 130  # within the third
+    capsys.readouterr()
+    assert call(*flags, "--epochs", 2)[0] == 0
+    assert "The checkpoint is in epoch 3 already, past --epochs 2" in capsys.readouterr().out
+    assert [row["kind"] for row in rows(tmp_path, only(tmp_path))].count("end") == 0
+    assert call(*flags, "--epochs", 3)[0] == 0
+    assert call(*SMALL, "--epochs", 3, "--out", tmp_path / "whole")[0] == 0
+    same(tmp_path, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("launcher", ["SLURM", "TORCHELASTIC"])
+def test_a_job_that_starts_over_does_so_once(launcher, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--fresh", "--out", tmp_path]
+    assert call(*flags, asked={3: STOP})[0] == 130
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "0")
+    assert call(*flags, asked={2: STOP})[0] == 130
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert call(*flags)[0] == 0
+    assert "Going on after epoch 0, step 2 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--micro_bs", "20"]])
+def test_what_memory_allowed_stays_unless_something_else_is_asked(flags, tmp_path, monkeypatch):
+    from architecture.fcn import FCN
+
+    forward, limit = FCN.forward, [6]
+
+    def small(net, x):
+        if net.training and len(x) > limit[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(net, x)
+
+    monkeypatch.setattr(FCN, "forward", small)
+    run = [*SMALL, *flags, "--out", tmp_path]
+    assert call(*run, asked={2: STOP})[0] == 130
+    limit[0] = 1000
+    assert call(*run, asked={9: STOP})[0] == 130
+    epoch = rows(tmp_path, only(tmp_path))[-2]
+    assert epoch["kind"] == "epoch" and epoch["lowered"]
+    assert epoch["micro_bs"] == (5 if flags else 4)
+    assert call(*SMALL, "--micro_bs", 11, "--out", tmp_path)[0] == 0
+    epoch = rows(tmp_path, only(tmp_path))[-2]
+    assert (epoch["micro_bs"], epoch["lowered"]) == (11, False)
+    told = rows(tmp_path, only(tmp_path))[0]["resumed"][-1]
+    assert told["flags"] == {"micro_bs": 11}
 
 
 def test_checkpoints_come_as_often_as_is_asked(tmp_path, monkeypatch):
@@ -165,7 +216,7 @@ def test_signals_are_noted_once_a_run_listens():
         requests._end(signal.SIGINT, None)
     requests._end(signal.SIGTERM, None)
     requests = Requests()
-    requests._announce(signal.SIGUSR1, None)
+    requests.announce(signal.SIGUSR1, None)
     requests.listening = True
     assert requests.take() == ANNOUNCED and requests.take() == NOTHING
     requests._end(signal.SIGTERM, None)
@@ -247,7 +298,14 @@ def test_a_checkpoint_of_another_network_names_the_layer(tmp_path, capsys):
     assert "no checkpoint of a run" in refused(epoch=-1)
     assert "lacks epochs" in refused(epoch=7)
     for forged in ({"totals": {}}, {"totals": None}, {"optimizer": {}}, {"net": 3},
-                   {"not_finite": 7}, {"bad_images": "["}, {"generator": torch.zeros(3)},
+                   {"not_finite": 7}, {"bad_images": "["}, {"generators": [torch.zeros(3)]},
+                   {"seconds": "x"}, {"seconds": float("nan")}, {"missing": "x"}, {"missing": -1},
+                   {"micro_bs": "x"}, {"micro_bs": [None, 0]}, {"not_finite": ["ab"]},
+                   {"totals": {**good["totals"], "eta": good["totals"]["eta"][:, None]}},
+                   {"totals": {**good["totals"], "counts": ["25"] * 3}},
+                   {"totals": {**good["totals"], "losses": good["totals"]["losses"] * 1j}},
+                   {"optimizer": {**good["optimizer"], "param_groups": [
+                       {**good["optimizer"]["param_groups"][0], "lr": 7.0}]}},
                    {"totals": {**good["totals"], "counts": [1]}},
                    {"totals": {**good["totals"], "losses": torch.zeros(9)}}):  # fmt: skip
         assert "of another network or optimiser" in refused(**forged), forged
