@@ -70,7 +70,8 @@ class Course:
             self.net.load_state_dict(then)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
-            self.missing, self.before = checkpoint.get("missing", 0), checkpoint.get("seconds", 0.0)
+            self.missing = int(checkpoint.get("missing", 0))
+            self.before = float(checkpoint.get("seconds", 0.0))
             self.not_finite = [tuple(place) for place in checkpoint.get("not_finite", [])]
             self.micro_bs = checkpoint.get("micro_bs")
             state, steps = checkpoint.get("totals"), len(self.data.train)

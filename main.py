@@ -36,7 +36,7 @@ from course import Course, Ended
 from data import DATASETS, DataError, default_data_dir, load
 from epochs import Epochs
 from flags import name_and_settings
-from gradient import CompileError, Gradient, OutOfMemory
+from gradient import CompileError, Gradient, OutOfMemory, is_out_of_memory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
 from provenance import environment
 from record import Record, deviation
@@ -174,8 +174,13 @@ def train(args, world, requests):
 
     with SEEDING:
         torch.manual_seed(args.seed)
-        net = build(args.arch, data.shape, data.classes, args.depth, args.width)
-    net.to(world.device)
+        try:
+            net = build(args.arch, data.shape, data.classes, args.depth, args.width)
+            net.to(world.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError("the network does not fit into memory") from error
     set_precision(net, args.precision, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     optimizer = make_optimizer(args, net)
@@ -297,8 +302,10 @@ def train(args, world, requests):
         result = record.end(net.state_dict(), run.rows()) if final and failure is None else None
         run.release()
         where = course.step and (course.step, len(data.train))
+        if code == BAD:
+            say(stopped)
         display.summary(
-            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where
+            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where, code == BAD
         )
         if failure is not None:
             print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
