@@ -23,6 +23,9 @@ for training at --image_size, in seconds of the process itself, whatever else th
 
 many, the epochs a second of 1 to 32 small runs at once.
 
+checkpoint, the share of an epoch's time that checkpoints take, as main.py writes them by default:
+copied, flushed to the disk of --out, read back. A few steps of ResNet-18 stand for an epoch.
+
 The peers take turns, so that a drift of the machine's speed meets all of them. Medians and their
 quartiles go to <out>/benchmark/<case>.json (<case>-cuda.json of a GPU), ratios (round by round,
 then their median) first, each when its case ends. `all` is one case after the other, and `draw`
@@ -42,7 +45,7 @@ from data import DataError, default_data_dir
 from display import table
 from provenance import environment, processor
 from run import RunError
-from scripts.benchmark import draw, epoch, folders, many, step
+from scripts.benchmark import checkpoint, draw, epoch, folders, many, step
 from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
 
 CASES = {  # name -> module, rounds, rounds of --quick
@@ -50,6 +53,7 @@ CASES = {  # name -> module, rounds, rounds of --quick
     "epoch": (epoch, 7, 2),
     "data": (folders, 7, 2),
     "many": (many, 3, 1),
+    "checkpoint": (checkpoint, 10, 2),
 }
 
 
