@@ -74,6 +74,8 @@ class Course:
             self.before = float(checkpoint.get("seconds", 0.0))
             self.not_finite = [tuple(place) for place in checkpoint.get("not_finite", [])]
             self.micro_bs = checkpoint.get("micro_bs")
+            if self.micro_bs is not None and not (type(self.micro_bs) is int and self.micro_bs > 0):
+                raise ValueError("micro_bs is no number of images")
             state, steps = checkpoint.get("totals"), len(self.data.train)
             if self.step > steps or (self.step > 0) != (state is not None):
                 raise ValueError(f"step {self.step} of {steps}")
@@ -92,7 +94,8 @@ class Course:
             for part, paths in zip(self.data[:2], json.loads(checkpoint.get("bad_images", "[]"))):
                 if paths:
                     part.bad_images.update(paths)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+                OverflowError) as error:  # fmt: skip
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
                 f"the checkpoint is of another network or optimiser ({reason}); --fresh starts over"

@@ -57,16 +57,17 @@ def one_of(names, *prefixes):
 
 def number(kind, least, most=None):
     """An argument type: an int that fits in 63 bits or a finite float, from `least` to `most`."""
-    end = (2**63 if kind is int else math.inf) if most is None else most + 1
     what = "a whole number" if kind is int else "a finite number"
     what += f" from {least}" + ("" if most is None else f" to {most}")
+    if most is None:
+        most = 2**63 - 1 if kind is int else sys.float_info.max
 
     def check(value):
         try:
             x = abs(kind(value)) if kind(value) == 0 else kind(value)  # -0.0 is 0.0
         except ValueError:
             x = math.nan
-        if not least <= x < end:
+        if not least <= x <= most:
             raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
         return x
 
@@ -135,11 +136,12 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
         "time, added up to a step (default: all, halved where memory runs out)")
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
-    add("--gain", type=number(float, 0), default=1.0, help="multiplies AGD's update (default: 1)")
+    add("--gain", type=number(float, 0, 1e30), default=1.0,
+        help="multiplies AGD's update (default: 1)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
         help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
-    add("--lr", type=number(float, 0), help="a baseline's learning rate (default: adam 0.001, "
-        "sgd 0.1, the class's own)")
+    add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
+        "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
     add("--precision", type=one_of(precisions), default="fp32", metavar="P",
         help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "

@@ -21,11 +21,12 @@ import main as program
 from checkpoint import pack, unpack
 from data import prepare
 from scripts import experiments, plot, reproduce, scaling
+from scripts.benchmark import __main__ as benchmark
 from tests.conftest import ROOT
 
 PROGRAMS = {
     "main": program.main, "plot": plot.main, "prepare": prepare.main, "reproduce": reproduce.main,
-    "scaling": scaling.main, "experiments": experiments.main,
+    "scaling": scaling.main, "experiments": experiments.main, "benchmark": benchmark.main,
 }  # fmt: skip
 SMALL = "--cpu --depth 2 --width 4 --epochs 1 --train_bs 2 --out {tmp}/out"
 DIGITS = f"main --dataset digits {SMALL} --train_bs 64 --train_examples 128 --test_examples 64"
@@ -263,6 +264,7 @@ CASES = {
     "more workers than anyone has": Case(f"main --workers {10**9}", "from 0 to 1024"),
     "a gain that is no number": Case("main --gain nan", "finite"),
     "a gain below 0": Case("main --gain -1", "from 0"),
+    "a rate beyond float32": Case("main --optimizer sgd --lr 1e39", "from 0 to 1e+30"),
     "a rate without end": Case("main --optimizer sgd --lr inf", "finite"),
     "no such network": Case("main --arch resnet", "did you mean resnet"),
     "no such set": Case("main --dataset cifar", "did you mean cifar10"),
@@ -274,6 +276,12 @@ CASES = {
     "no such package": Case("main --optimizer nowhere.Class --dataset digits", "nowhere"),
     "no such class": Case("main --optimizer torch.optim.Adm --dataset digits", "mean Adam"),
     "no optimiser": Case("main --optimizer os.system --dataset digits", "no optimiser"),
+    "an optimiser of several passes": Case(
+        "main --optimizer torch.optim.LBFGS --dataset digits", "several passes a step"
+    ),
+    "an optimiser that is none yet": Case(
+        f"{DIGITS} --optimizer torch.optim.Optimizer", "does not take these weights"
+    ),
     "no module": Case("main --optimizer .SGD --dataset digits", "no optimiser"),
     "AGD as a package": Case("main --optimizer agd.AGD --dataset digits", "--optimizer agd"),
     "no such precision": Case("main --precision fp16", "fp32, tf32, bf16"),
@@ -317,6 +325,7 @@ CASES = {
         lambda tmp: (tmp / "shut").mkdir(0o500), marks=no_root,
     ),
     "--out with a file called logs": Case(DIGITS, "choose --out", text("out/logs")),
+    "a profile below a file": Case(f"{DIGITS} --profile", "--profile", text("out/profiles")),
     "a run that is going on": Case(f"{DIGITS} --epochs 2", "another process", locked, marks=posix),
     # folders of images
     "a file for a folder": Case(FOLDER, "there is no folder", text("images")),
@@ -423,6 +432,12 @@ CASES = {
     "a checkpoint with words for numbers": Case(
         ON, "another network or optimiser", recheckpointed(lambda x: x | {"seconds": "many"})
     ),
+    "a checkpoint with a batch of words": Case(
+        ON, "another network or optimiser", recheckpointed(lambda x: x | {"micro_bs": "x"})
+    ),
+    "a checkpoint with endless counts": Case(
+        ON, "another network or optimiser", recheckpointed(lambda x: x | {"missing": 1e400})
+    ),
     "a checkpoint with a generator of another kind": Case(
         ON, "another network or optimiser", recheckpointed(lambda x: x | {"generator": "x"})
     ),
@@ -524,6 +539,12 @@ CASES = {
         "scaling --measure --images {tmp}", "it has no folders", code=2
     ),
     "scaling: text": Case("scaling --from {tmp}/x.json", "x.json", text("x.json")),
+    "benchmark: no such case": Case("benchmark stpe", "invalid choice: 'stpe'"),
+    "benchmark: no rounds": Case("benchmark step --repeats 0", "whole number from 1"),
+    "benchmark: no such device": Case("benchmark step --device gpu", "no device 'gpu'"),
+    "benchmark: no such folder": Case(
+        "benchmark data --folder {tmp}/no --device cpu --out {tmp}", "train cannot be read"
+    ),
     "experiments: no such scale": Case("experiments half", "half"),
 }  # fmt: skip
 

@@ -40,9 +40,11 @@ from pathlib import Path
 
 import torch
 
+import main as program
 from architecture import NETWORKS
 from data import DataError, default_data_dir
 from display import table
+from flags import Parser, number
 from provenance import environment, processor
 from run import RunError
 from scripts.benchmark import checkpoint, draw, epoch, folders, many, step
@@ -58,7 +60,7 @@ CASES = {  # name -> module, rounds, rounds of --quick
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,11 +70,11 @@ def parse(argv=None):
     add("--arch", default="fcn", choices=NETWORKS, help="of the epoch (default: fcn)")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
     add("--folder", type=Path, help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
-    add("--image_size", type=int, default=224)
-    add("--depth", type=int, default=10)
-    add("--width", type=int, default=256)
-    add("--batch_size", type=int, default=128)
-    add("--repeats", type=int, help="counted rounds (default: "
+    add("--image_size", type=number(int, 32, 8192), default=224)
+    add("--depth", type=number(int, 2, 10_000), default=10)
+    add("--width", type=number(int, 1, 1_000_000), default=256)
+    add("--batch_size", type=number(int, 1), default=128)
+    add("--repeats", type=number(int, 1), help="counted rounds (default: "
         + ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items()) + ")")
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
@@ -81,6 +83,7 @@ def parse(argv=None):
     add("--data_dir", default=default_data_dir())
     add("--out", help="(default: results; with --quick: reproduced)")
     args = parser.parse_args(argv)
+    program.parse(["--device", args.device])  # ends with a sentence where there is none
     args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 
@@ -141,7 +144,7 @@ def main(argv=None):
                 show(name, found, path)
             except (DataError, RunError, OSError, ImportError) as error:
                 note(f"error: {name}: {error}")
-                code = 1
+                code = max(code, 2 if isinstance(error, (DataError, RunError)) else 1)
         if args.case == "draw":
             for path in draw.write(Path(args.out, "benchmark")):
                 print(f"Drawn: {path}")
