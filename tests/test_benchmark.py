@@ -420,6 +420,13 @@ def test_the_picture_shows_what_is_there(found):
     plt.close(figure)
 
 
+def test_checkpoints_take_at_most_a_fiftieth_of_the_published_epochs():
+    path = ROOT / "results" / "benchmark" / "checkpoint.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert set(found[checkpoint.PERCENT]) == set(checkpoint.RUNS) and not found["flags"]["quick"]
+    assert all(0 < percent <= 2 for percent in found[checkpoint.PERCENT].values())
+
+
 def test_the_published_numbers_are_those_that_were_measured():
     folder = ROOT / "results" / "benchmark"
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -89,7 +89,7 @@ def case(args, device):
     for label, (arch, optimizer, steps, test_examples) in RUNS.items():
         if args.quick:
             steps, test_examples = 1, 64
-        with tempfile.TemporaryDirectory(dir=args.out) as out:
+        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=args.out) as out:
             turns, parts, run = works(args, device, arch, optimizer, steps, test_examples, out)
             seconds = take_turns(turns, args.repeats, by_clock(device), say=label)
             sizes[label] = run.checkpoint_path.stat().st_size
