@@ -474,6 +474,34 @@ CASES = {
     "a log whose last line is torn": Case(
         ON, "", relogged(lambda lines: [*lines[:-1], lines[-1][:20]]), code=0
     ),
+    # records
+    "replay: no file": Case("main --replay {tmp}/no.json", "no.json"),
+    "replay: text": Case("main --replay {tmp}/x.json", "x.json", text("x.json")),
+    "replay: bytes": Case("main --replay {tmp}/x.json", "x.json", text("x.json", b"\xff\0" * 9)),
+    "replay: JSON of something else": Case(
+        "main --replay {tmp}/x.json", "x.json", text("x.json", '{"name": [1, 2]}')
+    ),
+    "replay: a list": Case("main --replay {tmp}/x.json", "x.json", text("x.json", "[1, 2]")),
+    "replay: as deep as the stack": Case(
+        "main --replay {tmp}/x.json", "x.json", text("x.json", "[" * 100_000)
+    ),
+    "replay: a folder": Case("main --replay {tmp}", "TMP"),
+    "replay: a pipe": Case(
+        "main --replay {tmp}/x.json", "x.json", lambda tmp: os.mkfifo(tmp / "x.json"), marks=posix
+    ),
+    "replay: a log": Case(
+        "main --replay {tmp}/x.jsonl", "x.jsonl",
+        lambda tmp, ran: shutil.copyfile(log(ran), tmp / "x.jsonl"),
+    ),
+    "replay: a record and another flag": Case(
+        "main --replay {tmp}/x.json --epochs 3", "--epochs",
+        lambda tmp, ran: shutil.copyfile(next(ran.rglob("*.run.json")), tmp / "x.json"),
+    ),
+    "replay: a record of flags that are none": Case(
+        "main --replay {tmp}/x.json", "argument --depth: 'two'",
+        lambda tmp, ran: (tmp / "x.json").write_text(
+            next(ran.rglob("*.run.json")).read_text().replace('"depth": 2', '"depth": "two"')),
+    ),  # fmt: skip
     # the other programs
     "plot: no log": Case("plot {tmp}/no.jsonl", "no.jsonl is no log"),
     "plot: nothing": Case("plot", "required: RUN"),
