@@ -66,6 +66,8 @@ class Checkpoints:
         damage = {}
         for path in (self.path, self.previous):
             try:
+                if path.exists() and not path.is_file():  # a pipe would be waited for
+                    raise Damaged("it is no file")
                 content = unpack(path.read_bytes())
             except FileNotFoundError:
                 continue

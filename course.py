@@ -109,7 +109,8 @@ class Course:
             for part, paths in zip(self.data[:2], json.loads(rest["bad_images"])):
                 if paths:
                     part.bad_images.update(paths)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+                OverflowError) as error:  # fmt: skip
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
                 f"the checkpoint is of another network or optimiser ({reason}); --fresh starts over"

@@ -92,9 +92,9 @@ def figure(x, form):
     return "-" if x is None else format(x, form)
 
 
-def summary(run, rows, done, stopped, seconds, skipped, bad_images, where):
+def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=False):
     """The last lines of a run: its epoch rows, of which `done` were there before; `where`: (step,
-    steps) of the epoch under way, if any."""
+    steps) of the epoch under way, if any; `told`: why it stopped has been said already."""
     print()
     whole = f"{len(rows)} whole epochs" + ("" if not where else ", in step {} of {}".format(*where))
     if stopped == "interrupted":
@@ -102,7 +102,7 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where):
     elif stopped == "requeued":
         print(f"The job is back in the queue after {whole}, and goes on from there.")
     elif stopped is not None:
-        print(f"Stopped: {stopped.rstrip('.')}.")
+        print(f"Stopped after {whole}." if told else f"Stopped: {stopped.rstrip('.')}.")
     else:
         now = f", {len(rows) - done} of them now," if done else ""
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")

@@ -13,6 +13,8 @@ from distributed.launch import is_first
 from record import RecordError, read, shown
 from run import run_name
 
+LONGEST = 250  # characters of a message, whatever was given
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests what was meant."""
@@ -26,6 +28,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         if "--distribute" in sys.argv and not is_first():  # the first rank says it
             self.exit(2)
         self.exit(2, f"error: {message}\n       {self.prog} --help lists the flags\n")
@@ -51,17 +55,20 @@ def one_of(names, *prefixes):
     return check
 
 
-def number(kind, least):
-    """An argument type: an int that fits in 63 bits or a finite float, from `least` on."""
+def number(kind, least, most=None):
+    """An argument type: an int that fits in 63 bits or a finite float, from `least` to `most`."""
+    what = "a whole number" if kind is int else "a finite number"
+    what += f" from {least}" + ("" if most is None else f" to {most}")
+    if most is None:
+        most = 2**63 - 1 if kind is int else sys.float_info.max
 
     def check(value):
         try:
             x = abs(kind(value)) if kind(value) == 0 else kind(value)  # -0.0 is 0.0
         except ValueError:
             x = math.nan
-        if not least <= x < (2**63 if kind is int else math.inf):
-            what = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"{value!r} is not {what} from {least}")
+        if not least <= x <= most:
+            raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
         return x
 
     return check
@@ -115,8 +122,9 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
         "arrays as data.prepare writes them (default: %(default)s)")
     add("--loss", type=one_of(losses), default="mse", metavar="LOSS",
         help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
-    add("--depth", type=number(int, 2), default=10, help="layers of the fcn (default: 10)")
-    add("--width", type=number(int, 1), default=256, help="width of the fcn (default: 256)")
+    add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
+    add("--width", type=number(int, 1, 1_000_000), default=256,
+        help="width of the fcn (default: 256)")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
@@ -128,11 +136,12 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
         "time, added up to a step (default: all, halved where memory runs out)")
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
-    add("--gain", type=number(float, 0), default=1.0, help="multiplies AGD's update (default: 1)")
+    add("--gain", type=number(float, 0, 1e30), default=1.0,
+        help="multiplies AGD's update (default: 1)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
         help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
-    add("--lr", type=number(float, 0), help="a baseline's learning rate (default: adam 0.001, "
-        "sgd 0.1, the class's own)")
+    add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
+        "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
     add("--precision", type=one_of(precisions), default="fp32", metavar="P",
         help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "
@@ -161,8 +170,8 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
     add("--check", action="store_true", help="look for what would stop the run, and do not run")
     add = p.add_argument_group("image folders").add_argument
-    add("--image_size", type=number(int, 32), help="side in pixels (default: 224)")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+    add("--image_size", type=number(int, 32, 8192), help="side in pixels (default: 224)")
+    add("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
         help="processes that decode images (default: %(default)s)")
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded")
     add = p.add_argument_group("log").add_argument

@@ -36,7 +36,7 @@ from data import DATASETS, DataError, default_data_dir, load
 from distributed.queue import restarted
 from epochs import Epochs
 from flags import name_and_settings
-from gradient import CompileError, Gradient, OutOfMemory
+from gradient import CompileError, Gradient, OutOfMemory, is_out_of_memory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
 from provenance import environment
 from record import Record, deviation
@@ -74,7 +74,7 @@ def parse(argv=None, check=True):
     try:
         torch.empty(0, device=args.device if probe else "cpu").cpu()
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
-        p.error(f"no device {args.device!r} here: {str(error).splitlines()[0]}")
+        p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
     if args.optimizer == "agd" and args.lr is not None:
         p.error("AGD has no learning rate; --lr is for the baselines (--gain scales AGD's update)")
     if args.optimizer != "agd" and args.gain != 1:
@@ -173,11 +173,20 @@ def train(args, world, requests):
 
     with SEEDING:
         torch.manual_seed(args.seed)
-        net = build(args.arch, data.shape, data.classes, args.depth, args.width)
-    net.to(world.device)
+        try:
+            net = build(args.arch, data.shape, data.classes, args.depth, args.width)
+            net.to(world.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError("the network does not fit into memory") from error
     set_precision(net, args.precision, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
-    optimizer = make_optimizer(args, net)
+    try:
+        optimizer = make_optimizer(args, net)
+    except (TypeError, ValueError) as error:  # of a class that someone else has written
+        said = f"does not take these weights: {' '.join(str(error).split())}"
+        raise RunError(f"--optimizer {args.optimizer} {said}") from error
     no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
     facts = {
         "weights": sum(p.numel() for p in net.parameters()),
@@ -302,8 +311,10 @@ def train(args, world, requests):
             result = record.end(net.state_dict(), run.rows())
         run.release()
         where = course.step and (course.step, len(data.train))
+        if code == BAD:
+            say(stopped)
         display.summary(
-            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where
+            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where, code == BAD
         )
         if failure is not None:
             print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
@@ -337,7 +348,10 @@ def make_profile(args, name, world, steps):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of devices it cannot find
     from profiling import Profile  # what a run does not need
 
-    return Profile(os.path.join(args.out, "profiles"), name, world.device, steps)
+    try:
+        return Profile(os.path.join(args.out, "profiles"), name, world.device, steps)
+    except OSError as error:
+        raise RunError(f"--profile cannot write to {error.filename}: {error.strerror}") from error
 
 
 def bad_images(data):

@@ -1,6 +1,7 @@
 """The optimisers, by name: AGD, the baselines of the paper, and any other class of torch's form."""
 
 import importlib
+import inspect
 
 import torch
 
@@ -53,6 +54,9 @@ def optimizer_class(dotted):
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         near = flags.near(name, [x for x in dir(package) if x[:1].isupper()])
         raise ValueError(f"{dotted} is no optimiser{near}")
+    _, *takes = inspect.signature(found.step).parameters.values()
+    if any(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in takes):
+        raise ValueError(f"{dotted} wants to make several passes a step, and gets one")
     if found is AGD:
         raise ValueError("--optimizer agd is AGD, with its own initialisation")
     return found

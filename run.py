@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import stat
 import weakref
 import zlib
 from pathlib import Path
@@ -22,7 +23,10 @@ FIGURES = {  # of rows, numbers or null
     "images_per_second", "eta", "eta_min", "eta_mean", "eta_max", "update", "update_min",
     "update_mean", "update_max",
 }  # fmt: skip
-
+NEEDED = {  # of the row of an epoch, and whether null will do
+    "train_loss": True, "train_acc": False, "test_loss": True, "test_acc": False, "eta_mean": True,
+    "seconds": False,
+}  # fmt: skip
 
 # What a process that was forked holds of a lock would outlive the run by seconds.
 LOCKS = weakref.WeakSet()
@@ -31,7 +35,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class RunError(RuntimeError):
-    """The run cannot go on from what lies on disk; the message says what to do about it."""
+    """The run cannot begin, or go on from what lies on disk; the message says what to do about it.
+    """
 
 
 def read_rows(path):
@@ -40,6 +45,8 @@ def read_rows(path):
     Raises RunError where there is something else in the file.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         lines, rows = Path(path).read_bytes().split(b"\n"), []
         for i, line in enumerate(lines):
             try:
@@ -60,8 +67,13 @@ def read_rows(path):
         if not isinstance(rows[0].get("resumed", []), list):
             raise ValueError("its first row has no list of what resumed it")
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is no log of a run: {error}") from error
+        raise RunError(f"{path} is no log of a run: {reason(error)}") from error
     return rows
+
+
+def reason(error):
+    """What an error says, without the path that an OSError repeats."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _check(row, line):
@@ -75,7 +87,10 @@ def _check(row, line):
     for key, value in row.items() if kind in ("epoch", "step") else ():
         number = value is None or isinstance(value, (int, float))
         if key in FIGURES and not number:
-            raise ValueError(f"line {line} has {value!r:.50} for {key}")
+            raise ValueError(f"line {line} has {repr(value)[:50]} for {key}")
+    for key, null in NEEDED.items() if kind == "epoch" else ():
+        if key not in row or (row[key] is None and not null):
+            raise ValueError(f"line {line} has no {key}")
 
 
 class Run:
@@ -97,15 +112,19 @@ class Run:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise RunError(f"{path.parent} cannot be made: {error}; choose --out") from error
+                said = f"{path.parent} cannot be made: {reason(error)}; choose --out"
+                raise RunError(said) from error
 
     def rows(self):
         """The rows of the log, or none where there is no log; RunError where they are another's."""
         try:
-            if not self.log_path.exists() or self.log_path.stat().st_size == 0:
+            found = self.log_path.stat()
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 return []
+        except FileNotFoundError:
+            return []
         except OSError as error:
-            raise RunError(f"{self.log_path} cannot be read: {error}") from error
+            raise RunError(f"{self.log_path} cannot be read: {reason(error)}") from error
         try:
             rows = read_rows(self.log_path)
         except RunError as error:
@@ -167,7 +186,8 @@ class Run:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise RunError(f"{self.log_path} cannot be written: {error}; choose --out") from error
+            said = f"{self.log_path} cannot be written: {reason(error)}; choose --out"
+            raise RunError(said) from error
         return checkpoint, warning
 
     def _checkpoint(self):

@@ -71,7 +71,8 @@ class ArrayBatches:
         )
         # A CPU copies whole rows, some six times as fast as pixel by pixel.
         self._images = self._rows if device.type == "cpu" else self._pixels
-        self.count, self.held = torch.arange(batch_size, device=device), None
+        self.held = None
+        self.count = torch.arange(min(batch_size, len(images)), device=device)
 
     def __len__(self):
         return -(-self.examples // self.batch_size)

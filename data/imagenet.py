@@ -55,7 +55,8 @@ def run(parser, args):
             source, args.data_dir, args.resize, args.jobs, args.shard or (1, 1), args.val_labels
         ))  # fmt: skip
     except DataError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

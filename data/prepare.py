@@ -20,8 +20,8 @@ copy; DIR itself is never changed. Every image is decoded once; those that
 cannot be are listed in <data_dir>/imagenet/corrupt.txt. The same command goes
 on where an earlier one ended. Many machines share the work with --shard 1/8 to
 --shard 8/8, after which the command without it says what is still missing.
-Exit code: 0 all well (of a shard: its own part), 1 something corrupt, missing
-or impossible, 2 a wrong flag, 130 after Ctrl-C.
+Exit code: 0 all well (of a shard: its own part), 1 some images are corrupt or
+missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
 """
 
 import argparse
@@ -307,7 +307,9 @@ def _advice(name, dataset, error, data_dir):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    from flags import Parser  # what the data themselves do without
+
+    parser = Parser(
         prog="python -m data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -333,9 +335,11 @@ def main(argv=None):
                 path.rename(path.with_suffix(".damaged"))
         path = prepare(args.name, args.data_dir, args.source)
     except DataError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{args.name} is ready: {path}")
 
 

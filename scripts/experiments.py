@@ -133,11 +133,12 @@ def experiments(scale):
 def main(argv=None):
     for scale in (sys.argv[1:] if argv is None else argv) or SCALES:
         if scale not in SCALES:
-            sys.exit(f"error: no scale {scale!r}: {' or '.join(SCALES)}")
+            print(f"error: no scale {scale!r}: {' or '.join(SCALES)}", file=sys.stderr)
+            return 2
         for row in experiments(scale):
             command = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
             print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {command}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,6 +31,7 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import default_data_dir, load
+from flags import Parser
 from gradient import Gradient
 from provenance import environment
 from replay import Replay
@@ -296,7 +297,7 @@ CHECKS = [same_step_as_the_cpu, no_host_read_in_an_epoch, graphs_are_the_loop, s
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.gpu_checks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -314,13 +315,13 @@ def main(argv=None):
     args.began = time.monotonic()
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: there is no GPU here")
+        parser.error("there is no GPU here")
     path = Path(args.out, "benchmark", "gpu_checks.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
     except ValueError:
-        sys.exit(f"error: {path} is damaged; --fresh starts over")
+        parser.error(f"{path} is damaged; --fresh starts over")
     done.setdefault("environment", environment(args.device))
     failed = False
     for check in CHECKS:

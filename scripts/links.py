@@ -128,6 +128,7 @@ def _rank(rank, size, store, out, args):
 
 def measure(arch, image_size, batches, batch=128, images=None):
     """What was measured, a dict for JSON, with the model's prediction for the small network."""
+    decoded = None if images is None else decoding(images)  # first: it ends at once where it must
     size = torch.cuda.device_count() if torch.cuda.is_available() else 2
     args = {"arch": arch, "image_size": image_size, "batches": batches, "batch": batch}
     with tempfile.TemporaryDirectory() as folder:
@@ -136,8 +137,8 @@ def measure(arch, image_size, batches, batch=128, images=None):
         found = json.loads(Path(out).read_text())
     if size > 1:
         found["small network"] = {**SMALL_NET, "batch": batch, **predict(found)}
-    if images is not None:
-        found["decoding"] = decoding(images)
+    if decoded is not None:
+        found["decoding"] = decoded
     return found
 
 

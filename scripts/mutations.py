@@ -157,7 +157,8 @@ def _written(write, *args, **options):
 
 def _jsonl():
     rows = [{"kind": "run", "flags": {"seed": 0}, "settings": {"a": [1, 2.5, None]}, "date": "é"},
-            {"kind": "epoch", "epoch": 1, "train_loss": 0.5, "test_acc": 0.1, "eta_min": 1e-7},
+            {"kind": "epoch", "epoch": 1, "train_loss": 0.5, "train_acc": 0.2, "test_loss": None,
+             "test_acc": 0.1, "eta_min": 1e-7, "eta_mean": 0.1, "seconds": 2},
             {"kind": "step", "epoch": 1, "step": 1, "loss": None},
             {"kind": "end", "final": True, "stopped": None}]  # fmt: skip
     lines = [json.dumps(row) for row in rows]

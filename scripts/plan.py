@@ -64,6 +64,8 @@ def read(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON, {error}") from error
 
 
 def table(head, rows):

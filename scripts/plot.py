@@ -6,7 +6,6 @@ within the band from its least to its greatest. PNG, PDF or SVG, by the name of 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from run import RunError, read_rows
+from flags import Parser
+from run import RunError, read_rows, reason
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the lightest one is left out.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -28,6 +28,9 @@ def read(path):
     epochs = [row for row in rows if row["kind"] == "epoch"]
     if not epochs:
         raise RunError(f"{path} holds no finished epoch")
+    for key in ("arch", "dataset", "optimizer", "loss"):
+        if not isinstance(rows[0]["flags"].get(key), str):
+            raise RunError(f"{path} does not say its --{key}")
     return rows[0], epochs
 
 
@@ -102,7 +105,7 @@ def draw(paths):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.plot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,8 +119,10 @@ def main(argv=None):
         figure = draw(args.runs)
         with plt.style.context([STYLE]):
             figure.savefig(args.output)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except RunError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{args.output} cannot be written: {reason(error)}")
     plt.close(figure)
     print(f"Drawn: {args.output}")
 

@@ -9,7 +9,7 @@ not allow is named and left out. The result lies under --out:
     <out>/README.md                  the paper's numbers beside these, and a verdict on each claim
 
 Exit code: 0 when everything that can be run here is there, 75 when --time_limit came first, 130
-after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense.
+after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense, or logs of other runs.
 """
 
 import signal
@@ -183,12 +183,17 @@ def main(argv=None):
         return 1
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RunError) else 1
 
 
 def reproduce(parser, args):
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file")
+    if not (args.list or args.draw):
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     fetch = not (args.list or args.draw)
     results, available = Results(args.out, args.scale), Availability(args.data_dir, fetch)
     every = tasks(results, args.figures, args.epochs)

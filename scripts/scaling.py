@@ -8,13 +8,14 @@ this machine does (all its GPUs, or two processes on its CPU); --from FILE takes
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from architecture import NETWORKS
+from data import DataError
+from flags import Parser
 from scripts import links
 from scripts.costs import known
 from scripts.drawing import BLACK, BLUE, DASHED, GREEN, ORANGE, RED, STYLE, WIDTH, legend
@@ -72,7 +73,7 @@ def write(plan, folder=DOCS):
 
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m scripts.scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,18 +98,22 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
     if args.measure:
         batches_tried = [2**k for k in range(3, 10)]
-        found = links.measure(args.arch, args.image_size, batches_tried, images=args.images)
+        try:
+            found = links.measure(args.arch, args.image_size, batches_tried, images=args.images)
+        except DataError as error:
+            p.error(str(error))
         print(json.dumps(found, indent=1))
         return
     if args.source and not Path(args.source).is_file():
-        sys.exit(f"error: there is no file {args.source}")
+        p.error(f"there is no file {args.source}")
     try:
         plan = Plan(args)
     except (ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: no plan comes of these numbers: {error}")
+        p.error(f"no plan comes of these numbers: {error}")
     if args.write:
         write(plan)
     else:

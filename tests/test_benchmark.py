@@ -13,9 +13,9 @@ from PIL import Image
 from agd import AGD, init_weights
 from architecture import build
 from data import DataError
-from run import RunError
+from run import Run, RunError
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import draw, epoch, many, measure, program, step
+from scripts.benchmark import checkpoint, draw, epoch, many, measure, program, step
 from scripts.figures import fingerprint
 from tests.conftest import ROOT
 from tests.reference import reference_step
@@ -225,8 +225,8 @@ def test_a_folder_is_read(tmp_path, capsys):
     assert found["images_per_second_per_core"] == pytest.approx(rate, rel=1e-3)
     assert found["environment"]["threads"] == 1
     assert "Images a second a core" in capsys.readouterr().out
-    assert benchmark.main(["data", "--folder", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
-    assert "no images under" in capsys.readouterr().err
+    assert benchmark.main(["data", "--folder", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_runs_at_once_are_runs_of_main(tmp_path):
@@ -270,7 +270,7 @@ def cases(monkeypatch):
 
 
 def test_a_case_that_cannot_be_run_keeps_none_of_the_others(tmp_path, capsys, cases):
-    assert benchmark.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert benchmark.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "y: there are no images" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "benchmark")) == ["x.json", "z.json"]
     assert json.loads((tmp_path / "benchmark" / "x.json").read_text())["rounds"] == 7
@@ -297,6 +297,37 @@ def test_files_say_nothing_of_a_home(tmp_path, monkeypatch, cases):
     text = (tmp_path / "benchmark" / "x.json").read_text()
     assert json.loads(text)["flags"]["folder"] == "~/own" and "~/sets" in text
     assert f"{tmp_path}/" not in text
+
+
+def test_the_share_of_checkpoints_counts_those_between_two_epochs():
+    seconds = {"training": [2.0, 1.0], "test": [1.0, 1.0], "checkpoint": [0.5, 0.25]}
+    parts = {"training": 2 / 1198, "test": 1 / 2}  # of the first round, 1,200 s: 10 minutes, twice
+    each, epochs = checkpoint.shares(seconds, parts)
+    assert epochs == pytest.approx([1200, 601]) and checkpoint.every() == 600
+    assert each == pytest.approx([3 * 0.5 / 1200, (1 + 601 / 600) * 0.25 / 601])
+
+
+def test_checkpoints_are_timed_as_main_writes_them(tmp_path, monkeypatch):
+    images(tmp_path, 96, 40)
+    written, save = [], Run.save
+    monkeypatch.setattr(Run, "save", lambda run, found: written.append(found) or save(run, found))
+    monkeypatch.setattr(checkpoint, "RUNS", {
+        "all of it": ("fcn", "agd", None, None), "a part": ("fcn", "adam", 1, 20),
+    })  # fmt: skip
+    flags = ["checkpoint", "--device", "cpu", "--data_dir", str(tmp_path), "--out", str(tmp_path),
+             "--depth", "2", "--width", "4", "--batch_size", "32", "--repeats", "2"]  # fmt: skip
+    assert benchmark.main(flags) == 0
+    found = json.loads((tmp_path / "benchmark" / "checkpoint.json").read_text())
+    assert set(found[checkpoint.PERCENT]) == {"all of it", "a part"}
+    for label, percent in found[checkpoint.PERCENT].items():
+        low, high = found["quartiles"][label]
+        assert 0 < low <= percent <= high and found["bytes"][label] > 4 * 3072 * 4
+    assert len(written) == 2 * 3 and set(written[-1]["optimizer"]["state"]) == {0, 1}
+    assert os.listdir(tmp_path / "benchmark") == ["checkpoint.json"]
+    assert sorted(os.listdir(tmp_path)) == ["benchmark", "cifar10.npz"]
+
+    monkeypatch.setattr(Run, "save", lambda run, found: OSError("the disk is full"))
+    assert benchmark.main(flags) == 1
 
 
 @pytest.fixture
@@ -336,6 +367,7 @@ def found():
         "many": {"ratios": {"2 at once / one": 1.61, "4 at once / one": 1.48},
                  "epochs a second": {"1": told(2.0), "2": told(3.2), "4": told(3.0)}, **where},
         "data": {"ratios": {"conventional / ours": 1.83}, **where},
+        "checkpoint": {checkpoint.PERCENT: {"ResNet-18, AGD": 0.123}, **where},
     }  # fmt: skip
 
 
@@ -352,6 +384,7 @@ def test_readmes_tables_are_what_was_found(found, tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     for words in ("| 1.25 / 2.50 |", "| 1.17 |", "| 1.28 |", "| 5.39 |", "| 1.83 |", "3.2 s; a",
                   "2 at once / one | 1.61 |",
+                  "| checkpoints, of the time of an epoch, ResNet-18, AGD | 0.12 % |",
                   "| AGD 1.5 MB, fused AdamW 7.1 MB; the largest weight has 3.0 MB |",
                   "a processor, torch 2.9.0,", "(results/benchmark/benchmark.png)"):  # fmt: skip
         assert words in text, words
@@ -385,6 +418,13 @@ def test_the_picture_shows_what_is_there(found):
     assert list(growth.lines[0].get_ydata()) == [1, 2]  # in ms
     assert not runs.axison and all(len(ax.lines) == 2 for ax in sizes)
     plt.close(figure)
+
+
+def test_checkpoints_take_at_most_a_fiftieth_of_the_published_epochs():
+    path = ROOT / "results" / "benchmark" / "checkpoint.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert set(found[checkpoint.PERCENT]) == set(checkpoint.RUNS) and not found["flags"]["quick"]
+    assert all(0 < percent <= 2 for percent in found[checkpoint.PERCENT].values())
 
 
 def test_the_published_numbers_are_those_that_were_measured():

@@ -110,7 +110,7 @@ def empty_class(tmp_path, monkeypatch):
     images(tmp_path / "set")
     for split in ("train", "val"):
         (tmp_path / "set" / split / "c").mkdir()
-    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["classes c"]
+    return [*SMALL, "--dataset", f"folder:{tmp_path}/set"], ["classes have none: c"]
 
 
 def few_imagenet_classes(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 from checkpoint import Checkpoints, Damaged, pack, plain, unpack
 from run import Run, RunError
+from tests.test_run import epoch_row
 
 
 def content(n):
@@ -175,11 +176,11 @@ def test_no_checkpoint_is_ahead_of_the_log(tmp_path):
 
     before = run.log_path.read_bytes()
     run.file = Full(10)
-    assert "No space" in str(run.log({"kind": "epoch", "epoch": 1}))
+    assert "No space" in str(run.log(epoch_row(1)))
     assert len(run.log_path.read_bytes()) == len(before) + 10
     assert "No space" in str(run.save(state)) and not run.checkpoint_path.exists()
     assert run.log_path.read_bytes() == before
     run.file = file
-    assert run.log({"kind": "epoch", "epoch": 2}) is None
+    assert run.log(epoch_row(2)) is None
     assert [row["epoch"] for row in run.epochs()] == [1, 2]
     assert run.save(state) is None and run.checkpoint_path.exists()

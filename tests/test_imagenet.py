@@ -283,7 +283,7 @@ def test_other_options_are_refused(first, second, tree, command, tmp_path):
     command("--from", tree, *first)
     before = state(tmp_path)
     code, said = command("--from", tree, *second)
-    assert code == 1 and "was begun with" in said and "another --data_dir" in said
+    assert code == 2 and "was begun with" in said and "another --data_dir" in said
     assert state(tmp_path) == before
 
 
@@ -298,19 +298,19 @@ def test_links_that_were_only_begun_are_never_written_through(tree, command, tmp
     for record in out.glob(".prepared/*/*.json"):
         record.unlink()
     code, said = command("--from", tree)
-    assert code == 1 and "cannot be written" in said  # a folder that is not empty is not removed
+    assert code == 2 and "cannot be written" in said  # a folder that is not empty is not removed
 
 
 def test_a_folder_that_the_command_has_not_made_is_left_alone(tree, command, tmp_path):
     (tmp_path / "out" / "imagenet" / "train").mkdir(parents=True)
     code, said = command("--from", tree, "--resize", 50)
-    assert code == 1 and "not put there" in said
+    assert code == 2 and "not put there" in said
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "imagenet").symlink_to(tree)
     before = state(tree)
     code, said = command("--from", tree, "--resize", 50)
-    assert code == 1 and "in one another" in said and state(tree) == before
+    assert code == 2 and "in one another" in said and state(tree) == before
 
 
 def test_shards_together_are_one_run(tree, command, tmp_path):
@@ -390,7 +390,7 @@ def layout_fault(fault, tree):
 def test_faults_of_the_layout_are_named_before_any_work(fault, words, tree, command, tmp_path):
     layout_fault(fault, tree)
     code, said = command("--from", tree)
-    assert code == 1 and all(word in said for word in words), said
+    assert code == 2 and all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
 
 
@@ -422,7 +422,7 @@ def test_an_unreadable_folder_is_named(tree, command, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     code, said = command("--from", tree)
-    assert code == 1 and f"{CLASSES[1]} cannot be read: Permission denied" in said
+    assert code == 2 and f"{CLASSES[1]} cannot be read: Permission denied" in said
 
 
 # The labels of a flat val/
@@ -519,7 +519,7 @@ def test_faults_of_the_labels_are_named(fault, tree, command, tmp_path, monkeypa
         "devkit": ["no whole ILSVRC2012_devkit_t12"],
         "scipy": ["pip install scipy"],
     }  # fmt: skip
-    assert code == 1 and all(word in said for word in words[fault]), said
+    assert code == 2 and all(word in said for word in words[fault]), said
     assert not (tmp_path / "out").exists()
 
 
@@ -546,7 +546,7 @@ def test_flags_of_imagenet_are_not_for_other_sets(flag, capsys, tmp_path):
 def test_a_file_in_the_way_is_one_sentence(tree, command, tmp_path):
     (tmp_path / "out").write_text("")
     code, said = command("--from", tree)
-    assert code == 1 and re.search(r"error: .*imagenet cannot be written", said)
+    assert code == 2 and re.search(r"error: .*imagenet cannot be written", said)
 
 
 DRIVER = """
@@ -575,7 +575,7 @@ def test_a_full_disk_is_one_sentence(tree, command, tmp_path):
     flags = ["--from", tree, "--data_dir", tmp_path / "out", "--resize", 1000, "--jobs", 1]
     process = start(3, *flags, limit=big.stat().st_size - 1)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "Traceback" not in said
+    assert process.returncode == 2 and "Traceback" not in said
     assert re.search(r"error: .*imagenet cannot be written: .*; the same command goes on", said)
     out = tmp_path / "out" / "imagenet"
     assert {path.name for path in out.glob("train/*")} == {CLASSES[0]}
@@ -629,7 +629,7 @@ def test_an_end_in_the_middle(end, command, tmp_path, monkeypatch):
         os.kill(workers[0], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
-    assert process.returncode == codes.get(end, 1)
+    assert process.returncode == codes.get(end, 2)
     if end not in codes:
         assert "ended with -9" in said and "fewer --jobs" in said and "Traceback" not in said
     if end == signal.SIGINT:

@@ -307,53 +307,6 @@ def test_an_image_folder_by_main(samples, tmp_path):
     assert round(end["train_acc"] * 36, 6).is_integer()
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--epoch", "3"], "--epochs"),
-        (["--trainbs=3"], "--train_bs"),
-        (["--arch", "resnet"], "resnet18"),
-        (["--dataset", "cifar"], "cifar10"),
-        (["--dataset", "folder:"], "folder:PATH"),
-        (["--loss", "mes"], "mse"),
-        (["--optimizer", "adm"], "adam"),
-        (["--epochs", "0"], "whole number from 1"),
-        (["--train_bs", "1.5"], "whole number"),
-        (["--depth", "1"], "from 2"),
-        (["--gain", "nan"], "finite"),
-        (["--gain", "-1"], "from 0"),
-        (["--lr", "0.1"], "AGD has no learning rate"),
-        (["--optimizer", "adam", "--gain", "2"], "--lr"),
-        (["--device", "cuda:99"], "cuda:99"),
-        (["--device", "gpu"], "gpu"),
-        (["--cpu", "--device", "cuda"], "--cpu"),
-        (["--image_size", "64"], "folder:PATH"),
-        (["--optimizer", "torch.optim.Nope", "--dataset", "digits"], "torch.optim.Nope"),
-        (["--optimizer", "nowhere.Class", "--dataset", "digits"], "nowhere"),
-        (["--dataset", "folder:/nowhere/at/all"], "/nowhere/at/all/train"),
-        (["--distribute", "--dataset", "digits"], "torchrun"),
-        (["--dataset", "CIFAR-10"], "did you mean cifar10"),
-        (["--dataset", "folders:/x"], "did you mean folder:"),
-        (["digits"], "no place for digits"),
-        (["--seed", "99999999999999999999999"], "--seed"),
-        (["--device", "meta"], "meta"),
-        (["--optimizer", "torch.optim.Adm"], "did you mean Adam"),
-        (["--optimizer", ".SGD"], "no optimiser"),
-        (["--optimizer", "math.sqrt"], "no optimiser"),
-        (["--optimizer", "agd.AGD"], "--optimizer agd"),
-        (["--cpu", "--cuda_graph", "on"], "--cuda_graph on: it takes a CUDA device"),
-        (["--cuda_graph", "yes"], "auto, on, off"),
-        (["--cpu", "--precision", "tf32"], "Ampere"),
-        (["--precision", "fp16"], "fp32, tf32, bf16"),
-    ],
-)
-def test_wrong_flags_say_what_was_meant(flags, words, run_main):
-    done = run_main(*flags)
-    assert done.returncode in (1, 2)
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_an_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert call(*QUICK, "--out", tmp_path / "file") == 2

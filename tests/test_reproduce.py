@@ -166,7 +166,7 @@ def test_killed_it_takes_its_runs_along_and_goes_on(tmp_path):
     assert again.wait(300) == 0, again.stdout.read()
     output = (killed / "quick" / "output" / f"{path.stem}.txt").read_text()
     if done < 60:
-        went_on = int(output.split("Going on after epoch ")[1].split()[0])
+        went_on = int(output.split("Going on after epoch ")[1].split(",")[0])
         assert went_on >= done - 1
     unbroken = start(whole, "--jobs", "2", epochs=60)
     assert unbroken.wait(300) == 0
@@ -377,13 +377,13 @@ def test_submit_sends_an_array_of_what_is_missing_and_draws_after_it(
 
 def test_submit_without_slurm_says_so(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 1
+    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 2
     assert "no sbatch here" in capsys.readouterr().err
     fake = tmp_path / "sbatch"
     fake.write_text("#!/bin/sh\necho bad >&2\necho partition >&2\nexit 1\n")
     fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 1
+    assert call("fig5", "--out", tmp_path, "--submit", "slurm") == 2
     assert capsys.readouterr().err == "error: the queue refused the job: bad partition\n"
 
 
@@ -499,7 +499,7 @@ def test_the_reason_of_a_failure_is_one_that_tells(small, tmp_path):
 def test_a_page_of_somebody_elses_stays(small, tmp_path, capsys):
     page = tmp_path / "README.md"
     page.write_text("# Mine\n")
-    assert call("fig5", "--out", tmp_path, "--draw") == 1
+    assert call("fig5", "--out", tmp_path, "--draw") == 2
     assert page.read_text() == "# Mine\n" and "choose another --out" in capsys.readouterr().err
 
 

@@ -13,8 +13,12 @@ def state(epoch):
     return {"epoch": epoch, "net": net, "optimizer": {"param_groups": []}}
 
 
+FIGURES = {"train_loss": 1.0, "train_acc": 0.5, "test_loss": 1.0, "test_acc": 0.5, "eta_mean": None,
+           "seconds": 1.0}  # fmt: skip
+
+
 def epoch_row(epoch):
-    return {"kind": "epoch", "epoch": epoch, "train_loss": 1 / epoch, "test_acc": 0.5}
+    return {"kind": "epoch", "epoch": epoch, **FIGURES, "train_loss": 1 / epoch}
 
 
 def written(run, epochs):
@@ -111,10 +115,11 @@ def test_a_run_is_made_by_one_at_a_time(tmp_path):
 def test_rows_are_strict_json(tmp_path):
     run = Run(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {"lr": math.inf}})
-    run.log({"kind": "epoch", "epoch": 1, "loss": math.nan, "list": [1.0, -math.inf]})
+    row = {**epoch_row(1), "train_loss": math.nan, "list": [1.0, -math.inf]}
+    run.log(row)
     text = run.log_path.read_text()
     assert "NaN" not in text and "Infinity" not in text
-    assert run.rows()[1] == {"kind": "epoch", "epoch": 1, "loss": None, "list": [1.0, None]}
+    assert run.rows()[1] == {**row, "train_loss": None, "list": [1.0, None]}
 
 
 def test_names_are_portable_and_stay_apart():

@@ -60,12 +60,13 @@ def test_plot_wants_a_picture_for_its_output(logs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "", "text", '{"kind": "run"}', "[1]", "\x00"])
-def test_plot_names_what_is_no_log(content, tmp_path):
+def test_plot_names_what_is_no_log(content, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(SystemExit, match="bad.jsonl"):
+    with pytest.raises(SystemExit, match="2"):
         plot.main([str(path), "-o", str(tmp_path / "x.png")])
+    assert "bad.jsonl" in capsys.readouterr().err
 
 
 def test_gpu_checks_that_run_anywhere_hold(tmp_path):
@@ -79,14 +80,15 @@ def test_gpu_checks_that_run_anywhere_hold(tmp_path):
     assert gpu_checks.not_finite_and_scale(args)["worst difference of a direction"] < 1e-6
 
 
-def test_gpu_checks_without_a_gpu_say_so(monkeypatch):
+def test_gpu_checks_without_a_gpu_say_so(monkeypatch, capsys):
     import torch
 
     from scripts import gpu_checks
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU"):
+    with pytest.raises(SystemExit, match="2"):
         gpu_checks.main([])
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_gpu_checks_tell_a_time_beside_its_target(monkeypatch):

@@ -23,6 +23,9 @@ for training at --image_size, in seconds of the process itself, whatever else th
 
 many, the epochs a second of 1 to 32 small runs at once.
 
+checkpoint, the share of an epoch's time that checkpoints take, as main.py writes them by default:
+copied, flushed to the disk of --out, read back. A few steps of ResNet-18 stand for an epoch.
+
 The peers take turns, so that a drift of the machine's speed meets all of them. Medians and their
 quartiles go to <out>/benchmark/<case>.json (<case>-cuda.json of a GPU), ratios (round by round,
 then their median) first, each when its case ends. `all` is one case after the other, and `draw`
@@ -37,12 +40,14 @@ from pathlib import Path
 
 import torch
 
+import main as program
 from architecture import NETWORKS
 from data import DataError, default_data_dir
 from display import table
+from flags import Parser, number
 from provenance import environment, processor
 from run import RunError
-from scripts.benchmark import draw, epoch, folders, many, step
+from scripts.benchmark import checkpoint, draw, epoch, folders, many, step
 from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
 
 CASES = {  # name -> module, rounds, rounds of --quick
@@ -50,11 +55,12 @@ CASES = {  # name -> module, rounds, rounds of --quick
     "epoch": (epoch, 7, 2),
     "data": (folders, 7, 2),
     "many": (many, 3, 1),
+    "checkpoint": (checkpoint, 10, 2),
 }
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,11 +70,11 @@ def parse(argv=None):
     add("--arch", default="fcn", choices=NETWORKS, help="of the epoch (default: fcn)")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
     add("--folder", type=Path, help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
-    add("--image_size", type=int, default=224)
-    add("--depth", type=int, default=10)
-    add("--width", type=int, default=256)
-    add("--batch_size", type=int, default=128)
-    add("--repeats", type=int, help="counted rounds (default: "
+    add("--image_size", type=number(int, 32, 8192), default=224)
+    add("--depth", type=number(int, 2, 10_000), default=10)
+    add("--width", type=number(int, 1, 1_000_000), default=256)
+    add("--batch_size", type=number(int, 1), default=128)
+    add("--repeats", type=number(int, 1), help="counted rounds (default: "
         + ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items()) + ")")
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
@@ -77,6 +83,7 @@ def parse(argv=None):
     add("--data_dir", default=default_data_dir())
     add("--out", help="(default: results; with --quick: reproduced)")
     args = parser.parse_args(argv)
+    program.parse(["--device", args.device])  # ends with a sentence where there is none
     args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 
@@ -137,7 +144,7 @@ def main(argv=None):
                 show(name, found, path)
             except (DataError, RunError, OSError, ImportError) as error:
                 note(f"error: {name}: {error}")
-                code = 1
+                code = max(code, 2 if isinstance(error, (DataError, RunError)) else 1)
         if args.case == "draw":
             for path in draw.write(Path(args.out, "benchmark")):
                 print(f"Drawn: {path}")

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from scripts.benchmark.checkpoint import PERCENT
 from scripts.benchmark.step import GROWING, NETS, YARDSTICK
 from scripts.drawing import (
     BLACK,
@@ -42,7 +43,8 @@ def file_name(case, device):
 
 def read(folder, device):
     """{case: what it found} of those that are there."""
-    paths = {case: Path(folder, file_name(case, device)) for case in ("step", "epoch", "many")}
+    cases = "step", "epoch", "many", "checkpoint"
+    paths = {case: Path(folder, file_name(case, device)) for case in cases}
     if device == "cpu":
         paths["data"] = Path(folder, file_name("data", device))
     return {case: json.loads(path.read_text(encoding="utf-8"))
@@ -194,6 +196,8 @@ def figures(found):
         count, times = max(many["ratios"].items(), key=lambda item: item[1])
         rows.append((f"epochs a second of small runs, {count}",
                      f"{times:.2f}"))  # fmt: skip
+    for run, percent in found.get("checkpoint", {}).get(PERCENT, {}).items():
+        rows.append((f"checkpoints, of the time of an epoch, {run}", f"{percent:.2f} %"))
     for net, told in found.get("step", {}).get("memory in bytes", {}).items():
         if net in SHOWN:
             agd, adamw = (told["scratch"][k] + told["kept"][k] for k in ("AGD", "AdamW, fused"))
