@@ -439,7 +439,7 @@ CASES = {
         ON, "another network or optimiser", recheckpointed(lambda x: x | {"missing": 1e400})
     ),
     "a checkpoint with a generator of another kind": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"generator": "x"})
+        ON, "another network or optimiser", recheckpointed(lambda x: x | {"generators": "x"})
     ),
     "a pipe for a checkpoint": Case(ON, "", replaced(checkpoint, os.mkfifo), code=0, marks=posix),
     "a folder for a checkpoint": Case(
