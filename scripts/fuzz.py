@@ -15,8 +15,8 @@ code: 0 without findings, 1 with some, 2 a wrong flag.
 """
 
 import argparse
-import contextlib
 import base64
+import contextlib
 import importlib.util
 import json
 import multiprocessing
