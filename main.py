@@ -153,8 +153,8 @@ def stream_of_its_own(world):
     return torch.cuda.stream(torch.cuda.Stream(world.device))
 
 
-def train(args, world, requests):
-    """Data, network, optimiser, epochs; returns the exit code."""
+def set_up(args, world):
+    """(data, network, optimiser, what is to be told of them) of a run."""
     if args.deterministic:
         set_deterministic()
     first = world.rank == 0  # the rank that prints and writes
@@ -206,7 +206,13 @@ def train(args, world, requests):
         display.table(("Layer", "Shape"), layers)
         print("{weights:,} weights in {layers} layers; {train_examples:,} training and "
               "{test_examples:,} test images\n".format(**facts))  # fmt: skip
+    return data, net, optimizer, facts
 
+
+def train(args, world, requests):
+    """Data, network, optimiser, epochs; returns the exit code."""
+    data, net, optimizer, facts = set_up(args, world)
+    first, graphs = world.rank == 0, facts["cuda_graph"]
     name, settings = name_and_settings(args)
     run = finished = begun = record = promised = None
     if first:
@@ -251,7 +257,7 @@ def train(args, world, requests):
             run.release()
             display.further(run, course.epoch + 1, args.epochs)
         return 0
-    set_capturable(optimizer, no_graph is None, world.device)
+    set_capturable(optimizer, graphs, world.device)
 
     model = world.wrap(net, args.sync_bn)
     profile = make_profile(args, name, world, len(data.train)) if first else None
@@ -263,7 +269,7 @@ def train(args, world, requests):
     )  # fmt: skip
     course.gradient.lowered = course.micro_bs != args.micro_bs
     replay = None
-    if no_graph is None:
+    if graphs:
         step = Step(model, course.loss_fn, optimizer, course.gradient, args.log_updates)
         eager = profile.last if profile else 0  # which are profiled as they are
         replay = Replay(step, data.train, args.cuda_graph == "on", after=eager)
