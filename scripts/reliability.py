@@ -46,9 +46,10 @@ def fuzz(told):
     """The table of the fuzzing."""
     rows = [(r["target"], r["engine"], f"{r['inputs']:,}", f"{r['refused']:,}",
              f"{r['accepted']:,}", len(r["findings"]), f"{r['seconds']:.0f}")
-            for r in told["results"]]  # fmt: skip
+            for r in told["rows"]]  # fmt: skip
     header = ("reader", "engine", "inputs", "refused", "accepted", "findings", "seconds")
-    return f"`{told['command']}`, {told['date'][:10]}:\n\n{table(header, rows)}"
+    versions = ", ".join(f"{name} {x}" for name, x in told["versions"].items())
+    return f"`{told['command']}`, with {versions}:\n\n{table(header, rows)}"
 
 
 def figures(folder=FOLDER):

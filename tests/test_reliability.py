@@ -29,5 +29,5 @@ def test_the_figures_are_those_of_the_runs():
     assert text.split(BEGIN)[1].split(END)[0].strip() == figures()
     told = [json.loads((FOLDER / f"{x}.json").read_text()) for x in ("kill", "term", "disk")]
     assert all(r["equal"] == r["rounds"] and not r["faults"] for x in told for r in x["reports"])
-    fuzz = json.loads((FOLDER / "fuzz.json").read_text())["results"]
+    fuzz = json.loads((FOLDER / "fuzz.json").read_text())["rows"]
     assert sum(r["inputs"] for r in fuzz) >= 100_000 and not any(r["findings"] for r in fuzz)
