@@ -176,6 +176,8 @@ class Course:
                 raise Ended("requeued")
             self.note(f"SLURM does not take the job back ({refusal}): going on")
             self.refused = True
+        elif decided == ANNOUNCED and self.run and self.failure is None:
+            self.note(f"Saved in epoch {self.epoch + 1}, after step {self.step}")
 
     def save(self, totals):
         """Write a checkpoint of this moment; `totals` are those of the epoch under way."""
@@ -208,7 +210,7 @@ class Course:
         self.saving += self.saved_at - began
         if failure is not None and self.failure is None:
             self.note(f"No checkpoint: {failure}. Going on; the last good one stays")
-            self.run.log({"kind": "unsaved", "epoch": self.epoch + 1, "reason": str(failure)})
+            self.run.log({"kind": "unsaved", "epoch": self.epoch + 1, "reason": failure})
         elif failure is None and self.failure is not None:
             self.note("Checkpoints are written again")
         self.failure = failure

@@ -98,7 +98,8 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=
     print()
     whole = f"{len(rows)} whole epochs" + ("" if not where else ", in step {} of {}".format(*where))
     if stopped == "interrupted":
-        print(f"Interrupted after {whole}; the same command goes on from the last checkpoint.")
+        then = "goes on from the last checkpoint" if run.saved else "starts again"
+        print(f"Interrupted after {whole};\nthe same command {then}.")
     elif stopped == "requeued":
         print(f"The job is back in the queue after {whole}, and goes on from there.")
     elif stopped is not None:
@@ -106,10 +107,10 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=
     else:
         now = f", {len(rows) - done} of them now," if done else ""
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")
-    if rows and stopped in (None, "interrupted"):
+    if rows and all(row["test_acc"] is not None for row in rows):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
         print(f"Train loss {figure(last['train_loss'], '.4f')}, "
-              f"train accuracy {last['train_acc']:.2%}, test accuracy {last['test_acc']:.2%} "
+              f"train accuracy {last['train_acc']:.2%}, test accuracy {last['test_acc']:.2%}\n"
               f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
     if skipped:
         print(f"{skipped} steps were skipped for a gradient that was not finite")
@@ -118,8 +119,12 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=
         print(f"{len(bad_images)} images could not be decoded and were left out: "
               f"{', '.join(bad_images[:5])}{more}")
     print(f"Log      {run.log_path}")
-    if run.checkpoint_path.exists():  # also where it is the only one that could be written
-        print(f"Weights  {run.checkpoint_path}")
+    if run.checkpoint_path.exists():
+        of = ""
+        if stopped is not None and run.saved:
+            of = f" of epoch {run.saved[0] + 1}, step {run.saved[1]}"
+            of = of if run.saved[1] else f" after epoch {run.saved[0]}"
+        print(f"Weights{of}  {run.checkpoint_path}")
     if run.record_path.exists():
         print(f"Record   {run.record_path}")
     if rows:

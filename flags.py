@@ -146,6 +146,8 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--precision", type=one_of(precisions), default="fp32", metavar="P",
         help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "
         "and optimiser stay float32) (default: fp32)")
+    add("--deterministic", action="store_true", help="the same bits each time on GPUs too "
+        "(slower; an operation that has no such form is named)")
     add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
     modes = {"type": one_of(MODES), "default": "auto", "metavar": "MODE"}
     add("--cuda_graph", **modes, help="a step as one CUDA graph: auto (where it is possible: one "
@@ -153,18 +155,19 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--channels_last", **modes, help="layout of convolutions' weights: auto (on GPUs unless "
         "fp32, whose kernels are slower so), on, off (default: auto)")
-    add("--deterministic", action="store_true", help="the same bits each time, on GPUs too, or an "
-        "error that names what cannot be had so; slower there")
     add("--profile", action="store_true", help="a table and traces of where the time goes")
     add = p.add_argument_group("where").add_argument
     add("--data_dir", default=data_dir,
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
     add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
-    add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="a checkpoint "
-        "every so many steps (500) or so often (90s, 10m, 2h), beside one an epoch (default: 10m)")
-    add("--fresh", action="store_true", help="forget an earlier run of the same name")
+    add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="time or "
+        "steps between two checkpoints (90s, 10m, 2h; 500), in addition to one after every epoch "
+        "(default: 10m)")
+    add("--fresh", action="store_true", help="start over: delete the log and the "
+        "checkpoints of an earlier run of the same name")
     add("--replay", metavar="FILE", help="repeat the run of a record, <out>/logs/NAME.run.json, "
-        "and compare the bits; beside it --out (default: replayed), --data_dir and --device")
+        "and compare the bits; only --out (default: replayed), --data_dir and --device may be "
+        "given with it")
     add("--device", help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -211,7 +214,7 @@ def replayed(p, args, argv):
         p.error(str(error))
     odd = [key for key in record["flags"] if key not in vars(args)]
     if odd:
-        p.error(f"{args.replay} has --{shown(odd[0])}, which there is no more; its commit has it: "
+        p.error(f"{args.replay} has --{shown(odd[0])}, which no longer exists; its commit has it: "
                 f"{shown(record['code']['commit'])}")  # fmt: skip
     if not record["results"]:
         p.error(f"{args.replay} is of a run that has not come to its end: there is no result")

@@ -53,7 +53,7 @@ class Requests:
         if not first or not self.listening:
             raise KeyboardInterrupt
         if number == signal.SIGINT and sys.stderr.isatty():
-            os.write(2, b"\nStopping after this step; Ctrl-C again: at once\n")
+            os.write(2, b"\nStopping after this step; Ctrl-C again, a second later: at once\n")
         self.stopping = True
 
 

@@ -221,7 +221,9 @@ def train(args, world, requests):
         record = Record(run.record_path, args, command, run.settings, data, facts, world)
         if args.replay is not None:
             promised = record.promised(args.replay, display.table)
-        if args.fresh and not restarted():
+        # A replay that was broken goes on; one that came to its end is made again.
+        over = args.fresh if args.replay is None else run.finished(args.epochs) is not None
+        if over and not restarted():
             run.lock_or_fail()
             run.discard()
         finished = run.finished(args.epochs)
@@ -251,7 +253,11 @@ def train(args, world, requests):
         course.restore(checkpoint)
         step = f", step {course.step} of {len(data.train)}" if course.step else ""
         if first:
-            progress.note(f"Going on after epoch {done}{step}, of {run.log_path}\n")
+            progress.note(f"Going on after epoch {done}{step}, of {run.log_path}")
+            if run.changed:
+                odd = ", ".join(key.replace("_", " ") for key in run.changed)
+                progress.note(f"Note: not as it began ({odd}): the last digits may differ")
+            progress.note("")
     if course.epoch >= args.epochs and course.step:
         if first:
             run.release()
@@ -297,7 +303,10 @@ def train(args, world, requests):
         for part in data[:2]:
             part.close()
     if stopped is None and course.failure is not None:
-        stopped, final = f"the last checkpoint could not be written: {course.failure}", False
+        stopped, final = (
+            f"all {args.epochs} epochs are done, but not saved: {course.failure}. Once it can be "
+            "written, the same command goes on from the last checkpoint"
+        ), False
     code = exit_code(stopped) if code is None else code
     if first:
         bad = bad_images(data) if bad is None else bad
@@ -341,7 +350,7 @@ def compared(promised, result, path):
     code."""
     other = deviation(promised, result)
     if other is not None:
-        print(f"error: {other}, {path}", file=sys.stderr)
+        print(f"error: the replay has {other}: {path}", file=sys.stderr)
         return 1
     print(f"The same bits as those of {path}, in the weights and in all rows of the log")
     return 0

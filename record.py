@@ -136,7 +136,7 @@ class Record:
             return then["results"][-1]
         table(("Input", "Then", "Now"), [tuple(map(shown, row)) for row in found])
         anyway = shlex.join([*self.content["command"], f"--out={self.path.parent.parent}"])
-        print(*advice, f"It runs anyway as: {anyway}", sep="\n")
+        print(*advice, f"To run it all the same: {anyway}", sep="\n")
         names = ", ".join(shown(key) for key, *_ in found)
         raise RecordError(f"other inputs than those of {path} ({names}): the bits may differ")
 
@@ -251,7 +251,7 @@ def hindrances(then, now):
             advice.append(f"To have its code: git checkout {shown(commit)}{diff}.")
     for again in then["resumed"]:
         changed = ", ".join(map(shown, again["changed"] or ["not known"]))
-        found.append((f"epochs to {again['after_epoch']}", f"others ({changed})", "these"))
+        found.append((f"up to epoch {again['after_epoch']}", f"others ({changed})", "these"))
     return found, advice
 
 

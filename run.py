@@ -108,6 +108,7 @@ class Run:
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         self.checkpoints = Checkpoints(self.checkpoint_path)
         self.file, self.length, self.pending = None, 0, b""
+        self.saved, self.changed = None, {}  # the place of the newest checkpoint; see `start`
         for path in (self.log_path, self.checkpoint_path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,8 @@ class Run:
 
     def start(self, first_row):
         """Open the log, cut to the last checkpoint; returns (that checkpoint, or None at the start;
-        what is to be said of one that is damaged, or None).
+        what is to be said of one that is damaged, or None). `changed` maps what the run had in its
+        beginning and has otherwise now to that.
 
         A checkpoint is a dict, see `save`, with its tensors on the CPU.
         """
@@ -170,7 +172,8 @@ class Run:
                 "from; --fresh starts over, another --out keeps it"
             )
         if checkpoint:
-            first_row = _resumed(rows[0], first_row, checkpoint) if rows else first_row
+            self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
+            first_row, self.changed = _resumed(rows[0], first_row, checkpoint)
         rows = [r for r in rows if r["kind"] in ("epoch", "step") and r["epoch"] <= done]
         # The cut log replaces the old one at once, or not at all.
         partial = self.log_path.with_suffix(".partial")
@@ -249,7 +252,7 @@ class Run:
             )
 
     def log(self, *rows):
-        """Append rows; returns the OSError for which they wait in memory, or None."""
+        """Append rows; returns why they wait in memory, or None."""
         self.pending += "".join(_line(row) for row in rows).encode()
         try:
             # What is left of an attempt that failed goes first.
@@ -259,14 +262,14 @@ class Run:
                 rest = rest[self.file.write(rest) :]
             os.fsync(self.file.fileno())
         except OSError as error:
-            return error
+            return f"{self.log_path} cannot be written: {error.strerror or error}"
         self.length += len(self.pending)
         self.pending = b""
         return None
 
     def save(self, checkpoint):
-        """Write a checkpoint, a dict of what `checkpoint.plain` takes; returns the OSError for
-        which it could not be, and then the last ones are there still, or None.
+        """Write a checkpoint, a dict of what `checkpoint.plain` takes; returns why it could not be,
+        and then the last ones are there still, or None.
 
         It has "epoch", the number of whole epochs, "net" and "optimizer", the state dicts, and
         what Course adds. Raises RunError where a value in it is of another type.
@@ -279,7 +282,8 @@ class Run:
                 self.plain({**checkpoint, "settings": json.dumps(self.settings)})
             )
         except OSError as error:
-            return error
+            return f"{self.checkpoint_path} cannot be written: {error.strerror or error}"
+        self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
         return None
 
     @staticmethod
@@ -312,8 +316,8 @@ def run_name(*parts):
 
 
 def _resumed(then, now, checkpoint):
-    """The first row of a run that goes on from a checkpoint: as it was, with the flags of now, and
-    with the environment where that is another."""
+    """(The first row of a run that goes on from a checkpoint: as it was, with the flags of now, and
+    with the environment where that is another; what is another)."""
     keys = ["python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks"]
     keys += ["compile", "channels_last", "cuda_graph", "deterministic"]
     changed = {key: now.get(key) for key in keys if now.get(key) != then.get(key)}
@@ -328,7 +332,7 @@ def _resumed(then, now, checkpoint):
             where["step"] = checkpoint["step"]
         resumed = {**where, "date": now.get("date"), **changed}
         row["resumed"] = [*then.get("resumed", []), resumed]
-    return row
+    return row, changed
 
 
 def _line(row):

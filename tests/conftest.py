@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT.parent / "shared" / "data"  # real images, where a checkout has them beside it
@@ -24,6 +25,15 @@ def samples(tmp_path_factory):
         return out
 
     return lay_out
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads():
+    """Torch's number of threads is this process's, and changes the last digits."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

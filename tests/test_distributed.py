@@ -243,7 +243,8 @@ def test_a_bad_image_on_one_rank_is_shown_once(tmp_path):
         2, *FOLDER, "--dataset", f"folder:{tmp_path / 'set'}", "--out", tmp_path
     )
     said = [p.communicate(timeout=100) for p in processes]
-    assert [p.returncode for p in processes] == [1, 1]
+    # The rank that came upon it says 2, for bad input.
+    assert sorted(p.returncode for p in processes) == [1, 2]
     everything = "".join(part for pair in said for part in pair)
     assert everything.count("3.png cannot be decoded") == 1, everything
     assert "Traceback" not in everything

@@ -159,8 +159,8 @@ def test_a_full_disk_is_said_and_the_run_goes_on_now_and_later(
     monkeypatch.setattr(Checkpoints, "write", full)
     assert call(*QUICK, "--out", tmp_path) == 1
     said = capsys.readouterr().out
-    assert said.count("No checkpoint: No space left on device. Going on") == 1
-    assert "epoch 4/4" in said and "Stopped: the last checkpoint could not be written" in said
+    assert said.count(f"No checkpoint: {last} cannot be written: No space left on") == 1
+    assert "epoch 4/4" in said and "Stopped: all 4 epochs are done, but not saved: " in said
     assert "No space left" in rows(tmp_path)[-1]["stopped"] and not rows(tmp_path)[-1]["final"]
     assert last.exists() == (full_from > 1)
     monkeypatch.undo()

@@ -193,7 +193,7 @@ def test_what_is_in_the_way_comes_with_advice():
     assert "no checkout of git" in record.hindrances(bare, now)[1][0]
     parts = changed(resumed=[{"after_epoch": 1, "changed": {"torch": ["2.6", "2.9.0"]}}])
     found, advice = record.hindrances(parts, changed())
-    assert found == [("epochs to 1", "others (torch)", "these")] and not advice
+    assert found == [("up to epoch 1", "others (torch)", "these")] and not advice
 
 
 def tree(root, files):
@@ -383,7 +383,7 @@ def test_what_cannot_be_replayed_is_said_at_once(tmp_path):
     assert refusal(path, "--epochs", 200).endswith("leave out --epochs")  # the default, but given
     assert "there is no such file" in refusal(tmp_path / "b.run.json")
     path.write_text(json.dumps(changed(flags={"tempo": 3})))
-    assert refusal(path).endswith(f"{path} has --tempo, which there is no more; its commit has it: "
+    assert refusal(path).endswith(f"{path} has --tempo, which no longer exists; its commit has it: "
                                   "abc")  # fmt: skip
     path.write_text(json.dumps(changed(results=[])))
     assert "has not come to its end" in refusal(path)
@@ -464,7 +464,7 @@ def test_other_data_is_named_and_nothing_is_run(finished, tmp_path, capsys):
     table = [line.split()[0] for line in said.out.split("Input ")[1].splitlines()[2:3]]
     assert table == ["data"]
     assert f"error: other inputs than those of {path} (data): the bits may differ" in said.err
-    anyway = said.out.split("It runs anyway as: ")[1].splitlines()[0]
+    anyway = said.out.split("To run it all the same: ")[1].splitlines()[0]
     assert not list(tmp_path.glob("out/logs/*"))
     words = shlex.split(anyway)
     assert words[:2] == ["python", "main.py"] and call(*words[2:]) == 0

@@ -455,13 +455,15 @@ def test_what_is_damaged_fails_alone_and_fresh_starts_it_over(damage, small, tmp
     assert call(*flags, "--epochs", 2) == 0
     name = log_name(small_table("")[0].flags)
     checkpoint = tmp_path / "quick" / "checkpoints" / f"{name}.pt"
-    if damage == "no checkpoint":
-        checkpoint.unlink()
-    elif damage == "checkpoint":
-        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    else:
+    if damage == "log":
         (tmp_path / "quick" / "logs" / f"{name}.jsonl").write_text("no log\n")
-    assert call(*flags) == 1
+    else:  # and the one before
+        for path in (checkpoint, checkpoint.with_name(f"{name}.pt.previous")):
+            if damage == "no checkpoint":
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[:1000])
+    assert call(*flags) == (2 if damage == "log" else 1)
     said = capsys.readouterr().err
     assert "--fresh starts over" in said and "Traceback" not in said
     assert sum(rows[-1]["epochs"] == 3 for n, rows in logs_but(tmp_path, name)) == 3
@@ -479,7 +481,7 @@ def test_two_commands_do_not_make_the_same_run(tmp_path):
     first = worker(tmp_path, "--epochs", 100000)
     wait_for(lambda: any(map(results.epochs_done, tmp_path.glob("logs/*.jsonl"))))
     second = worker(tmp_path, "--epochs", 100000)
-    assert second.wait(60) == 1
+    assert second.wait(60) == 2
     assert "another process is making" in second.stderr.read()
     first.stdin.write("s")
     first.stdin.flush()
@@ -539,4 +541,4 @@ def test_a_log_of_another_run_is_not_taken_for_this_one(small, tmp_path):
     first = json.loads(lines[0])
     first["settings"]["width"] = 999
     path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-    assert call("fig5", "--out", tmp_path, "--draw") == 1
+    assert call("fig5", "--out", tmp_path, "--draw") == 2
