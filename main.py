@@ -41,7 +41,7 @@ from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturabl
 from provenance import environment
 from record import Record, deviation
 from replay import RecordingError, Replay
-from run import Run, RunError
+from run import Run, RunError, as_logged
 from train import LOSSES, Step
 
 BAD = 2  # the exit code for what nothing can be done with, as that for flags
@@ -316,14 +316,16 @@ def train(args, world, requests):
         readable = args.optimizer == "agd" and (world.size == 1 or not failed)
         skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row.get("seconds") or 0 for row in rows)
-        failure = run.log(
+        end = as_logged(
             {"kind": "end", "epochs": len(rows), **last, "stopped": stopped, "final": final,
              "skipped_steps": skipped, "bad_images": len(bad), "seconds": seconds,
              "saving_seconds": course.saving, **own},
         )  # fmt: skip
         result = None
-        if final and failure is None and not own:  # whole epochs
-            result = record.end(net.state_dict(), run.rows())
+        if final and not own and not run.pending:  # of whole epochs, all of them in the log
+            # First: a run whose end is not logged comes by here again.
+            result = record.end(net.state_dict(), [*run.rows(), end])
+        failure = run.log(end)
         run.release()
         where = course.step and (course.step, len(data.train))
         if code == BAD:

@@ -335,6 +335,11 @@ def _resumed(then, now, checkpoint):
     return row, changed
 
 
+def as_logged(row):
+    """A row as it is read from the log."""
+    return json.loads(_line(row))
+
+
 def _line(row):
     return json.dumps(_finite(row), allow_nan=False) + "\n"
 
