@@ -1,7 +1,7 @@
 """The figures of docs/reliability.md, from what was run:
 
     python -m scripts.crashtest --out results/reliability/kill.json          and with other flags
-    python -m scripts.fuzz --out results/reliability/fuzz.json
+    python -m scripts.fuzz --out results/reliability/fuzz.json               and atheris.json
     python -m scripts.reliability                                            writes the page
 """
 
@@ -58,7 +58,7 @@ def figures(folder=FOLDER):
         return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
     parts = ["### The crash test", *(crash(read(name)) for name in ("kill", "term", "disk")),
-             "### The fuzzing", fuzz(read("fuzz"))]  # fmt: skip
+             "### The fuzzing", fuzz(read("fuzz")), fuzz(read("atheris"))]  # fmt: skip
     return "\n\n".join(parts)
 
 
