@@ -15,7 +15,7 @@ import main as program
 from agd import init_weights
 from architecture import build
 from checkpoint import unpack
-from course import culprit
+from finite import culprit
 from interrupt import ANNOUNCED, NOTHING, SAVE, STOP, Requests
 from tests.conftest import ROOT
 from tests.test_main import QUICK, comparable, rows, weights
