@@ -250,7 +250,12 @@ def train(args, world, requests):
     if warning:
         progress.note(f"Warning: {warning}")
     if checkpoint is not None:
-        course.restore(checkpoint)
+        try:
+            course.restore(checkpoint)
+        except RunError:
+            if first:
+                run.release()
+            raise
         step = f", step {course.step} of {len(data.train)}" if course.step else ""
         if first:
             progress.note(f"Going on after epoch {done}{step}, of {run.log_path}")

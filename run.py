@@ -151,12 +151,19 @@ class Run:
     def start(self, first_row):
         """Open the log, cut to the last checkpoint; returns (that checkpoint, or None at the start;
         what is to be said of one that is damaged, or None). `changed` maps what the run had in its
-        beginning and has otherwise now to that.
+        beginning and has otherwise now to that. Where it raises, nothing stays locked.
 
         A checkpoint is a dict, see `save`, with its tensors on the CPU.
         """
         self.lock_or_fail()
-        rows, first_row = self.rows(), {**first_row, "settings": self.settings}
+        try:
+            return self._start({**first_row, "settings": self.settings})
+        except BaseException:
+            self.release()
+            raise
+
+    def _start(self, first_row):
+        rows = self.rows()
         checkpoint, warning = self._checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
@@ -238,6 +245,7 @@ class Run:
         """Let other processes go on with this run."""
         if self.lock is not None:
             self.lock.close()
+            self.lock = None
 
     @staticmethod
     def compare(settings, then, path):
