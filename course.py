@@ -45,11 +45,11 @@ class Course:
 
     Args:
         run: the Run, of the first rank; None for the others, who take part in every call.
-        micro_bs: what the command asks for; `micro_bs` is what memory has been found to allow.
-        draws: whether the optimiser may draw random numbers, of torch's own generator.
         requests: the interrupt.Requests of this process.
         every: ("steps", n) or ("seconds", s) between two checkpoints, beside one an epoch.
         note: a function that shows a line of text.
+        micro_bs: what the command asks for; the attribute is what memory has been found to allow.
+        draws: whether the optimiser may draw random numbers, of torch's own generator.
     """
 
     def __init__(

@@ -235,6 +235,7 @@ class Run:
             LOCKS.add(self.lock)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()  # what is not locked is not taken for it later
             raise RunError(
                 f"another process is making {self.log_path}; wait for it, or choose another --out"
             ) from None

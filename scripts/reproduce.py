@@ -1,6 +1,6 @@
 """Run what a figure of the paper needs, and draw it: `python -m scripts.reproduce fig5`.
 
-Runs that are finished are skipped, runs that were cut go on after their last whole epoch: the same
+Runs that are finished are skipped, runs that were cut go on from their last checkpoint: the same
 command, again and again, ends with the figure. `all` is every figure; what the data at hand does
 not allow is named and left out. The result lies under --out:
 
