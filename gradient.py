@@ -183,7 +183,10 @@ def free_memory():
 
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
+)  # fmt: skip
 
 
 def is_out_of_memory(error):

@@ -18,11 +18,16 @@ ONE = 1.0  # seconds within which two signals are one, that a launcher has passe
 
 class Requests:
     """What a run has been asked for. Until it is `listening`, a signal of ENDING raises
-    KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it."""
+    KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it.
 
-    def __init__(self):
+    `shared`: whether other runs share the process. A run that cannot record a CUDA graph ends
+    there, and says why in `unrecorded`.
+    """
+
+    def __init__(self, shared=False):
         self.stopping = self.announced = self.listening = False
-        self.since = None
+        self.since = self.unrecorded = None
+        self.shared = shared
 
     def install(self, ending=True):
         """Take this process's signals; in its main thread. Without `ending`, those alone that

@@ -13,7 +13,8 @@ if __name__ == "__main__":
 
 import os
 import time
-from contextlib import nullcontext
+from collections import deque
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 
 import torch
@@ -48,6 +49,7 @@ BAD = 2  # the exit code for what nothing can be done with, as that for flags
 BAD_INPUT = (DataError, RunError, distributed.LaunchError)
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError, NotDeterministic)
+STREAMS = {}  # by device: those in which no run of this process works
 
 
 def command_line():
@@ -145,12 +147,25 @@ def say(reason, trace=None):
     return exit_code(reason)
 
 
+@contextmanager
 def stream_of_its_own(world):
     """A context in which a single process works on a GPU in a stream of its own: where a graph can
     be recorded, and where other threads of the process do not wait."""
     if world.device.type != "cuda" or world.size > 1:
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(world.device))
+        yield
+        return
+    # CUDA has 32 and hands them out in turn, whoever still works in one: what a run gives back is
+    # the next one's, so that 32 runs at once never share one.
+    free = STREAMS.setdefault(world.device, deque())
+    try:
+        stream = free.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(world.device)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        free.append(stream)
 
 
 def set_up(args, world):
@@ -283,7 +298,8 @@ def train(args, world, requests):
     if graphs:
         step = Step(model, course.loss_fn, optimizer, course.gradient, args.log_updates)
         eager = profile.last if profile else 0  # which are profiled as they are
-        replay = Replay(step, data.train, args.cuda_graph == "on", after=eager)
+        required = args.cuda_graph == "on" or requests.shared
+        replay = Replay(step, data.train, required, after=eager)
     if profile and replay:
         progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
     stopped, final, own, began = None, True, {}, time.perf_counter()
@@ -305,6 +321,9 @@ def train(args, world, requests):
             print(trace, end="", file=sys.stderr)
     finally:
         progress.close()
+        if replay is not None:
+            requests.unrecorded = replay.failure
+            replay.close()
         for part in data[:2]:
             part.close()
     if stopped is None and course.failure is not None:

@@ -4,6 +4,7 @@ A step of a small network is a hundred kernels of a few microseconds, and launch
 takes longer than they do. A graph holds them all, from the batch to the sums of its losses.
 """
 
+import functools
 from collections import Counter
 from contextlib import suppress
 
@@ -71,6 +72,11 @@ class Replay:
                 on_step(self.step.optimizer.eta if self.step.agd else None, self._totals)
         return self._totals()
 
+    def close(self):
+        """Drop the graphs, while no other thread records one: torch keeps a list of them all."""
+        with RECORDING:
+            self.graphs.clear()
+
     def _ready(self, size):
         if size in self.graphs or self.failure or self.step.gradient.micro_bs is not None:
             return False
@@ -86,7 +92,7 @@ class Replay:
                     f"the step cannot be a CUDA graph here ({self.failure}); start again with "
                     "--cuda_graph auto"
                 ) from error
-            self.graphs.clear()
+            self.close()
             self.step.optimizer.zero_grad()  # which would be of the recording
 
     def _take(self, size, step):
@@ -145,6 +151,13 @@ def cuda_recorder():
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return graph.replay
+        return functools.partial(replayed, graph)
 
     return record
+
+
+def replayed(graph):
+    """Replay a graph while no other thread records one: torch before 2.12 counts a replay's random
+    numbers, of which there are none, in the generator that a recording has taken for itself."""
+    with RECORDING:
+        graph.replay()

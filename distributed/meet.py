@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from distributed.launch import LaunchError
 
+WAIT = 60  # seconds for a value of another rank: those before this one may still start CUDA
 UNKNOWN = 20  # seconds after which a name that no server knows is taken for wrong
 
 
@@ -68,7 +69,7 @@ def _serve(launch):
             f"{taken.strerror}; export MASTER_ADDR and MASTER_PORT"
         )
     store = dist.TCPStore(
-        launch.address, 0, launch.size, True, timedelta(seconds=15), wait_for_workers=False
+        launch.address, 0, launch.size, True, timedelta(seconds=WAIT), wait_for_workers=False
     )
     answer = f"{_mark(launch)} {store.port}\n".encode()
     threading.Thread(target=_answer, args=(lobby, answer), name="lobby", daemon=True).start()
@@ -97,7 +98,7 @@ def _find(launch, end):
                     mark, _, store = asked.makefile().readline(200).partition(" ")
                 if mark == _mark(launch):
                     return dist.TCPStore(
-                        launch.address, int(store), launch.size, False, timedelta(seconds=15),
+                        launch.address, int(store), launch.size, False, timedelta(seconds=WAIT),
                         wait_for_workers=False,
                     )  # fmt: skip
             except (OSError, ValueError) as error:

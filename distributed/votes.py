@@ -24,7 +24,7 @@ class Later:
             else:
                 with torch.inference_mode(False):  # an evaluation's is used in training again
                     host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # a wait that leaves the core to others
             host.copy_(tensor, non_blocking=True)
             event.record()
             self.waiting.append((host, event))

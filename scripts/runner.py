@@ -18,8 +18,10 @@ from data import DataError
 from data.imagenet import find
 from run import RunError, read_rows
 from scripts.results import epochs_done, log_name
+from scripts.worker import UNRECORDED
 
 GRACE = 30  # seconds that a run gets to stop
+STREAMS = 32  # that CUDA has for a process: the most runs that can share one
 
 
 class Task(NamedTuple):
@@ -150,6 +152,8 @@ class Host:
 
     def __init__(self, environment, output):
         self.codes, self.number, self.stopping = {}, 0, False
+        # A hardware queue for each stream: the default of 8 has streams wait for one another.
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": str(STREAMS), **environment}
         with open(output, "a", encoding="utf-8") as file:
             self.process = worker([], environment, subprocess.PIPE, file)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -228,14 +232,16 @@ class Runner:
     """Runs tasks, `jobs` at a time, each in a process of its own or, `together`, in one.
 
     `place` are the flags of main.py that say where things lie, `deadline` is a time.monotonic() or
-    None. What failed is in `failed`, name -> reason.
+    None. What failed is in `failed`, name -> reason. Where a run that shares a process cannot
+    record a CUDA graph, all of that process start again without graphs.
     """
 
     def __init__(self, results, jobs, place, deadline, title, together=False):
-        self.results, self.jobs, self.place, self.deadline = results, jobs, place, deadline
+        self.jobs = min(jobs, STREAMS) if together else jobs
+        self.results, self.place, self.deadline = results, place, deadline
         self.title, self.running, self.ended, self.failed = title, {}, set(), {}
         self.terminal, self.began = sys.stdout.isatty(), time.monotonic()
-        self.together, self.host = together, None
+        self.together, self.host, self.again = together, None, set()
 
     def run(self, todo):
         """True if every task came to its end, False when the time was up."""
@@ -253,7 +259,12 @@ class Runner:
                     self._start(waiting.pop(0))
                 time.sleep(0.2)
                 for run, task in list(self.running.items()):
-                    if run.poll() is not None:
+                    code = run.poll()
+                    if code == UNRECORDED:
+                        del self.running[run]
+                        waiting.insert(0, task)
+                        self.again.add(task)
+                    elif code is not None:
                         self._ended(run, task)
                 bar.n = bar.total - self._left()
                 bar.set_description_str(
@@ -286,7 +297,8 @@ class Runner:
         output = self._output(task)
         output.parent.mkdir(parents=True, exist_ok=True)
         words = [*task.flags, "--epochs", str(task.epochs), "--out", str(self.results.folder)]
-        words += self.place
+        words += [x for x in self.place if x != "--fresh" or task not in self.again]
+        words += ["--cuda_graph", "off"] if self.again else []
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs)), **os.environ}
         if not self.together:
             run = Process(words, output, environment)

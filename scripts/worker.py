@@ -8,6 +8,7 @@ The standard input is a pipe that nobody else holds; its end means that the othe
 however it went. For one run, a byte asks it to stop after this step, as Ctrl-C would. For several,
 a line of JSON starts a run, {"run": number, "flags": [...], "output": file}, or stops them all,
 {"stop": true}; the standard output has {"run": number, "code": exit code} of each that has ended.
+When one of several cannot record a CUDA graph, the process ends with UNRECORDED.
 """
 
 import _thread
@@ -20,6 +21,8 @@ import threading
 import traceback
 
 from interrupt import ANNOUNCING, Requests
+
+UNRECORDED = 3  # torch before 2.12 replays no other graph after a recording that failed
 
 
 def watch():
@@ -73,6 +76,8 @@ def several():
                     code = 130
                 except Exception:
                     traceback.print_exc()
+            if requests[order["run"]].unrecorded:
+                os._exit(UNRECORDED)
         finally:
             try:
                 ended(order["run"], code)
@@ -107,7 +112,7 @@ def several():
         # A daemon: it ends with the process.
         thread = threading.Thread(target=run, args=(order,), daemon=True)
         with lock:
-            alive[order["run"]], requests[order["run"]] = thread, Requests()
+            alive[order["run"]], requests[order["run"]] = thread, Requests(shared=True)
             unfinished.add(order["run"])
             thread.start()
     os._exit(1 if unfinished else 0)

@@ -349,6 +349,17 @@ def test_kernels_that_do_not_agree_are_not_taken(on_a_gpu, monkeypatch):
         AGD([w]).step()
 
 
+def test_kernels_that_are_forbidden_are_not_taken(on_a_gpu, monkeypatch):
+    monkeypatch.setenv("AGD_NO_COMPILER", "1")
+    w = torch.nn.Parameter(torch.randn(5, 4))
+    w.grad = torch.randn(5, 4)
+    optimizer = AGD([w])
+    optimizer.step()
+    assert optimizer._plan is None and optimizer.eta > 0
+    with pytest.raises(ValueError, match="no fused step for a tensor of shape"):
+        AGD([w], fused=True)
+
+
 def test_a_gain_that_was_on_the_device_and_then_is_0(monkeypatch):
     monkeypatch.setattr(agd_cuda, "HOST", ())
     w = torch.randn(5, 4)

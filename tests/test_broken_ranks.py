@@ -155,6 +155,9 @@ def test_what_an_evaluation_has_read_training_reads_again(monkeypatch):
     """A GPU's votes, with stand-ins for what only a GPU has."""
 
     class Event:
+        def __init__(self, blocking):
+            assert blocking  # a wait that spins would take the core of another run
+
         def record(self):
             pass
 

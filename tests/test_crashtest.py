@@ -126,6 +126,16 @@ def test_what_is_not_restored_is_found(fault, found, lab, tmp_path):
     assert any(found in fault for fault in report.faults), report.faults
 
 
+@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda", "3"), ("cuda:0", "3")])
+def test_a_run_on_a_gpu_sees_it(device, visible, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    program = tmp_path / "program.py"
+    program.write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    case = Case("digits", DIGITS, 6, 12)
+    lab = Lab(case, tmp_path / "lab", program=str(program), device=device)
+    assert lab.child().end(60).stdout == f"{visible}\n"
+
+
 def remains(folder, weight=0.0, rows=(), more=(), dtype=torch.float32):
     """Remains made by hand."""
     for name in ("logs", "checkpoints"):

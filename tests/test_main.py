@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import distributed
 import main as program
 from architecture.fcn import FCN
 from tests.conftest import ROOT
@@ -661,3 +663,31 @@ def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
     optimizer.step()
     assert optimizer.state[weight]["step"] == 2
     program.set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing
+
+
+def test_runs_at_once_have_streams_of_their_own_that_later_ones_take_over(monkeypatch):
+    """With stand-ins for CUDA's streams, of which there are 32: the 33rd run takes a free one."""
+    made, now = [], []
+
+    def stream(device):
+        made.append(object())
+        return made[-1]
+
+    @contextmanager
+    def inside(stream):
+        now.append(stream)
+        try:
+            yield
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(program, "STREAMS", {})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    world = distributed.World(torch.device("cuda", 0))
+    for _ in range(40):
+        with program.stream_of_its_own(world), program.stream_of_its_own(world):
+            assert len(set(now)) == 2
+    with pytest.raises(KeyError), program.stream_of_its_own(world):
+        raise KeyError
+    assert len(made) == 2 and not now

@@ -1,4 +1,6 @@
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import load
-from replay import RecordingError, Replay
+from replay import RecordingError, Replay, cuda_recorder
 from tests.test_agd import Reads
 from train import Gradient, Step, evaluate, mse, train_epoch
 
@@ -176,6 +178,56 @@ def test_replays_read_nothing_back():
         with Reads() as reads:
             replay.epoch()
     assert reads.count == 0 and reads.kernels > 300
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stand-ins for torch's graphs: what they did, with the number of the thread, in order."""
+    done = []
+
+    class Graph:
+        def capture_begin(self, **options):
+            done.append("begin")
+
+        def capture_end(self):
+            done.append("end")
+
+        def replay(self):
+            done.append("replay")
+
+        def __del__(self):
+            done.append("gone")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return done
+
+
+def test_no_graph_is_replayed_or_dropped_while_another_thread_records_one(graphs):
+    data, net, optimizer = start()
+    replay = Replay(Step(net, mse, optimizer), data.train, record=cuda_recorder())
+    replay.graphs = {i: replay.record(lambda: None) for i in range(2)}
+    graphs.clear()
+    inside, finish = threading.Event(), threading.Event()
+
+    def work():
+        inside.set()
+        finish.wait(30)
+
+    recording = threading.Thread(target=cuda_recorder(), args=(work,))
+    recording.start()
+    inside.wait(30)
+    others = [threading.Thread(target=x) for x in (replay.graphs[0], replay.close)]
+    for thread in others:
+        thread.start()
+    time.sleep(0.2)
+    assert graphs == ["begin"]
+    finish.set()
+    for thread in (recording, *others):
+        thread.join(30)
+    del others
+    assert graphs[:2] == ["begin", "end"] and "replay" in graphs and not replay.graphs
 
 
 def test_a_graph_writes_to_the_same_places_whatever_the_epoch():

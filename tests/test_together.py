@@ -51,6 +51,45 @@ def test_runs_that_share_a_process_come_out_as_alone(one_thread, monkeypatch, tm
     assert all(torch.equal(a[k], b[k]) for a, b in zip(mine, theirs, strict=True) for k in a)
 
 
+UNRECORDABLE = """
+import sys
+sys.path.insert(0, {root!r})
+import flags, replay
+from importlib.util import module_from_spec, spec_from_file_location
+
+def record(work):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+replay.cuda_recorder = lambda: record
+flags.no_graph = lambda args: None if args.lr is None else "a rate"
+spec = spec_from_file_location("program", {root!r} + "/main.py")
+program = module_from_spec(spec)
+spec.loader.exec_module(program)
+main = program.main
+"""
+
+
+def test_runs_whose_process_cannot_record_a_graph_start_again_without(
+    one_thread, monkeypatch, tmp_path, capsys
+):
+    """With torch before 2.12 no other run of the process could replay its graphs."""
+    (tmp_path / "main.py").write_text(UNRECORDABLE.format(root=str(ROOT)))
+    monkeypatch.setattr(results, "experiments", small_table)
+    found = []
+    for out, where in (("broken", tmp_path), ("whole", ROOT)):
+        monkeypatch.chdir(where)  # whose main.py the process takes
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        how = ["--jobs", "4", "--together", "on", "--device", "cpu", "--fresh"]
+        assert call("fig5", "--out", tmp_path / out, *how) == 0, capsys.readouterr()
+        found.append(logs(tmp_path / out))
+    broken, whole = found
+    first = broken["fcn3x16-digits-mse-bs128-agd-seed0-updates"][0]
+    assert first["no_cuda_graph"] == "--cuda_graph off"
+    assert broken.keys() == whole.keys() and len(whole) == 4
+    for name, rows in broken.items():
+        assert lasting(rows)[1:] == lasting(whole[name])[1:]
+
+
 def test_what_they_print_stays_apart(one_thread, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "experiments", small_table)
     how = ["--jobs", "4", "--together", "on", "--device", "cpu"]

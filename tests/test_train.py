@@ -7,7 +7,7 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import load
-from gradient import OutOfMemory
+from gradient import OutOfMemory, is_out_of_memory
 from tests.reference import Averaging
 from tests.test_agd import Reads
 from train import LOSSES, Totals, evaluate, mse, train_epoch, xent
@@ -133,6 +133,19 @@ def test_a_test_batch_that_does_not_fit_is_halved_until_it_does():
     net.forward = none
     with pytest.raises(OutOfMemory, match="a single image"):
         evaluate(net, digits(test_bs=200).test, mse)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("GET was unable to find an engine to execute this computation", True),  # cuDNN's
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_counts_as_memory_that_runs_out(text, expected):
+    assert is_out_of_memory(RuntimeError(text)) == expected
 
 
 def test_batch_norm_trains_in_training_and_rests_in_evaluation():

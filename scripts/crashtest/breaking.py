@@ -42,7 +42,7 @@ class Lab:
     def __init__(
         self, case, folder, save_every=None, program=PROGRAM, say=print, device="cpu"
     ):
-        self.case, self.program, self.say = case, program, say
+        self.case, self.program, self.say, self.device = case, program, say, device
         self.folder = Path(folder)
         self.out = self.folder / "out"
         self.folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ class Lab:
         ]
 
     def child(self, plan=None):
-        return Child(self.flags, self.folder, plan, self.program)
+        return Child(self.flags, self.folder, plan, self.program, self.device)
 
     def fresh(self):
         shutil.rmtree(self.out, ignore_errors=True)

@@ -37,16 +37,19 @@ class Ending:
 
 
 class Child:
-    """`program` with `flags`; with a `plan`, see victim.py, it strikes itself."""
+    """`program` with `flags`; with a `plan`, see victim.py, it strikes itself. It sees GPUs where
+    `device` is not "cpu"."""
 
-    def __init__(self, flags, folder, plan=None, program=PROGRAM):
+    def __init__(self, flags, folder, plan=None, program=PROGRAM, device="cpu"):
         command = [sys.executable, program, *flags]
         if plan is not None:
             plan = json.dumps({**plan, "program": program})
             command = [sys.executable, "-m", "scripts.crashtest.victim", plan, *flags]
         self.paths = [Path(folder, name) for name in ("stdout", "stderr")]
         self.struck, self.began = None, time.time()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with contextlib.ExitStack() as stack:
             out, err = (stack.enter_context(open(path, "wb")) for path in self.paths)
             self.process = subprocess.Popen(
