@@ -1,346 +1,200 @@
-"""What only a GPU can show, the most valuable first: `python -m scripts.gpu_checks`.
+"""What to run on a GPU that is there for minutes, the most valuable first (on Linux).
 
-Each check writes its finding to <out>/benchmark/gpu_checks.json as soon as it has one, and a check
-that is there is not repeated: stop the command at any time, start it again, and it goes on. --fresh
-starts over. Then the figures are run at the paper's scale as far as --epochs, for --time_limit at a
-time (see scripts.reproduce). The exit code is 1 if a check failed, 75 if figures are left to run.
+    python -m scripts.gpu_checks --plan first    8 minutes: agreement, training, figures 5, 7, 1
+    python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
 
-What is aimed at, and the check that shows it; a time that misses its target is told, not an error:
-
-    no host read in an epoch                                           no_host_read_in_an_epoch
-    ResNet-50: a step of at most 1.5 times fused SGD's                 step_times
-    FCN 8x256: an epoch on CIFAR-10 in 0.15 s, its test included       epoch_times
-    ResNet-18: in 1.0 s, VGG-16: in 0.6 s, bf16, channels_last,
-        compiled                                                       epoch_times
-    16 FCN runs at once: at least 5 times the epochs a second of one   runs_at_once
+Each check is a process with its part of the plan's time; what one leaves over is the others', and
+one that hangs or crashes costs them no more. Where the kernels do not agree with the plain step,
+the rest goes on with that. --work keeps what the checks write; --out gets gpu_checks.json, what
+they found, and gpu_checks.tgz, all but checkpoints, both whole after every check. The same command
+goes on: what has passed is left out, what failed comes last. `--device cpu` is a rehearsal.
 """
 
 import argparse
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-import traceback
-from itertools import product
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
-import torch
+from torch.cuda import device_count
 
-from agd import AGD, init_weights
-from architecture import build
-from data import default_data_dir, load
-from flags import Parser
-from gradient import Gradient
-from provenance import environment
-from replay import Replay
+from data import default_data_dir
+from flags import Parser, number
 from run import read_rows
-from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark.program import epochs_of_main
-from scripts.links import rates
-from scripts.reproduce import duration
-from train import Step, evaluate, mse, train_epoch
 
-CPU = torch.device("cpu")
+LEAST, GRACE, ARCHIVE = 20, 10, 15e6  # seconds of any check; to stop in; bytes at most
+FINE = ("passed", "stopped")  # what is stopped can go on, and has kept what it came to
 
 
-def network(arch, shape, classes, device, seed=0):
-    torch.manual_seed(seed)
-    net = build(arch, shape, classes).to(device)
-    init_weights(net.parameters(), torch.Generator().manual_seed(seed))
-    return net
+class Check(NamedTuple):
+    name: str
+    seconds: float  # its part of the plan's time
+    words: str  # of its command, with names in braces to fill in
+    target: str = ""  # what is aimed at
 
 
-def same_step_as_the_cpu(args):
-    """A step of AGD on the GPU, by its kernels and the plain one, and on the CPU: same weights and
-    gradients, each format."""
-    worst = {"fused": 0.0, "plain": 0.0}
-    for arch, shape in (("fcn", (3, 32, 32)), ("resnet18", (3, 32, 32)), ("vgg", (3, 32, 32))):
-        for channels_last, fused in product((False, True), (True, False)):
-            form = torch.channels_last if channels_last else torch.contiguous_format
-            nets = [network(arch, shape, 10, d).to(memory_format=form) for d in (CPU, args.device)]
-            pairs = list(zip(nets[0].parameters(), nets[1].parameters()))
-            for p, q in pairs:
-                if not torch.equal(p, q.cpu()):
-                    raise AssertionError("one seed gave two sets of weights")
-                p.grad = torch.randn_like(p) * 1e-3
-                q.grad = p.grad.to(args.device)
-            before = [p.detach().clone() for p, _ in pairs]
-            AGD(nets[0].parameters(), fused=False).step()
-            AGD(nets[1].parameters(), fused=fused).step()
-            for (p, q), w in zip(pairs, before):
-                error = ((q.cpu() - p).norm() / (p - w).norm()).item()
-                kind = "fused" if fused else "plain"
-                worst[kind] = max(worst[kind], error)
-    if not max(worst.values()) < 1e-5:
-        raise AssertionError(f"updates differ by {worst}")
-    return {"worst relative difference of an update": worst}
+TEST = "-m pytest -qo faulthandler_timeout={limit} --junitxml {folder}/t.xml tests/test_gpu.py -k "
+WHERE = "--device {device} --out {folder} "  # and the data in $AGD_DATA
+MAIN = f"main.py {WHERE} --dataset cifar10 --test_bs 1000 "
+FIGURE = f"-m scripts.reproduce {WHERE} --scale full --time_limit {{limit}}s --together {{how}} "
+TIMES = f"-m scripts.benchmark {WHERE} {{nets}} "
+MANY = "many --depth 8 --repeats 1 --counts {many} --together "
+WAIT = """-c 'import os, time
+while not os.path.exists(os.environ["AGD_DATA"] + "/cifar10.npz"): time.sleep(0.2)'"""
+DRAW = """-c 'import os, numpy as n; x, y = n.arange(49152) % 251, n.arange(16) % 10
+x = x.astype("u1").reshape(16, 32, 32, 3); n.savez(os.environ["AGD_DATA"] + "/cifar10.npz",
+train_images=x, test_images=x, train_labels=y, test_labels=y)'"""
+DATA = Check("data", 1, "{images}")  # which may still be unpacked meanwhile
+PLANS = {  # name -> seconds in all, checks
+    "first": (465, [
+        Check("machine", 3, TEST + "machine"),
+        Check("kernels", 12, TEST + "kernels"),
+        Check("step", 20, TEST + "step"),
+        DATA,
+        Check("graphs", 30, TEST + "graphs"),
+        Check("resnet18", 100, MAIN + "--arch resnet18 {fast} {long}"),
+        Check("adam", 80, MAIN + "--arch resnet18 {fast} {long} --optimizer adam --lr 1e-4"),
+        Check("vgg", 55, MAIN + "--arch vgg {fast} {long}"),
+        Check("threads", 20, FIGURE + "fig5 --runs agd-seed --jobs 3 {short}"),
+        Check("fig5", 55, FIGURE + "fig5 --runs fcn --jobs 13 {long}"),
+        Check("fig7", 45, FIGURE + "fig7 --runs fcn --jobs 12 {long}"),
+        Check("fig1", 40, FIGURE + "fig1 --runs fcn --jobs 3 {long}"),
+    ]),
+    "times": (228, [
+        DATA,
+        Check("step-times", 45, TIMES + "step --repeats 7", "1.5 times fused SGD, graphs"),
+        Check("fcn-epoch", 20, MAIN + "--arch fcn --depth 8 {short}", "0.15 s with its test"),
+        Check("resnet18-epoch", 45, MAIN + "--arch resnet18 {fast} {compile} {short}", "1.0 s"),
+        Check("vgg-epoch", 35, MAIN + "--arch vgg {fast} {compile} {short}", "0.6 s"),
+        Check("many-threads", 25, TIMES + MANY + "on", "5 times one run"),
+        Check("many-processes", 20, TIMES + MANY + "off"),
+        Check("crashes", 38, "-m scripts.crashtest --device {device} --cases digits --workers 1 "
+              "--kills 2 --seconds 20 --out {folder}/crashtest.json"),
+        Check("rest", 2, TEST + "'rank or read or memory or rate'"),  # where a minute is left
+    ]),
+}  # fmt: skip
+CHECKS = {check.name: check for _, checks in PLANS.values() for check in checks}
+WORDS = {
+    "cuda": {"fast": "--precision bf16 --channels_last on", "compile": "--compile", "many": "16",
+             "nets": "--nets 3", "long": "--epochs 2000", "short": "--epochs 6", "images": WAIT},
+    "cpu": {"fast": "", "compile": "", "nets": "--nets 1 --quick", "long": "--epochs 2",
+            "short": "--epochs 2", "many": "2", "images": DRAW},
+}  # fmt: skip
 
 
-def not_finite_and_scale(args):
-    """A NaN leaves every weight, and gradients from 1e-37 to 1e37 keep their direction."""
-    worst = 0.0
-    for k in range(-37, 38):
-        p = torch.zeros(64, 32, device=args.device, requires_grad=True)
-        p.grad = torch.randn(64, 32, device=args.device) * 10.0**k
-        AGD([p]).step()
-        expected = -p.grad.double() / p.grad.double().norm()
-        worst = max(worst, (p.double() / p.double().norm() - expected).norm().item())
-    if not worst < 1e-6:
-        raise AssertionError(f"directions differ by {worst:.1e}")
-    p = torch.randn(64, 32, device=args.device, requires_grad=True)
-    p.grad = torch.randn_like(p)
-    p.grad[3, 3] = float("nan")
-    before, optimizer = p.detach().clone(), AGD([p])
-    optimizer.step()
-    if not torch.equal(p, before) or int(optimizer.skipped) != 1:
-        raise AssertionError("a NaN changed weights")
-    return {"worst difference of a direction": worst}
+def run(check, seconds, args, failed):
+    """What came of a check, a dict: it has so many seconds, and then GRACE to stop in."""
+    (folder := args.work / check.name).mkdir(parents=True, exist_ok=True)
+    command = shlex.split(check.words.format(
+        device=args.device, folder=shlex.quote(str(folder)), limit=int(seconds) - 5,
+        how="off" if "threads" in failed else "on", **WORDS[args.device],
+    ))  # fmt: skip
+    env = {**os.environ, "AGD_DATA": str(args.data_dir.resolve()), "AGD_TEST_DEVICE": args.device}
+    env |= {"AGD_NO_COMPILER": "1"} if "kernels" in failed else {}
+    # Coreutils' ends a whole group of processes, and outlives this one.
+    timeout = ["timeout", "--preserve-status", "--signal=INT", f"--kill-after={GRACE}",
+               str(seconds), sys.executable, "-u", "-X", "faulthandler"]  # fmt: skip
+    root, output, began = Path(__file__).parents[1], folder / "output.txt", time.monotonic()
+    with open(output, "wb") as file:
+        process = subprocess.Popen(timeout + command, cwd=root, env=env, stdout=file,
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+    took = time.monotonic() - began
+    stopped = code == 75 or (code == 130 and "{long}" in check.words)  # as it has to be
+    bad = "timeout" if took >= seconds else "failed"
+    status = "passed" if code == 0 else "stopped" if stopped else bad
+    return {"status": status, "seconds": round(took, 1), "budget": round(seconds, 1), "code": code,
+            "plain step": "kernels" in failed, "command": shlex.join(["python", *command]),
+            "target": check.target, "found": findings(folder),
+            "output": output.read_text(errors="replace")[-2000:] if status == bad else ""}
 
 
-def no_host_read_in_an_epoch(args):
-    """Batches, training and evaluation under CUDA's own check for synchronisation."""
-    data = load(args.dataset, args.data_dir, 128, 1000, args.device)
-    net = network("fcn", data.shape, data.classes, args.device)
-    optimizer = AGD(net.parameters())
-    train_epoch(net, data.train, mse, optimizer).read()
-    evaluate(net, data.test, mse).read()
-    data.train.set_epoch(1)
-    train, test = iter(data.train), iter(data.test)
-    next(train), next(test)  # the epoch's draws have gone to the device with the first batch
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        totals = train_epoch(net, train, mse, optimizer)
-        tested = evaluate(net, test, mse)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return {"train_loss": totals.read()["loss"], "test_acc": tested.read()["acc"]}
-
-
-def graphs_are_the_loop(args):
-    """Five epochs by CUDA graphs and by the loop: the worst difference of a weight, milliseconds a
-    step, both in the fifth, in which CUDA's own check for synchronisation watches."""
+def findings(folder):
+    """What files tell: properties of tests, the last epoch of runs, ratios of times."""
     found = {}
-    with torch.cuda.stream(torch.cuda.Stream(args.device)):
-        for arch in ("fcn", "resnet18"):
-            weights, times = [], []
-            for by_graph in (False, True):
-                data = load(args.dataset, args.data_dir, 128, 10_000, args.device)
-                net = network(arch, data.shape, data.classes, args.device)
-                optimizer, gradient = AGD(net.parameters()), Gradient(net, mse)
-                step = Step(net, mse, optimizer, gradient)
-                replay = Replay(step, data.train, required=True) if by_graph else None
-                for epoch in range(1, 6):
-                    data.train.set_epoch(epoch)
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    torch.cuda.set_sync_debug_mode("error" if epoch == 5 else "default")
-                    try:
-                        totals = train_epoch(
-                            net, data.train, mse, optimizer, gradient, replay=replay
-                        )
-                    finally:
-                        torch.cuda.set_sync_debug_mode("default")
-                    torch.cuda.synchronize()
-                    seconds = time.perf_counter() - start
-                    if not totals.read()["loss"] < 2:
-                        raise AssertionError(f"{arch} does not learn")
-                weights.append([p.detach().double() for p in net.parameters()])
-                times.append(seconds / len(data.train) * 1e3)
-            worst = max(((a - b).norm() / a.norm()).item() for a, b in zip(*weights))
-            if arch == "fcn" and not worst < 1e-6:
-                raise AssertionError(f"weights differ by {worst:.1e}")
-            found[arch] = {"worst difference": worst, "ms, loop": times[0], "ms, graph": times[1]}
+    for path in sorted(folder.rglob("*")):
+        with suppress(Exception):  # what a killed process leaves has any form
+            if path.suffix == ".xml":
+                properties = ElementTree.parse(path).iter("property")
+                found |= {x.get("name"): json.loads(x.get("value")) for x in properties}
+            elif path.suffix == ".jsonl":
+                epochs = [row for row in read_rows(path) if row["kind"] == "epoch"]
+                seconds = statistics.median([row["seconds"] for row in epochs][-5:])
+                found[path.stem] = {**epochs[-1], "seconds": seconds}
+            elif path.suffix == ".json":
+                kinds, told = ("ratios", "bytes a", "epochs a", "reports"), path.read_text()
+                found |= {k: x for k, x in json.loads(told).items() if k.startswith(kinds)}
     return found
 
 
-def beside(found, target, most=True):
-    """A number beside its target, `most` or least."""
-    return {"found": found, "target": target, "met": found <= target if most else found >= target}
-
-
-def measured(case, args, *flags):
-    """What a case of scripts.benchmark finds here; it is written to a file of its own as well."""
-    place = ["--device", str(args.device), "--data_dir", str(args.data_dir), "--out", str(args.out)]
-    return benchmark.measure(case, benchmark.parse([case, *place, *flags]))[0]
-
-
-def step_times(args):
-    """A step beside fused SGD's: by the clock, launches included, and in the GPU's own queue."""
-    found = measured("step", args, "--repeats", "20")
-    return {kind: {net: beside(x["AGD"], 1.5) for net, x in found[kind].items()}
-            for kind in ("ratios", "ratios in the queue") if kind in found}  # fmt: skip
-
-
-FAST = ("--precision", "bf16", "--channels_last", "on", "--compile")
-EPOCHS = {  # flags of main.py -> seconds
-    ("--arch", "fcn", "--depth", "8"): 0.15,
-    ("--arch", "resnet18", *FAST): 1.0,
-    ("--arch", "vgg", *FAST): 0.6,
-}
-
-
-def epoch_times(args):
-    """Seconds of an epoch, training and test, of main.py: medians of all but the first."""
-    found = {}
-    for words, target in EPOCHS.items():
-        flags = [*words, "--dataset", args.dataset, "--test_bs", "1000", "--epochs", "6"]
-        rows = epochs_of_main(flags, args, args.device)[1:]
-        told = beside(statistics.median(row["seconds"] for row in rows), target)
-        rate = statistics.median(row["images_per_second"] for row in rows)
-        told |= {"images per second in training": rate, "test_acc": rows[-1]["test_acc"]}
-        found[" ".join(words)] = told
-    return found
-
-
-def runs_at_once(args):
-    """Epochs a second of many small runs beside those of one."""
-    ratios = measured("many", args, "--repeats", "1", "--depth", "8")["ratios"]
-    return {name: beside(x, 5, most=False) if name.startswith("16 ") else x
-            for name, x in ratios.items()}  # fmt: skip
-
-
-def resnet50_rate(args):
-    """Images a second of ResNet-50 at 224 pixels, forward, backward and step, by batch size."""
-    return {"images per second": rates("resnet50", 224, [2**k for k in range(3, 10)], args.device)}
-
-
-def memory_that_runs_out(args):
-    """A batch that does not fit is halved and repeated: the same update as in small passes."""
-    found = []
-    torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info(args.device)[1]
-    images, labels = torch.randn(4096, 3, 32, 32), torch.arange(4096) % 10
-    images, labels = images.to(args.device), labels.to(args.device)
-    for fraction, micro_bs in ((min(1.0, 4e9 / total), None), (1.0, 64)):
-        torch.cuda.set_per_process_memory_fraction(fraction, args.device)
-        # without batch norm, whose statistics are those of each pass
-        net = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 256, 3, bias=False), torch.nn.ReLU(),
-            torch.nn.Conv2d(256, 64, 3, bias=False), torch.nn.ReLU(),
-            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False),
-        ).to(args.device)  # fmt: skip
-        init_weights(net.parameters(), torch.Generator().manual_seed(0))
-        gradient = Gradient(net, mse, micro_bs=micro_bs)
-        gradient(images, labels)
-        found.append(([p.grad.double() for p in net.parameters()], gradient.micro_bs))
-    torch.cuda.set_per_process_memory_fraction(1.0, args.device)
-    (halved, micro_bs), (small, _) = found
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(halved, small))
-    if micro_bs is None or not worst < 1e-3:
-        raise AssertionError(f"micro_bs {micro_bs}, gradients differ by {worst:.1e}")
-    return {"micro_bs": micro_bs, "worst relative difference of a gradient": worst}
-
-
-def broken_runs(args):
-    """Runs that are killed at random moments, with --deterministic, end with the unbroken one's
-    bits: ordinary steps, CUDA graphs and Adam."""
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder, "told.json")
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.crashtest", "--device", str(args.device), "--kills",
-             "6", "--workers", "1", "--seconds", "150", "--out", str(told)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise AssertionError((done.stdout + done.stderr)[-2000:])
-        reports = json.loads(told.read_text())["reports"]
-    return {f"{x['case']}, {x['how']}": {key: x[key] for key in ("hits", "rounds", "equal")}
-            for x in reports}  # fmt: skip
-
-
-def ranks_of_nccl(args):
-    """main.py over NCCL with a rank a GPU, beside one process: the losses of two epochs. None where
-    there is one GPU alone."""
-    losses, ranks = [], torch.cuda.device_count()
-    if ranks < 2:
-        return None
-    flags = ["main.py", "--dataset", "digits", "--arch", "resnet18", "--epochs", "2"]
-    flags += ["--device", "cuda"]
-    with tempfile.TemporaryDirectory() as out:
-        for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                              str(ranks)]):  # fmt: skip
-            more = ["--distribute", "--sync_bn"] if launcher else []
-            place = Path(out, str(len(launcher)))
-            subprocess.run([sys.executable, *launcher, *flags, *more, "--out", str(place)],
-                           check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-            (log,) = Path(place, "logs").glob("*.jsonl")
-            losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
-    worst = max(abs(a - b) / a for a, b in zip(*losses))
-    if not worst < 1e-3:
-        raise AssertionError(f"losses differ by {worst:.1e}")
-    return {"ranks": ranks, "worst relative difference of a loss": worst}
-
-
-def figures(args):
-    """The figures at full scale, those first whose claims a hundred epochs can judge."""
-    worst = 0
-    for figure in ("fig5", "fig7", "fig1", "fig6", "fig3", "fig8", "fig4"):
-        left = args.time_limit - (time.monotonic() - args.began)
-        if left < 60:
-            return 75
-        code = subprocess.run(
-            [sys.executable, "-m", "scripts.reproduce", figure, "--scale", "full", "--out",
-             args.out, "--data_dir", args.data_dir, "--jobs", str(args.jobs), "--epochs",
-             str(args.epochs), "--device", str(args.device), "--time_limit", f"{left:.0f}s"]
-        ).returncode  # fmt: skip
-        if code not in (0, 1):  # a run that failed keeps no other figure from being made
-            return code
-        worst = max(worst, code)
-    return worst
-
-
-CHECKS = [same_step_as_the_cpu, no_host_read_in_an_epoch, graphs_are_the_loop, step_times,
-          epoch_times, broken_runs, runs_at_once, not_finite_and_scale, memory_that_runs_out,
-          resnet50_rate, ranks_of_nccl]  # fmt: skip
+def keep(args, report):
+    """Write the results, and the archive of what was written."""
+    for folder in (args.work, args.out):  # which may be different disks
+        partial = folder / "gpu_checks.partial"
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "gpu_checks.json")
+    with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for path in sorted(args.work.glob("*/**/*")):
+            name = path.relative_to(args.work)
+            with suppress(OSError):  # of a process that ends meanwhile
+                fits = file.tell() + path.stat().st_size < ARCHIVE
+                if fits and path.is_file() and not {"checkpoints", "data"} & set(name.parts):
+                    archive.add(path, name)
+    os.replace(partial, args.out / "gpu_checks.tgz")
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="python -m scripts.gpu_checks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--data_dir", default=default_data_dir())
-    parser.add_argument("--out", default="results")
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--epochs", type=int, default=100, help="of the figures (default: 100)")
-    parser.add_argument("--jobs", type=int, default=4, help="runs at once (default: 4)")
-    parser.add_argument("--time_limit", type=duration, default="9m",
-        help="for checks and figures together (default: 9m)")  # fmt: skip
-    args = parser.parse_args(argv)
-    args.began = time.monotonic()
-    args.device = torch.device(args.device)
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here")
-    path = Path(args.out, "benchmark", "gpu_checks.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = {} if args.fresh or not path.exists() else json.loads(path.read_text())
-    except ValueError:
-        parser.error(f"{path} is damaged; --fresh starts over")
-    done.setdefault("environment", environment(args.device))
-    failed = False
-    for check in CHECKS:
-        if check.__name__ in done and "error" not in done[check.__name__]:
-            print(f"{check.__name__}: done before")
-            continue
-        try:
-            finding = check(args)
-        except Exception as error:  # a failed check must not keep the others from running
-            traceback.print_exc()
-            finding, failed = {"error": f"{type(error).__name__}: {error}"}, True
-        if finding is None:
-            print(f"{check.__name__}: needs more GPUs than there are here")
-            continue
-        done[check.__name__] = finding
-        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        print(f"{check.__name__}: {json.dumps(finding)}", flush=True)
-    return 1 if failed else figures(args)
+    parser = Parser(prog="python -m scripts.gpu_checks", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--plan", choices=PLANS, default="first", help="(default: first)")
+    add("--only", choices=CHECKS, metavar="NAME", help="this check alone, even where it has passed")
+    add("--budget", type=number(float, 0.01, 100), default=1.0, help="times the plan's seconds")
+    add("--device", choices=WORDS, default="cuda", help="(default: cuda)")
+    add("--data_dir", default=default_data_dir(), help="with cifar10.npz, now or soon")
+    add("--work", type=Path, default=Path("reproduced/gpu"), help="(default: %(default)s)")
+    add("--out", type=Path, help="(default: that of --work)")
+    args, began = parser.parse_args(argv), time.monotonic()
+    if args.device == "cuda" and not device_count():  # asks NVML: this process starts no CUDA
+        parser.error("there is no GPU here; --device cpu is a rehearsal")
+    args.work, args.out = args.work.resolve(), (args.out or args.work).resolve()
+    args.data_dir = Path(args.work / "data" if args.device == "cpu" else args.data_dir).expanduser()
+    for folder in (args.work, args.out, args.data_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = args.work / "gpu_checks.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    one = CHECKS.get(args.only)
+    seconds, checks = (one.seconds, [one]) if one else PLANS[args.plan]
+    todo = [x for x in checks if args.only or done.get(x.name, {}).get("status") != "passed"]
+    todo.sort(key=lambda check: check.name in done)
+    limit = max(seconds * args.budget, LEAST * (len(todo) if args.device == "cpu" else 1))
+    for i, check in enumerate(todo):
+        left = limit - (time.monotonic() - began)
+        if left <= GRACE:
+            break
+        part = max(LEAST, left * check.seconds / sum(x.seconds for x in todo[i:]))
+        print(f"{check.name:15}", end="", flush=True)
+        failed = {name for name, x in done.items() if x["status"] not in FINE}
+        done[check.name] = run(check, part, args, failed)
+        keep(args, done)
+        print("{status:8}{seconds:6.1f} of {budget:.0f} s".format(**done[check.name]))
+    bad = [x.name for x in checks if done.get(x.name, {}).get("status") not in FINE]
+    print(f"Not well or not run: {', '.join(bad) or 'none'} ({path})")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

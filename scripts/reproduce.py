@@ -49,12 +49,15 @@ def duration(text):
     return seconds
 
 
-def numbers(text):
-    """The numbers of --runs."""
+def chosen_runs(text):
+    """A function of the tasks, a list: the numbers in it of those that --runs names."""
+    if re.search("[A-Za-z]", text):
+        return lambda tasks: [i for i, task in enumerate(tasks) if text in task.name]
     try:
-        return sorted({int(number) for number in text.split(",")})
+        found = sorted({int(number) for number in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers: 0,2,5") from None
+    return lambda tasks: found
 
 
 def words(text):
@@ -146,8 +149,8 @@ def parse(argv):
     add("--draw", action="store_true", help="run nothing, draw what is there")
     add("--list", action="store_true", help="list the runs by number, with their state, and stop")
     add("--fresh", action="store_true", help="start the runs that are not finished over")
-    add("--runs", metavar="N,N", type=numbers,
-        help="these runs of the list alone, without drawing")
+    add("--runs", metavar="N,N|WORD", type=chosen_runs,
+        help="these runs of the list alone, or those with WORD in their names, without drawing")
     add("--submit", choices=["slurm"], help="send the runs to a queue as an array job, --jobs of "
         "them at once, and the drawing after them")
     add("--sbatch", default=[], metavar="OPTIONS", type=words,
@@ -200,7 +203,9 @@ def reproduce(parser, args):
     if args.list:
         show(args, every, results, available)
         return 0
-    chosen = range(len(every)) if args.runs is None else args.runs
+    chosen = range(len(every)) if args.runs is None else args.runs(every)
+    if args.runs and not chosen:
+        parser.error("--runs: there is no run of that name; --list shows them")
     if any(not 0 <= i < len(every) for i in chosen):
         parser.error(f"--runs: the list has the numbers 0 to {len(every) - 1}")
     code = 0

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -48,3 +49,21 @@ def run_main(tmp_path):
         )  # fmt: skip
 
     return run
+
+
+# The interpreters of Tritons before the first do not know the NumPys from the second on.
+INTERPRETERS = {(3, 3): (2, 0), (3, 7): (2, 5)}
+
+
+def interpreter_fails():
+    """Why Triton's interpreter cannot work here, or None."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed: AGD takes the plain path"
+    mine, numpys = (tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, numpy))
+    for least, first in INTERPRETERS.items():
+        if mine < least and numpys >= first:
+            return (f"the interpreter of Triton {triton.__version__} fails with NumPy "
+                    f"{numpy.__version__}: it takes Triton {'.'.join(map(str, least))}")
+    return None

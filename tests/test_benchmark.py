@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -103,16 +104,60 @@ def test_a_step_is_told_beside_fused_sgd():
         assert 0 < low <= told["ratios"][name] <= high
 
 
-def test_a_step_of_a_gpu_is_told_by_the_clock_and_in_the_queue(monkeypatch):
+def test_a_step_of_a_gpu_is_told_by_the_clock_and_as_a_graph(monkeypatch):
     weights = step.with_gradients([torch.randn(8, 8, requires_grad=True)])
-    optimizers = {"AGD": AGD(weights), step.YARDSTICK: torch.optim.SGD(weights)}
-    clocks = iter([4.0, 2.0] * 10)
-    monkeypatch.setattr(step, "by_clock", lambda *args: lambda work: next(clocks))
-    monkeypatch.setattr(step, "by_events", lambda work: 1.0)
+    optimizers = {"AGD": AGD(weights), step.YARDSTICK: torch.optim.SGD(weights),
+                  "AdamW, foreach": torch.optim.AdamW(weights)}  # fmt: skip
+    monkeypatch.setattr(step, "by_clock", lambda *args: lambda work: 2.0)
+    monkeypatch.setattr(step, "by_graph", lambda device: lambda work: 1.0)
     args, gpu = argparse.Namespace(repeats=3, clock="wall"), argparse.Namespace(type="cuda")
     told = step.compare(weights, optimizers, args, gpu, "")
-    assert told["ratios"]["AGD"] in (0.5, 2) and told["ratios in the queue"] == {"AGD": 1}
-    assert told["seconds in the queue"]["AGD"] == [1, 1, 1]
+    assert told["ratios"] == {"AGD": 1, "AdamW, foreach": 1}
+    assert told["ratios as a CUDA graph"] == {"AGD": 1}  # AdamW counts its steps on the host
+    assert told["seconds as a CUDA graph"]["AGD"] == [1, 1, 1]
+
+
+def test_a_step_is_timed_in_a_graph_that_runs_once_before(monkeypatch):
+    """With stand-ins for CUDA: three calls as they are, then twenty in a graph, which is replayed
+    before each mark."""
+    done = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            done.append("mark")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 40.0
+
+    stands = {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "Event": Event,
+              "stream": contextlib.nullcontext, "graph": contextlib.nullcontext}  # fmt: skip
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    timer = measure.by_graph(torch.device("cuda"))
+
+    def work():
+        done.append("call")
+
+    for _ in range(2):
+        assert timer(work) == pytest.approx(0.002)
+    assert done == ["call"] * 23 + ["replay", "mark"] * 4
 
 
 def test_the_memory_of_a_step_is_the_most_at_a_time():
@@ -232,15 +277,18 @@ def test_a_folder_is_read(tmp_path, capsys):
 def test_runs_at_once_are_runs_of_main(tmp_path):
     commands = [["--arch", "fcn", "--depth", "2", "--width", "8", "--dataset", "digits", "--seed",
                  str(seed)] for seed in range(2)]  # fmt: skip
-    seconds, runs = many.runs_at_once(commands, 3, CPU, tmp_path)
+    args = benchmark.parse(["many", "--device", "cpu", "--out", str(tmp_path)])
+    seconds, runs = many.runs_at_once(commands, 3, CPU, args)
     assert [len(run) for run in runs] == [3, 3]
     assert all(0 < sum(run) < seconds for run in runs)
-    with pytest.raises(RunError, match="did not come to their end"):
-        many.runs_at_once([[*commands[0], "--train_examples", "99999"]], 3, CPU, tmp_path)
+    with pytest.raises(RunError, match="did not come to their end.*output"):
+        many.runs_at_once([[*commands[0], "--train_examples", "99999"]], 3, CPU, args)
+    (said,) = (tmp_path / "output").glob("*.txt")
+    assert "1437 images" in said.read_text()
 
 
 def test_runs_at_once_are_told_beside_one(monkeypatch):
-    def runs_at_once(commands, epochs, device, data_dir):
+    def runs_at_once(commands, epochs, device, args):
         assert len({command[-1] for command in commands}) == len(commands)  # seeds
         k = len(commands)
         return 2.0 * k, [[9.0] + [0.5 * k**0.5] * (epochs - 1)] * k  # the first one warms up
@@ -252,6 +300,8 @@ def test_runs_at_once_are_told_beside_one(monkeypatch):
     assert found["ratios"] == {"2 at once / one": pytest.approx(2**0.5), "4 at once / one": 2}
     assert found["ratios with the start"] == {"2 at once / one": 1, "4 at once / one": 1}
     assert found["epochs a second"]["1"] == [2, 2, 2]
+    args = benchmark.parse(["many", "--device", "cpu", "--repeats", "1", "--counts", "3"])
+    assert list(many.case(args, CPU)["ratios"]) == ["3 at once / one"]
 
 
 @pytest.fixture
@@ -398,7 +448,10 @@ def test_a_gpu_has_tables_and_a_picture_of_its_own(found, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(found["data"]))
     queue = {net: {peer: 10 * x for peer, x in values.items()}
              for net, values in found["step"]["ratios"].items()}  # fmt: skip
-    found["step"] |= {"ratios in the queue": queue, "quartiles in the queue": {
+    del found["step"]["growth"]  # as of --nets
+    for values in queue.values():  # which no graph can hold
+        values.pop("AdamW, foreach", None)
+    found["step"] |= {"ratios as a CUDA graph": queue, "quartiles as a CUDA graph": {
         net: {peer: [x, x] for peer, x in values.items()} for net, values in queue.items()}}
     (tmp_path / draw.file_name("step", "cuda")).write_text(json.dumps(found["step"]))
     assert draw.write(tmp_path) == [tmp_path / "benchmark-cuda.png"]  # and not the README

@@ -10,27 +10,19 @@ import weakref
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 
 import agd_cuda
 from agd_cuda import Plan
 from architecture import build
-from tests.conftest import ROOT
+from tests.conftest import ROOT, interpreter_fails
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: AGD takes the plain path")
 
-# The Tritons before the first of each pair do not know the NumPys from the second on.
-INTERPRETERS = {(3, 3): (2, 0), (3, 7): (2, 5)}
 
-
+@pytest.mark.skipif(bool(interpreter_fails()), reason=str(interpreter_fails()))
 def test_the_kernels_in_the_interpreter():
-    mine, numpys = (tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, numpy))
-    for least, most in INTERPRETERS.items():
-        if mine < least and numpys >= most:
-            pytest.skip(f"the interpreter of Triton {triton.__version__} fails with NumPy "
-                        f"{numpy.__version__}: it takes Triton {'.'.join(map(str, least))}")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,

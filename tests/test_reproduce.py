@@ -117,7 +117,7 @@ def test_runs_draws_and_skips_what_is_finished(small, tmp_path, capsys):
 
 def test_a_run_alone_is_the_run_of_the_table(small, tmp_path):
     """What is reproduced is what main.py does by itself, but for the number of threads."""
-    assert call("fig5", "--out", tmp_path / "a", "--runs", 0, "--device", "cpu") == 0
+    assert call("fig5", "--out", tmp_path / "a", "--runs", "agd", "--device", "cpu") == 0
     row = small_table("quick")[0]
     out = tmp_path / "b" / "quick"
     program.main([*row.flags, "--epochs", "3", "--out", str(out), "--device", "cpu"])
@@ -328,7 +328,8 @@ def test_duration(text, seconds):
         (["fig5", "--scale", "ful"], "did you mean full"),
         (["fig5", "--jobs", "0"], "whole number"),
         (["fig5", "--runs", "99"], "the numbers 0 to 12"),
-        (["fig5", "--runs", "a"], "'a' are no numbers"),
+        (["fig5", "--runs", "0,-"], "'0,-' are no numbers"),
+        (["fig5", "--runs", "resnet"], "no run of that name"),
         (["fig5", "--runs", ""], "no numbers"),
         (["fig5", "--sbatch=--gres=gpu:1"], "--submit slurm"),
         (["fig5", "--sbatch", "--x 'y", "--submit", "slurm"], "No closing quotation"),

@@ -78,6 +78,12 @@ def parse(argv=None):
         + ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items()) + ")")
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
+    add("--nets", type=number(int, 1, len(step.NETS)), metavar="N",
+        help="of the steps: the first N networks alone, without the growth")
+    add("--counts", type=number(int, 1), nargs="+", metavar="N",
+        help="of many: so many runs at once, beside 1 (default: 2 4 8 16 32)")
+    add("--together", choices=["auto", "on", "off"], default="auto",
+        help="of many: as that of scripts.reproduce (default: auto)")
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data_dir", default=default_data_dir())

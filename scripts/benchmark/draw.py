@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from scripts.benchmark.checkpoint import PERCENT
-from scripts.benchmark.step import GROWING, NETS, YARDSTICK
+from scripts.benchmark.step import GRAPH, GROWING, NETS, YARDSTICK
 from scripts.drawing import (
     BLACK,
     BLUE,
@@ -53,12 +53,12 @@ def read(folder, device):
 
 def draw(found):
     """A figure of the cases `found`, a panel each, and those of their growth."""
-    where = " in the queue" if "ratios in the queue" in found.get("step", {}) else ""
+    where = GRAPH if f"ratios{GRAPH}" in found.get("step", {}) else ""
     with plt.style.context([STYLE]):
         figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.5))
         for ax, case, panel in (
             (axes[0, 0], "step", lambda ax, x: steps(ax, x, where)),
-            (axes[0, 1], "step", lambda ax, x: weights(ax, x["growth"])),
+            (axes[0, 1], "step", lambda ax, x: weights(ax, x.get("growth"))),
             (axes[0, 2], "many", runs),
             (axes[1, 0], "epoch", lambda ax, x: sizes(ax, x["growth"], "width")),
             (axes[1, 1], "epoch", lambda ax, x: sizes(ax, x["growth"], "depth")),
@@ -84,6 +84,8 @@ def steps(ax, found, where):
     nets = [name for name in SHOWN if name in ratios]
     for i, name in enumerate(peers):
         there = [(x, net) for x, net in enumerate(nets) if name in ratios[net]]
+        if not there:
+            continue
         at = np.array([x for x, _ in there]) + (i - (len(peers) - 1) / 2) * 0.16
         y = np.array([ratios[net][name] for _, net in there])
         ends = np.array([spread[net][name] for _, net in there]).T
@@ -101,6 +103,8 @@ def steps(ax, found, where):
 
 
 def weights(ax, growth):
+    if growth is None:
+        return ax.set_axis_off()
     for name in GROWING:
         lines(ax, growth["weights"], growth["seconds"][name], 1e3, COLOURS[name])
     ax.set_xscale("log")
@@ -225,8 +229,8 @@ def block(folder):
                          f"(results/benchmark/benchmark{suffix}.png)")  # fmt: skip
             parts.append("Of two numbers the second is that of weights in channels_last.")
             parts.append(step_table(found["step"]))
-            if "ratios in the queue" in found["step"]:
-                parts.append(step_table(found["step"], " in the queue"))
+            if f"ratios{GRAPH}" in found["step"]:
+                parts.append(step_table(found["step"], GRAPH))
         parts.append(table(["", ""], figures(found)))
     return "\n\n".join(parts)
 

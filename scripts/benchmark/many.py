@@ -1,11 +1,13 @@
 """Small runs at once: how many epochs a second come of 1, 2, 4, ... runs on one machine."""
 
 import contextlib
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
+from pathlib import Path
 
 from check.cost import free_memory
 from run import RunError, read_rows
@@ -25,24 +27,28 @@ from scripts.runner import Task
 A_RUN = 6e8  # bytes that a process of its own takes
 
 
-def runs_at_once(commands, epochs, device, data_dir):
+def runs_at_once(commands, epochs, device, args):
     """Seconds until all of these runs of main.py, lists of flags, have come to their end, their
     start included; and of each run the seconds of its epochs, by its own clock.
 
-    They run as those of `scripts.reproduce --jobs` do, in the way that suits the device.
+    They run as those of `scripts.reproduce --jobs` do; where one fails, RunError, and what they
+    said is under <out>/output.
     """
     with tempfile.TemporaryDirectory() as out:
         results = Results(out, "many")
         results.table = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
         todo = [Task(log_name(row.flags), row.flags, epochs) for row in results.table]
-        args = Namespace(jobs=len(todo), device=str(device), data_dir=str(data_dir), fresh=False,
-                         figures=["many"], time_limit=None, together="auto")  # fmt: skip
+        how = Namespace(jobs=len(todo), device=str(device), data_dir=str(args.data_dir),
+                        fresh=False, figures=["many"], time_limit=None,
+                        together=args.together)  # fmt: skip
         start = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
-            code = reproduce.run(args, todo, results)
+            code = reproduce.run(how, todo, results)
         seconds = time.perf_counter() - start
         if code:
-            raise RunError("runs at once did not come to their end")
+            kept = Path(args.out, "output")
+            shutil.copytree(results.folder / "output", kept, dirs_exist_ok=True)
+            raise RunError(f"runs at once did not come to their end; what they said is in {kept}")
         logs = [read_rows(results.folder / "logs" / f"{task.name}.jsonl") for task in todo]
     return seconds, [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
 
@@ -66,12 +72,14 @@ def case(args, device):
     training, whole = {}, {}
 
     def timer(count):
-        seconds, runs = runs_at_once(commands(args, count), epochs, device, args.data_dir)
+        seconds, runs = runs_at_once(commands(args, count), epochs, device, args)
         rate = sum((epochs - 1) / sum(run[1:]) for run in runs)
         measured.append((count, rate, count * epochs / seconds))
         return seconds
 
     measured, counts = [], [2**k for k in range(2 if args.quick else 6)]
+    if args.counts:
+        counts = sorted({1, *args.counts})
     if device.type == "cpu":
         counts = [k for k in counts if k * A_RUN < free_memory(device)]
     seconds = take_turns({str(k): k for k in counts}, args.repeats, timer, warm=0, say="many")

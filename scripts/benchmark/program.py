@@ -23,8 +23,8 @@ def spawn(flags, out, args, device):
 
 
 def refused(process, said):
-    lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
-    return RunError(f"main.py did not come to its end: {lines[0]}")
+    said = said.strip()[-2000:] or f"exit code {process.returncode}"
+    return RunError(f"main.py did not come to its end: {said}")
 
 
 def epochs_of_main(flags, args, device):

@@ -13,7 +13,7 @@ from architecture import build
 from check.cost import free_memory
 from scripts.benchmark.measure import (
     by_clock,
-    by_events,
+    by_graph,
     medians,
     note,
     quartiles,
@@ -34,6 +34,8 @@ YARDSTICK = "SGD, fused"
 GROWING = ("AGD", YARDSTICK, "AdamW, fused")
 MATRICES = 10  # of the weights that grow
 RATE = 1e-8  # the peers': it changes no time, and they share their weights
+BYTES = {"AGD": 16, YARDSTICK: 12}  # that a step moves, of each float32 weight
+GRAPH = " as a CUDA graph"
 
 
 def peers(weights):
@@ -47,6 +49,8 @@ def peers(weights):
     for kind, (make, more) in kinds.items():
         for form in ("fused", "foreach"):
             made[f"{kind}, {form}"] = make(weights, lr=RATE, **more, **{form: True})
+    # Fused, it counts its steps on the device either way, and a CUDA graph can hold it.
+    made["AdamW, fused"].param_groups[0]["capturable"] = weights[0].device.type == "cuda"
     if hasattr(torch.optim, "Muon") and all(p.ndim == 2 for p in weights):
         made["Muon"] = torch.optim.Muon(weights, lr=RATE)
     return made
@@ -105,13 +109,16 @@ def memory(weights, optimizers, device):
 
 
 def compare(weights, optimizers, args, device, say):
-    """{"ratios", "quartiles", "seconds"} of a step; on a GPU those in its own queue as well."""
+    """{"ratios", "quartiles", "seconds"} of a step by the clock, launches included; on a GPU those
+    of CUDA graphs as well, where a graph can hold the step."""
     works = {name: optimizer.step for name, optimizer in optimizers.items()}
-    timers = {"": by_clock(device, args.clock)}
+    timers = {"": (by_clock(device, args.clock), works)}
     if device.type == "cuda":
-        timers[" in the queue"] = by_events
+        graphs = {name: works[name] for name, optimizer in optimizers.items()
+                  if optimizer.param_groups[0].get("capturable", True)}  # fmt: skip
+        timers[GRAPH] = by_graph(device), graphs
     found = {}
-    for where, timer in timers.items():
+    for where, (timer, works) in timers.items():
         note(f"{say}: {sum(p.numel() for p in weights):,} weights, {args.repeats} rounds{where}")
         seconds = take_turns(works, args.repeats, timer, warm=3)
         pairs = [(name, YARDSTICK) for name in works if name != YARDSTICK]
@@ -133,7 +140,7 @@ def growth(args, device):
         weights = [torch.randn(side, side, device=device) / side for _ in range(MATRICES)]
         optimizers = {k: x for k, x in peers(with_gradients(weights)).items() if k in GROWING}
         told = compare(weights, optimizers, args, device, "growth")
-        where = " in the queue" if device.type == "cuda" else ""
+        where = GRAPH if device.type == "cuda" else ""
         found["weights"].append(MATRICES * side**2)
         found["ratios"].append(told[f"ratios{where}"]["AGD"])
         for name in GROWING:
@@ -142,8 +149,8 @@ def growth(args, device):
 
 
 def case(args, device):
-    found, memories, absent = {}, {}, []
-    for name in list(NETS)[:2] if args.quick else NETS:
+    found, memories, absent, rates = {}, {}, [], {}
+    for name in list(NETS)[: args.nets or (2 if args.quick else None)]:
         for channels_last in (False, True):
             weights = weights_of(*NETS[name], device, channels_last)
             if channels_last and all(p.ndim == 2 for p in weights):
@@ -152,6 +159,9 @@ def case(args, device):
             optimizers = peers(weights)
             for key, values in compare(weights, optimizers, args, device, label).items():
                 found.setdefault(key, {})[label] = values
+            seconds = found.get(f"seconds{GRAPH}", found["seconds"])[label]
+            elements = sum(p.numel() for p in weights)
+            rates[label] = {key: n * elements / seconds[key][0] for key, n in BYTES.items()}
             if not channels_last:
                 memories[name] = memory(weights, peers(weights), device)
             if "Muon" not in optimizers:
@@ -161,6 +171,7 @@ def case(args, device):
         **{key: found[key] for key in order},
         "ratios are to": YARDSTICK,
         "memory in bytes": memories,
-        "growth": growth(args, device),
+        "bytes a second": rates,
+        **({} if args.nets else {"growth": growth(args, device)}),
         "without Muon, which takes matrices alone": absent,
     }

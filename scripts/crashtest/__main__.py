@@ -29,7 +29,7 @@ import torch
 from display import table
 from provenance import environment
 from scripts.crashtest import disk
-from scripts.crashtest.breaking import SIGNALS, Lab, break_runs, draw
+from scripts.crashtest.breaking import SIGNALS, Lab, Report, break_runs, draw
 from scripts.crashtest.cases import SAVE_EVERY, make_cases, make_images
 from scripts.crashtest.child import ROOT, end_all
 
@@ -102,6 +102,9 @@ def run_all(args, folder, more):
         return
     names = list(SIGNALS) if args.signal == "all" else [args.signal]
     for i, case in enumerate(cases):
+        if not more():
+            yield Report(case.name, names[0], note="the time was up")
+            continue
         lab = Lab(case, folder / f"case{i}", save_every, say=say, device=args.device)
         unbroken = lab.run_unbroken()
         lab.count_moments()

@@ -1,0 +1,277 @@
+"""What only a GPU can show. `python -m scripts.gpu_checks` gives each of these a process and a time
+limit; pytest runs them where there is a GPU. AGD_TEST_DEVICE=cpu rehearses them without one."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import agd_cuda
+from agd import AGD, init_weights
+from architecture import build
+from arithmetic import set_precision
+from data import default_data_dir, load
+from distributed import World
+from gradient import Gradient
+from provenance import environment
+from replay import Replay
+from run import read_rows
+from scripts.links import rates
+from tests.conftest import ROOT, interpreter_fails
+from tests.test_replay import Graph
+from train import Step, evaluate, mse, train_epoch
+
+CPU = torch.device("cpu")
+WANTED = os.environ.get("AGD_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
+GPU = WANTED == "cuda"
+DEVICE = torch.device("cuda", 0) if GPU else CPU
+if WANTED == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytestmark = pytest.mark.skipif(WANTED is None, reason="there is no GPU here")
+needs_a_gpu = pytest.mark.skipif(not GPU, reason="a CPU has nothing like it")
+
+
+@pytest.fixture
+def found(record_property):
+    """f(name, value) keeps what was found, in the report of --junitxml."""
+
+    def keep(name, value):
+        print(f"{name}: {value}")
+        record_property(name, json.dumps(value))
+
+    return keep
+
+
+def network(arch, shape=(3, 32, 32), classes=10, device=DEVICE):
+    """Drawn on the CPU; in fp32 throughout, as main.py has it."""
+    torch.manual_seed(0)
+    net = build(arch, shape, classes)
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    net.to(device)
+    set_precision(net, "fp32", DEVICE)
+    return net
+
+
+def worst(ours, theirs):
+    """The largest relative difference of two lists of tensors."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_machine(found):
+    assert torch.zeros(3, device=DEVICE).sum() == 0
+    for name, value in environment(DEVICE).items():
+        found(name, value)
+    if GPU:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
+        print(smi.stdout)
+
+
+@pytest.mark.skipif(not GPU and bool(interpreter_fails()), reason=str(interpreter_fails()))
+def test_kernels(found):
+    """What AGD asks of them before it takes them: small weights of every layout."""
+    difference = agd_cuda.disagreement(DEVICE, AGD)
+    found("largest relative difference", difference)
+    assert difference is not None and difference < agd_cuda.TOLERANCE
+
+
+def test_step_is_that_of_the_cpu(found):
+    """Fused and plain, of whole networks, in both layouts of their weights."""
+    differences = {"fused": 0.0, "plain": 0.0}
+    for arch in ("fcn", "resnet18", "vgg") if GPU else ("fcn",):
+        drawn = network(arch, device=CPU)
+        for layout, kind in product((torch.contiguous_format, torch.channels_last), differences):
+            nets = [copy.deepcopy(drawn).to(x).to(memory_format=layout) for x in (CPU, DEVICE)]
+            ours, theirs = (list(net.parameters()) for net in nets)
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn_like(p) * 1e-3
+                q.grad = p.grad.to(DEVICE)
+            before, updates = [p.detach().clone() for p in ours], []
+            AGD(ours, fused=False).step()
+            AGD(theirs, fused=kind == "fused").step()
+            for weights in (ours, theirs):
+                updates.append([p.detach().to(CPU) - w for p, w in zip(weights, before)])
+            differences[kind] = max(differences[kind], worst(*reversed(updates)))
+    found("largest relative difference of an update", differences)
+    assert max(differences.values()) < 1e-5
+
+
+def test_step_of_any_scale_and_without_a_finite_gradient(found):
+    """Gradients from 1e-37 to 1e37 keep their direction; a NaN leaves every weight."""
+    differences = []
+    for k in range(-37, 38):
+        p = torch.zeros(64, 32, device=DEVICE, requires_grad=True)
+        p.grad = torch.randn(64, 32, device=DEVICE) * 10.0**k
+        AGD([p]).step()
+        g = -p.grad.double() / p.grad.double().norm()
+        differences.append(worst([p.double() / p.double().norm()], [g]))
+    found("largest difference of a direction", max(differences))
+    assert max(differences) < 1e-6
+    p = torch.randn(64, 32, device=DEVICE, requires_grad=True)
+    p.grad = torch.randn_like(p)
+    p.grad[3, 3] = float("nan")
+    before, optimizer = p.detach().clone(), AGD([p])
+    optimizer.step()
+    assert torch.equal(p, before) and optimizer.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "epochs", "part"), [("fcn", 5, None), *([("resnet18", 2, 12_800)] if GPU else [])]
+)
+def test_graphs_are_the_loop(arch, epochs, part, found):
+    """Epochs by CUDA graphs and by the loop; in the last one CUDA watches for reads of the host."""
+    trained, ms = [], []
+    with torch.cuda.stream(torch.cuda.Stream(DEVICE)) if GPU else nullcontext():
+        for by_graph in (False, True):
+            data = load("cifar10", default_data_dir(), 128, 10_000, DEVICE, train_examples=part)
+            net = network(arch)
+            optimizer, gradient, graph = AGD(net.parameters()), Gradient(net, mse), Graph()
+            graph.optimizer = optimizer
+            step = Step(net, mse, optimizer, gradient)
+            record = None if GPU else graph.record
+            replay = Replay(step, data.train, required=True, record=record) if by_graph else None
+            for epoch in range(1, epochs + 1):
+                data.train.set_epoch(epoch)
+                wait_for_the_device()
+                start = time.perf_counter()
+                with watched(epoch == epochs):
+                    totals = train_epoch(net, data.train, mse, optimizer, gradient, replay=replay)
+                wait_for_the_device()
+                seconds = time.perf_counter() - start
+                assert totals.read()["loss"] < 2
+            trained.append([p.detach().double() for p in net.parameters()])
+            ms.append(seconds / len(data.train) * 1e3)
+    difference = worst(*trained)
+    found(arch, {"largest difference": difference, "ms, loop": ms[0], "ms, graph": ms[1]})
+    assert arch != "fcn" or difference < 1e-6  # sums of cuDNN's gradients have no fixed order
+
+
+def wait_for_the_device():
+    if GPU:
+        torch.cuda.synchronize()
+
+
+class watched:
+    """A context in which CUDA's own check raises when the host waits for the device, if `yes`."""
+
+    def __init__(self, yes=True):
+        self.yes = yes and GPU
+
+    def __enter__(self):
+        if self.yes:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        if self.yes:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_a_gpu
+def test_no_host_read_in_an_epoch():
+    data = load("cifar10", default_data_dir(), 128, 1000, DEVICE)
+    net = network("fcn")
+    optimizer = AGD(net.parameters())
+    train_epoch(net, data.train, mse, optimizer).read()
+    evaluate(net, data.test, mse).read()
+    data.train.set_epoch(1)
+    train, test = iter(data.train), iter(data.test)
+    next(train), next(test)  # the epoch's draws have gone to the device with the first batch
+    with watched():
+        totals = train_epoch(net, train, mse, optimizer)
+        tested = evaluate(net, test, mse)
+    assert totals.read()["loss"] < 2 and tested.read()["acc"] >= 0
+
+
+@needs_a_gpu
+def test_memory_that_runs_out(found):
+    """A batch that does not fit is halved and repeated: the gradient is that of small passes."""
+    results = []
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(DEVICE)[1]
+    images, labels = torch.randn(4096, 3, 32, 32, device=DEVICE), torch.arange(4096) % 10
+    labels = labels.to(DEVICE)
+    try:
+        for fraction, micro_bs in ((min(1.0, 4e9 / total), None), (1.0, 64)):
+            torch.cuda.set_per_process_memory_fraction(fraction, DEVICE)
+            net = wide_network()
+            gradient = Gradient(net, mse, micro_bs=micro_bs)
+            gradient(images, labels)
+            results.append(([p.grad.double() for p in net.parameters()], gradient.micro_bs))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    (halved, micro_bs), (small, _) = results
+    found("micro_bs", micro_bs)
+    found("largest relative difference of a gradient", worst(halved, small))
+    assert micro_bs is not None and worst(halved, small) < 1e-3
+
+
+def wide_network():
+    """Without batch norm, whose statistics are those of each pass."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 256, 3, bias=False), torch.nn.ReLU(),
+        torch.nn.Conv2d(256, 64, 3, bias=False), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False),
+    ).to(DEVICE)  # fmt: skip
+    init_weights(net.parameters(), torch.Generator().manual_seed(0))
+    set_precision(net, "fp32", DEVICE)
+    return net
+
+
+@needs_a_gpu
+def test_resnet50_rate(found):
+    """Images a second at 224 pixels, forward, backward and step, by batch size."""
+    set_precision(torch.nn.Module(), "fp32", DEVICE)  # which is the process's
+    found("images per second", rates("resnet50", 224, [2**k for k in range(3, 10)], DEVICE))
+
+
+def test_collectives_of_one_rank():
+    """Those that main.py uses, as it uses them, where no second GPU is: NCCL takes them."""
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for dtype, op in ((torch.int32, dist.ReduceOp.MAX), (torch.float32, dist.ReduceOp.SUM)):
+            x = torch.full((), 3, dtype=dtype, device=DEVICE)
+            dist.all_reduce(x, op, async_op=True).wait()
+            assert x == 3
+        x = torch.ones((), dtype=torch.int64, device=DEVICE)
+        parts = [torch.zeros_like(x)]
+        dist.all_gather(parts, x)
+        assert parts == [x]
+        box = [{"epoch": 3}]
+        dist.broadcast_object_list(box, 0, device=DEVICE)
+        gathered = [None]
+        dist.all_gather_object(gathered, "here")
+        assert box == [{"epoch": 3}] and gathered == ["here"]
+        net = network("fcn")
+        model = torch.nn.parallel.DistributedDataParallel(net, device_ids=[DEVICE] if GPU else None)
+        World(DEVICE)._settle(model)
+        loss, _ = Gradient(model, mse)(torch.randn(8, 3, 32, 32, device=DEVICE),
+                                       torch.arange(8, device=DEVICE))  # fmt: skip
+        assert loss.isfinite().all()
+        assert all(p.grad is not None for p in net.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
+def test_ranks_of_nccl_are_one_process(found, tmp_path):
+    """The losses of two epochs of main.py with a rank a GPU."""
+    losses, ranks = [], str(torch.cuda.device_count())
+    flags = ["main.py", "--dataset", "digits", "--arch", "resnet18", "--epochs", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    for launcher, more in (([], []), (torchrun, ["--distribute", "--sync_bn"])):
+        out = tmp_path / str(len(launcher))
+        subprocess.run([sys.executable, *launcher, *flags, "--device", "cuda", *more, "--out", out],
+                       check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
+        (log,) = (out / "logs").glob("*.jsonl")
+        losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
+    difference = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+    found("largest relative difference of a loss", difference)
+    assert difference < 1e-3

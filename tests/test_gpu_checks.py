@@ -1,0 +1,158 @@
+"""The plans for a GPU, rehearsed on a CPU, and what a check that goes wrong costs the others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from scripts import gpu_checks
+from scripts.gpu_checks import PLANS, Check
+from tests.conftest import ROOT, interpreter_fails
+
+HANG = "-c 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)'"
+SLOW = "-c 'import time; time.sleep(99)'"
+CRASH = "-c 'import ctypes; ctypes.string_at(0)'"
+RAISE = "-c 'import sys; sys.stderr.write(\"x\" * 9000 + \"the reason\"); raise ValueError'"
+FINE = """-c 'open("{folder}/a.jsonl", "w").write("no log"); open("{folder}/b.json", "w").write(
+"{{\\"ratios\\": {{\\"a / b\\": 1.5}}}}"); print("done")'"""
+STOP = """-c '"{long}"; import time\ntry: time.sleep(99)
+except KeyboardInterrupt: raise SystemExit(130)'"""
+
+
+def results(out):
+    """(What was found, the names of the files in the archive), both whole."""
+    with tarfile.open(out / "gpu_checks.tgz") as archive:
+        names = {x.name for x in archive if len(archive.extractfile(x).read()) == x.size}
+    return json.loads((out / "gpu_checks.json").read_text()), names
+
+
+def test_a_plan_is_rehearsed_without_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "scripts.gpu_checks", "--plan", "first", "--device", "cpu",
+               "--budget", "0.1"]  # fmt: skip
+    where = ["--work", tmp_path / "work", "--out", tmp_path / "out"]
+    done = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True)
+    found, names = results(tmp_path / "out")
+    assert list(found) == [check.name for check in PLANS["first"][1]], done.stdout
+    bad = {name: x for name, x in found.items() if x["status"] not in ("passed", "stopped")}
+    # A machine that is busy with other things may take a run's time away, and nothing else.
+    assert all(x["status"] == "timeout" for x in bad.values()), bad
+    assert done.returncode == bool(bad), done.stdout + done.stderr
+    assert found["machine"]["found"]["device"] == "cpu"
+    if not interpreter_fails():
+        assert found["kernels"]["found"]["largest relative difference"] < 1e-5
+    assert found["graphs"]["found"]["fcn"]["largest difference"] == 0
+    run = "resnet18-cifar10-mse-bs128-agd-seed0"
+    assert found["resnet18"]["found"][run]["epoch"] == 2
+    assert len(found["fig5"]["found"]) == 13 and len(found["fig7"]["found"]) == 12
+    assert len(found["fig1"]["found"]) == 3
+    assert f"resnet18/logs/{run}.jsonl" in names and "fig5/output.txt" in names
+    assert not [name for name in names if name.endswith((".pt", ".npz", ".tgz", ".partial"))]
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """f(Checks) makes them the first plan, of a minute."""
+
+    def set_plan(*checks, seconds=60):
+        monkeypatch.setitem(PLANS, "first", (seconds, list(checks)))
+        monkeypatch.setattr(gpu_checks, "CHECKS", {check.name: check for check in checks})
+        for name, value in (("LEAST", 3), ("GRACE", 2)):
+            monkeypatch.setattr(gpu_checks, name, value)
+
+    return set_plan
+
+
+def call(out, *flags):
+    return gpu_checks.main(["--device", "cpu", "--work", str(out), *flags])
+
+
+def test_what_hangs_crashes_or_raises_costs_the_others_nothing(plan, tmp_path, capfd):
+    plan(Check("hang", 1, HANG), Check("slow", 1, SLOW), Check("crash", 1, CRASH),
+         Check("raise", 1, RAISE), Check("stop", 1, STOP), Check("fine", 15, FINE), seconds=20)
+    assert call(tmp_path) == 1
+    found, names = results(tmp_path)
+    assert {name: x["status"] for name, x in found.items()} == {
+        "hang": "timeout", "slow": "timeout", "crash": "failed", "raise": "failed",
+        "stop": "stopped", "fine": "passed",
+    }  # fmt: skip
+    assert found["hang"]["code"] in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert found["hang"]["seconds"] < found["hang"]["budget"] + 2 + 1
+    assert "KeyboardInterrupt" in found["slow"]["output"]
+    assert found["crash"]["code"] in (-signal.SIGSEGV, 128 + signal.SIGSEGV)
+    assert "Segmentation fault" in found["crash"]["output"]
+    assert "string_at" in found["crash"]["output"]  # where it was
+    assert "the reason" in found["raise"]["output"] and len(found["raise"]["output"]) == 2000
+    assert found["fine"]["found"] == {"ratios": {"a / b": 1.5}} and found["fine"]["output"] == ""
+    assert {"fine/b.json", "crash/output.txt"} <= names
+    assert "Not well or not run: hang, slow, crash, raise" in capfd.readouterr().out
+
+
+def test_what_is_left_of_the_time_is_the_others_until_it_is_up(plan, tmp_path, capfd):
+    plan(Check("fine", 30, FINE), Check("stop", 5, STOP), Check("late", 1, FINE), seconds=7)
+    assert call(tmp_path, "--budget", "0.5") == 1
+    found, _ = results(tmp_path)
+    # Of the nine seconds, on a CPU three a check, what was left then was not enough to begin.
+    assert 6 < found["stop"]["budget"] <= 7.5 and list(found) == ["fine", "stop"]
+    assert "Not well or not run: late" in capfd.readouterr().out
+
+
+def test_the_same_command_goes_on_with_what_failed_last(plan, tmp_path, capfd):
+    plan(Check("bad", 1, RAISE), Check("fine", 1, FINE))
+    assert call(tmp_path) == 1
+    plan(Check("bad", 1, FINE), Check("fine", 1, RAISE), Check("new", 1, FINE))
+    capfd.readouterr()
+    assert call(tmp_path) == 0
+    lines = [line.split()[0] for line in capfd.readouterr().out.splitlines()]
+    assert lines[:2] == ["new", "bad"]
+    assert call(tmp_path, "--only", "fine") == 1  # even where it has passed
+    assert results(tmp_path)[0]["fine"]["status"] == "failed"
+
+
+@pytest.mark.parametrize("status", ["passed", "failed"])
+def test_without_kernels_and_threads_the_rest_goes_on_and_says_so(plan, tmp_path, status):
+    tell = """-c 'import os; print(os.environ.get("AGD_NO_COMPILER"), "{how}")'"""
+    first = FINE if status == "passed" else RAISE
+    plan(Check("kernels", 1, first), Check("threads", 1, first), Check("tell", 1, tell))
+    call(tmp_path)
+    found, _ = results(tmp_path)
+    said = (tmp_path / "tell" / "output.txt").read_text()
+    assert said == ("None on\n" if status == "passed" else "1 off\n")
+    assert found["tell"]["plain step"] == (status == "failed")
+    assert not found["kernels"]["plain step"]
+
+
+def test_a_parent_that_is_killed_leaves_whole_results(tmp_path):
+    code = (
+        "import sys; from scripts import gpu_checks as g; from tests import test_gpu_checks as t; "
+        "g.PLANS['first'] = 60, [g.Check('fine', 1, t.FINE), g.Check('hang', 9, t.HANG)]; "
+        "g.main(sys.argv[1:])"
+    )
+    flags = ["--device", "cpu", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    parent = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "work" / "hang" / "output.txt").exists():
+            assert parent.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    found, names = results(tmp_path / "out")
+    assert found.keys() == {"fine"} and "fine/b.json" in names
+    # What it had started ends with its own time limit; here, at once.
+    ids = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    for pid in map(int, ids.split()):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_checks, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_checks.main(["--work", str(tmp_path / "work")])
+    assert "no GPU here; --device cpu" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
