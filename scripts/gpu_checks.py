@@ -4,10 +4,10 @@
     python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
 
 Each check is a process with its part of the plan's time; what one leaves over is the others', and
-one that hangs or crashes costs them no more. Where the kernels do not agree with the plain step,
-the rest goes on with that. --work keeps what the checks write; --out gets gpu_checks.json, what
-they found, and gpu_checks.tgz, all but checkpoints, both whole after every check. The same command
-goes on: what has passed is left out, what failed comes last. `--device cpu` is a rehearsal.
+one that hangs or crashes costs them no more. If the kernels do not agree with the plain step, the
+rest goes on with that. --out gets gpu_checks.json, the results, and gpu_checks.tgz, all files but
+checkpoints, both whole after every check. The same command goes on: what has passed is left out,
+what failed comes last. `--device cpu` is a rehearsal.
 """
 
 import argparse
@@ -85,9 +85,8 @@ CHECKS = {check.name: check for _, checks in PLANS.values() for check in checks}
 WORDS = {
     "cuda": {"fast": "--precision bf16 --channels_last on", "compile": "--compile", "many": "16",
              "nets": "--nets 3", "long": "--epochs 2000", "short": "--epochs 6", "images": WAIT},
-    "cpu": {"fast": "", "compile": "", "nets": "--nets 1 --quick", "long": "--epochs 2",
-            "short": "--epochs 2", "many": "2", "images": DRAW},
-}  # fmt: skip
+    "cpu": {"fast": "", "compile": "", "many": "2", "nets": "--nets 1 --quick",
+            "long": "--epochs 2", "short": "--epochs 2", "images": DRAW}}  # fmt: skip
 
 
 def run(check, seconds, args, failed):
@@ -97,7 +96,8 @@ def run(check, seconds, args, failed):
         device=args.device, folder=shlex.quote(str(folder)), limit=int(seconds) - 5,
         how="off" if "threads" in failed else "on", **WORDS[args.device],
     ))  # fmt: skip
-    env = {**os.environ, "AGD_DATA": str(args.data_dir.resolve()), "AGD_TEST_DEVICE": args.device}
+    env = {**os.environ, "AGD_DATA": str(args.data_dir.resolve()), "AGD_TEST_DEVICE": args.device,
+           "TRITON_INTERPRET": str(int(args.device == "cpu"))}  # fmt: skip
     env |= {"AGD_NO_COMPILER": "1"} if "kernels" in failed else {}
     # Coreutils' ends a whole group of processes, and outlives this one.
     timeout = ["timeout", "--preserve-status", "--signal=INT", f"--kill-after={GRACE}",
