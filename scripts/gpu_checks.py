@@ -76,8 +76,8 @@ PLANS = {  # name -> seconds in all, checks
         Check("vgg-epoch", 35, MAIN + "--arch vgg {fast} {compile} {short}", "0.6 s"),
         Check("many-threads", 25, TIMES + MANY + "on", "5 times one run"),
         Check("many-processes", 20, TIMES + MANY + "off"),
-        Check("crashes", 38, "-m scripts.crashtest --device {device} --cases digits --workers 1 "
-              "--kills 2 --seconds 20 --out {folder}/crashtest.json"),
+        Check("crashes", 46, "-m scripts.crashtest --device {device} --cases digits --workers 1 "
+              "--kills 2 --seconds 30 --out {folder}/crashtest.json"),
         Check("rest", 2, TEST + "'rank or read or memory or rate'"),  # where a minute is left
     ]),
 }  # fmt: skip
