@@ -81,7 +81,7 @@ PLANS = {  # name -> seconds in all, checks
         Check("rest", 2, TEST + "'rank or read or memory or rate'"),  # where a minute is left
     ]),
 }  # fmt: skip
-CHECKS = {check.name: check for _, checks in PLANS.values() for check in checks}
+ALL = {check.name: check for _, checks in PLANS.values() for check in checks}
 WORDS = {
     "cuda": {"fast": "--precision bf16 --channels_last on", "compile": "--compile", "many": "16",
              "nets": "--nets 3", "long": "--epochs 2000", "short": "--epochs 6", "images": WAIT},
@@ -159,7 +159,7 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--plan", choices=PLANS, default="first", help="(default: first)")
-    add("--only", choices=CHECKS, metavar="NAME", help="this check alone, even where it has passed")
+    add("--only", choices=ALL, metavar="NAME", help="this check alone, even where it has passed")
     add("--budget", type=number(float, 0.01, 100), default=1.0, help="times the plan's seconds")
     add("--device", choices=WORDS, default="cuda", help="(default: cuda)")
     add("--data_dir", default=default_data_dir(), help="with cifar10.npz, now or soon")
@@ -174,8 +174,7 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     path = args.work / "gpu_checks.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    one = CHECKS.get(args.only)
-    seconds, checks = (one.seconds, [one]) if one else PLANS[args.plan]
+    seconds, checks = (ALL[args.only].seconds, [ALL[args.only]]) if args.only else PLANS[args.plan]
     todo = [x for x in checks if args.only or done.get(x.name, {}).get("status") != "passed"]
     todo.sort(key=lambda check: check.name in done)
     limit = max(seconds * args.budget, LEAST * (len(todo) if args.device == "cpu" else 1))
@@ -195,6 +194,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
+    try:
         sys.exit(main())
-    sys.exit(130)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else f"error: {error}")

@@ -60,7 +60,7 @@ def plan(monkeypatch):
 
     def set_plan(*checks, seconds=60):
         monkeypatch.setitem(PLANS, "first", (seconds, list(checks)))
-        monkeypatch.setattr(gpu_checks, "CHECKS", {check.name: check for check in checks})
+        monkeypatch.setattr(gpu_checks, "ALL", {check.name: check for check in checks})
         for name, value in (("LEAST", 3), ("GRACE", 2)):
             monkeypatch.setattr(gpu_checks, name, value)
 
@@ -126,28 +126,46 @@ def test_without_kernels_and_threads_the_rest_goes_on_and_says_so(plan, tmp_path
     assert not found["kernels"]["plain step"]
 
 
+KILLED = """
+import sys
+from scripts import gpu_checks as g
+from tests import test_gpu_checks as t
+g.PLANS["first"] = 60, [g.Check("fine", 1, t.FINE), g.Check("hang", 9, t.HANG + " {folder}")]
+try:
+    sys.exit(g.main(sys.argv[1:]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def where(folder):
+    return ["--device", "cpu", "--work", folder / "work", "--out", folder / "out"]
+
+
+def wait_for(condition, process=None):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.05)
+
+
+def running(folder):
+    """The ids of the processes whose commands name the folder."""
+    told = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in told.splitlines() if str(folder) in line]
+
+
 def test_a_parent_that_is_killed_leaves_whole_results(tmp_path):
-    code = (
-        "import sys; from scripts import gpu_checks as g; from tests import test_gpu_checks as t; "
-        "g.PLANS['first'] = 60, [g.Check('fine', 1, t.FINE), g.Check('hang', 9, t.HANG)]; "
-        "g.main(sys.argv[1:])"
-    )
-    flags = ["--device", "cpu", "--work", tmp_path / "work", "--out", tmp_path / "out"]
-    parent = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, *where(tmp_path)], cwd=ROOT)
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "work" / "hang" / "output.txt").exists():
-            assert parent.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: (tmp_path / "work" / "hang" / "output.txt").exists(), parent)
     finally:
         parent.kill()
         parent.wait()
     found, names = results(tmp_path / "out")
     assert found.keys() == {"fine"} and "fine/b.json" in names
-    # What it had started ends with its own time limit; here, at once.
-    ids = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
-    for pid in map(int, ids.split()):
-        os.kill(pid, signal.SIGKILL)
+    for process in running(tmp_path):  # which would end with its own time limit
+        os.kill(process, signal.SIGKILL)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
@@ -156,3 +174,25 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
         gpu_checks.main(["--work", str(tmp_path / "work")])
     assert "no GPU here; --device cpu" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "scripts.gpu_checks", "--device", "cpu", "--work"]
+    done = subprocess.run([*command, tmp_path / "file" / "work"], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "file/work" in done.stderr
+
+
+def test_ctrl_c_stops_the_check_and_keeps_what_was_found(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *where(tmp_path)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "work" / "hang" / "output.txt").exists(), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+    assert results(tmp_path / "out")[0].keys() == {"fine"}
+    wait_for(lambda: not running(tmp_path))
