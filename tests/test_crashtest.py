@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 
+from scripts.crashtest import __main__ as crashtest
 from scripts.crashtest import disk
 from scripts.crashtest.breaking import Lab, break_runs, draw
 from scripts.crashtest.cases import SAVE_EVERY, Case, make_cases, make_images
@@ -214,3 +216,14 @@ def test_nothing_outlives_an_interrupted_crash_test(tmp_path):
     assert not list(tmp_path.glob("crashtest-*"))
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in commands
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path, monkeypatch, capsys):
+    def begins(*_, **__):
+        raise AssertionError("a case has begun")
+
+    monkeypatch.setattr(crashtest, "Lab", begins)
+    assert crashtest.main(["--seconds", "0", "--out", str(tmp_path / "told.json")]) == 0
+    reports = json.loads((tmp_path / "told.json").read_text())["reports"]
+    assert len(reports) == 6 and {x["note"] for x in reports} == {"the time was up"}
+    assert "0 hits, 0 of 0 ends equal" in capsys.readouterr().out
