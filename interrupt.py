@@ -20,13 +20,13 @@ class Requests:
     """What a run has been asked for. Until it is `listening`, a signal of ENDING raises
     KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it.
 
-    `shared`: whether other runs share the process. A run that cannot record a CUDA graph ends
-    there, and says why in `unrecorded`.
+    `shared`: whether other runs share the process, in which none may go on once one of them could
+    not record a CUDA graph.
     """
 
     def __init__(self, shared=False):
         self.stopping = self.announced = self.listening = False
-        self.since = self.unrecorded = None
+        self.since = None
         self.shared = shared
 
     def install(self, ending=True):

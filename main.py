@@ -49,7 +49,7 @@ BAD = 2  # the exit code for what nothing can be done with, as that for flags
 BAD_INPUT = (DataError, RunError, distributed.LaunchError)
 # Errors whose message says all that is to be known.
 EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError, NotDeterministic)
-STREAMS = {}  # by device: those in which no run of this process works
+IDLE_STREAMS = {}  # by device: those in which no run of this process works
 
 
 def command_line():
@@ -154,9 +154,9 @@ def stream_of_its_own(world):
     if world.device.type != "cuda" or world.size > 1:
         yield
         return
-    # CUDA has 32 and hands them out in turn, whoever still works in one: what a run gives back is
-    # the next one's, so that 32 runs at once never share one.
-    free = STREAMS.setdefault(world.device, deque())
+    # torch has 32 and hands them out in turn, whoever still works in one. Every run gives its own
+    # back to the next one, so that 32 runs at once never share one.
+    free = IDLE_STREAMS.setdefault(world.device, deque())
     try:
         stream = free.pop()
     except IndexError:
@@ -322,7 +322,6 @@ def train(args, world, requests):
     finally:
         progress.close()
         if replay is not None:
-            requests.unrecorded = replay.failure
             replay.close()
         for part in data[:2]:
             part.close()

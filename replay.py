@@ -13,6 +13,7 @@ import torch
 from gradient import RECORDING
 from train import Totals, sums
 
+FAILURES = []  # why recordings in this process have failed
 EAGER = 3  # steps of a size before it is recorded, in which libraries and optimisers set up
 
 
@@ -84,13 +85,19 @@ class Replay:
 
     def _record(self, size):
         try:
-            self.graphs[size] = self.record(lambda: self._take(size, self.step.once))
+            # Other threads replay again only once a failure is known.
+            with RECORDING:
+                try:
+                    self.graphs[size] = self.record(lambda: self._take(size, self.step.once))
+                except RuntimeError as error:
+                    self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    FAILURES.append(self.failure)
+                    raise
         except RuntimeError as error:
-            self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
             if self.required:
                 raise RecordingError(
                     f"the step cannot be a CUDA graph here ({self.failure}); start again with "
-                    "--cuda_graph auto"
+                    "--cuda_graph off"
                 ) from error
             self.close()
             self.step.optimizer.zero_grad()  # which would be of the recording

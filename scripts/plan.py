@@ -33,12 +33,12 @@ class Plan:
         self.links = {k: Cluster(share * x, **self.node) for k, x in rates.items()}
         self.main = next((k for k in self.links if k == "8 × HDR 200"), next(iter(self.links)))
         checks = read(Path(args.results, "benchmark", "gpu_checks.json"))
-        gpu, rest = (checks.get(name, {}).get("found", {}) for name in ("machine", "rest"))
-        measured = found.get("rates") or rest.get("images per second")
+        rates = checks.get("rates", {}).get("found", {})
+        measured = found.get("rates") or rates.get("images per second")
         if args.images_per_second:
             self.works = {"as given": Work.at(self.net, args.images_per_second, args.rate_batch)}
         elif measured and len(measured) > 1:
-            name = (found.get("environment") or gpu)["device_name"]
+            name = (found.get("environment") or rates)["device_name"]
             rates = {int(k): v for k, v in measured.items()}
             self.works = {f"measured, {name}": Work.fitted(self.net, rates)}
         else:

@@ -1,10 +1,13 @@
-"""The logs of the runs in the table, found by the table's rows."""
+"""The logs of the runs in the table, found by the table's rows, and the figures in other files."""
 
 import json
 import math
+import statistics
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import main as program
 from run import Run, RunError, read_rows
@@ -166,3 +169,23 @@ def data_name(dataset, source):
     """What the images are, from the name of the set and what identifies them in a log."""
     crc = source.get("crc32", {}).get("train_images")
     return JPEG.get(crc, NAMES.get(dataset, dataset.removeprefix("npz:").removesuffix(".npz")))
+
+
+def findings(folder):
+    """Properties of tests, the last epoch of runs, ratios of times: from any files in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        with suppress(Exception):  # a killed process leaves files of any form
+            if path.suffix == ".xml":
+                properties = ElementTree.parse(path).iter("property")
+                found |= {x.get("name"): json.loads(x.get("value")) for x in properties}
+            elif path.suffix == ".jsonl":
+                first, *rows = read_rows(path)
+                epochs = [row for row in rows if row["kind"] == "epoch"]
+                seconds = statistics.median([row["seconds"] for row in epochs][-5:])
+                graph = {"cuda_graph": first.get("cuda_graph"), **epochs[-1]}
+                found[path.stem] = {**graph, "seconds": seconds}
+            elif path.suffix == ".json":
+                kinds, told = ("ratios", "bytes a", "epochs a", "reports"), path.read_text()
+                found |= {k: x for k, x in json.loads(told).items() if k.startswith(kinds)}
+    return found

@@ -21,7 +21,7 @@ from scripts.results import epochs_done, log_name
 from scripts.worker import UNRECORDED
 
 GRACE = 30  # seconds that a run gets to stop
-STREAMS = 32  # that CUDA has for a process: the most runs that can share one
+STREAMS = 32  # the most runs in a process: torch has as many streams
 
 
 class Task(NamedTuple):
@@ -241,7 +241,7 @@ class Runner:
         self.results, self.place, self.deadline = results, place, deadline
         self.title, self.running, self.ended, self.failed = title, {}, set(), {}
         self.terminal, self.began = sys.stdout.isatty(), time.monotonic()
-        self.together, self.host, self.again = together, None, set()
+        self.together, self.host, self.restarted = together, None, set()
 
     def run(self, todo):
         """True if every task came to its end, False when the time was up."""
@@ -263,7 +263,7 @@ class Runner:
                     if code == UNRECORDED:
                         del self.running[run]
                         waiting.insert(0, task)
-                        self.again.add(task)
+                        self.restarted.add(task)
                     elif code is not None:
                         self._ended(run, task)
                 bar.n = bar.total - self._left()
@@ -297,8 +297,8 @@ class Runner:
         output = self._output(task)
         output.parent.mkdir(parents=True, exist_ok=True)
         words = [*task.flags, "--epochs", str(task.epochs), "--out", str(self.results.folder)]
-        words += [x for x in self.place if x != "--fresh" or task not in self.again]
-        words += ["--cuda_graph", "off"] if self.again else []
+        words += [x for x in self.place if x != "--fresh" or task not in self.restarted]
+        words += ["--cuda_graph", "off"] if self.restarted else []
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs)), **os.environ}
         if not self.together:
             run = Process(words, output, environment)

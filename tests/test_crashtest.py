@@ -214,7 +214,7 @@ def test_nothing_outlives_an_interrupted_crash_test(tmp_path):
         test.kill()
     assert test.returncode == 130
     assert not list(tmp_path.glob("crashtest-*"))
-    commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    commands = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in commands
 
 

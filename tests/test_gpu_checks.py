@@ -1,5 +1,6 @@
 """The plans for a GPU, rehearsed on a CPU, and what a check that goes wrong costs the others."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,20 +15,29 @@ from scripts import gpu_checks
 from scripts.gpu_checks import PLANS, Check
 from tests.conftest import ROOT, interpreter_fails
 
-HANG = "-c 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)'"
+HANG = """-c '"{folder}"; import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)
+time.sleep(99)'"""
 SLOW = "-c 'import time; time.sleep(99)'"
 CRASH = "-c 'import ctypes; ctypes.string_at(0)'"
 RAISE = "-c 'import sys; sys.stderr.write(\"x\" * 9000 + \"the reason\"); raise ValueError'"
 FINE = """-c 'open("{folder}/a.jsonl", "w").write("no log"); open("{folder}/b.json", "w").write(
 "{{\\"ratios\\": {{\\"a / b\\": 1.5}}}}"); print("done")'"""
-STOP = """-c '"{long}"; import time\ntry: time.sleep(99)
+LOG = """open("{folder}/run.jsonl", "w").write(
+"{{\\"kind\\": \\"run\\", \\"flags\\": {{}}, \\"settings\\": {{}}, \\"cuda_graph\\": true}}\\n"
+"{{\\"kind\\": \\"epoch\\", \\"epoch\\": 1, \\"train_loss\\": 1, \\"train_acc\\": 0, "
+"\\"test_loss\\": 1, \\"test_acc\\": 0, \\"eta_mean\\": 1, \\"seconds\\": 2}}\\n")"""
+STOP = """-c '"{long}"; import time; %s
+try: time.sleep(99)
 except KeyboardInterrupt: raise SystemExit(130)'"""
+TIME_UP = """-c '"--time_limit {long}"; %s; print("%s"); raise SystemExit(75)'"""
 
 
 def results(out):
     """(What was found, the names of the files in the archive), both whole."""
     with tarfile.open(out / "gpu_checks.tgz") as archive:
-        names = {x.name for x in archive if len(archive.extractfile(x).read()) == x.size}
+        files = [x for x in archive if x.isfile()]
+        assert all(len(archive.extractfile(x).read()) == x.size for x in files)
+    names = {x.name.removeprefix("./") for x in files}
     return json.loads((out / "gpu_checks.json").read_text()), names
 
 
@@ -61,7 +71,7 @@ def plan(monkeypatch):
     def set_plan(*checks, seconds=60):
         monkeypatch.setitem(PLANS, "first", (seconds, list(checks)))
         monkeypatch.setattr(gpu_checks, "ALL", {check.name: check for check in checks})
-        for name, value in (("LEAST", 3), ("GRACE", 2)):
+        for name, value in (("LEAST", 3), ("GRACE", 2), ("BEGAN", time.monotonic())):
             monkeypatch.setattr(gpu_checks, name, value)
 
     return set_plan
@@ -73,15 +83,20 @@ def call(out, *flags):
 
 def test_what_hangs_crashes_or_raises_costs_the_others_nothing(plan, tmp_path, capfd):
     plan(Check("hang", 1, HANG), Check("slow", 1, SLOW), Check("crash", 1, CRASH),
-         Check("raise", 1, RAISE), Check("stop", 1, STOP), Check("fine", 15, FINE), seconds=20)
+         Check("raise", 1, RAISE), Check("stop", 1, STOP % LOG), Check("idle", 1, STOP % "0"),
+         Check("up", 1, TIME_UP % (LOG, "")), Check("broken", 1, TIME_UP % (LOG, "x failed: y")),
+         Check("short", 1, FINE.replace('print("done")', "raise SystemExit(130)")),
+         Check("fine", 15, FINE), seconds=30)  # fmt: skip
     assert call(tmp_path) == 1
     found, names = results(tmp_path)
     assert {name: x["status"] for name, x in found.items()} == {
         "hang": "timeout", "slow": "timeout", "crash": "failed", "raise": "failed",
-        "stop": "stopped", "fine": "passed",
+        "stop": "stopped", "idle": "timeout", "up": "stopped", "broken": "failed",
+        "short": "failed", "fine": "passed",
     }  # fmt: skip
+    assert found["stop"]["found"]["run"]["cuda_graph"] and not found["idle"]["found"]
     assert found["hang"]["code"] in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    assert found["hang"]["seconds"] < found["hang"]["budget"] + 2 + 1
+    assert found["hang"]["seconds"] < found["hang"]["budget"] + 2 + 3
     assert "KeyboardInterrupt" in found["slow"]["output"]
     assert found["crash"]["code"] in (-signal.SIGSEGV, 128 + signal.SIGSEGV)
     assert "Segmentation fault" in found["crash"]["output"]
@@ -89,15 +104,17 @@ def test_what_hangs_crashes_or_raises_costs_the_others_nothing(plan, tmp_path, c
     assert "the reason" in found["raise"]["output"] and len(found["raise"]["output"]) == 2000
     assert found["fine"]["found"] == {"ratios": {"a / b": 1.5}} and found["fine"]["output"] == ""
     assert {"fine/b.json", "crash/output.txt"} <= names
-    assert "Not well or not run: hang, slow, crash, raise" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "Not well or not run: hang, slow, crash, raise, idle, broken, short" in told
 
 
 def test_what_is_left_of_the_time_is_the_others_until_it_is_up(plan, tmp_path, capfd):
-    plan(Check("fine", 30, FINE), Check("stop", 5, STOP), Check("late", 1, FINE), seconds=7)
+    plan(Check("fine", 30, FINE), Check("stop", 5, STOP % LOG), Check("late", 1, FINE), seconds=7)
     assert call(tmp_path, "--budget", "0.5") == 1
     found, _ = results(tmp_path)
-    # Of the nine seconds, on a CPU three a check, what was left then was not enough to begin.
-    assert 6 < found["stop"]["budget"] <= 7.5 and list(found) == ["fine", "stop"]
+    # Of twelve seconds, which a CPU gives three checks, one gets what another leaves; then less is
+    # left than the last one has to have.
+    assert 8 < found["stop"]["budget"] <= 10 and list(found) == ["fine", "stop"]
     assert "Not well or not run: late" in capfd.readouterr().out
 
 
@@ -130,7 +147,7 @@ KILLED = """
 import sys
 from scripts import gpu_checks as g
 from tests import test_gpu_checks as t
-g.PLANS["first"] = 60, [g.Check("fine", 1, t.FINE), g.Check("hang", 9, t.HANG + " {folder}")]
+g.PLANS["first"] = 80, [g.Check("fine", 1, t.FINE), g.Check("hang", 9, t.HANG)]
 try:
     sys.exit(g.main(sys.argv[1:]))
 except KeyboardInterrupt:
@@ -151,21 +168,24 @@ def wait_for(condition, process=None):
 
 def running(folder):
     """The ids of the processes whose commands name the folder."""
-    told = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    told = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in told.splitlines() if str(folder) in line]
 
 
 def test_a_parent_that_is_killed_leaves_whole_results(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", KILLED, *where(tmp_path)], cwd=ROOT)
     try:
-        wait_for(lambda: (tmp_path / "work" / "hang" / "output.txt").exists(), parent)
+        wait_for(lambda: running(tmp_path / "work" / "hang"), parent)
     finally:
         parent.kill()
         parent.wait()
     found, names = results(tmp_path / "out")
     assert found.keys() == {"fine"} and "fine/b.json" in names
-    for process in running(tmp_path):  # which would end with its own time limit
-        os.kill(process, signal.SIGKILL)
+    left = running(tmp_path)
+    assert left  # until its own time limit
+    for process in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
@@ -189,7 +209,7 @@ def test_ctrl_c_stops_the_check_and_keeps_what_was_found(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, *where(tmp_path)], cwd=ROOT,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
-        wait_for(lambda: (tmp_path / "work" / "hang" / "output.txt").exists(), process)
+        wait_for(lambda: running(tmp_path / "work" / "hang"), process)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130 and "Traceback" not in process.stderr.read()
     finally:

@@ -666,7 +666,7 @@ def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
 
 
 def test_runs_at_once_have_streams_of_their_own_that_later_ones_take_over(monkeypatch):
-    """With stand-ins for CUDA's streams, of which there are 32: the 33rd run takes a free one."""
+    """With stand-ins for torch's streams, of which there are 32: the 33rd run takes a free one."""
     made, now = [], []
 
     def stream(device):
@@ -681,7 +681,7 @@ def test_runs_at_once_have_streams_of_their_own_that_later_ones_take_over(monkey
         finally:
             now.pop()
 
-    monkeypatch.setattr(program, "STREAMS", {})
+    monkeypatch.setattr(program, "IDLE_STREAMS", {})
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", inside)
     world = distributed.World(torch.device("cuda", 0))

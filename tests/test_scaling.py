@@ -131,8 +131,8 @@ def test_a_rate_and_its_launches_give_back_the_rate(counted):
 def test_measurements_take_the_place_of_inputs(tmp_path):
     (tmp_path / "benchmark").mkdir()
     (tmp_path / "benchmark" / "data.json").write_text('{"images_per_second_per_core": 123.0}')
-    checks = {"machine": {"found": {"device_name": "a GPU"}},
-              "rest": {"found": {"images per second": {"8": 400, "256": 900}}}}  # fmt: skip
+    found = {"device_name": "a GPU", "images per second": {"8": 400, "256": 900}}
+    checks = {"rates": {"found": found}}
     (tmp_path / "benchmark" / "gpu_checks.json").write_text(json.dumps(checks))
     here = plan.Plan(scaling.parser().parse_args(["--results", str(tmp_path)]))
     assert list(here.works) == ["measured, a GPU"] and here.decode == 123

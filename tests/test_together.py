@@ -53,16 +53,30 @@ def test_runs_that_share_a_process_come_out_as_alone(one_thread, monkeypatch, tm
 
 UNRECORDABLE = """
 import sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, ROOT)
 import flags, replay
 from importlib.util import module_from_spec, spec_from_file_location
 
+recorded, broken = [], []
+
 def record(work):
-    raise RuntimeError("operation not permitted when stream is capturing")
+    # The third recording fails, and from then on no replay works.
+    recorded.append(work)
+    if len(recorded) > 2:
+        broken.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replayed():
+        with replay.RECORDING:
+            if broken:
+                raise RuntimeError("Offset increment outside graph capture encountered")
+            work()
+
+    return replayed
 
 replay.cuda_recorder = lambda: record
-flags.no_graph = lambda args: None if args.lr is None else "a rate"
-spec = spec_from_file_location("program", {root!r} + "/main.py")
+flags.no_graph = lambda args: None if args.optimizer == "agd" else "another"
+spec = spec_from_file_location("program", ROOT + "/main.py")
 program = module_from_spec(spec)
 spec.loader.exec_module(program)
 main = program.main
@@ -73,8 +87,14 @@ def test_runs_whose_process_cannot_record_a_graph_start_again_without(
     one_thread, monkeypatch, tmp_path, capsys
 ):
     """With torch before 2.12 no other run of the process could replay its graphs."""
-    (tmp_path / "main.py").write_text(UNRECORDABLE.format(root=str(ROOT)))
-    monkeypatch.setattr(results, "experiments", small_table)
+    (tmp_path / "main.py").write_text(UNRECORDABLE.replace("ROOT", repr(str(ROOT))))
+
+    def table(scale):
+        agd, adam, *_ = small_table(scale, 12)
+        seeds = (agd._replace(flags=(*agd.flags[:-1], str(seed))) for seed in range(3))
+        return [*seeds, adam]
+
+    monkeypatch.setattr(results, "experiments", table)
     found = []
     for out, where in (("broken", tmp_path), ("whole", ROOT)):
         monkeypatch.chdir(where)  # whose main.py the process takes

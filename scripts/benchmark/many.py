@@ -75,6 +75,7 @@ def case(args, device):
         seconds, runs = runs_at_once(commands(args, count), epochs, device, args)
         rate = sum((epochs - 1) / sum(run[1:]) for run in runs)
         measured.append((count, rate, count * epochs / seconds))
+        note(f"many: {rate:.3g} epochs a second of {count} at once")
         return seconds
 
     measured, counts = [], [2**k for k in range(2 if args.quick else 6)]
