@@ -246,12 +246,6 @@ def test_a_start_ends_with_the_first_step_and_a_failed_one_is_told(tmp_path):
         program.first_step(args, CPU)
 
 
-def test_epochs_of_main_are_those_of_its_log(tmp_path):
-    flags = ["--dataset", "digits", "--depth", "2", "--width", "8", "--epochs", "3"]
-    rows = program.epochs_of_main(flags, argparse.Namespace(data_dir=tmp_path), CPU)
-    assert [row["epoch"] for row in rows] == [1, 2, 3] and all(row["seconds"] > 0 for row in rows)
-
-
 def test_a_folder_is_read(tmp_path, capsys):
     pytest.importorskip("torchvision")
     for i in range(12):

@@ -1,4 +1,4 @@
-"""main.py from outside, in a process of its own: its start, and the epochs that it logs."""
+"""The start of main.py from outside, in a process of its own."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run import RunError, read_rows
+from run import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,22 +20,6 @@ def spawn(flags, out, args, device):
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
-
-
-def refused(process, said):
-    said = said.strip()[-2000:] or f"exit code {process.returncode}"
-    return RunError(f"main.py did not come to its end: {said}")
-
-
-def epochs_of_main(flags, args, device):
-    """The epoch rows that `python main.py *flags` logs, a process of its own."""
-    with tempfile.TemporaryDirectory() as out:
-        with spawn(flags, out, args, device) as process:
-            said = process.communicate()[1]
-        if process.returncode:
-            raise refused(process, said)
-        (log,) = Path(out, "logs").glob("*.jsonl")
-        return [row for row in read_rows(log) if row["kind"] == "epoch"]
 
 
 def first_step(args, device):
@@ -53,7 +37,8 @@ def first_step(args, device):
                     seconds = time.perf_counter() - start
             said = process.stderr.read()
         if seconds is None:
-            raise refused(process, said)
+            said = said.strip()[-2000:] or f"exit code {process.returncode}"
+            raise RunError(f"main.py did not come to its end: {said}")
         return seconds
 
 
