@@ -555,7 +555,7 @@ CASES = {
     "reproduce: nothing": Case("reproduce", "required: FIGURE"),
     "reproduce: no time": Case("reproduce fig1 --time_limit soon", "'soon' is no time"),
     "reproduce: no numbers": Case("reproduce fig1 --runs 1,-", "are no numbers"),
-    "reproduce: no such run": Case("reproduce fig1 --runs a,b", "no run of that name"),
+    "reproduce: no such name": Case("reproduce fig1 --runs a,b", "no run of that name"),
     "reproduce: no such run": Case(
         "reproduce fig1 --runs 99999 --out {tmp}", "the list has the numbers"
     ),
