@@ -4,6 +4,7 @@ where there is a GPU. AGD_TEST_DEVICE=cpu rehearses them without one."""
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,18 +67,11 @@ def worst(ours, theirs):
     return torch.stack([((a - b).norm() / b.norm()).double().cpu() for a, b in pairs]).max().item()
 
 
-def test_a_nan_is_a_difference():
-    x, nan = torch.ones(3), torch.full((3,), torch.nan)
-    assert worst([x, x], [x, x]) == 0
-    for ours in ([x, nan], [nan, x]):
-        assert not worst(ours, [x, x]) < 1
-
-
 def test_machine(found):
     assert torch.zeros(3, device=DEVICE).sum() == 0
     for name, value in environment(DEVICE).items():
         found(name, value)
-    if GPU:
+    if GPU and shutil.which("nvidia-smi"):
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
         print(smi.stdout)
 

@@ -10,10 +10,12 @@ import tarfile
 import time
 
 import pytest
+import torch
 
 from scripts import gpu_checks
 from scripts.gpu_checks import PLANS, Check
 from tests.conftest import ROOT, interpreter_fails
+from tests.test_gpu import worst
 
 HANG = """-c '"{folder}"; import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)
 time.sleep(99)'"""
@@ -216,3 +218,34 @@ def test_ctrl_c_stops_the_check_and_keeps_what_was_found(tmp_path):
         process.kill()
     assert results(tmp_path / "out")[0].keys() == {"fine"}
     wait_for(lambda: not running(tmp_path))
+
+
+def test_data_and_kernels_are_not_put_off(plan, tmp_path, capfd):
+    """Other checks need them, also where they have failed, or passed on another day."""
+    checks = [Check("kernels", 1, RAISE), Check("new", 1, FINE), gpu_checks.DATA]
+    plan(*checks)
+    call(tmp_path)
+    plan(gpu_checks.DATA, Check("kernels", 1, FINE), Check("bad", 1, RAISE), Check("last", 1, FINE))
+    capfd.readouterr()
+    call(tmp_path)
+    lines = [line.split()[0] for line in capfd.readouterr().out.splitlines()]
+    assert lines[:4] == ["data", "kernels", "bad", "last"]
+    assert not results(tmp_path)[0]["last"]["plain step"]
+
+
+def test_an_archive_that_is_too_large_stays_as_it_was(plan, tmp_path, monkeypatch, capfd):
+    plan(Check("fine", 1, FINE), Check("new", 1, FINE))
+    call(tmp_path, "--only", "fine")
+    monkeypatch.setattr(gpu_checks, "ARCHIVE", 1)
+    assert call(tmp_path) == 0
+    found, names = results(tmp_path)
+    assert "new" in found and "fine/b.json" in names and "new/b.json" not in names
+    assert "stays as it was" in capfd.readouterr().out
+
+
+def test_a_nan_is_a_difference():
+    """In what a GPU's tests compare."""
+    x, nan = torch.ones(3), torch.full((3,), torch.nan)
+    assert worst([x, x], [x, x]) == 0
+    for ours in ([x, nan], [nan, x]):
+        assert not worst(ours, [x, x]) < 1
