@@ -542,7 +542,7 @@ def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(tmp_path, monkeypa
     assert [row["train_loss"] for row in rows(tmp_path)[1:-1]] == expected
     assert rows(tmp_path)[1]["no_cuda_graph"].startswith("operation not permitted")
     assert call(*QUICK, "--cuda_graph", "on", "--fresh", "--out", tmp_path) == 1
-    assert "start again with --cuda_graph auto" in rows(tmp_path)[-1]["stopped"]
+    assert "start again with --cuda_graph off" in rows(tmp_path)[-1]["stopped"]
 
 
 def test_compilation_happens_once_and_leaves_the_names(tmp_path, monkeypatch):
