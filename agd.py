@@ -15,14 +15,16 @@ that is a *mean* over examples, and s_k = sqrt(d_k / d_{k-1}):
     automatic     eta = log((1 + sqrt(1 + 4 G)) / 2)
     update        W_k <- W_k - eta/L s_k grad W_k / |grad W_k|_F
 
-A weight of shape (out, in, *kernel) is one of the L layers and counts as prod(kernel) matrices of
-shape (out, in), each with its own norm, with s_k = sqrt(out / in) / sqrt(prod(kernel)).
+A weight of shape (out, in, *kernel) is one of the L layers. It counts as K = prod(kernel) blocks,
+matrices of shape (out, in), each with its own norm and s_k = sqrt(out / in / K).
 
 The size of a step follows from the size of the gradient, so the gradient must be that of the mean:
 unscale it after mixed precision, average it after accumulation and over devices, before `step`.
+
+A step sweeps over memory twice, for the norms and for the update, with the mathematics in between.
+`TorchBackend` does the sweeps; agd_kernels, a package beside this file, does them compiled.
 """
 
-import functools
 import importlib
 import math
 
@@ -31,8 +33,6 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 __all__ = ["AGD", "init_weights"]
-
-GPUS = ("cuda",)  # the devices whose step is that of agd_cuda.py; the CPU's is in agd_cpu.py
 
 
 class AGD(torch.optim.Optimizer):
@@ -46,45 +46,51 @@ class AGD(torch.optim.Optimizer):
             negative. It is the group key `lr`, so that torch's schedulers work and 0 freezes a
             group (which still counts in L and G). Under torch.compile, let a scheduler change a
             tensor: a number is compiled in.
-        fused: whether a step takes few passes over memory. None: where there is such a step (for
-            float32 weights on a CPU; for any on a CUDA GPU with Triton and agd_cuda.py) and these
-            gradients allow it, else the plain step. False: the plain step. True: as None, but
-            weights that have no other than the plain step are refused. All agree to rounding.
+        fused: None: compiled kernels for the weights that they support (float32 on a CPU, any
+            dtype on a CUDA GPU), torch's operations for the others. False: torch's operations.
+            True: raise ValueError for a weight that no kernel supports. All agree to rounding.
 
     L counts every tensor of every group; G and eta are one for all groups. A tensor without a
     gradient is skipped: it adds nothing to G and still counts in L.
 
-    Attributes, 0-dim tensors on the device of the first weight, where the optimiser leaves them:
+    Attributes, 0-dim tensors on the device of the first weight:
         eta: the automatic learning rate of the last step; NaN before the first one, and for a
             step that was skipped.
         G: the gradient summary of the last step.
-        skipped: int64, the number of steps so far that changed no weight because a gradient held
-            a NaN or an infinity.
+        skipped: int64, the number of steps that changed no weight because a gradient held a NaN
+            or an infinity.
 
-    A weight may be sharded over devices, a DTensor as of torch's fully_shard: its norms are those
-    of the whole matrix, for two small all-reduces a step. Every device has shards of all weights.
+    A weight may be sharded over devices, a DTensor of torch's fully_shard: its norms are those of
+    the whole matrix, for one small all-reduce a step. Every device has shards of all weights.
 
-    A zero gradient, of a matrix or of one kernel position, leaves those weights as they were. A
-    fused step needs a megabyte of scratch memory at most (on a GPU 3 % of the weights'), the plain
-    one a copy of the gradients (float32 at least) and another of those of one shape at a time. The
-    optimiser keeps no state; what was counted in `skipped` is part of the state dict.
+    A zero gradient, of a matrix or of one kernel position, leaves those weights bit for bit. A step
+    needs one scratch tensor: with kernels some kB on a CPU and 3 % of the weights' memory on a GPU,
+    else half a megabyte (float32 on a CPU) or at most a copy of the largest weight in float64. It
+    copies a gradient whose strides differ from its weight's. `skipped` is the only state.
 
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
             has fewer than two dimensions, no elements, or is not real floating point, or is sharded
-            along its kernel, or with fused=True has no fused step; at a step, for a sparse or
-            complex gradient. The message names the tensor and the way out.
+            along its kernel, or with fused=True has no kernel; at a step, for a sparse or complex
+            gradient. The message names the tensor and the way out.
     """
 
+    _key = _parts = None  # of the last step: what the parts depend on, and the parts
+
     def __init__(self, params, gain=1.0, fused=None):
-        self.fused, self._key, self._plan = fused, None, None
+        self.fused = fused
         super().__init__(_listed(params), {"lr": gain})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
         device = next(p for group in self.param_groups for p in group["params"]).device
         self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
         self.G = torch.full_like(self.eta, math.nan)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.param_groups[0]["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def skipped(self):
+        """Number of skipped steps, int64, 0-dim: an entry of the first group, which is saved."""
+        return self.param_groups[0]["skipped"]
 
     def add_param_group(self, param_group):
         """Add a group, {"params": ..., "lr": gain}, checked as in the constructor."""
@@ -93,8 +99,7 @@ class AGD(torch.optim.Optimizer):
         _check_gain(group["lr"])
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
-            params = list(params)
-            # A tied weight is one layer, however often it is listed, and is where it is first.
+            # A tied weight is one layer, however often it is listed, in its first place.
             tensors = {}
             for x in params:
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
@@ -102,518 +107,313 @@ class AGD(torch.optim.Optimizer):
         group["params"] = params
         for name, p in _named([group]):
             _check(name, p)
-            if self.fused and not _has_fast_step(p):
+            if self.fused and _backend(p, Layout(p)) is TorchBackend:
                 raise ValueError(f"there is no fused step for {_label(name, p)}, {p.dtype} on "
                                  f"{p.device}: fused=None takes it where there is one")
         super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every weight that has a gradient; returns the closure's loss, if one is given."""
+        """Update every weight that has a gradient. Returns the closure's loss, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        L = sum(len(group["params"]) for group in self.param_groups)
-        found = None if self.fused is False else self._fused_step(L)
-        self.G, self.eta = found or self._plain_step(L)
+        parts, targets, grads = self._prepare()
+        if not parts:
+            self.G, self.eta = torch.zeros_like(self.G), torch.zeros_like(self.eta)
+            return loss
+        norms = [part.norms(grads) for part in parts]  # (blocks,) float64 a part
+        G, *others = [(part.scales * x).sum() for part, x in zip(parts, norms)]
+        for x in others:
+            G = G + x.to(G)
+        # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at
+        # large G. An infinite G makes it NaN.
+        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+        for part, x in zip(parts, norms):
+            factors = part.scales * (eta if part.alone else eta.to(x)) / x
+            for group, blocks in part.groups:
+                gain = self.param_groups[group]["lr"]
+                if isinstance(gain, Tensor):  # not read: a gain out of range becomes 0
+                    factors[blocks] *= gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
+                elif gain != 1:
+                    factors[blocks] *= gain
+            # The factor of a zero gradient is infinity or 0 / 0, and all are NaN if eta is.
+            part.subtract(targets, grads, factors.nan_to_num_(0, 0, 0))
+
+        if torch.compiler.is_compiling():  # it can set no attribute of an optimiser
+            self.G.copy_(G), self.eta.copy_(eta)
+        else:
+            self.G, self.eta = G, eta
+        skipped = self.skipped
+        if skipped.device != G.device:  # the network has moved, or a state was loaded
+            skipped = self.param_groups[0]["skipped"] = skipped.to(G.device)
+        skipped.add_(eta.isnan())
         return loss
 
-    def _fused_step(self, L):
-        """(G, eta) after a step in few passes over memory; None, and nothing has changed, where
-        these weights or these gradients need the plain step."""
-        if torch.compiler.is_compiling():
-            return None
-        weights, grads, gains, groups = [], [], [], []
+    def _prepare(self):
+        """Parts, targets and gradients of the weights that have a gradient. A target is the weight
+        or, of a sharded one, the local tensor; its gradient has its strides and dtype."""
+        weights, targets, grads, groups = [], [], [], []
+        L = sum(len(group["params"]) for group in self.param_groups)
+        key = [L, self.fused, groups]
         for i, group in enumerate(self.param_groups):
-            gain = group["lr"]
-            if not isinstance(gain, Tensor):
-                _check_gain(gain)  # a scheduler may have changed it
-            here = [p for p in group["params"] if p.grad is not None]
-            weights += here
-            grads += [p.grad for p in here]
-            groups += [i] * len(here)
-            gains.append(gain)
-        if not weights:
-            return None
-        if weights[0].device.type in GPUS:
-            return self._step_on_a_gpu(weights, grads, gains, groups, L)
-        if any(isinstance(gain, Tensor) for gain in gains):
-            return None
-        gains = [gains[i] for i in groups]
-        # A plan keeps the storage of its weights, so that an address is that of one weight.
-        key = [L, gains, [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in weights]]
-        if key != self._key:
-            # Of ordinary tensors on the CPU, whatever the defaults are just now.
-            with torch.inference_mode(False), torch.device("cpu"):
-                self._key, self._plan = key, _plan_on_the_cpu(weights, gains, L)
-        return None if self._plan is None else self._plan.step(grads)
-
-    def _step_on_a_gpu(self, weights, grads, gains, groups, L):
-        kernels, device = _kernels("cuda"), weights[0].device
-        if kernels is None or not kernels.trusted(device, AGD):
-            return None
-        if not all(_is_plain(x) and x.device == device for x in (*weights, *grads)):
-            return None
-        if self._key != [L, groups] or not self._plan.fits(weights):
-            scales = [_scale(p.shape) for p in weights]
-            with torch.inference_mode(False), torch.device("cpu"):
-                self._plan = kernels.Plan.of(weights, scales, L, groups)
-            self._key = None if self._plan is None else [L, groups]
-        if self._plan is None:
-            return None
-        if self.skipped.device != device:  # the network has moved since
-            self.skipped = self.skipped.to(device)
-        found = self._plan.step(grads, gains, self.skipped)
-        if found is not None:  # the kernels write past autograd, which has to know
-            torch.autograd.graph.increment_version(weights)
-        return found
-
-    def _plain_step(self, L):
-        """(G, eta) after a step of any weights and gradients."""
-        buckets = self._buckets()
-        if not buckets:
-            return torch.zeros_like(self.G), torch.zeros_like(self.eta)
-        home = buckets[0].weights[0].device
-        wide = _wide(home)
-        if self.skipped.device != home:  # the network has moved since
-            self.skipped = self.skipped.to(home)
-
-        # Each gradient as u = grad / m, m the largest magnitude in its matrix: no square over- or
-        # underflows, whatever the scale. One tensor (layers, *shape) a bucket, so that the number
-        # of kernels grows with the number of distinct shapes and not with L; m and the squared
-        # norm of u have 1 in the place of a matrix's dimensions.
-        ms = _over_shards(buckets, [b.largest() for b in buckets], "max")
-        us, squares = zip(*[b.normalise(m) for b, m in zip(buckets, ms)])
-        squares = _over_shards(buckets, squares, "sum")
-        shapes, sizes = [m.shape for m in ms], [m.numel() for m in ms]
-        flat = [x.flatten() for x in (*squares, *ms)]
-        if any(x.device != home for x in flat):
-            flat = [x.to(home) for x in flat]
-        squares, ms = torch.cat(flat).to(wide).chunk(2)  # an entry a matrix
-        norms = squares.sqrt()
-        torch._foreach_mul_(ms.split(sizes), [b.s for b in buckets])
-        G = torch.dot(norms, ms) / L
-        # log((1 + sqrt(1 + 4G)) / 2), without the cancellation at small G or the overflow at large
-        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
-        finite = eta < math.inf
-
-        moves = (norms > 0) & finite
-        factors = (eta / L / norms).masked_fill_(~moves, 0).split(sizes)
-        # All ones where the weight moves, else all zeros. Where it stays, the update is +0, bit
-        # for bit, whatever the gradient held: NaN * 0 is NaN, and -0 would change a weight of -0.
-        keeps = moves.to(torch.int32).neg_().split(sizes)
-        weights, updates = [], []
-        for b, u, shape, factor, keep in zip(buckets, us, shapes, factors, keeps):
-            gain = b.gain
-            if isinstance(gain, Tensor):  # checked without a read: out of range, it is 0
-                gain = gain.detach().nan_to_num(0, 0, 0).clamp_min(0)
-                keep = keep * (gain > 0)
-            elif gain == 0:
-                continue
-            bits = u.view(torch.int64 if u.dtype == torch.float64 else torch.int32)
-            bits.bitwise_and_(keep.view(shape).to(bits))
-            u.mul_((factor * (b.s * gain)).view(shape).to(u))
-            weights += b.weights
-            updates += u.unbind()
-        if weights:
-            torch._foreach_sub_(weights, updates)
-
-        self.skipped += ~finite
-        return G, eta.masked_fill_(~finite, math.nan)
-
-    def _buckets(self):
-        """The weights that have a gradient, by shape, layout, dtype, device and gain."""
-        buckets = {}
-        for group in self.param_groups:
-            gain = group["lr"]
-            if not isinstance(gain, Tensor):
-                _check_gain(gain)  # a scheduler may have changed it
-            kind = id(gain) if isinstance(gain, Tensor) else gain
-            for i, p in enumerate(group["params"]):
+            if not isinstance(group["lr"], Tensor):
+                _check_gain(group["lr"])  # a scheduler may have changed it
+            for j, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
                     continue
                 if grad.layout != torch.strided or grad.is_complex():
-                    name = group["param_names"][i] if "param_names" in group else None
-                    raise ValueError(
-                        f"the gradient of {_label(name, p)} is "
-                        f"{'complex' if grad.is_complex() else 'sparse'}, and AGD needs a dense, "
-                        "real one: build the layer with sparse=False and real weights"
-                    )
-                shape, shards = p.shape, None
+                    name = group["param_names"][j] if "param_names" in group else None
+                    kind = "complex" if grad.is_complex() else "sparse"
+                    raise ValueError(f"the gradient of {_label(name, p)} is {kind}, and AGD needs "
+                                     "a dense, real one: build the layer with sparse=False and "
+                                     "real weights")  # fmt: skip
+                weights.append(p)
+                groups.append(i)
                 if _is_dtensor(p):
-                    shards = p.device_mesh, p.placements
-                    grad = grad.redistribute(*shards).to_local()
+                    grad = grad.redistribute(p.device_mesh, p.placements).to_local()
                     p = p.to_local()
-                layout = p.stride() if shards is None else None
-                key = (shape, p.shape, layout, p.dtype, p.device, kind, shards)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = _Bucket(p, gain, shape, shards)
-                bucket.add(p, grad)
-        return list(buckets.values())
-
-    def state_dict(self):
-        """torch's, and the count of skipped steps."""
-        return {**super().state_dict(), "skipped": self.skipped.clone()}
+                stride, dtype = p.stride(), p.dtype
+                if (grad.stride() != stride or grad.dtype != dtype) and not _alike(grad, p):
+                    grad = torch.empty_like(p).copy_(grad)
+                targets.append(p)
+                grads.append(grad)
+                key.append((p.shape, stride, dtype, p.device))
+        if torch.compiler.is_compiling():
+            return _Part.split(weights, groups, L, fused=False), targets, grads
+        if key != self._key:
+            if grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                return _Part.split(weights, groups, L, fused=False), targets, grads
+            # Ordinary tensors, whatever the defaults of the moment.
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._key, self._parts = key, _Part.split(weights, groups, L, self.fused)
+        return self._parts, targets, grads
 
     def load_state_dict(self, state_dict):
+        """torch's. `skipped` stays as it is where the state has none."""
+        skipped = state_dict.get("skipped", self.skipped)  # its place before version 0.2
         super().load_state_dict(state_dict)
-        if "skipped" in state_dict:
-            self.skipped.copy_(state_dict["skipped"])
+        self.param_groups[0].setdefault("skipped", skipped.clone())
 
     def __getstate__(self):
-        own = {"eta": self.eta, "G": self.G, "skipped": self.skipped, "fused": self.fused}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state):
-        # load_state_dict comes by here too, with the groups alone
-        fused = self.__dict__.get("fused")
-        super().__setstate__({"fused": fused, **state, "_key": None, "_plan": None})
+        return {**super().__getstate__(), "eta": self.eta, "G": self.G, "fused": self.fused}
 
 
-class _Sweeps:
-    """The step of float32 weights in the CPU's memory where agd_cpu.py has none, for want of a C
-    compiler: in four passes over them, gradients are read for their norms, then gradients and
-    weights are read and weights written.
+# Geometry, by role: the dimensions of a weight that number its blocks, and s, the norm of a block.
+ROLES = {
+    "matrix": (lambda shape: (), lambda shape: math.sqrt(shape[0] / shape[1])),
+    "kernel": (lambda shape: range(2, len(shape)),
+               lambda shape: math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))),
+}  # fmt: skip
 
-    Squares are summed as they are, without the plain step's division by the largest magnitude;
-    that step takes over where a norm is too small or too large for it, 0, NaN and infinity
-    included.
+
+class Layout:
+    """The blocks of a weight, and their order in memory (of a sharded weight: on this device).
+
+    Attributes:
+        K, s: the number of blocks, and the norm of one.
+        dense: (outer, K, inner), the shape in the order of memory, where there is one without gaps:
+            inner is 1 in a contiguous convolution and `in` in channels_last. Else None.
+        dims: the dimensions of `view` inside a block.
+    """
+
+    def __init__(self, weight):
+        numbering, scale = ROLES["matrix" if weight.ndim == 2 else "kernel"]
+        self.s, p, self.dense = scale(weight.shape), _local(weight), None
+        blocks, dims = numbering(p.shape), list(range(p.ndim))
+        self.K = math.prod([p.shape[i] for i in blocks])
+        self.dims = tuple([i for i in dims if i not in blocks])
+        self.shape = [p.shape[i] if i in blocks else 1 for i in dims]  # of factors
+        self.order = sorted(dims, key=lambda i: -p.stride(i))
+        if p.numel() and p.detach().permute(self.order).is_contiguous():
+            sides = [i for i in self.order if p.shape[i] > 1]
+            places = [n for n, i in enumerate(sides) if i in blocks] or [len(sides)]
+            if places[-1] - places[0] < len(places):
+                outer = math.prod([p.shape[i] for i in sides[: places[0]]])
+                inner = math.prod([p.shape[i] for i in sides[places[-1] + 1 :]])
+                self.dense, self.dims = (outer, self.K, inner), DENSE
+                # Rows of m * K numbers: long enough for a loop, short enough for float32's sums.
+                self.m = math.gcd(outer, 1024 if self.K == 1 else 64) if inner == 1 else 1
+
+    def view(self, x):
+        """A tensor like the weight as (outer / m, m, K, inner); with gaps, the tensor itself."""
+        if self.dense is None:
+            return x
+        outer, K, inner = self.dense
+        return x.permute(self.order).view(outer // self.m, self.m, K, inner)
+
+    def spread(self, factors):
+        """Factors (K,) in a shape that broadcasts with `view`."""
+        if self.dense is None:
+            return factors.view(self.shape)
+        factors = factors.view(self.K, 1)
+        return factors if 1 in (self.m, self.K) else factors.repeat(self.m, 1, 1)
+
+
+class _Part:
+    """The weights of one backend on one device, sharded alike.
+
+    Attributes:
+        scales: s / L of each block, (blocks,) float64.
+        groups: (index of a group, slice of its blocks) pairs.
     """
 
     @classmethod
-    def plan(cls, weights, gains, L):
-        """The sweeps over these weights, or None where one of them lies in another way, or has a
-        gain so far from 1 that float32 may not hold what its gradient is multiplied with."""
-        lying = []
-        for p, gain in zip(weights, gains):
-            fits = _is_plain(p) and p.device.type == "cpu" and p.dtype == torch.float32
-            fits = fits and (gain == 0 or LOWEST < gain * _scale(p.shape) / L < HIGHEST)
-            kind = _kind(p) if fits else None
-            if kind is None:
-                return None
-            lying.append(kind)
-        return cls(weights, lying, gains, L)
+    def split(cls, weights, groups, L, fused):
+        """The parts of weights, given the index of the group of each."""
+        alike = {}
+        for i, p in enumerate(weights):
+            layout = Layout(p)
+            kind = TorchBackend if fused is False else _backend(p, layout)
+            shards = (p.device_mesh, p.placements) if _is_dtensor(p) else None
+            alike.setdefault((kind, p.device, shards), []).append((i, p, layout, groups[i]))
+        return [cls(*key, len(alike) == 1, L, *zip(*x)) for key, x in alike.items()]
 
-    def __init__(self, weights, lying, gains, L):
-        self.lying = lying
-        scratch = torch.empty(SCRATCH, dtype=torch.float32)
-        # An entry a matrix: s / L, and what the update multiplies the gradient with.
-        K = [math.prod(p.shape[2:]) for p in weights]
-        s = [x for p, n in zip(weights, K) for x in [_scale(p.shape) / L] * n]
-        gain = [x for x, n in zip(gains, K) for x in [x] * n]
-        self.s = torch.tensor(s, dtype=torch.float64)
-        self.coefficients = self.s * -torch.tensor(gain, dtype=torch.float64)
-        self.sums, self.quotients = torch.empty_like(self.s), torch.empty_like(self.s)
-        self.factors = torch.empty(len(s), dtype=torch.float32)
+    def __init__(self, kind, device, shards, alone, L, indices, weights, layouts, groups):
+        self.shards, self.alone, self.indices, self.groups = shards, alone, indices, []
+        self.backend = kind([_local(p) for p in weights], layouts)
+        wide = {"dtype": _wide(device), "device": device}
+        self.scales = torch.cat([torch.full((x.K,), x.s / L, **wide) for x in layouts])
+        end = 0
+        for group, layout in zip(groups, layouts):
+            start, end = end, end + layout.K
+            if self.groups and self.groups[-1][0] == group:
+                start = self.groups.pop()[1].start
+            self.groups.append((group, slice(start, end)))
 
-        # What the first sweep leaves: norms of runs of memory, then sums of squares, and the
-        # matrix that each is of.
-        index = [x.index + start for x, start in zip(lying, _starts(K))]
-        order = sorted(range(len(lying)), key=lambda i: lying[i].squared)
-        self.index = torch.cat([index[i] for i in order])
-        self.partial = torch.empty(len(self.index), dtype=torch.float32)
-        self.wide = torch.empty_like(self.partial, dtype=torch.float64)
-        self.norms = self.wide[: sum(len(x.index) for x in lying if not x.squared)]
-        for i, slot in zip(order, self.partial.split([len(index[i]) for i in order])):
-            lying[i].slot, lying[i].scratch = slot, scratch
-        self.measures = [x.measure for x in lying]
+    def norms(self, grads):
+        """Frobenius norms of the gradients' blocks, like `scales`."""
+        norms = self.backend.norms(self._own(grads))
+        if self.shards is None:
+            return norms
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        # Backwards, so that the gradients that were read last are still in the cache.
-        self.moving = [i for i in reversed(range(len(gains))) if gains[i] != 0]
-        self.weights = [lying[i].view(weights[i].detach()) for i in self.moving]
-        parts = self.factors.split(K)
-        multipliers, sources = zip(*[x.multiplier(part) for x, part in zip(lying, parts)])
-        self.multipliers = [multipliers[i] for i in self.moving]
-        # Factors that are repeated, so that the processor runs on without a break.
-        self.tiles, self.sources = [], []
-        for tile, source in zip(multipliers, sources):
-            if source is not None:
-                self.tiles.append(tile.view_as(source))
-                self.sources.append(source)
+        mesh, placements = self.shards
+        parts = [Replicate() if x.is_replicate() else Partial("sum") for x in placements]
+        whole = DTensor.from_local(norms.square_(), mesh, parts, run_check=False)
+        return whole.full_tensor().sqrt_()
 
-    def step(self, grads):
-        """(G, eta), the weights being updated; None, with weights as they were, where the squares
-        of these gradients cannot be summed as they are."""
-        views = []
-        for measure, grad in zip(self.measures, grads):
-            view = measure(grad)
-            if view is None:
-                return None
-            views.append(view)
-        self.wide.copy_(self.partial)
-        self.norms.square_()
-        norms = self.sums.zero_().index_add_(0, self.index, self.wide)
-        # A number read on the CPU keeps nobody waiting. A sum that overflowed leaves G infinite.
-        if not norms.amin().item() >= LEAST:
-            return None
-        G = torch.dot(norms.sqrt_(), self.s).item()
-        if G == math.inf:
-            return None
-        eta = math.log1p(G / (math.sqrt(G + 0.25) + 0.5))
-        torch.div(self.coefficients, norms, out=self.quotients)
-        torch.mul(self.quotients, eta, out=self.factors)
-        if self.tiles:
-            torch._foreach_copy_(self.tiles, self.sources)
-        if self.moving:
-            views = [views[i] for i in self.moving]
-            torch._foreach_addcmul_(self.weights, views, self.multipliers)
-        return [torch.scalar_tensor(x, dtype=torch.float64, device="cpu") for x in (G, eta)]
+    def subtract(self, targets, grads, factors):
+        """targets -= factors * grads, with factors like `scales`."""
+        self.backend.subtract(self._own(targets), self._own(grads), factors)
+
+    def _own(self, tensors):
+        return tensors if self.alone else [tensors[i] for i in self.indices]
 
 
-LEAST = 2.0**-60  # a squared norm of which float32 loses nothing
-LOWEST, HIGHEST = 2.0**-40, 2.0**60  # times eta over any norm that is swept, within float32
-SCRATCH = 2**18  # float32 numbers, a megabyte: what stays in a processor's cache
-ROW = 1024  # the length up to which a float32 norm along memory is exact to 1e-6
+class TorchBackend:
+    """The sweeps by torch's operations, for tensors of one device. Other backends have the same
+    methods, for weights that keep their shapes, strides and dtypes; layouts has their Layouts."""
+
+    def __init__(self, weights, layouts):
+        self.layouts = layouts
+
+    def norms(self, tensors):
+        """Frobenius norms of the blocks of tensors like the weights, (blocks,) float64. No square
+        over- or underflows."""
+        views = [(layout.view(x), layout.dims) for layout, x in zip(self.layouts, tensors)]
+        return torch.cat([_norms(x, dims) for x, dims in views])
+
+    def subtract(self, targets, directions, factors):
+        """targets -= factors * directions. A factor of 0 leaves every bit of its block.
+
+        Args:
+            targets, directions: tensors like the weights.
+            factors: (blocks,) float64, finite and not negative.
+        """
+        known = factors.tolist() if _on_host(factors) else [math.inf] * len(factors)
+        single, end = factors.float(), 0
+        for layout, t, d in zip(self.layouts, targets, directions):
+            blocks = slice(end, end + layout.K)
+            end, some = blocks.stop, known[blocks]
+            if not any(some):
+                continue
+            t, d = layout.view(t), layout.view(d)
+            in_range = all(LOWEST < x < HIGHEST or x == 0 for x in some)
+            f = single if in_range and d.dtype != torch.float64 else factors
+            f = layout.spread(f[blocks])
+            if in_range and all(some) and f.dtype == d.dtype:
+                t.addcmul_(d, f, value=-1)
+            else:
+                work = torch.promote_types(d.dtype, torch.float32)
+                update = torch.mul(d, f, out=torch.empty_like(d, dtype=work))
+                t.sub_(update.masked_fill_(f == 0, 0))  # NaN * 0 is NaN, and -0 - -0 is 0
 
 
-class _Flat:
-    """How a weight lies in memory: one matrix, in rows of at most ROW."""
-
-    squared = False  # whether `measure` leaves squares, else norms
-
-    def __init__(self, p, order):
-        self.stride, n = p.stride(), p.numel()
-        self.order = None if order == sorted(order) else order
-        self.form = None  # what its view is, or None for itself
-        self.rest = n % ROW
-        if self.order is not None or p.ndim > 2 or not 64 <= p.shape[1] <= ROW:
-            self.form = (n,) if self.rest else (n // ROW, ROW)
-        rows = p.shape[0] if self.form is None else -(-n // ROW)
-        self.index = torch.zeros(rows, dtype=torch.int64)  # the matrix of each result
-
-    def lies(self, x):
-        """Whether a tensor lies as the weight does, whatever its strides along sides of 1."""
-        return (x if self.order is None else x.permute(self.order)).is_contiguous()
-
-    def view(self, x):
-        """A tensor that lies as the weight does, in the form in which it is swept."""
-        if self.order is not None:
-            x = x.permute(self.order)
-        return x if self.form is None else x.view(self.form)
-
-    def measure(self, grad):
-        """The view of a gradient, after its norms or sums of squares have gone to `slot`; None
-        for one that does not lie as the weight does."""
-        if grad.dtype is not torch.float32 or grad.layout is not torch.strided:
-            return None
-        if grad.stride() != self.stride and not self.lies(grad):
-            return None
-        view = grad if self.form is None else self.view(grad)
-        self.sweep(view)
-        return view
-
-    def sweep(self, g):
-        if g.ndim == 2:
-            vector_norm(g, 2, 1, out=self.slot)
-            return
-        if len(self.slot) > 1:
-            vector_norm(g[: -self.rest].view(-1, ROW), 2, 1, out=self.slot[:-1])
-        vector_norm(g[-self.rest :], 2, 0, True, out=self.slot[-1:])
-
-    def multiplier(self, factors):
-        """(what a gradient is multiplied with, what has to be copied there first or None), given
-        the static tensor of factors, one a matrix."""
-        return factors[0], None
+DENSE = (0, 1, 3)  # the dimensions of a block in the view of a dense weight
+LOWEST, HIGHEST = 2.0**-100, 2.0**100  # factors of which float32 loses nothing
+LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
+CHUNK = 2**17  # numbers, half a megabyte: what stays in a processor's cache
 
 
-class _Runs(_Flat):
-    """A row of each of the K matrices, then the next rows, as in channels_last."""
-
-    def __init__(self, p, order, rows, K, row):
-        super().__init__(p, order)
-        self.form, self.run = (rows, K, row), _run(row)
-        self.index = torch.arange(K).view(K, 1).repeat(rows, 1, row // self.run).flatten()
-
-    def sweep(self, g):
-        vector_norm(g.view(-1, self.run), 2, 1, out=self.slot)
-
-    def multiplier(self, factors):
-        return factors.unsqueeze(1), None
+def _on_host(x):
+    """Whether reading a number waits for nothing: not of a GPU, and not in torch.compile."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Period(_Flat):
-    """An element of each of the K matrices, then the next elements, as in a contiguous kernel."""
+def _norms(x, dims):
+    """Norms over dimensions of a Layout's view, (blocks,) float64."""
+    wide = _wide(x.device)
+    if x.dtype == torch.float32 and dims == DENSE and _on_host(x):
+        norms = _norms_in_float32(x)
+        if all(LEAST < norm < math.inf for norm in norms.tolist()):
+            return norms
+    if x.dtype != wide or not x.numel():  # float64 holds the squares of 32 bits
+        return vector_norm(x, 2, dims, dtype=wide).flatten()
+    largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
+    return vector_norm(x / largest, 2, dims).flatten() * largest.flatten()
 
-    squared = True
 
-    def __init__(self, p, order, rows, K, width):
-        super().__init__(p, order)
-        self.form, self.K, self.width = (rows, width), K, width
-        self.index = torch.arange(K).repeat(width // K)
-
-    def sweep(self, g):
-        n = min(len(g), SCRATCH // self.width)
-        scratch = self.scratch[: n * self.width].view(n, self.width)
-        first, *others = g.split(n)
-        torch.mul(first, first, out=scratch)
+def _norms_in_float32(x):
+    """Norms of the blocks of a view (rows, m, K, inner), (K,) float64, by a scratch tensor of
+    CHUNK squares; 0 or infinite where float32 does not hold them."""
+    if x.shape[1] >= 32 and x.shape[2] == 1:
+        return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
+    rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
+    squares = torch.empty_like(x[:rows])
+    for some in x.split(32 * rows):  # few enough sums in float32 to be exact to 1e-6
+        first, *others = some.split(rows)
+        torch.mul(first, first, out=squares[: len(first)])
         for part in others:
-            (scratch if len(part) == n else scratch[: len(part)]).addcmul_(part, part)
-        torch.sum(scratch, 0, out=self.slot)
-
-    def multiplier(self, factors):
-        return factors.new_empty(self.width), factors.expand(self.width // self.K, self.K)
+            squares[: len(part)].addcmul_(part, part)
+        total += squares[: len(first)].sum(0).double().sum((0, 2))
+    return total.sqrt_()
 
 
-def _kind(p):
-    """How a weight lies in memory, or None for a way that has no sweeps."""
-    order = sorted(range(p.ndim), key=lambda i: -p.stride(i))
-    if not p.detach().permute(order).is_contiguous():
-        return None
-    K = math.prod(p.shape[2:])
-    if K == 1:
-        return _Flat(p, order)
-    # Matrices and kernel, without sides of 1: M before, K between, M after.
-    sides = [(i < 2, p.shape[i]) for i in order if p.shape[i] > 1]
-    kernel = [i for i, (matrix, _) in enumerate(sides) if not matrix]
-    if kernel[-1] - kernel[0] >= len(kernel):
-        return None
-    before = [n for _, n in sides[: kernel[0]]]
-    after = math.prod(n for _, n in sides[kernel[-1] + 1 :])
-    if after > 1:
-        return _Runs(p, order, math.prod(before), K, after) if _run(after) else None
-    width = before[-1] * K if before else K
-    return _Period(p, order, math.prod(before[:-1]), K, width) if width <= SCRATCH else None
-
-
-def _plan_on_the_cpu(weights, gains, L):
-    """The compiled step where there is one, else the sweeps, or None."""
-    kernels = _kernels("cpu")
-    if kernels is not None:
-        plan = kernels.Plan.of(weights, [_scale(p.shape) for p in weights], L, gains)
-        if plan is not None and kernels.trusted(AGD):
-            return plan
-    return _Sweeps.plan(weights, gains, L)
-
-
-@functools.cache
-def _kernels(device):
-    """The module of kernels for "cuda" or "cpu", which lies beside this one, or None."""
+def _backend(p, layout):
+    """The backend class of a weight: from agd_kernels, beside this file, if that takes it."""
     try:
-        return importlib.import_module(f"{__name__}_{device}")
+        kernels = importlib.import_module(f"{__name__}_kernels")
     except ImportError:
-        return None
+        return TorchBackend
+    if layout.dense is None or type(p) not in (Tensor, torch.nn.Parameter):
+        return TorchBackend
+    found = kernels.backend(p.device, TorchBackend, Layout)
+    return found if found is not None and found.takes(p, layout) else TorchBackend
 
 
-def _has_fast_step(p):
-    """Whether `fused=True` can be had for a weight."""
-    if p.device.type in GPUS:
-        kernels = _kernels("cuda")
-        return _is_plain(p) and kernels is not None and kernels.trusted(p.device, AGD)
-    return _plan_on_the_cpu([p], [1.0], 1) is not None
-
-
-def _is_plain(x):
-    """Whether a tensor is one of torch's own, dense, and nothing that wraps one."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
-
-
-def _starts(sizes):
-    """Where each of consecutive parts begins."""
-    return [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-class _Bucket:
-    """Weights of one shape and layout, and what AGD derives from them; those that are sharded, as
-    (mesh, placements) say, by their parts on this device."""
-
-    def __init__(self, p, gain, shape, shards):
-        self.weights, self.grads, self.gain, self.s = [], [], gain, _scale(shape)
-        self.dtype = torch.promote_types(p.dtype, torch.float32)
-        self.shards, self.empty = shards, p.numel() == 0  # a shard may be
-        # Dimensions in the order in which they lie in memory, so that any format is as fast; those
-        # of a shard in the one order that every device knows.
-        self.order = list(range(p.ndim))
-        if shards is None:
-            self.order.sort(key=lambda i: -p.stride(i))
-        self.in_order = self.order == list(range(p.ndim))
-        # The two of a matrix in (layers, *dimensions). The one that is contiguous is reduced
-        # first, else the outermost: both sweeps run along memory.
-        outer, inner = sorted((1 + self.order.index(0), 1 + self.order.index(1)))
-        contiguous = inner == p.ndim
-        self.first, self.second = (inner, outer) if contiguous else (outer, inner)
-        # The length of runs in which a float32 norm along memory is exact to 1e-6, the fastest
-        # way; where rows do not divide into such runs, a pairwise sum of squares takes its place.
-        self.run = _run(p.shape[self.order[-1]]) if contiguous else None
-
-    def add(self, p, grad):
-        if not self.in_order:
-            p, grad = p.permute(self.order), grad.permute(self.order)
-        self.weights.append(p)
-        self.grads.append(grad)
-
-    def largest(self):
-        """The gradients as x (layers, *dimensions), and returned the largest magnitude of each of
-        their matrices, with 1 for a matrix's dimensions."""
-        alone = len(self.grads) == 1
-        x = (self.grads[0].unsqueeze(0) if alone else torch.stack(self.grads)).to(self.dtype)
-        # What may be written to: neither the gradient itself nor a view of it.
-        self.x, self.own = x, not alone
-        if self.empty:
-            return self._zeros(x)
-        top, bottom = x.amax(self.first, keepdim=True), x.amin(self.first, keepdim=True)
-        return torch.maximum(top, bottom.neg_()).amax(self.second, keepdim=True)
-
-    def normalise(self, m):
-        """(u = grad / m (layers, *dimensions), the sum of squares of each matrix of u)."""
-        # Not 0 / 0, and no subnormal divisor: some devices have none.
-        m.clamp_min_(torch.finfo(self.dtype).tiny)
-        u = self.x.div_(m) if self.own else self.x / m
-        self.x = None
-        if self.empty:
-            return u, self._zeros(u)
-        if self.run is None:
-            rows = u.square().sum(self.first, keepdim=True)
-        elif self.run == u.shape[-1]:
-            rows = vector_norm(u, dim=-1, keepdim=True).square_()
-        else:
-            runs = vector_norm(u.unflatten(-1, (-1, self.run)), dim=-1).square_()
-            rows = runs.sum(-1, keepdim=True)
-        return u, rows.sum(self.second, keepdim=True)
-
-    def _zeros(self, x):
-        matrix = (self.first, self.second)
-        return x.new_zeros([1 if i in matrix else n for i, n in enumerate(x.shape)])
-
-
-def _run(row):
-    """The longest equal parts of a row, up to ROW, or None where there are none worth it."""
-    runs = [row] if row <= ROW else [n for n in range(ROW, 31, -32) if row % n == 0]
-    return runs[0] if runs else None
+def _alike(x, y):
+    """Whether tensors of one shape have the same dtype and strides, up to those of sides of 1."""
+    strides = zip(x.shape, x.stride(), y.stride())
+    return x.dtype == y.dtype and all(n == 1 or a == b for n, a, b in strides)
 
 
 def _is_dtensor(p):
-    """Whether a tensor is a torch.distributed.tensor.DTensor, without importing that."""
-    return hasattr(p, "to_local")
+    return hasattr(p, "to_local")  # without an import of torch.distributed.tensor
 
 
-def _over_shards(buckets, values, op):
-    """A tensor a bucket, "sum" or "max" over the shards of those that are sharded: one all-reduce
-    for all that are so in the same way."""
-    values, alike = list(values), {}
-    for i, b in enumerate(buckets):
-        if b.shards is not None:
-            alike.setdefault(b.shards, []).append(i)
-    for (mesh, placements), indices in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        parts = [Replicate() if x.is_replicate() else Partial(op) for x in placements]
-        flat = torch.cat([values[i].flatten() for i in indices])
-        flat = DTensor.from_local(flat, mesh, parts, run_check=False).full_tensor()
-        for i, x in zip(indices, flat.split([values[i].numel() for i in indices])):
-            values[i] = x.view(values[i].shape)
-    return values
+def _local(p):
+    return p.to_local() if _is_dtensor(p) else p
 
 
 @torch.no_grad()
 def init_weights(params, generator=None):
     """Draw every weight anew, in place: uniform (Haar) semi-orthogonal times sqrt(out / in).
 
-    A weight of shape (out, in, *kernel) holds prod(kernel) matrices, each drawn on its own and
-    divided by sqrt(prod(kernel)).
+    A weight of shape (out, in, *kernel) is drawn block by block, divided by sqrt(prod(kernel)).
 
     Args:
         params: anything that `AGD` takes. A tensor listed twice is drawn once.
@@ -626,24 +426,20 @@ def init_weights(params, generator=None):
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
-    sizes, seen, drawn = {}, set(), 0
     params = list(_named(_listed(params)))
     if not params:
         raise ValueError(EMPTY)
     for name, p in params:
         _check(name, p)
-        if id(p) not in seen:
-            seen.add(id(p))
-            rows, columns = max(p.shape[:2]), min(p.shape[:2])
-            positions = math.prod(p.shape[2:])
-            z = torch.randn(
-                positions, rows, columns, dtype=torch.float64, device="cpu", generator=generator
-            )
-            sizes.setdefault((rows, columns), []).append((p, z))
-            drawn += z.numel()
-            if drawn > AT_ONCE:
-                _orthogonalise(sizes)
-                drawn = 0
+    sizes, drawn, wide = {}, 0, {"dtype": torch.float64, "device": "cpu"}
+    for p in {id(p): p for _, p in params}.values():
+        size = math.prod(p.shape[2:]), max(p.shape[:2]), min(p.shape[:2])
+        z = torch.randn(size, generator=generator, **wide)
+        sizes.setdefault(size[1:], []).append((p, z))
+        drawn += z.numel()
+        if drawn > AT_ONCE:
+            _orthogonalise(sizes)
+            drawn = 0
     _orthogonalise(sizes)
 
 
@@ -651,7 +447,7 @@ AT_ONCE = 2**26  # float64 numbers drawn at a time, half a gigabyte, or a single
 
 
 def _orthogonalise(sizes):
-    """Fill weights from their draws, [(weight, draw)] by size, which is emptied."""
+    """Fill weights from their draws, [(weight, draw)] by size, and empty the dict."""
     for size in list(sizes):
         weights, draws = zip(*sizes.pop(size))
         Q, R = torch.linalg.qr(torch.cat(draws))
@@ -660,11 +456,11 @@ def _orthogonalise(sizes):
         for p, q in zip(weights, Q.split([len(z) for z in draws])):
             q = q if p.shape[0] >= p.shape[1] else q.mT
             q = q.unflatten(0, p.shape[2:]) if p.ndim > 2 else q.squeeze(0)
-            _fill(p, q.movedim((-2, -1), (0, 1)) * _scale(p.shape))
+            _fill(p, q.movedim((-2, -1), (0, 1)) * Layout(p).s)
 
 
 def _fill(p, whole):
-    """Copy `whole` to a weight, or to the part of it that lies on this device."""
+    """Copy `whole` to a weight, or its part to the local tensor of a sharded one."""
     if not _is_dtensor(p):
         p.copy_(whole)
         return
@@ -681,16 +477,11 @@ def _wide(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _scale(shape):
-    """s of a weight of shape (out, in, *kernel)."""
-    return math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))
-
-
 EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
 
 
 def _listed(params):
-    """What a torch optimiser takes, as a list if it is an iterable."""
+    """Parameters as a list, or a single tensor, which torch refuses."""
     if hasattr(params, "named_parameters"):
         raise TypeError("AGD takes net.parameters() or net.named_parameters(), not the network")
     if isinstance(params, Tensor):
@@ -717,17 +508,18 @@ def _label(name, p):
 def _check(name, p):
     if not isinstance(p, Tensor):
         raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
+    rule = f"AGD has no rule for {_label(name, p)}"
     if not p.is_floating_point() or p.dtype.itemsize < 2:
-        raise ValueError(f"AGD has no rule for {_label(name, p)}, of dtype {p.dtype}: make it real "
-                         "floating point of 16 bits or more, or leave it out")
+        raise ValueError(f"{rule}, of dtype {p.dtype}: make it real floating point of 16 bits or "
+                         "more, or leave it out")
     if p.ndim < 2:
-        raise ValueError(f"AGD has no rule for {_label(name, p)}: it takes weights of two or more "
-                         "dimensions; build the layer without this one (bias=False, affine=False)")
+        raise ValueError(f"{rule}: it takes weights of two or more dimensions; build the layer "
+                         "without this one (bias=False, affine=False)")
     if p.numel() == 0:
-        raise ValueError(f"AGD has no rule for {_label(name, p)}: it has no elements; leave it out")
+        raise ValueError(f"{rule}: it has no elements; leave it out")
     if _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
-        raise ValueError(f"AGD has no rule for {_label(name, p)}, sharded along its kernel: shard "
-                         "it along its first or second dimension")
+        raise ValueError(f"{rule}, sharded along its kernel: shard it along its first or second "
+                         "dimension")  # fmt: skip
 
 
 def _check_gain(gain):

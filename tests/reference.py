@@ -12,6 +12,12 @@ def matrices(tensor):
     return list(tensor.reshape(*tensor.shape[:2], -1).movedim(2, 0).contiguous())
 
 
+def frobenius(g):
+    """Scaled, as the squares of a float64 need not be one."""
+    m = g.abs().max().item()
+    return m and m * (g / m).square().sum().sqrt().item()
+
+
 def reference_step(weights, grads, gain=1.0):
     """(new weights, eta, G), everything float64; a gradient of None counts in L alone."""
     L = len(weights)
@@ -21,7 +27,7 @@ def reference_step(weights, grads, gain=1.0):
             d_out, d_in = W.shape[:2]
             s = math.sqrt(d_out / d_in) / math.sqrt(math.prod(W.shape[2:]))
             for g in matrices(grad.double()):
-                G += s * g.square().sum().sqrt().item()
+                G += s * frobenius(g)
     G /= L
     eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
     new = []
@@ -32,7 +38,7 @@ def reference_step(weights, grads, gain=1.0):
             s = math.sqrt(d_out / d_in) / math.sqrt(math.prod(W.shape[2:]))
             columns = []
             for w, g in zip(matrices(W), matrices(grad.double())):
-                norm = g.square().sum().sqrt().item()
+                norm = frobenius(g)
                 columns.append(w if norm == 0 else w - gain * eta / L * s * g / norm)
             W = torch.stack(columns, dim=2).reshape(W.shape)
         new.append(W)

@@ -1,5 +1,5 @@
-"""The kernels of a GPU, without one: their results in Triton's interpreter (interpreted.py), their
-machine code from Triton's compiler, their number and what they move from recorded launches."""
+"""The kernels of a GPU, without one: their results in Triton's interpreter, their machine code from
+Triton's compiler, their number and what they move from recorded launches."""
 
 import gc
 import os
@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import agd_cuda
-from agd_cuda import Plan
+import agd_kernels
+from agd import AGD, Layout
+from agd_kernels import cuda
 from architecture import build
 from tests.conftest import ROOT, interpreter_fails
+from tests.test_agd import Reads
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: AGD takes the plain path")
 
@@ -24,17 +26,20 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: AGD take
 @pytest.mark.skipif(bool(interpreter_fails()), reason=str(interpreter_fails()))
 def test_the_kernels_in_the_interpreter():
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_backends.py",
+         "tests/test_properties.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
-        capture_output=True, timeout=600,
+        capture_output=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """f(call) -> the kernels, where a launch is call(name, kernel, grid, arguments, constants)."""
-    real = agd_cuda._kernels()
+    """f(call): AGD takes the kernels for the CPU, and a launch is call(name, kernel, grid,
+    arguments, constants)."""
+    real = cuda._kernels()
 
     def stand_in(call):
         class Kernel:
@@ -45,19 +50,29 @@ def kernels(monkeypatch):
                 kernel = getattr(real, self.name)
                 return lambda *xs, **constants: call(self.name, kernel, grid, xs, constants)
 
-        names = ("upload", "squares", "norms", "summarise", "update")
+        names = ("upload", "squares", "norms", "update")
         fake = SimpleNamespace(tl=real.tl, **{name: Kernel(name) for name in names})
-        monkeypatch.setattr(agd_cuda, "_kernels", lambda: fake)
+        monkeypatch.setattr(cuda, "_kernels", lambda: fake)
+        monkeypatch.setenv("AGD_NO_COMPILER", "0")
+        monkeypatch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
+        monkeypatch.setattr(agd_kernels, "TRUSTED", {torch.device("cpu"): True})
 
     return stand_in
 
 
-def zero():
-    return torch.zeros((), dtype=torch.int64)
+def weights_like(tensors, offset=0):
+    """Weights with gradients of their strides, whose storage begins somewhere."""
+    weights = []
+    for x in tensors:
+        W = torch.nn.Parameter(x)
+        flat = torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:]
+        W.grad = flat.as_strided(x.shape, x.stride(), offset)
+        weights.append(W)
+    return weights
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", agd_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
     """Every kernel of a step compiles, once, whatever changes from step to step; it reads and
     writes 16 bytes at a time, has float64 to the last digit, and rounds to the nearest."""
@@ -80,18 +95,15 @@ def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
     kernels(compile_only)
     driver = triton.runtime.driver
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", device)
-    ws = [torch.zeros(s, dtype=dtype) for s in [(64, 64), (64, 64, 3, 3), (64, 64, 3, 3), (9, 3)]]
-    ws[2] = ws[2].to(memory_format=torch.channels_last)
-    plan = Plan.of(ws, [1.0] * 4, 1, [0] * 4)
-    plan.step([torch.zeros_like(w) for w in ws], [1.0], zero())
+    tensors = [torch.zeros(s, dtype=dtype) for s in [(64, 64), (64, 64, 3, 3), (64, 64, 3, 3)]]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    tensors.append(torch.zeros(9, 3, dtype=dtype))
+    AGD(weights_like(tensors), fused=True).step()
     ways = Counter(name for name, _ in code)
-    assert ways == {"upload": 1, "squares": 3, "norms": 1, "summarise": 1, "update": 3}
-    for step in range(3):  # other addresses and gains, and a plan of another size
-        grads = [torch.zeros(w.numel() + 1, dtype=dtype)[1:].view(w.shape) for w in ws]
-        plan.step(grads, [[0.0, 0.5, torch.tensor(1.0)][step]], zero())
-    ws = [w.clone() for w in ws for _ in range(5)]
-    plan = Plan.of(ws, [1.0] * 20, 37, list(range(20)))
-    plan.step(ws, [1.0] * 20, zero())
+    assert ways == {"upload": 1, "squares": 3, "norms": 1, "update": 3}
+    for gain in (0.0, 0.5, torch.tensor(1.0)):  # other addresses and gains, and another number
+        AGD(weights_like(tensors, offset=1), gain).step()
+        AGD(weights_like([x.clone() for x in tensors for _ in range(5)])).step()
     assert Counter(name for name, _ in code) == ways
     wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
     for (name, _), ptx in code.items():
@@ -107,26 +119,26 @@ def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
 @pytest.mark.parametrize(
     "arch, shape, channels_last, weights, launches, uploads, partials",
     [
-        ("fcn", (3, 32, 32), False, 10, 4, 2, 0.0006),
-        ("resnet18", (3, 32, 32), False, 21, 6, 3, 0.032),
-        ("resnet50", (3, 224, 224), False, 54, 8, 7, 0.016),
-        ("resnet50", (3, 224, 224), True, 54, 8, 7, 0.001),
+        ("fcn", (3, 32, 32), False, 10, 3, 2, 0.0006),
+        ("resnet18", (3, 32, 32), False, 21, 5, 4, 0.032),
+        ("resnet50", (3, 224, 224), False, 54, 7, 8, 0.016),
+        ("resnet50", (3, 224, 224), True, 54, 7, 8, 0.001),
     ],
 )
 def test_launches_and_bytes(
     kernels, arch, shape, channels_last, weights, launches, uploads, partials
 ):
     """Of a step: how many kernels, how often each element is read or written, and the partial norms
-    as a part of the weights' bytes. Of a step with other addresses: the uploads besides."""
+    as a part of the weights' bytes. Of the first one: the uploads besides. No number is read."""
     calls, touched, scratch = [], Counter(), set()
 
     def record(name, kernel, grid, xs, constants):
         calls.append(name)
         if name in ("squares", "update"):
-            tiles = xs[1]
+            tiles = xs[-2]
             assert grid == (len(tiles),)
             sizes = tiles[:, 4] * (tiles[:, 5] if constants["RUNS"] else 1)
-            touched[name] += sizes.sum().item()
+            touched[name] += sizes.sum()
         if name == "squares":
             scratch.add(xs[2].numel() * 8)
 
@@ -134,13 +146,15 @@ def test_launches_and_bytes(
     net = build(arch, shape, 10 if shape[1] == 32 else 1000)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
-    ws = [w.detach() for w in net.parameters()]
+    ws = weights_like([w.detach() for w in net.parameters()])
     assert len(ws) == weights
-    plan = Plan.of(ws, [1.0] * weights, weights, [0] * weights)
-    plan.step(ws, [1.0], zero())
-    assert calls.count("upload") == -(-(2 * weights + 1) // 16) == uploads
+    optimizer = AGD(ws, fused=True)
+    optimizer.step()
+    assert calls.count("upload") == 2 * -(-weights // 16) == uploads
     calls.clear(), touched.clear()
-    plan.step(ws, [1.0], zero())
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.count == 0
     assert len(calls) == launches
     # `squares` reads a gradient; `update` reads it again, reads the weight and writes it.
     elements = sum(w.numel() for w in ws)
@@ -150,31 +164,30 @@ def test_launches_and_bytes(
 
 def test_a_captured_graph_has_addresses_of_its_own(kernels, monkeypatch):
     """While a CUDA graph is captured every address is written, to memory of the graph's own, and
-    the table of the steps outside stays as it was."""
-    tables = []
-    kernels(lambda name, kernel, grid, xs, constants: tables.append((name, xs[0])))
-    ws, capturing = [torch.zeros(4, 3)], [True]
-    monkeypatch.setattr(agd_cuda, "_capturing", lambda device: capturing[0])
-    assert Plan.of(ws, [1.0], 1, [0]) is None
-    capturing[0] = False
-    plan = Plan.of(ws, [1.0], 1, [0])
-    capturing[0] = True
-    assert plan.step(ws, [1.0], zero()) is None and not tables  # no kernel is loaded yet
-    capturing[0] = False
-    for captured, uploads in [(False, 1), (True, 1), (True, 1), (False, 0)]:
-        tables.clear()
+    the tables of the steps outside stay as they were."""
+    uploads, tables = [], []
+    kernels(lambda name, kernel, grid, xs, constants: (
+        uploads if name == "upload" else tables).append(xs[0]))  # fmt: skip
+    ws, capturing = [torch.zeros(4, 3)], [False]
+    monkeypatch.setattr(cuda, "_capturing", lambda device: capturing[0])
+    backend = cuda.Backend(ws, [Layout(ws[0])])
+    factors, outside = torch.ones(1, dtype=torch.float64), None
+    for captured, number in [(False, 2), (True, 3), (True, 3), (False, 0)]:
+        uploads.clear(), tables.clear()
         capturing[0] = captured
-        plan.step(ws, [1.0], zero())
-        assert [name for name, _ in tables].count("upload") == uploads
-        ours = [table for name, table in tables if name in ("upload", "squares", "update")]
-        assert all((table is plan.table) != captured and table is ours[0] for table in ours)
-        assert (ws[0] in agd_cuda.CAPTURED) == (captured or uploads == 0)
-    # A graph's tables outlive the plan, and last as long as the weights that the graph changes.
-    tables = weakref.ref(plan.segments)
-    ours.clear()
-    del plan
+        backend.norms(ws)
+        backend.subtract(ws, ws, factors)
+        assert len(uploads) == number
+        outside = tables[0] if outside is None else outside
+        assert (tables[0] is outside) != captured
+        if captured:
+            assert all(any(table is x for x in uploads) for table in (tables[0], tables[-1]))
+        assert (ws[0] in cuda.CAPTURED) == (captured or number == 0)
+    # A graph's tables outlive the backend, and last as long as the weights that the graph changes.
+    segments = weakref.ref(backend.segments)
+    del backend
     gc.collect()
-    assert tables() is not None
+    assert segments() is not None
     ws.clear()
     gc.collect()
-    assert tables() is None and not agd_cuda.CAPTURED
+    assert segments() is None and not cuda.CAPTURED

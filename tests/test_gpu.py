@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import agd_cuda
-from agd import AGD, init_weights
+import agd_kernels
+from agd import AGD, Layout, TorchBackend, init_weights
+from agd_kernels import cuda
 from architecture import build
 from arithmetic import set_precision
 from data import default_data_dir, load
@@ -80,9 +81,9 @@ def test_machine(found):
 @pytest.mark.skipif(not (GPU or INTERPRETED), reason="on a CPU, TRITON_INTERPRET=1 does it")
 def test_kernels(found):
     """What AGD asks of them before it takes them: small weights of every layout."""
-    difference = agd_cuda.disagreement(DEVICE, AGD)
+    difference = agd_kernels.disagreement(cuda.Backend, DEVICE, TorchBackend, Layout)
     found("largest relative difference", difference)
-    assert difference is not None and difference < agd_cuda.TOLERANCE
+    assert difference < agd_kernels.TOLERANCE
 
 
 def test_step_is_that_of_the_cpu(found):

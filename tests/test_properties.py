@@ -1,5 +1,5 @@
 """What the mathematics of a step says of every net, over shapes, strides, dtypes, scales, zeros,
-missing gradients and gains that hypothesis chooses, for each form of the step on a CPU."""
+missing gradients and gains that hypothesis chooses, for each backend of tests/test_backends.py."""
 
 import copy
 import dataclasses
@@ -13,42 +13,34 @@ import torch.nn as nn
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import agd
-import agd_cpu
+import agd_kernels
 from agd import AGD, init_weights
 from tests.reference import matrices, reference_step
+from tests.test_backends import BACKENDS, INTERPRETED
 
 # The same examples each time: what fails here fails everywhere, and nothing is kept on the disk.
 PROPERTY = settings(
-    derandomize=True, deadline=None, print_blob=True, max_examples=100,
+    derandomize=True, deadline=None, print_blob=True, max_examples=10 if INTERPRETED else 100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 WIDE, HALF = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 BAD = (math.nan, math.inf, -math.inf)
 
 
-@pytest.fixture(scope="module", params=["plain", "compiled", "sweeps"])
-def form(request):
-    """Each form of the step: what AGD's `fused` has to be for it."""
+@pytest.fixture(scope="module", params=BACKENDS)
+def fused(request):
+    """What AGD's `fused` has to be for each backend."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AGD_NO_COMPILER", "1" if request.param == "sweeps" else "0")
-        if request.param == "compiled" and agd_cpu._library() is None:
-            pytest.skip("no C compiler here")
-        yield False if request.param == "plain" else None
-
-
-class Watched(AGD):
-    """Notes whether a step was the plain one."""
-
-    plain = None
-
-    def step(self, closure=None):
-        self.plain = False
-        return super().step(closure)
-
-    def _plain_step(self, L):
-        self.plain = True
-        return super()._plain_step(L)
+        patch.setenv("AGD_NO_COMPILER", "0")
+        if INTERPRETED:
+            patch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
+            patch.setattr(agd_kernels, "TRUSTED", {})
+        if request.param == "c":
+            try:
+                AGD([torch.zeros(2, 2)], fused=True)
+            except ValueError:
+                pytest.skip("no C compiler here")
+        yield False if request.param == "torch" else None
 
 
 @dataclasses.dataclass
@@ -95,13 +87,13 @@ class Net:
     layers: list
     gains: list  # of the groups
 
-    def optimizer(self, fused, kind=Watched):
+    def optimizer(self, fused):
         """Over new parameters, those of the first group first."""
         groups = [
             {"params": [x.parameter() for x in self.layers if x.group == i], "lr": copy.copy(gain)}
             for i, gain in enumerate(self.gains)
         ]
-        return kind([group for group in groups if group["params"]], fused=fused)
+        return AGD([group for group in groups if group["params"]], fused=fused)
 
     def replaced(self, **changes):
         """Another net, each layer with the fields f(layer)."""
@@ -112,7 +104,7 @@ class Net:
 sides = st.one_of(st.just(1), st.integers(1, 9), st.sampled_from([16, 33, 64]))
 kernels = st.lists(st.integers(1, 4), max_size=3)
 small = st.tuples(sides, sides, kernels).map(lambda x: (*x[:2], *x[2]))
-shapes = st.one_of(
+shapes = small if INTERPRETED else st.one_of(
     small,
     # Long rows, primes, more than a chunk or a piece of scratch memory, more positions than a
     # period of the compiled step holds.
@@ -160,8 +152,8 @@ GAINS = (1.0, 1, 0.3, 0.0, 1e-30, 17.0, 1e20)
 @st.composite
 def nets(draw, dtypes=(*WIDE, *HALF), kinds=KINDS, gains=GAINS, exponents=(-38, 38), missing=True,
          largest=4, of=shapes):  # fmt: skip
-    """A net of some layers in one or two groups. Half of them are such as the faster forms take:
-    of float32 without gaps, gradients that lie as their weights, gains that are numbers."""
+    """A net of some layers in one or two groups. Half of them are such as kernels take: of float32
+    without gaps, gradients that lie as their weights, gains that are numbers."""
     fast, layers = torch.float32 in dtypes and draw(st.booleans()), []
     usual = torch.float32 if fast else draw(st.sampled_from(dtypes))
     dtypes = st.sampled_from([usual] if fast or draw(st.booleans()) else dtypes)
@@ -291,8 +283,8 @@ def test_the_oracle_is_the_transcribed_paper(net):
 
 @PROPERTY
 @given(net=nets())
-def test_a_step_is_that_of_the_mathematics(form, net):
-    step_and_check(net.optimizer(form))
+def test_a_step_is_that_of_the_mathematics(fused, net):
+    step_and_check(net.optimizer(fused))
 
 
 EVENTS = ("nothing", "gradients", "expanded", "bad", "lose", "gain", "move", "turn", "weight")
@@ -300,9 +292,9 @@ EVENTS = ("nothing", "gradients", "expanded", "bad", "lose", "gain", "move", "tu
 
 @PROPERTY
 @given(net=nets(), data=st.data())
-def test_so_is_every_step_of_any_sequence(form, net, data):
+def test_so_is_every_step_of_any_sequence(fused, net, data):
     """Gradients, gains, storage and layouts change between steps, and some gradients are bad."""
-    optimizer = net.optimizer(form)
+    optimizer = net.optimizer(fused)
     step_and_check(optimizer)
     gains = [x for x in GAINS if x < 100]
     for event in data.draw(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=5)):
@@ -333,37 +325,11 @@ def test_so_is_every_step_of_any_sequence(form, net, data):
         step_and_check(optimizer)
 
 
-DENSE = {"kinds": ("normal", "sparse"), "exponents": (-3, 3)}
-
-
-@PROPERTY
-@given(net=nets(dtypes=(torch.float32,), gains=(1.0, 0.0), **DENSE))
-def test_each_form_is_taken_where_it_can_be(form, net):
-    """Else the other properties would be of the plain step alone."""
-    net.gains = [float(x) for x in net.gains]
-
-    def dense(x):
-        return Lying(tuple(range(x.W.ndim)))
-
-    optimizer = net.replaced(lying=dense, of_grad=dense).optimizer(form)
-    assume(any(p.grad is not None for p in weights_of(optimizer)))
-    optimizer.step()
-    if form is not None:
-        assert optimizer.plain and optimizer._plan is None
-        return
-    moving = [p for p in weights_of(optimizer) if p.grad is not None]
-    narrow = all(math.prod(p.shape[2:]) <= 1024 for p in moving)
-    compiled = narrow and agd_cpu._library() is not None
-    assert isinstance(optimizer._plan, agd_cpu.Plan if compiled else agd._Sweeps)
-    zero = any(not m.any() for p in moving for m in matrices(p.grad))
-    assert optimizer.plain == (zero and not compiled)
-
-
 @PROPERTY
 @given(net=nets(dtypes=WIDE))
-def test_an_update_is_as_large_as_eta_says(form, net):
+def test_an_update_is_as_large_as_eta_says(fused, net):
     """Its Frobenius norm is eta/L s gain sqrt(positions that move), whatever the gradient's."""
-    optimizer = net.replaced(W=lambda x: torch.zeros_like(x.W)).optimizer(form)
+    optimizer = net.replaced(W=lambda x: torch.zeros_like(x.W)).optimizer(fused)
     optimizer.step()
     L = len(net.layers)
     for p, gain in everything(optimizer):
@@ -380,11 +346,11 @@ def test_an_update_is_as_large_as_eta_says(form, net):
     net=nets(WIDE, ("normal", "constant", "positions"), gains=(1.0,), exponents=(-9, 9)),
     exponent=st.floats(-12, 12),
 )
-def test_a_scale_of_all_gradients_is_that_of_G_and_no_direction(form, net, exponent):
+def test_a_scale_of_all_gradients_is_that_of_G_and_no_direction(fused, net, exponent):
     c = 10.0**exponent
     net = net.replaced(W=lambda x: torch.zeros_like(x.W))
     scaled = net.replaced(grad=lambda x: None if x.grad is None else x.grad * c)
-    one, other = net.optimizer(form), scaled.optimizer(form)
+    one, other = net.optimizer(fused), scaled.optimizer(fused)
     one.step()
     other.step()
     assert near(other.G.item(), c * one.G.item(), 2e-6)
@@ -397,7 +363,7 @@ def test_a_scale_of_all_gradients_is_that_of_G_and_no_direction(form, net, expon
 
 @PROPERTY
 @given(net=nets(dtypes=WIDE), data=st.data())
-def test_order_groups_memory_and_the_names_of_positions_change_nothing(form, net, data):
+def test_order_groups_memory_and_the_names_of_positions_change_nothing(fused, net, data):
     """The layers in another order, in groups of their own, lying otherwise, kernels transposed."""
     net = net.replaced(W=lambda x: torch.zeros_like(x.W))
     turned, turns = [], []
@@ -410,9 +376,9 @@ def test_order_groups_memory_and_the_names_of_positions_change_nothing(form, net
         ))  # fmt: skip
     order = data.draw(st.permutations(range(len(turned))))
     gains = [float(net.gains[x.group]) for x in net.layers]
-    one, other = net.optimizer(form), Net(turned, gains)
+    one, other = net.optimizer(fused), Net(turned, gains)
     other = Net([dataclasses.replace(turned[i], group=j) for j, i in enumerate(order)],
-                [gains[i] for i in order]).optimizer(form)  # fmt: skip
+                [gains[i] for i in order]).optimizer(fused)  # fmt: skip
     one.step()
     other.step()
     tolerance = {"rtol": 2e-6, "atol": 0}
@@ -446,12 +412,12 @@ def copied(p):
 
 @PROPERTY
 @given(net=nets(gains=(1.0, 0.3)), data=st.data())
-def test_a_weight_that_is_listed_often_is_one_layer(form, net, data):
+def test_a_weight_that_is_listed_often_is_one_layer(fused, net, data):
     """Where it is first, with one draw."""
-    once = net.optimizer(form)
+    once = net.optimizer(fused)
     groups = [{**group, "params": tied(data.draw, [copied(p) for p in group["params"]])}
               for group in once.param_groups]  # fmt: skip
-    often = Watched(groups, fused=form)
+    often = AGD(groups, fused=fused)
     for optimizer in (often, once):
         optimizer.step()
     assert same([*copies(often), often.G, often.eta], [*copies(once), once.G, once.eta])
@@ -462,8 +428,8 @@ def test_a_weight_that_is_listed_often_is_one_layer(form, net, data):
 
 @PROPERTY
 @given(net=nets(missing=False), data=st.data())
-def test_a_bad_value_anywhere_changes_no_bit_and_nothing_later(form, net, data):
-    optimizer, twin = net.optimizer(form), net.optimizer(form)
+def test_a_bad_value_anywhere_changes_no_bit_and_nothing_later(fused, net, data):
+    optimizer, twin = net.optimizer(fused), net.optimizer(fused)
     if data.draw(st.booleans()):
         optimizer.step()  # with a plan of before
         twin.step()
@@ -487,9 +453,9 @@ def test_a_bad_value_anywhere_changes_no_bit_and_nothing_later(form, net, data):
 
 @PROPERTY
 @given(net=nets(gains=(1.0, 0.3)), tensor=st.booleans())
-def test_a_gain_of_nothing_freezes_every_bit_and_still_counts(form, net, tensor):
+def test_a_gain_of_nothing_freezes_every_bit_and_still_counts(fused, net, tensor):
     other = dataclasses.replace(net, gains=[torch.tensor(0.0) if tensor else 0.0, net.gains[1]])
-    free, frozen = net.optimizer(form), other.optimizer(form)
+    free, frozen = net.optimizer(fused), other.optimizer(fused)
     assume(len(frozen.param_groups) == 2 or net.layers[0].group == 0)
     before = copies(frozen)
     free.step()
@@ -505,10 +471,10 @@ def test_a_gain_of_nothing_freezes_every_bit_and_still_counts(form, net, tensor)
 
 @PROPERTY
 @given(net=nets(), way=st.sampled_from(["state", "deepcopy", "pickle"]), bad=st.booleans())
-def test_saved_and_copied_optimisers_go_on_to_the_same_bits(form, net, way, bad):
+def test_saved_and_copied_optimisers_go_on_to_the_same_bits(fused, net, way, bad):
     if way == "deepcopy":  # torch closes the gaps in a copied weight, which may then go faster
         net = net.replaced(lying=lambda x: dataclasses.replace(x.lying, step=1))
-    optimizer = net.optimizer(form)
+    optimizer = net.optimizer(fused)
     if bad:
         optimizer.param_groups[0]["params"][0].grad = None
         optimizer.step()
@@ -519,7 +485,7 @@ def test_saved_and_copied_optimisers_go_on_to_the_same_bits(form, net, way, bad)
         file = io.BytesIO()
         torch.save([optimizer.state_dict(), copies(optimizer)], file)
         state, values = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-        other = net.optimizer(form)
+        other = net.optimizer(fused)
         other.load_state_dict(state)
         with torch.no_grad():
             for p, x in zip(weights_of(other), values):
@@ -542,15 +508,15 @@ def test_saved_and_copied_optimisers_go_on_to_the_same_bits(form, net, way, bad)
 
 @PROPERTY
 @given(net=nets(), start=st.integers(1, 9))
-def test_the_same_inputs_give_the_same_bits(form, net, start):
+def test_the_same_inputs_give_the_same_bits(fused, net, start):
     """Wherever their storage begins."""
 
     def moved(lying):
         return dataclasses.replace(lying, start=lying.start + start)
 
-    one = net.optimizer(form)
+    one = net.optimizer(fused)
     other = net.replaced(lying=lambda x: moved(x.lying), of_grad=lambda x: moved(x.of_grad))
-    other = other.optimizer(form)
+    other = other.optimizer(fused)
     one.step()
     other.step()
     assert same([*copies(one), one.G, one.eta], [*copies(other), other.G, other.eta])

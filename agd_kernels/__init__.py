@@ -1,0 +1,59 @@
+"""Compiled backends of AGD: C for a CPU, Triton for CUDA GPUs. Each has the two sweeps of agd.py's
+TorchBackend, and has to agree with it before it is used."""
+
+import importlib
+import os
+import threading
+import warnings
+
+import torch
+
+MODULES = {"cpu": "cpu", "cuda": "cuda"}  # by type of device
+TOLERANCE = 1e-5  # relative, of float32
+TRUSTED, TRYING = {}, threading.RLock()  # by device; one thread at a time
+
+
+def backend(device, reference, layout):
+    """The backend class of a torch.device, or None: without a compiler, with AGD_NO_COMPILER set,
+    or where it disagrees with `reference`. That is tried once in a process; a failure warns.
+
+    Args:
+        reference, layout: TorchBackend and Layout of agd.py.
+    """
+    if os.environ.get("AGD_NO_COMPILER", "0") not in ("", "0") or device.type not in MODULES:
+        return None
+    found = importlib.import_module(f".{MODULES[device.type]}", __name__).Backend
+    with TRYING:
+        if device not in TRUSTED:
+            TRUSTED[device] = found.available(device) and _agrees(found, device, reference, layout)
+    return found if TRUSTED[device] else None
+
+
+def _agrees(found, device, reference, layout):
+    try:
+        worst = disagreement(found, device, reference, layout)
+        if worst < TOLERANCE:
+            return True
+        reason = f"they disagree with torch's operations by {worst:.1e}"
+    except Exception as error:  # no compiler, an unknown GPU: whatever Triton raises
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"AGD does without its kernels on {device}: {reason}", stacklevel=2)
+    return False
+
+
+def disagreement(found, device, reference, layout):
+    """The largest relative difference of a backend's norms and weights from the reference's, for
+    small weights of each layout. Reads the device."""
+    generator, weights, grads = torch.Generator().manual_seed(0), [], []
+    for shape in [(260, 270), (24, 10, 3, 3), (24, 35, 3, 3)]:
+        for out in (weights, grads):
+            x = torch.randn(shape, generator=generator, device="cpu").to(device)
+            out.append(x.to(memory_format=torch.channels_last) if shape[1] == 35 else x)
+    twins, results = [w.clone() for w in weights], []
+    for kind, targets in ((found, weights), (reference, twins)):
+        sweeps = kind(targets, [layout(w) for w in targets])
+        norms = sweeps.norms(grads)
+        sweeps.subtract(targets, grads, 1 / norms)
+        results.append([norms, *targets])
+    differences = [((a - b).norm() / b.norm()).double() for a, b in zip(*results)]
+    return torch.stack(differences).max().item()

@@ -1,0 +1,175 @@
+"""The sweeps of AGD's step for float32 weights in a CPU's memory: compiled C.
+
+cpu.c is compiled at the first use, in a second, by the system's C compiler ($CC, cc, gcc or clang),
+and kept in $XDG_CACHE_HOME/agd/kernels (~/.cache/...). Linux only. The threads are torch's own."""
+
+import bisect
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("cpu.c")
+CHUNK = 2**14  # numbers that a thread takes at a time: they and their weights fit its own cache
+ALONE = 2**15  # numbers up to which waking a second thread is not worth it
+WIDEST = 1024  # blocks of a weight at most, as in cpu.c
+
+
+class _Plan(ctypes.Structure):
+    """struct plan of cpu.c: addresses and int64."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "tensors", "chunks", "targets", "directions", "partials", "factors", "bounds", "threads",
+        "blocks", "updating", "parallel", "thread", "team")]  # fmt: skip
+
+
+class Backend:
+    @staticmethod
+    def available(device):
+        """Whether there is a compiler, or the library that it has made, and torch's threads."""
+        return _library() is not None
+
+    @staticmethod
+    def takes(weight, layout):
+        return weight.dtype is torch.float32 and layout.K <= WIDEST
+
+    def __init__(self, weights, layouts):
+        self.library, *calls = _library()
+        tensors, chunks, self.starts, blocks, places, self.size = [], [], [], 0, 0, 0
+        for i, layout in enumerate(layouts):
+            outer, K, inner = layout.dense
+            n = outer * K * inner
+            if K == 1:
+                inner = max(2, n)  # a single run
+            # Periods of some hundred numbers, a multiple of 16, where K is small enough: loops over
+            # whole vectors, in which no sum is needed again before it is there.
+            period = K * 16 * max(1, 32 // K) if K <= WIDEST // 16 else K
+            tensors.append((K, inner, period, blocks))
+            length = CHUNK // period * period if inner == 1 else CHUNK
+            for start in range(0, n, length):
+                chunks.append((i, start, min(start + length, n), places))
+                self.starts.append(self.size + start)  # as if the tensors followed each other
+                places += K
+            self.size += n
+            blocks += K
+        self.tables = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (tensors, chunks)]
+        self.tables.append(torch.empty(places, dtype=torch.float64, device="cpu"))
+        self.targets, self.directions = ((ctypes.c_int64 * len(layouts))() for _ in range(2))
+        self.plan = _Plan(
+            *[x.data_ptr() for x in self.tables[:2]], ctypes.addressof(self.targets),
+            ctypes.addressof(self.directions), self.tables[2].data_ptr(), blocks=blocks,
+            **dict(zip(("parallel", "thread", "team"), calls)),
+        )  # fmt: skip
+
+    def norms(self, tensors):
+        """As TorchBackend.norms."""
+        self._prepare(tensors)
+        out = self.tables[2].new_empty(self.plan.blocks)
+        self.library.norms(ctypes.byref(self.plan), ctypes.c_void_p(out.data_ptr()))
+        return out
+
+    def subtract(self, targets, directions, factors):
+        """As TorchBackend.subtract."""
+        self._prepare(directions)
+        self.targets[:] = [x.data_ptr() for x in targets]
+        self.plan.factors = factors.data_ptr()
+        self.library.subtract(ctypes.byref(self.plan))
+        torch.autograd.graph.increment_version(targets)  # C writes past autograd
+
+    def _prepare(self, directions):
+        """Point to the directions, and cut the chunks into a part of equal size a thread."""
+        self.directions[:] = [x.data_ptr() for x in directions]
+        threads = torch.get_num_threads() if self.size > ALONE else 1
+        if threads != self.plan.threads:
+            ends = [bisect.bisect_left(self.starts, self.size * i / threads)
+                    for i in range(threads)]  # fmt: skip
+            self.bounds = (ctypes.c_int64 * (threads + 1))(*ends, len(self.starts))
+            self.plan.bounds, self.plan.threads = ctypes.addressof(self.bounds), threads
+
+
+@functools.cache
+def _library():
+    """(the compiled library, addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads),
+    or None without a compiler or without torch's OpenMP."""
+    if sys.platform != "linux":
+        return None
+    try:
+        # The OpenMP of torch itself, already loaded and found through torch: the threads of a
+        # second one would spin, waiting for the processors of the first.
+        torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        openmp = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+        calls = [openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads]
+    except (OSError, AttributeError):
+        return None
+    library = _compiled()
+    return library and (library, *[ctypes.cast(x, ctypes.c_void_p).value for x in calls])
+
+
+def _compiled():
+    """The library, from the cache or compiled now; None without a compiler that can do it."""
+    # Not the very processor's own: machines may share a cache.
+    own = {
+        "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma",
+                   "-mprefer-vector-width=512"],
+        "AVX2": ["-mavx2", "-mfma"],
+    }.get(torch.backends.cpu.get_cpu_capability(), [])  # fmt: skip
+    # Vector code may compute values that nothing uses; NaN and infinity stay what they are.
+    flags = ["-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
+             "-fno-trapping-math", "-w", *own]  # fmt: skip
+    for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        command = shlex.split(compiler)
+        if not command or not shutil.which(command[0]):
+            continue
+        command = [*command, *flags, str(SOURCE), "-lm"]
+        text = [SOURCE.read_text(), platform.machine(), shutil.which(command[0]), *command]
+        name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
+        try:
+            with _directory() as directory:
+                path = directory / name
+                if not path.exists():
+                    _compile(command, path)
+                return ctypes.CDLL(str(path))  # stays mapped when the file is removed
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def _compile(command, path):
+    handle, draft = tempfile.mkstemp(dir=path.parent)
+    os.close(handle)
+    try:
+        subprocess.run([*command, "-o", draft], check=True, timeout=60, stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        os.replace(draft, path)  # whole at once: other processes may open it at any time
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _directory():
+    """The cache: a directory that nobody else can write to, or else a temporary one."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(home) / "agd" / "kernels"
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = kept.stat()
+        mine = found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if not mine or not os.access(kept, os.W_OK):
+            kept = None
+    except (OSError, RuntimeError):  # no home at all
+        kept = None
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as new:
+        yield Path(new)
