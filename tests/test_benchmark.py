@@ -92,7 +92,7 @@ def test_agd_without_its_fast_path_is_a_peer_where_there_is_one(monkeypatch):
 
     monkeypatch.setattr(step, "AGD", Fast)
     made = step.peers(step.with_gradients([torch.randn(4, 4, requires_grad=True)]))
-    assert made["AGD"].fused is None and made["AGD, plain"].fused is False
+    assert made["AGD"].fused is None and made["AGD, fused=False"].fused is False
 
 
 def test_a_step_is_told_beside_fused_sgd():
