@@ -121,12 +121,10 @@ class AGD(torch.optim.Optimizer):
                 loss = closure()
 
         parts, targets, grads = self._prepare()
-        if not parts:
-            self.G, self.eta = torch.zeros_like(self.G), torch.zeros_like(self.eta)
-            return loss
         norms = [part.norms(grads) for part in parts]  # (blocks,) float64 a part
-        G, *others = [(part.scales * x).sum() for part, x in zip(parts, norms)]
-        for x in others:
+        slopes = [(part.scales * x).sum() for part, x in zip(parts, norms)]
+        G = slopes[0] if slopes else torch.zeros_like(self.G)
+        for x in slopes[1:]:
             G = G + x.to(G)
         # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at
         # large G. An infinite G makes it NaN.
@@ -177,8 +175,8 @@ class AGD(torch.optim.Optimizer):
                     grad = grad.redistribute(p.device_mesh, p.placements).to_local()
                     p = p.to_local()
                 stride, dtype = p.stride(), p.dtype
-                if (grad.stride() != stride or grad.dtype != dtype) and not _alike(grad, p):
-                    grad = torch.empty_like(p).copy_(grad)
+                if type(grad) is not Tensor or grad.stride() != stride or grad.dtype != dtype:
+                    grad = _like(grad, p)
                 targets.append(p)
                 grads.append(grad)
                 key.append((p.shape, stride, dtype, p.device))
@@ -194,7 +192,7 @@ class AGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """torch's. `skipped` stays as it is where the state has none."""
-        skipped = state_dict.get("skipped", self.skipped)  # its place before version 0.2
+        skipped = state_dict.get("skipped", self.skipped)  # its place in older ones
         super().load_state_dict(state_dict)
         self.param_groups[0].setdefault("skipped", skipped.clone())
 
@@ -395,10 +393,11 @@ def _backend(p, layout):
     return found if found is not None and found.takes(p, layout) else TorchBackend
 
 
-def _alike(x, y):
-    """Whether tensors of one shape have the same dtype and strides, up to those of sides of 1."""
-    strides = zip(x.shape, x.stride(), y.stride())
-    return x.dtype == y.dtype and all(n == 1 or a == b for n, a, b in strides)
+def _like(grad, p):
+    """A gradient with the strides and dtype of its weight: itself, or a copy."""
+    strides = zip(p.shape, p.stride(), grad.stride())
+    same = grad.dtype == p.dtype and all(n == 1 or a == b for n, a, b in strides)
+    return grad if same and type(grad) is Tensor else torch.empty_like(p).copy_(grad)
 
 
 def _is_dtensor(p):

@@ -6,9 +6,9 @@
 
 Each check is a process with its part of the plan's time. Time that a check does not use goes to the
 later ones; a check that hangs or crashes takes no more than its own. If the kernels do not agree
-with the plain step, later checks take the plain step. --out gets gpu_checks.json, the results, and
-gpu_checks.tgz, all files but checkpoints, both whole after every check. The same command goes on:
-it leaves out passed checks and takes failed ones last. `--device cpu` is a rehearsal.
+with torch's operations, later checks do without kernels. --out gets gpu_checks.json, the results,
+and gpu_checks.tgz, all files but checkpoints, both whole after every check. The same command goes
+on: it leaves out passed checks and takes failed ones last. `--device cpu` is a rehearsal.
 """
 
 import time
@@ -127,7 +127,7 @@ def run(check, seconds, args, failed):
     well = "passed" if code == 0 else "stopped" if stopped and found else bad
     status = "failed" if well == "stopped" and " failed: " in said else well
     return {"status": status, "seconds": round(took, 1), "budget": round(seconds, 1), "code": code,
-            "plain step": "kernels" in failed, "command": shlex.join(["python", *command]),
+            "without kernels": "kernels" in failed, "command": shlex.join(["python", *command]),
             "target": check.target, "found": found,
             "output": "" if status in SUCCESS else said}  # fmt: skip
 

@@ -60,7 +60,7 @@ def interpreter_fails():
     try:
         import triton
     except ImportError:
-        return "Triton is not installed: AGD takes the plain path"
+        return "Triton is not installed: AGD does without kernels"
     mine, numpys = (tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, numpy))
     for least, first in INTERPRETERS.items():
         if mine < least and numpys >= first:

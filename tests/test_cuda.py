@@ -20,7 +20,7 @@ from architecture import build
 from tests.conftest import ROOT, interpreter_fails
 from tests.test_agd import Reads
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: AGD takes the plain path")
+triton = pytest.importorskip("triton", reason="Triton is not installed: AGD does without kernels")
 
 
 @pytest.mark.skipif(bool(interpreter_fails()), reason=str(interpreter_fails()))

@@ -87,8 +87,8 @@ def test_kernels(found):
 
 
 def test_step_is_that_of_the_cpu(found):
-    """Fused, where it is, and plain, of whole networks, in both layouts of their weights."""
-    differences = {"fused": [], "plain": []}
+    """By kernels and by torch's operations, of whole networks, in both layouts of weights."""
+    differences = {"kernels": [], "torch": []}
     for arch in ("fcn", "resnet18", "vgg") if GPU else ("fcn",):
         drawn = network(arch, device=CPU)
         for layout, kind in product((torch.contiguous_format, torch.channels_last), differences):
@@ -99,7 +99,7 @@ def test_step_is_that_of_the_cpu(found):
                 q.grad = p.grad.to(DEVICE)
             before, updates = [p.detach().clone() for p in ours], []
             AGD(ours, fused=False).step()
-            AGD(theirs, fused=None if kind == "fused" else False).step()
+            AGD(theirs, fused=None if kind == "kernels" else False).step()
             for weights in (ours, theirs):
                 updates.append([p.detach().to(CPU) - w for p, w in zip(weights, before)])
             differences[kind].append(worst(*reversed(updates)))

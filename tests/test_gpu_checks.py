@@ -141,8 +141,8 @@ def test_without_kernels_and_threads_the_rest_goes_on_and_says_so(plan, tmp_path
     found, _ = results(tmp_path)
     said = (tmp_path / "tell" / "output.txt").read_text()
     assert said == ("None on\n" if status == "passed" else "1 off\n")
-    assert found["tell"]["plain step"] == (status == "failed")
-    assert not found["kernels"]["plain step"]
+    assert found["tell"]["without kernels"] == (status == "failed")
+    assert not found["kernels"]["without kernels"]
 
 
 KILLED = """
@@ -230,7 +230,7 @@ def test_data_and_kernels_are_not_put_off(plan, tmp_path, capfd):
     call(tmp_path)
     lines = [line.split()[0] for line in capfd.readouterr().out.splitlines()]
     assert lines[:4] == ["data", "kernels", "bad", "last"]
-    assert not results(tmp_path)[0]["last"]["plain step"]
+    assert not results(tmp_path)[0]["last"]["without kernels"]
 
 
 def test_an_archive_that_is_too_large_stays_as_it_was(plan, tmp_path, monkeypatch, capfd):
