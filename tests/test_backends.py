@@ -1,6 +1,7 @@
 """Each backend against the paper's transcription in float64: a table of layouts, dtypes and scales,
-and what else a step promises of memory. With TRITON_INTERPRET=1 in the environment of the process
-the backend is that of GPUs, in Triton's interpreter (tests/test_cuda.py)."""
+and the other promises of a step. "elsewhere" is torch's operations as on a device whose numbers are
+not read. With TRITON_INTERPRET=1 in the environment of the process the backend is the kernels of a
+GPU, in Triton's interpreter (tests/test_cuda.py)."""
 
 import copy
 import math
@@ -11,12 +12,15 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import agd_kernels
+import agd
+import agd_kernels.cpu
+import agd_kernels.cuda
 from agd import AGD, Layout, TorchBackend
 from architecture import build
 from tests.reference import matrices, reference_step
 
-BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "c"]
+TORCH = ("torch", "elsewhere")
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [*TORCH, "c"]
 INTERPRETED = BACKENDS == ["triton"]
 SEAM = TorchBackend, Layout
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -42,16 +46,23 @@ ORDERS = {  # the dimensions from the outermost in memory
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """The name of a backend that AGD takes for float32 weights on the CPU."""
-    monkeypatch.setenv("AGD_NO_COMPILER", "1" if request.param == "torch" else "0")
-    if request.param == "triton":
+    select(request.param, monkeypatch)
+    return request.param
+
+
+def select(backend, monkeypatch):
+    """Have AGD take a backend; skips without a C compiler."""
+    monkeypatch.setenv("AGD_NO_COMPILER", "1" if backend in TORCH else "0")
+    if backend == "elsewhere":
+        monkeypatch.setattr(agd, "_on_host", lambda x: False)
+    if backend == "triton":
         monkeypatch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
         monkeypatch.setattr(agd_kernels, "TRUSTED", {})
-    if request.param == "c":
+    if backend == "c":
         try:
             AGD([torch.zeros(2, 2)], fused=True)
         except ValueError:
             pytest.skip("no C compiler here")
-    return request.param
 
 
 def laid(x, order):
@@ -197,9 +208,15 @@ def test_the_ends_of_float64(backend, size):
     assert W.item() == near(-optimizer.eta.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(256, 3072), (16, 150528), (8, 50257), (3072, 64, 1, 1)])
-def test_norms_of_long_rows(backend, shape):
+@pytest.mark.parametrize("shape", [
+    (256, 3072), (16, 150528), (8, 50257), (3072, 64, 1, 1), (2, 1031, 3, 3), (512, 1100, 3, 3)
+])  # fmt: skip
+def test_norms_of_long_rows(backend, shape, monkeypatch):
     """A constant with larger columns here and there: what a naive float32 sum gets wrong."""
+    if INTERPRETED:
+        if math.prod(shape) > 2**22:
+            pytest.skip("it takes minutes")
+        monkeypatch.setattr(agd_kernels.cuda, "CHUNK", 16)  # several pieces of partial norms
     W = nn.Parameter(torch.zeros(shape))
     W.grad = torch.full(shape, 0.1)
     W.grad[:, ::1000] = 1.0
@@ -273,7 +290,7 @@ def test_gains_of_groups(backend):
     for W in weights:
         W.data[0] = -0.0
     groups = [{"params": [W]} for W in weights]
-    optimizer = AGD(groups, fused=backend != "torch")
+    optimizer = AGD(groups, fused=backend not in TORCH)
     before = [W.detach().clone() for W in weights]
     for group, gain in zip(optimizer.param_groups, gains):
         group["lr"] = gain
@@ -309,14 +326,14 @@ def test_gradients_of_other_strides(backend):
     weights[1].grad = weights[1].grad.t().contiguous().t()
     weights[2].grad = weights[2].grad.to(memory_format=torch.channels_last)
     weights[3].grad = torch.tensor(0.5).expand(5, 5)
-    step_and_check(AGD(weights, fused=backend != "torch"), weights, 1e-6)
+    step_and_check(AGD(weights, fused=backend not in TORCH), weights, 1e-6)
 
 
 def test_weights_that_change_between_steps(backend):
     """Gradients that come and go, gains, storage, layout, shape, another group: each step is the
     paper's."""
     weights = weights_with_grads([(7, 5), (6, 8, 3, 3), (9, 9), (4, 4)])
-    optimizer = AGD(weights[:3], fused=backend != "torch")
+    optimizer = AGD(weights[:3], fused=backend not in TORCH)
 
     def step(gain=1.0):
         for i, W in enumerate(weights):
@@ -352,6 +369,18 @@ def test_weights_that_change_between_steps(backend):
     step(0.25)
 
 
+def test_many_weights_and_gradients_at_other_addresses(backend):
+    """More than one upload's; kept gradients come again."""
+    weights = weights_with_grads([(5, 3)] * 37)
+    optimizer, kept = AGD(weights), [[W.grad for W in weights]]
+    for seed in (1, 2):
+        kept.append([W.grad for W in weights_with_grads([(5, 3)] * 37, seed=seed)])
+    for change in (0, 1, 2, 0, 1):
+        for i, W in enumerate(weights):
+            W.grad = kept[change][i] if i % 20 == 3 or change else W.grad
+        step_and_check(optimizer, weights, 1e-6)
+
+
 def test_in_place_changes_are_seen_by_autograd(backend):
     weights = weights_with_grads([(5, 5), (3, 4, 3, 3)])
     y = sum((W * W).sum() for W in weights)
@@ -384,8 +413,8 @@ def test_a_step_allocates_next_to_nothing(backend, order):
     optimizer.step()
     with Allocations() as allocations:
         optimizer.step()
-    # Of 45 megabytes of weights, the largest of 9.4.
-    assert 0 < allocations.largest <= {"torch": 2**20, "c": 4096}[backend]
+    # Of 45 megabytes of weights, the largest of 9,437,184 bytes.
+    assert 0 < allocations.largest <= {"torch": 2**20, "elsewhere": 9_437_184, "c": 4096}[backend]
 
 
 def test_defaults_of_the_moment_do_not_matter(backend):
@@ -451,7 +480,7 @@ def test_twenty_steps_of_each_network(backend, arch, shape, dtype, bound):
 @pytest.mark.skipif(INTERPRETED, reason="it has no threads")
 @pytest.mark.parametrize("order", ["contiguous", "channels last"])
 def test_any_number_of_threads_gives_the_same_bits(backend, order):
-    if backend == "torch":
+    if backend in TORCH:
         pytest.skip("torch's sums are in the order of its threads")
     weights = weights_with_grads([(300, 257), (64, 37, 3, 3), (70, 129, 1, 3), (3, 5, 7, 7)],
                                  order=order)  # fmt: skip
@@ -463,6 +492,9 @@ def test_any_number_of_threads_gives_the_same_bits(backend, order):
             V.grad = W.grad
         optimizer = AGD(own)
         optimizer.step()
+        kernels = agd_kernels.cpu.Backend(own, [Layout(W) for W in own])
+        kernels.norms(own)
+        assert kernels.plan.threads == n
         results.append([optimizer.G.view(1), optimizer.eta.view(1), *own])
     for other in results[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other))
@@ -470,7 +502,7 @@ def test_any_number_of_threads_gives_the_same_bits(backend, order):
 
 @pytest.mark.parametrize("fault", ["disagree", "no C compiler"])
 def test_kernels_that_do_not_work_are_not_taken(backend, monkeypatch, fault):
-    if backend == "torch":
+    if backend in TORCH:
         pytest.skip("which has nothing to be compared with")
     kind, weights = agd_kernels.backend(torch.device("cpu"), *SEAM), weights_with_grads([(5, 4)])
     norms = kind.norms

@@ -13,10 +13,9 @@ import torch.nn as nn
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import agd_kernels
 from agd import AGD, init_weights
 from tests.reference import matrices, reference_step
-from tests.test_backends import BACKENDS, INTERPRETED
+from tests.test_backends import BACKENDS, INTERPRETED, TORCH, select
 
 # The same examples each time: what fails here fails everywhere, and nothing is kept on the disk.
 PROPERTY = settings(
@@ -31,16 +30,8 @@ BAD = (math.nan, math.inf, -math.inf)
 def fused(request):
     """What AGD's `fused` has to be for each backend."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AGD_NO_COMPILER", "0")
-        if INTERPRETED:
-            patch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
-            patch.setattr(agd_kernels, "TRUSTED", {})
-        if request.param == "c":
-            try:
-                AGD([torch.zeros(2, 2)], fused=True)
-            except ValueError:
-                pytest.skip("no C compiler here")
-        yield False if request.param == "torch" else None
+        select(request.param, patch)
+        yield False if request.param in TORCH else None
 
 
 @dataclasses.dataclass
