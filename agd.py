@@ -121,24 +121,18 @@ class AGD(torch.optim.Optimizer):
                 loss = closure()
 
         parts, targets, grads = self._prepare()
-        norms = [part.norms(grads) for part in parts]  # (blocks,) float64 a part
-        slopes = [(part.scales * x).sum() for part, x in zip(parts, norms)]
-        G = slopes[0] if slopes else torch.zeros_like(self.G)
-        for x in slopes[1:]:
-            G = G + x.to(G)
-        # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at
-        # large G. An infinite G makes it NaN.
-        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
-        for part, x in zip(parts, norms):
-            factors = part.scales * (eta if part.alone else eta.to(x)) / x
+        norms = [part.norms(grads) for part in parts]
+        middle = getattr(parts[0].backend, "middle", _middle) if len(parts) == 1 else _middle
+        G, eta, factors = middle([part.scales for part in parts] or [self.G.new_zeros(1)],
+                                 norms or [self.G.new_zeros(1)])  # fmt: skip
+        for part, x in zip(parts, factors):
             for group, blocks in part.groups:
                 gain = self.param_groups[group]["lr"]
                 if isinstance(gain, Tensor):  # not read: a gain out of range becomes 0
-                    factors[blocks] *= gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
+                    x[blocks] *= gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
                 elif gain != 1:
-                    factors[blocks] *= gain
-            # The factor of a zero gradient is infinity or 0 / 0, and all are NaN if eta is.
-            part.subtract(targets, grads, factors.nan_to_num_(0, 0, 0))
+                    x[blocks] *= gain
+            part.subtract(targets, grads, x)
 
         if torch.compiler.is_compiling():  # it can set no attribute of an optimiser
             self.G.copy_(G), self.eta.copy_(eta)
@@ -147,7 +141,8 @@ class AGD(torch.optim.Optimizer):
         skipped = self.skipped
         if skipped.device != G.device:  # the network has moved, or a state was loaded
             skipped = self.param_groups[0]["skipped"] = skipped.to(G.device)
-        skipped.add_(eta.isnan())
+        if not _on_host(eta) or math.isnan(eta.item()):  # a CPU's number is read without a wait
+            skipped.add_(eta.isnan())
         return loss
 
     def _prepare(self):
@@ -198,6 +193,23 @@ class AGD(torch.optim.Optimizer):
 
     def __getstate__(self):
         return {**super().__getstate__(), "eta": self.eta, "G": self.G, "fused": self.fused}
+
+
+def _middle(scales, norms):
+    """The mathematics between the sweeps. Returns G, eta, and the factors by which the gradients'
+    blocks are subtracted, like `norms`: infinite or NaN for a zero gradient.
+
+    Args:
+        scales, norms: s / L and the gradient's norm of each block, (blocks,) float64 for each part.
+    """
+    slopes = [(s * x).sum() for s, x in zip(scales, norms)]
+    G = slopes[0]
+    for x in slopes[1:]:
+        G = G + x.to(G)
+    # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at large G.
+    # An infinite G makes it NaN, and so all factors.
+    eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+    return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
 
 # Geometry, by role: the dimensions of a weight that number its blocks, and s, the norm of a block.
@@ -316,12 +328,13 @@ class TorchBackend:
         return torch.cat([_norms(x, dims) for x, dims in views])
 
     def subtract(self, targets, directions, factors):
-        """targets -= factors * directions. A factor of 0 leaves every bit of its block.
+        """targets -= factors * directions. A factor of 0, infinity or NaN leaves every bit.
 
         Args:
             targets, directions: tensors like the weights.
-            factors: (blocks,) float64, finite and not negative.
+            factors: (blocks,) float64, not negative.
         """
+        factors = factors.nan_to_num(0, 0, 0)
         known = factors.tolist() if _on_host(factors) else [math.inf] * len(factors)
         single, end = factors.float(), 0
         for layout, t, d in zip(self.layouts, targets, directions):

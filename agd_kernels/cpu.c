@@ -106,7 +106,9 @@ static void squares(const struct plan *p, const struct chunk *c)
 /* Factors that float32 holds with all digits, to spare the doubles. */
 static int in_range(double factor) { return factor > 0x1p-100 && factor < 0x1p100; }
 
-/* A factor of 0 leaves every bit: -0 - -0 would be 0. */
+/* A factor of 0, infinity or NaN leaves every bit: -0 - -0 would be 0. */
+static int moves(double factor) { return factor > 0 && factor < INFINITY; }
+
 static void update(const struct plan *p, const struct chunk *c)
 {
     const struct tensor *t = p->tensors + c->tensor;
@@ -122,7 +124,7 @@ static void update(const struct plan *p, const struct chunk *c)
             if (in_range(factor))
                 for (int64_t j = i; j < end; j++)
                     w[j] -= narrow * g[j];
-            else if (factor != 0)
+            else if (moves(factor))
                 for (int64_t j = i; j < end; j++)
                     w[j] = (float)(w[j] - factor * g[j]);
         }
@@ -145,7 +147,7 @@ static void update(const struct plan *p, const struct chunk *c)
                 x[j] -= narrow[j] * y[j];
         else
             for (int64_t j = 0; j < n; j++)
-                x[j] = wide[j] != 0 ? (float)(x[j] - wide[j] * y[j]) : x[j];
+                x[j] = moves(wide[j]) ? (float)(x[j] - wide[j] * y[j]) : x[j];
     }
 }
 
@@ -188,3 +190,15 @@ void norms(struct plan *p, double *out)
 
 /* targets -= factors * directions */
 void subtract(struct plan *p) { sweep(p, 1); }
+
+/* As _middle in agd.py, whose small tensors would take longer: G, eta, and the factors. */
+void middle(int64_t blocks, const double *scales, const double *norms, double *out)
+{
+    double G = 0;
+    for (int64_t i = 0; i < blocks; i++)
+        G += scales[i] * norms[i];
+    out[0] = G;
+    out[1] = log1p(G / (sqrt(G + 0.25) + 0.5));
+    for (int64_t i = 0; i < blocks; i++)
+        out[2 + i] = scales[i] * out[1] / norms[i];
+}

@@ -78,6 +78,13 @@ class Backend:
         self.library.norms(ctypes.byref(self.plan), ctypes.c_void_p(out.data_ptr()))
         return out
 
+    def middle(self, scales, norms):
+        """As agd.py's _middle, of one part."""
+        out = self.tables[2].new_empty(self.plan.blocks + 2)
+        tensors = [ctypes.c_void_p(x.data_ptr()) for x in (*scales, *norms, out)]
+        self.library.middle(ctypes.c_int64(self.plan.blocks), *tensors)
+        return out[0], out[1], [out[2:]]
+
     def subtract(self, targets, directions, factors):
         """As TorchBackend.subtract."""
         self._prepare(directions)

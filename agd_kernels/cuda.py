@@ -308,6 +308,7 @@ def _kernels():
         else:
             factor = tl.load(factors + block + column % POSITIONS)
         # Two factors in the range of float32: a power of two, and the rest.
+        factor = tl.where(factor < float("inf"), factor, 0)
         power = tl.minimum(tl.maximum(_power(factor), 1.1754943508222875e-38), 8.507059173023462e37)
         factor = factor / power
         if WORK == tl.float32:
