@@ -54,8 +54,7 @@ class AGD(torch.optim.Optimizer):
     gradient is skipped: it adds nothing to G and still counts in L.
 
     Attributes, 0-dim tensors on the device of the first weight:
-        eta: the automatic learning rate of the last step; NaN before the first one, and for a
-            step that was skipped.
+        eta: the automatic learning rate of the last step; NaN before the first and if skipped.
         G: the gradient summary of the last step.
         skipped: int64, the number of steps that changed no weight because a gradient held a NaN
             or an infinity.
@@ -121,10 +120,10 @@ class AGD(torch.optim.Optimizer):
                 loss = closure()
 
         parts, targets, grads = self._prepare()
-        norms = [part.norms(grads) for part in parts]
         middle = getattr(parts[0].backend, "middle", _middle) if len(parts) == 1 else _middle
-        G, eta, factors = middle([part.scales for part in parts] or [self.G.new_zeros(1)],
-                                 norms or [self.G.new_zeros(1)])  # fmt: skip
+        norms = [part.norms(grads) for part in parts]
+        G, eta, factors = middle([part.scales for part in parts], norms) if parts else (
+            torch.zeros_like(self.G), torch.zeros_like(self.G), [])  # fmt: skip
         for part, x in zip(parts, factors):
             for group, blocks in part.groups:
                 gain = self.param_groups[group]["lr"]
@@ -148,9 +147,8 @@ class AGD(torch.optim.Optimizer):
     def _prepare(self):
         """Parts, targets and gradients of the weights that have a gradient. A target is the weight
         or, of a sharded one, the local tensor; its gradient has its strides and dtype."""
-        weights, targets, grads, groups = [], [], [], []
-        L = sum(len(group["params"]) for group in self.param_groups)
-        key = [L, self.fused, groups]
+        targets, grads, L = [], [], sum(len(group["params"]) for group in self.param_groups)
+        key = [L, self.fused]
         for i, group in enumerate(self.param_groups):
             if not isinstance(group["lr"], Tensor):
                 _check_gain(group["lr"])  # a scheduler may have changed it
@@ -164,8 +162,6 @@ class AGD(torch.optim.Optimizer):
                     raise ValueError(f"the gradient of {_label(name, p)} is {kind}, and AGD needs "
                                      "a dense, real one: build the layer with sparse=False and "
                                      "real weights")  # fmt: skip
-                weights.append(p)
-                groups.append(i)
                 if _is_dtensor(p):
                     grad = grad.redistribute(p.device_mesh, p.placements).to_local()
                     p = p.to_local()
@@ -174,15 +170,17 @@ class AGD(torch.optim.Optimizer):
                     grad = _like(grad, p)
                 targets.append(p)
                 grads.append(grad)
-                key.append((p.shape, stride, dtype, p.device))
-        if torch.compiler.is_compiling():
-            return _Part.split(weights, groups, L, fused=False), targets, grads
-        if key != self._key:
-            if grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                return _Part.split(weights, groups, L, fused=False), targets, grads
-            # Ordinary tensors, whatever the defaults of the moment.
-            with torch.inference_mode(False), torch.device("cpu"):
-                self._key, self._parts = key, _Part.split(weights, groups, L, self.fused)
+                key.append((i, p.shape, stride, dtype, p.device))
+        compiling = torch.compiler.is_compiling()
+        if key == self._key and not compiling:
+            return self._parts, targets, grads
+        moving = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
+                  if p.grad is not None]  # fmt: skip
+        if compiling or grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return _Part.split(moving, L, fused=False), targets, grads  # of a graph: not kept
+        # Ordinary tensors, whatever the defaults of the moment.
+        with torch.inference_mode(False), torch.device("cpu"):
+            self._key, self._parts = key, _Part.split(moving, L, self.fused)
         return self._parts, targets, grads
 
     def load_state_dict(self, state_dict):
@@ -196,18 +194,14 @@ class AGD(torch.optim.Optimizer):
 
 
 def _middle(scales, norms):
-    """The mathematics between the sweeps. Returns G, eta, and the factors by which the gradients'
-    blocks are subtracted, like `norms`: infinite or NaN for a zero gradient.
-
-    Args:
-        scales, norms: s / L and the gradient's norm of each block, (blocks,) float64 for each part.
-    """
+    """The mathematics between the sweeps. From s / L and the norm of each block, (blocks,) of each
+    part, follow G, eta and the factors of the update, infinite or NaN for a zero gradient."""
     slopes = [(s * x).sum() for s, x in zip(scales, norms)]
     G = slopes[0]
     for x in slopes[1:]:
         G = G + x.to(G)
-    # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at large G.
-    # An infinite G makes it NaN, and so all factors.
+    # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at large
+    # G. An infinite G makes it NaN, and so all factors.
     eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
     return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
@@ -272,18 +266,18 @@ class _Part:
     """
 
     @classmethod
-    def split(cls, weights, groups, L, fused):
-        """The parts of weights, given the index of the group of each."""
+    def split(cls, weights, L, fused):
+        """The parts of weights, given as (index of a group, weight) pairs."""
         alike = {}
-        for i, p in enumerate(weights):
+        for i, (group, p) in enumerate(weights):
             layout = Layout(p)
             kind = TorchBackend if fused is False else _backend(p, layout)
             shards = (p.device_mesh, p.placements) if _is_dtensor(p) else None
-            alike.setdefault((kind, p.device, shards), []).append((i, p, layout, groups[i]))
-        return [cls(*key, len(alike) == 1, L, *zip(*x)) for key, x in alike.items()]
+            alike.setdefault((kind, p.device, shards), []).append((i, p, layout, group))
+        return [cls(*key, L, *zip(*members)) for key, members in alike.items()]
 
-    def __init__(self, kind, device, shards, alone, L, indices, weights, layouts, groups):
-        self.shards, self.alone, self.indices, self.groups = shards, alone, indices, []
+    def __init__(self, kind, device, shards, L, indices, weights, layouts, groups):
+        self.shards, self.indices, self.groups = shards, indices, []
         self.backend = kind([_local(p) for p in weights], layouts)
         wide = {"dtype": _wide(device), "device": device}
         self.scales = torch.cat([torch.full((x.K,), x.s / L, **wide) for x in layouts])
@@ -296,7 +290,7 @@ class _Part:
 
     def norms(self, grads):
         """Frobenius norms of the gradients' blocks, like `scales`."""
-        norms = self.backend.norms(self._own(grads))
+        norms = self.backend.norms([grads[i] for i in self.indices])
         if self.shards is None:
             return norms
         from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -308,10 +302,8 @@ class _Part:
 
     def subtract(self, targets, grads, factors):
         """targets -= factors * grads, with factors like `scales`."""
-        self.backend.subtract(self._own(targets), self._own(grads), factors)
-
-    def _own(self, tensors):
-        return tensors if self.alone else [tensors[i] for i in self.indices]
+        targets, grads = ([tensors[i] for i in self.indices] for tensors in (targets, grads))
+        self.backend.subtract(targets, grads, factors)
 
 
 class TorchBackend:
@@ -379,8 +371,7 @@ def _norms(x, dims):
 
 
 def _norms_in_float32(x):
-    """Norms of the blocks of a view (rows, m, K, inner), (K,) float64, by a scratch tensor of
-    CHUNK squares; 0 or infinite where float32 does not hold them."""
+    """As _norms, of a dense view, with CHUNK squares at a time; 0 or infinite out of range."""
     if x.shape[1] >= 32 and x.shape[2] == 1:
         return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
     rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
@@ -449,13 +440,10 @@ def init_weights(params, generator=None):
         z = torch.randn(size, generator=generator, **wide)
         sizes.setdefault(size[1:], []).append((p, z))
         drawn += z.numel()
-        if drawn > AT_ONCE:
+        if drawn > 2**26:  # half a gigabyte
             _orthogonalise(sizes)
             drawn = 0
     _orthogonalise(sizes)
-
-
-AT_ONCE = 2**26  # float64 numbers drawn at a time, half a gigabyte, or a single weight
 
 
 def _orthogonalise(sizes):
@@ -485,15 +473,13 @@ def _fill(p, whole):
 
 
 def _wide(device):
-    """The dtype of G and eta; Apple's GPU has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPU has none
 
 
 EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
 
 
 def _listed(params):
-    """Parameters as a list, or a single tensor, which torch refuses."""
     if hasattr(params, "named_parameters"):
         raise TypeError("AGD takes net.parameters() or net.named_parameters(), not the network")
     if isinstance(params, Tensor):

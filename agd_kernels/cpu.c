@@ -1,8 +1,6 @@
-/* The two sweeps of AGD's step over float32 weights: norms of blocks, and the update.
- *
- * A tensor is (outer, K, inner) in memory, of K blocks. Where inner is 1 it is cut into periods,
- * rows of a multiple of K numbers; else into runs of `inner` numbers of one block. A chunk is what a
- * thread takes at a time. Every sum has a fixed order, whatever the number of threads. */
+/* The sweeps of AGD's step over float32 weights. A tensor is (outer, K, inner) in memory, of K
+ * blocks. With inner = 1 it is cut into periods, rows of a multiple of K numbers, else into runs of
+ * `inner` numbers of one block. Sums have a fixed order, whatever the number of threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -103,10 +101,9 @@ static void squares(const struct plan *p, const struct chunk *c)
             out[k] += sum[k][j];
 }
 
-/* Factors that float32 holds with all digits, to spare the doubles. */
+/* Float32 holds such factors with all digits. Other factors take doubles; 0, infinity and NaN leave
+ * every bit: -0 - -0 would be 0. */
 static int in_range(double factor) { return factor > 0x1p-100 && factor < 0x1p100; }
-
-/* A factor of 0, infinity or NaN leaves every bit: -0 - -0 would be 0. */
 static int moves(double factor) { return factor > 0 && factor < INFINITY; }
 
 static void update(const struct plan *p, const struct chunk *c)

@@ -142,7 +142,7 @@ def _compiled():
         name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
         try:
             with _directory() as directory:
-                path = directory / name
+                path = Path(directory, name)
                 if not path.exists():
                     _compile(command, path)
                 return ctypes.CDLL(str(path))  # stays mapped when the file is removed
@@ -162,21 +162,14 @@ def _compile(command, path):
         Path(draft).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
 def _directory():
-    """The cache: a directory that nobody else can write to, or else a temporary one."""
+    """A context of the cache, if nobody else can write to it, or of a temporary directory."""
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        kept = Path(home) / "agd" / "kernels"
-        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        (kept := home / "agd" / "kernels").mkdir(mode=0o700, parents=True, exist_ok=True)
         found = kept.stat()
-        mine = found.st_uid == os.getuid() and not found.st_mode & 0o022
-        if not mine or not os.access(kept, os.W_OK):
-            kept = None
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(kept, os.W_OK):
+            return contextlib.nullcontext(kept)
     except (OSError, RuntimeError):  # no home at all
-        kept = None
-    if kept is not None:
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as new:
-        yield Path(new)
+        pass
+    return tempfile.TemporaryDirectory()

@@ -108,16 +108,12 @@ class Backend:
         return table
 
 
-# Tables that some CUDA graph reads: they stay for as long as the first of the weights, without
-# which it cannot be replayed.
+# Tables that a CUDA graph reads, kept as long as the first of its weights.
 CAPTURED = WeakTensorKeyDictionary()
-# Said, because newer Tritons warn where it is not: w - x * y in one rounding.
-FUSED = {"enable_fp_fusion": True}
+FUSED = {"enable_fp_fusion": True}  # one rounding for w - x * y; newer Tritons warn without it
 
 
-class _Way(NamedTuple):
-    """The constants of a launch of `squares` or `update`: how memory is cut into tiles."""
-
+class _Way(NamedTuple):  # of cutting memory into tiles: constants of `squares` and `update`
     RUNS: bool
     POSITIONS: int  # blocks in a tile
     WIDTH: int  # 0 for runs
