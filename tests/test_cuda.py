@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import agd
 import agd_kernels
 from agd import AGD, Layout
 from agd_kernels import cuda
@@ -53,6 +54,7 @@ def kernels(monkeypatch):
         names = ("upload", "squares", "norms", "update")
         fake = SimpleNamespace(tl=real.tl, **{name: Kernel(name) for name in names})
         monkeypatch.setattr(cuda, "_kernels", lambda: fake)
+        monkeypatch.setattr(agd, "_on_host", lambda x: False)
         monkeypatch.setenv("AGD_NO_COMPILER", "0")
         monkeypatch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
         monkeypatch.setattr(agd_kernels, "TRUSTED", {torch.device("cpu"): True})
