@@ -21,8 +21,8 @@ matrices of shape (out, in), each with its own norm and s_k = sqrt(out / in / K)
 The size of a step follows from the size of the gradient, so the gradient must be that of the mean:
 unscale it after mixed precision, average it after accumulation and over devices, before `step`.
 
-A step sweeps over memory twice, for the norms and for the update, with the mathematics in between.
-`TorchBackend` does the sweeps; agd_kernels, a package beside this file, does them compiled.
+A step is two sweeps over memory, by `TorchBackend` or the compiled ones of agd_kernels, a package
+beside this file, with the mathematics in between: `_middle`.
 """
 
 import importlib
@@ -31,6 +31,7 @@ import math
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["AGD", "init_weights"]
 
@@ -59,13 +60,13 @@ class AGD(torch.optim.Optimizer):
         skipped: int64, the number of steps that changed no weight because a gradient held a NaN
             or an infinity.
 
-    A weight may be sharded over devices, a DTensor of torch's fully_shard: its norms are those of
-    the whole matrix, for one small all-reduce a step. Every device has shards of all weights.
+    A weight may be sharded, a DTensor of torch's fully_shard: norms are of whole matrices, from
+    1e-150 to 1e150, for one small all-reduce a step. Every device has shards of all weights.
 
     A zero gradient, of a matrix or of one kernel position, leaves those weights bit for bit. A step
     needs one scratch tensor: with kernels some kB on a CPU and 3 % of the weights' memory on a GPU,
-    else half a megabyte (float32 on a CPU) or at most a copy of the largest weight in float64. It
-    copies a gradient whose strides differ from its weight's. `skipped` is the only state.
+    else half a megabyte (float32 on a CPU) or, for other weights or factors of 0, a copy of one
+    weight. A gradient whose strides differ from its weight's is copied. `skipped` is all its state.
 
     Raises:
         ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
@@ -128,15 +129,17 @@ class AGD(torch.optim.Optimizer):
             for group, blocks in part.groups:
                 gain = self.param_groups[group]["lr"]
                 if isinstance(gain, Tensor):  # not read: a gain out of range becomes 0
-                    x[blocks] *= gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
+                    gain = gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
+                    x[blocks] *= gain if gain.device.type == "cpu" else gain.to(x.device)
                 elif gain != 1:
                     x[blocks] *= gain
+        for part, x in zip(parts, factors):
             part.subtract(targets, grads, x)
 
-        if torch.compiler.is_compiling():  # it can set no attribute of an optimiser
-            self.G.copy_(G), self.eta.copy_(eta)
-        else:
+        if not torch.compiler.is_compiling():
             self.G, self.eta = G, eta
+        elif self.G.device == G.device:  # it can set no attribute of an optimiser
+            self.G.copy_(G), self.eta.copy_(eta)
         skipped = self.skipped
         if skipped.device != G.device:  # the network has moved, or a state was loaded
             skipped = self.param_groups[0]["skipped"] = skipped.to(G.device)
@@ -146,7 +149,7 @@ class AGD(torch.optim.Optimizer):
 
     def _prepare(self):
         """Parts, targets and gradients of the weights that have a gradient. A target is the weight
-        or, of a sharded one, the local tensor; its gradient has its strides and dtype."""
+        or, of a sharded one, the local tensor. A gradient has the strides of a dense weight."""
         targets, grads, L = [], [], sum(len(group["params"]) for group in self.param_groups)
         key = [L, self.fused]
         for i, group in enumerate(self.param_groups):
@@ -157,40 +160,57 @@ class AGD(torch.optim.Optimizer):
                 if grad is None:
                     continue
                 if grad.layout != torch.strided or grad.is_complex():
-                    name = group["param_names"][j] if "param_names" in group else None
+                    label = _label(group["param_names"][j] if "param_names" in group else None, p)
                     kind = "complex" if grad.is_complex() else "sparse"
-                    raise ValueError(f"the gradient of {_label(name, p)} is {kind}, and AGD needs "
-                                     "a dense, real one: build the layer with sparse=False and "
-                                     "real weights")  # fmt: skip
+                    raise ValueError(f"the gradient of {label} is {kind}, and AGD needs a dense, "
+                                     "real one: build the layer with sparse=False and real weights")
                 if _is_dtensor(p):
                     grad = grad.redistribute(p.device_mesh, p.placements).to_local()
+                    key.append((p.shape, p.device_mesh, p.placements))
                     p = p.to_local()
-                stride, dtype = p.stride(), p.dtype
-                if type(grad) is not Tensor or grad.stride() != stride or grad.dtype != dtype:
+                stride = p.stride()
+                if type(grad) is not Tensor or grad.stride() != stride:
                     grad = _like(grad, p)
                 targets.append(p)
                 grads.append(grad)
-                key.append((i, p.shape, stride, dtype, p.device))
+                key.append((i, p.shape, stride, p.dtype, grad.dtype, p.device))
         compiling = torch.compiler.is_compiling()
-        if key == self._key and not compiling:
+        capturing = not compiling and bool(grads) and _capturing(grads[0])
+        if not compiling and key == self._key:
+            if capturing:  # a graph reads the tables of the parts, as long as there are its weights
+                CAPTURED.setdefault(targets[0], []).append(self._parts)
             return self._parts, targets, grads
         moving = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
                   if p.grad is not None]  # fmt: skip
-        if compiling or grads and grads[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return _Part.split(moving, L, fused=False), targets, grads  # of a graph: not kept
+        if compiling or capturing:  # the graph's own
+            return _Part.split(moving, L, fused=False), targets, grads
         # Ordinary tensors, whatever the defaults of the moment.
         with torch.inference_mode(False), torch.device("cpu"):
             self._key, self._parts = key, _Part.split(moving, L, self.fused)
         return self._parts, targets, grads
 
+    def state_dict(self):
+        """torch's, with a copy of `skipped`."""
+        state = super().state_dict()
+        state["param_groups"][0]["skipped"] = self.skipped.clone()
+        return state
+
     def load_state_dict(self, state_dict):
         """torch's. `skipped` stays as it is where the state has none."""
-        skipped = state_dict.get("skipped", self.skipped)  # its place in older ones
+        skipped, older = self.skipped, state_dict.get("skipped", self.skipped)
         super().load_state_dict(state_dict)
-        self.param_groups[0].setdefault("skipped", skipped.clone())
+        skipped.copy_(self.param_groups[0].get("skipped", older))
+        self.param_groups[0]["skipped"] = skipped  # the same tensor: a CUDA graph may count in it
 
     def __getstate__(self):
         return {**super().__getstate__(), "eta": self.eta, "G": self.G, "fused": self.fused}
+
+
+CAPTURED = WeakTensorKeyDictionary()  # parts by the first of their weights
+
+
+def _capturing(x):
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _middle(scales, norms):
@@ -208,10 +228,9 @@ def _middle(scales, norms):
 
 # Geometry, by role: the dimensions of a weight that number its blocks, and s, the norm of a block.
 ROLES = {
-    "matrix": (lambda shape: (), lambda shape: math.sqrt(shape[0] / shape[1])),
-    "kernel": (lambda shape: range(2, len(shape)),
-               lambda shape: math.sqrt(shape[0] / shape[1] / math.prod(shape[2:]))),
-}  # fmt: skip
+    "matrix": (lambda x: (), lambda x: math.sqrt(x[0] / x[1])),
+    "kernel": (lambda x: range(2, len(x)), lambda x: math.sqrt(x[0] / x[1] / math.prod(x[2:]))),
+}
 
 
 class Layout:
@@ -364,8 +383,9 @@ def _norms(x, dims):
         norms = _norms_in_float32(x)
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
-    if x.dtype != wide or not x.numel():  # float64 holds the squares of 32 bits
+    if wide == torch.float64 != x.dtype or not x.numel():  # it holds the squares of 32 bits
         return vector_norm(x, 2, dims, dtype=wide).flatten()
+    x = x.to(wide)
     largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
     return vector_norm(x / largest, 2, dims).flatten() * largest.flatten()
 
@@ -391,17 +411,18 @@ def _backend(p, layout):
         kernels = importlib.import_module(f"{__name__}_kernels")
     except ImportError:
         return TorchBackend
-    if layout.dense is None or type(p) not in (Tensor, torch.nn.Parameter):
+    same = p.grad is None or p.grad.dtype == p.dtype
+    if layout.dense is None or not same or type(p) not in (Tensor, torch.nn.Parameter):
         return TorchBackend
     found = kernels.backend(p.device, TorchBackend, Layout)
     return found if found is not None and found.takes(p, layout) else TorchBackend
 
 
 def _like(grad, p):
-    """A gradient with the strides and dtype of its weight: itself, or a copy."""
-    strides = zip(p.shape, p.stride(), grad.stride())
-    same = grad.dtype == p.dtype and all(n == 1 or a == b for n, a, b in strides)
-    return grad if same and type(grad) is Tensor else torch.empty_like(p).copy_(grad)
+    """A gradient with the strides of its weight: itself, or a copy."""
+    same = all(n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), grad.stride()))
+    own = same and type(grad) is Tensor
+    return grad if own else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def _is_dtensor(p):
@@ -414,9 +435,7 @@ def _local(p):
 
 @torch.no_grad()
 def init_weights(params, generator=None):
-    """Draw every weight anew, in place: uniform (Haar) semi-orthogonal times sqrt(out / in).
-
-    A weight of shape (out, in, *kernel) is drawn block by block, divided by sqrt(prod(kernel)).
+    """Draw every weight anew, in place: each block uniform (Haar) semi-orthogonal, times its s.
 
     Args:
         params: anything that `AGD` takes. A tensor listed twice is drawn once.

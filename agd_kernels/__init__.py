@@ -15,7 +15,7 @@ TRUSTED, TRYING = {}, threading.RLock()  # by device; one thread at a time
 
 def backend(device, reference, layout):
     """The backend class of a torch.device, or None: without a compiler, with AGD_NO_COMPILER set,
-    or where it disagrees with `reference`. That is tried once in a process; a failure warns.
+    or where it disagrees with `reference`. They are compared once in a process; a failure warns.
 
     Args:
         reference, layout: TorchBackend and Layout of agd.py.

@@ -29,10 +29,8 @@ struct chunk { int64_t tensor, start, end, partial; }; /* partial: the place of 
 struct plan {
     const struct tensor *tensors;
     const struct chunk *chunks;
-    float *const *targets;
-    const float *const *directions;
-    double *partials;
-    const double *factors;
+    float *const *targets, *const *directions;
+    double *partials, *factors;
     const int64_t *bounds; /* thread i takes chunks bounds[i] to bounds[i + 1] */
     int64_t threads, blocks, updating;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);

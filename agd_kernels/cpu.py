@@ -65,11 +65,10 @@ class Backend:
         self.tables = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (tensors, chunks)]
         self.tables.append(torch.empty(places, dtype=torch.float64, device="cpu"))
         self.targets, self.directions = ((ctypes.c_int64 * len(layouts))() for _ in range(2))
-        self.plan = _Plan(
-            *[x.data_ptr() for x in self.tables[:2]], ctypes.addressof(self.targets),
-            ctypes.addressof(self.directions), self.tables[2].data_ptr(), blocks=blocks,
-            **dict(zip(("parallel", "thread", "team"), calls)),
-        )  # fmt: skip
+        lists = [ctypes.addressof(x) for x in (self.targets, self.directions)]
+        tables = [x.data_ptr() for x in self.tables]
+        self.plan = _Plan(*tables[:2], *lists, tables[2], blocks=blocks)
+        self.plan.parallel, self.plan.thread, self.plan.team = calls
 
     def norms(self, tensors):
         """As TorchBackend.norms."""

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 UPLOAD = 16  # addresses that one launch of `upload` writes
 FIELDS = 7  # of a tile: tensor, start, block, place of its partial norm, rows, columns, stride
@@ -74,9 +73,8 @@ class Backend:
             out = torch.empty(self.blocks, dtype=torch.float64, device=self.device)
             for tiles, options in self.launches:
                 _kernels().squares[(len(tiles),)](table, tiles, scratch, **options)
-            _kernels().norms[(self.blocks,)](
-                scratch, self.segments, out, CHUNK=CHUNK, num_warps=4, **FUSED
-            )
+            options = {"CHUNK": CHUNK, "num_warps": 4, **FUSED}
+            _kernels().norms[(self.blocks,)](scratch, self.segments, out, **options)
         return out
 
     def subtract(self, targets, directions, factors):
@@ -86,9 +84,6 @@ class Backend:
             for tiles, options in self.launches:
                 _kernels().update[(len(tiles),)](*tables, tiles, factors, **options)
         torch.autograd.graph.increment_version(targets)  # the kernels write past autograd
-        if _capturing(self.device):
-            of_graph = [self.segments, *(tiles for tiles, _ in self.launches)]
-            CAPTURED.setdefault(targets[0], []).append(of_graph)
 
     def _table(self, name, tensors):
         """The addresses of tensors, int64 on the device."""
@@ -108,8 +103,6 @@ class Backend:
         return table
 
 
-# Tables that a CUDA graph reads, kept as long as the first of its weights.
-CAPTURED = WeakTensorKeyDictionary()
 FUSED = {"enable_fp_fusion": True}  # one rounding for w - x * y; newer Tritons warn without it
 
 
@@ -223,9 +216,8 @@ def _kernels():
     @triton.jit(do_not_specialize=["at", *(f"x{i}" for i in range(UPLOAD))])
     def upload(
         table, at,
-        x0: tl.int64, x1: tl.int64, x2: tl.int64, x3: tl.int64,
-        x4: tl.int64, x5: tl.int64, x6: tl.int64, x7: tl.int64,
-        x8: tl.int64, x9: tl.int64, x10: tl.int64, x11: tl.int64,
+        x0: tl.int64, x1: tl.int64, x2: tl.int64, x3: tl.int64, x4: tl.int64, x5: tl.int64,
+        x6: tl.int64, x7: tl.int64, x8: tl.int64, x9: tl.int64, x10: tl.int64, x11: tl.int64,
         x12: tl.int64, x13: tl.int64, x14: tl.int64, x15: tl.int64,
     ):
         to = table + at
@@ -237,11 +229,9 @@ def _kernels():
     # fmt: on
 
     @triton.jit
-    def squares(
-        table, tiles, partials,
-        DTYPE: tl.constexpr, RUNS: tl.constexpr, POSITIONS: tl.constexpr,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
+    def squares(table, tiles, partials, DTYPE: tl.constexpr, RUNS: tl.constexpr,
+               POSITIONS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr):  # fmt: skip
         tile = tiles + tl.program_id(0).to(tl.int64) * 7
         address = tl.load(table + tl.load(tile))
         start, offsets, straight, mask, inside, whole = _tile(tile, RUNS, WIDTH, ROWS, COLUMNS)
@@ -288,11 +278,9 @@ def _kernels():
         tl.store(out + block, power * tl.sqrt(tl.sum(total, 0)))
 
     @triton.jit
-    def update(
-        directions, targets, tiles, factors,
-        DTYPE: tl.constexpr, RUNS: tl.constexpr, POSITIONS: tl.constexpr,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
+    def update(directions, targets, tiles, factors, DTYPE: tl.constexpr, RUNS: tl.constexpr,
+               POSITIONS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr):  # fmt: skip
         WORK: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
         tile = tiles + tl.program_id(0).to(tl.int64) * 7
         tensor = tl.load(tile)
@@ -331,6 +319,4 @@ def _kernels():
                 # Written as it was where the factor is 0: a mask by columns would split the stores.
                 tl.store(to, tl.where(factor != 0, new, w), mask=mask)
 
-    return SimpleNamespace(
-        tl=tl, upload=upload, squares=squares, norms=norms, update=update
-    )
+    return SimpleNamespace(tl=tl, upload=upload, squares=squares, norms=norms, update=update)

@@ -347,11 +347,16 @@ def test_a_state_of_before_has_its_count_beside_the_groups():
     optimizer = AGD(weights, fused=False)
     state = optimizer.state_dict()
     del state["param_groups"][0]["skipped"]
+    counted = optimizer.skipped
     optimizer.load_state_dict({**state, "skipped": torch.tensor(3)})
     optimizer.step()
-    assert optimizer.skipped == 3
+    assert optimizer.skipped == 3 and optimizer.skipped is counted
     optimizer.load_state_dict(state)  # of another optimiser: it has no such count
     assert optimizer.skipped == 3 and optimizer.fused is False
+    state = optimizer.state_dict()
+    weights[0].grad[0] = math.nan
+    optimizer.step()
+    assert optimizer.skipped == 4 and state["param_groups"][0]["skipped"] == 3
 
 
 @pytest.mark.parametrize("named", [False, True])

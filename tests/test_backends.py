@@ -329,6 +329,25 @@ def test_gradients_of_other_strides(backend):
     step_and_check(AGD(weights, fused=backend not in TORCH), weights, 1e-6)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e-9])
+def test_gradients_of_a_wider_dtype(backend, size):
+    """float16 holds neither of these."""
+    (W,) = weights_with_grads([(4, 4)], torch.float16)
+    if not hasattr(W, "grad_dtype"):
+        pytest.skip("this torch has gradients of the weight's dtype alone")
+    W.grad, W.grad_dtype = None, torch.float32
+    W.grad = torch.full((4, 4), size)
+    W.data.zero_()
+    optimizer = AGD([W])
+    optimizer.step()
+    assert optimizer.G.item() == near(4 * size, rel=1e-6) and optimizer.skipped == 0
+    assert W.mean().item() == near(-optimizer.eta.item() / 4, rel=1e-3) or size < 1
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = bits(W)
+    optimizer.step()
+    assert torch.equal(bits(W), before)
+
+
 def test_weights_that_change_between_steps(backend):
     """Gradients that come and go, gains, storage, layout, shape, another group: each step is the
     paper's."""

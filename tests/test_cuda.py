@@ -15,7 +15,7 @@ import torch
 
 import agd
 import agd_kernels
-from agd import AGD, Layout
+from agd import AGD
 from agd_kernels import cuda
 from architecture import build
 from tests.conftest import ROOT, interpreter_fails
@@ -170,26 +170,42 @@ def test_a_captured_graph_has_addresses_of_its_own(kernels, monkeypatch):
     uploads, tables = [], []
     kernels(lambda name, kernel, grid, xs, constants: (
         uploads if name == "upload" else tables).append(xs[0]))  # fmt: skip
-    ws, capturing = [torch.zeros(4, 3)], [False]
+    capturing = [False]
     monkeypatch.setattr(cuda, "_capturing", lambda device: capturing[0])
-    backend = cuda.Backend(ws, [Layout(ws[0])])
-    factors, outside = torch.ones(1, dtype=torch.float64), None
+    monkeypatch.setattr(agd, "_capturing", lambda x: capturing[0])
+    weights, outside = weights_like([torch.zeros(4, 3)]), None
+    optimizer = AGD(weights, fused=True)
     for captured, number in [(False, 2), (True, 3), (True, 3), (False, 0)]:
         uploads.clear(), tables.clear()
         capturing[0] = captured
-        backend.norms(ws)
-        backend.subtract(ws, ws, factors)
+        optimizer.step()
         assert len(uploads) == number
         outside = tables[0] if outside is None else outside
         assert (tables[0] is outside) != captured
         if captured:
             assert all(any(table is x for x in uploads) for table in (tables[0], tables[-1]))
-        assert (ws[0] in cuda.CAPTURED) == (captured or number == 0)
-    # A graph's tables outlive the backend, and last as long as the weights that the graph changes.
-    segments = weakref.ref(backend.segments)
-    del backend
+        assert (weights[0] in agd.CAPTURED) == (captured or number == 0)
+    # What a graph reads outlives the optimiser, and lasts as long as the graph's first weight.
+    (part,) = optimizer._parts
+    kept = [weakref.ref(x) for x in (part.scales, part.backend.segments)]
+    del optimizer, part
     gc.collect()
-    assert segments() is not None
-    ws.clear()
+    assert all(x() is not None for x in kept)
+    weights.clear()
     gc.collect()
-    assert segments() is None and not cuda.CAPTURED
+    assert all(x() is None for x in kept) and not agd.CAPTURED
+
+
+def test_a_graph_of_other_weights_keeps_nothing(kernels, monkeypatch):
+    """Kernels cannot be loaded during a capture: torch's operations take the step, for once."""
+    launches = []
+    kernels(lambda name, *args: launches.append(name))
+    monkeypatch.setattr(agd, "_capturing", lambda x: True)
+    (W,) = weights_like([torch.zeros(4, 3)])
+    W.grad = torch.ones(4, 3)
+    optimizer = AGD([W])
+    optimizer.step()
+    assert not launches and optimizer._parts is None and (W < 0).all()
+    monkeypatch.setattr(agd, "_capturing", lambda x: False)
+    optimizer.step()
+    assert launches and optimizer._parts is not None
