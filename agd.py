@@ -40,13 +40,13 @@ class AGD(torch.optim.Optimizer):
     """Automatic Gradient Descent, arXiv 2304.05187.
 
     Args:
-        params: what every torch optimiser takes: an iterable of tensors, of (name, tensor) pairs,
+        params: in any form of torch's optimisers: an iterable of tensors, of (name, tensor) pairs,
             or of group dicts. Each weight has the shape (out, in, *kernel): linear, convolutional
             in any number of dimensions, grouped or depthwise; any memory format and float dtype.
         gain: multiplies the update and nothing else; a number or a 0-dim tensor, finite and not
             negative. It is the group key `lr`, so that torch's schedulers work and 0 freezes a
             group (which still counts in L and G). Under torch.compile, let a scheduler change a
-            tensor: a number is compiled in.
+            tensor: a number that changes compiles the step again.
         fused: None: compiled kernels for the weights that they support (float32 on a CPU, any
             dtype on a CUDA GPU), torch's operations for the others. False: torch's operations.
             True: raise ValueError for a weight that no kernel supports. All agree to rounding.
@@ -75,7 +75,7 @@ class AGD(torch.optim.Optimizer):
             gradient. The message names the tensor and the way out.
     """
 
-    _key = _parts = None  # of the last step: what the parts depend on, and the parts
+    _key = _parts = None  # the parts of the last step, and the key that they depend on
 
     def __init__(self, params, gain=1.0, fused=None):
         self.fused = fused
@@ -128,8 +128,8 @@ class AGD(torch.optim.Optimizer):
         for part, x in zip(parts, factors):
             for group, blocks in part.groups:
                 gain = self.param_groups[group]["lr"]
-                if isinstance(gain, Tensor):  # not read: a gain out of range becomes 0
-                    gain = gain.detach().reshape(()).nan_to_num(0, 0, 0).clamp_min(0)
+                if isinstance(gain, Tensor):  # not read: out of range, it moves nothing
+                    gain = gain.detach().reshape(()).clamp_min(0)
                     x[blocks] *= gain if gain.device.type == "cpu" else gain.to(x.device)
                 elif gain != 1:
                     x[blocks] *= gain
@@ -138,7 +138,7 @@ class AGD(torch.optim.Optimizer):
 
         if not torch.compiler.is_compiling():
             self.G, self.eta = G, eta
-        elif self.G.device == G.device:  # it can set no attribute of an optimiser
+        elif self.G.device == G.device:  # torch.compile sets no attribute of an optimiser
             self.G.copy_(G), self.eta.copy_(eta)
         skipped = self.skipped
         if skipped.device != G.device:  # the network has moved, or a state was loaded
@@ -177,7 +177,7 @@ class AGD(torch.optim.Optimizer):
         compiling = torch.compiler.is_compiling()
         capturing = not compiling and bool(grads) and _capturing(grads[0])
         if not compiling and key == self._key:
-            if capturing:  # a graph reads the tables of the parts, as long as there are its weights
+            if capturing:  # a graph reads the parts' tables for as long as its weights live
                 CAPTURED.setdefault(targets[0], []).append(self._parts)
             return self._parts, targets, grads
         moving = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
@@ -190,13 +190,13 @@ class AGD(torch.optim.Optimizer):
         return self._parts, targets, grads
 
     def state_dict(self):
-        """torch's, with a copy of `skipped`."""
+        """As torch's method, with a copy of `skipped`."""
         state = super().state_dict()
         state["param_groups"][0]["skipped"] = self.skipped.clone()
         return state
 
     def load_state_dict(self, state_dict):
-        """torch's. `skipped` stays as it is where the state has none."""
+        """As torch's method. `skipped` stays as it is where the state has none."""
         skipped, older = self.skipped, state_dict.get("skipped", self.skipped)
         super().load_state_dict(state_dict)
         skipped.copy_(self.param_groups[0].get("skipped", older))
@@ -366,14 +366,14 @@ class TorchBackend:
 
 
 DENSE = (0, 1, 3)  # the dimensions of a block in the view of a dense weight
-LOWEST, HIGHEST = 2.0**-100, 2.0**100  # factors of which float32 loses nothing
+LOWEST, HIGHEST = 2.0**-100, 2.0**100  # float32 loses no digit of factors between them
 LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
-CHUNK = 2**17  # numbers, half a megabyte: what stays in a processor's cache
+CHUNK = 2**17  # numbers: half a megabyte stays in a processor's cache
 
 
 def _on_host(x):
-    """Whether reading a number waits for nothing: not of a GPU, and not in torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a number is read without a wait: of a CPU's memory, and while nothing is traced."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _norms(x, dims):
@@ -383,7 +383,7 @@ def _norms(x, dims):
         norms = _norms_in_float32(x)
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
-    if wide == torch.float64 != x.dtype or not x.numel():  # it holds the squares of 32 bits
+    if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
         return vector_norm(x, 2, dims, dtype=wide).flatten()
     x = x.to(wide)
     largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
@@ -401,7 +401,7 @@ def _norms_in_float32(x):
         torch.mul(first, first, out=squares[: len(first)])
         for part in others:
             squares[: len(part)].addcmul_(part, part)
-        total += squares[: len(first)].sum(0).double().sum((0, 2))
+        total += squares[: len(first)].sum((0, 3)).double().sum(0)
     return total.sqrt_()
 
 

@@ -43,11 +43,12 @@ def _agrees(found, device, reference, layout):
 
 def disagreement(found, device, reference, layout):
     """The largest relative difference of a backend's norms and weights from the reference's, for
-    small weights of each layout. Reads the device."""
+    small weights of three layouts. Reads the device."""
     generator, weights, grads = torch.Generator().manual_seed(0), [], []
     for shape in [(260, 270), (24, 10, 3, 3), (24, 35, 3, 3)]:
         for out in (weights, grads):
-            x = torch.randn(shape, generator=generator, device="cpu").to(device)
+            x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            x = x.to(device)
             out.append(x.to(memory_format=torch.channels_last) if shape[1] == 35 else x)
     twins, results = [w.clone() for w in weights], []
     for kind, targets in ((found, weights), (reference, twins)):

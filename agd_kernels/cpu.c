@@ -186,14 +186,14 @@ void norms(struct plan *p, double *out)
 /* targets -= factors * directions */
 void subtract(struct plan *p) { sweep(p, 1); }
 
-/* As _middle in agd.py, whose small tensors would take longer: G, eta, and the factors. */
-void middle(int64_t blocks, const double *scales, const double *norms, double *out)
+/* As _middle in agd.py, whose small tensors would take longer. */
+void middle(int64_t blocks, const double *scales, const double *norms, double *G, double *eta,
+            double *factors)
 {
-    double G = 0;
+    *G = 0;
     for (int64_t i = 0; i < blocks; i++)
-        G += scales[i] * norms[i];
-    out[0] = G;
-    out[1] = log1p(G / (sqrt(G + 0.25) + 0.5));
+        *G += scales[i] * norms[i];
+    *eta = log1p(*G / (sqrt(*G + 0.25) + 0.5));
     for (int64_t i = 0; i < blocks; i++)
-        out[2 + i] = scales[i] * out[1] / norms[i];
+        factors[i] = scales[i] * *eta / norms[i];
 }

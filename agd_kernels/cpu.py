@@ -36,7 +36,6 @@ class _Plan(ctypes.Structure):
 class Backend:
     @staticmethod
     def available(device):
-        """Whether there is a compiler, or the library that it has made, and torch's threads."""
         return _library() is not None
 
     @staticmethod
@@ -52,7 +51,7 @@ class Backend:
             if K == 1:
                 inner = max(2, n)  # a single run
             # Periods of some hundred numbers, a multiple of 16, where K is small enough: loops over
-            # whole vectors, in which no sum is needed again before it is there.
+            # whole vectors, where no addition waits for the one before.
             period = K * 16 * max(1, 32 // K) if K <= WIDEST // 16 else K
             tensors.append((K, inner, period, blocks))
             length = CHUNK // period * period if inner == 1 else CHUNK
@@ -79,10 +78,10 @@ class Backend:
 
     def middle(self, scales, norms):
         """As agd.py's _middle, of one part."""
-        out = self.tables[2].new_empty(self.plan.blocks + 2)
-        tensors = [ctypes.c_void_p(x.data_ptr()) for x in (*scales, *norms, out)]
+        G, eta, factors = (norms[0].new_empty(n) for n in ((), (), self.plan.blocks))
+        tensors = [ctypes.c_void_p(x.data_ptr()) for x in (*scales, *norms, G, eta, factors)]
         self.library.middle(ctypes.c_int64(self.plan.blocks), *tensors)
-        return out[0], out[1], [out[2:]]
+        return G, eta, [factors]
 
     def subtract(self, targets, directions, factors):
         """As TorchBackend.subtract."""
@@ -123,7 +122,7 @@ def _library():
 
 def _compiled():
     """The library, from the cache or compiled now; None without a compiler that can do it."""
-    # Not the very processor's own: machines may share a cache.
+    # No -march=native: machines may share a cache.
     own = {
         "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma",
                    "-mprefer-vector-width=512"],
@@ -137,9 +136,9 @@ def _compiled():
         if not command or not shutil.which(command[0]):
             continue
         command = [*command, *flags, str(SOURCE), "-lm"]
-        text = [SOURCE.read_text(), platform.machine(), shutil.which(command[0]), *command]
-        name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
         try:
+            text = [SOURCE.read_text(), platform.machine(), shutil.which(command[0]), *command]
+            name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
             with _directory() as directory:
                 path = Path(directory, name)
                 if not path.exists():

@@ -529,6 +529,7 @@ def test_a_wheel_has_the_kernels(tmp_path):
         "assert all(x.__file__.startswith(sys.argv[1]) for x in (agd, cpu))\n"
         "if cpu.Backend.available('cpu'): agd.AGD([torch.ones(3, 3)], fused=True)\n"
     )
-    there = {"PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(cache)}
+    there = {"PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(cache),
+             "AGD_NO_COMPILER": "0"}  # fmt: skip
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "installed")], cwd=tmp_path,
                    env={**os.environ, **there}, check=True)  # fmt: skip

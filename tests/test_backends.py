@@ -27,7 +27,7 @@ DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch
 
 SHAPES = [
     (7, 5), (5, 40), (6, 4, 3), (6, 4, 3, 5), (4, 3, 2, 3, 2), (8, 2, 3, 3), (8, 1, 3, 3),
-    (6, 4, 1, 1), (1, 1, 3), (6, 3, 7, 7), (61, 29, 3, 3), (97, 89),
+    (6, 4, 1, 1), (1, 1, 3), (6, 3, 7, 7), (61, 29, 3, 3), (97, 89), (70, 70, 3, 3), (2, 4100, 3),
 ]  # fmt: skip
 # Long rows, rows with a rest, more than a piece of scratch memory, more blocks than C takes.
 LONG = [
@@ -55,9 +55,9 @@ def select(backend, monkeypatch):
     monkeypatch.setenv("AGD_NO_COMPILER", "1" if backend in TORCH else "0")
     if backend == "elsewhere":
         monkeypatch.setattr(agd, "_on_host", lambda x: False)
+    monkeypatch.setattr(agd_kernels, "TRUSTED", {})
     if backend == "triton":
         monkeypatch.setattr(agd_kernels, "MODULES", {"cpu": "cuda"})
-        monkeypatch.setattr(agd_kernels, "TRUSTED", {})
     if backend == "c":
         try:
             AGD([torch.zeros(2, 2)], fused=True)
@@ -400,6 +400,22 @@ def test_many_weights_and_gradients_at_other_addresses(backend):
         step_and_check(optimizer, weights, 1e-6)
 
 
+def test_groups_and_layers_without_a_gradient_are_seen(backend):
+    """Weights of one shape in groups of two gains: which of them moves changes, and then L."""
+    W, V, U = weights = weights_with_grads([(5, 5)] * 3)
+    optimizer, grad = AGD([{"params": [W]}, {"params": [V], "lr": 0.5}]), W.grad
+    for moving, gain, layers in ((W, 1, 2), (V, 0.5, 2), (V, 0.5, 3), (W, 1, 3)):
+        if layers == 3 and len(optimizer.param_groups) == 2:
+            optimizer.add_param_group({"params": [U]})
+        for X in weights:
+            X.grad = grad if X is moving else None
+            X.data.zero_()
+        (theirs, *_), eta, _ = reference_step([moving, V, U][:layers], [grad, None, None][:layers],
+                                              gain)  # fmt: skip
+        optimizer.step()
+        assert optimizer.eta.item() == near(eta, rel=1e-6) and relative(moving, theirs) < 1e-6
+
+
 def test_in_place_changes_are_seen_by_autograd(backend):
     weights = weights_with_grads([(5, 5), (3, 4, 3, 3)])
     y = sum((W * W).sum() for W in weights)
@@ -436,17 +452,21 @@ def test_a_step_allocates_next_to_nothing(backend, order):
     assert 0 < allocations.largest <= {"torch": 2**20, "elsewhere": 9_437_184, "c": 4096}[backend]
 
 
-def test_defaults_of_the_moment_do_not_matter(backend):
-    """A default dtype, a default device, inference mode, where the first step of its kind is."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_the_moment_do_not_matter(backend, dtype, monkeypatch):
+    """A default dtype, a default device, inference mode, where the first step of its kind is, and
+    the trial of the kernels."""
     weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])
+    monkeypatch.setattr(agd_kernels, "TRUSTED", {})
     try:
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(dtype)
         for context in (torch.inference_mode(), torch.device("meta"), torch.no_grad()):
             optimizer = AGD(weights)
             with context:
                 optimizer.step()
             step_and_check(optimizer, weights, 1e-6)
             assert optimizer.eta.device.type == "cpu" and optimizer.eta.dtype == torch.float64
+        AGD(weights, fused=backend not in TORCH)
     finally:
         torch.set_default_dtype(torch.float32)
 

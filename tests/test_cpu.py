@@ -98,6 +98,7 @@ def state():
         return {x.split()[-1] for x in f if "omp" in x}, len(os.listdir("/proc/self/task"))
 before = state()
 optimizer.step()
+assert optimizer._parts[0].backend.plan.threads == 2
 assert state() == before, (state(), before)
 """
     assert printed(start(STEP + code)) == "C"
