@@ -61,7 +61,7 @@ def test_a_batch_has_the_gradient_of_the_mean(loss):
 def test_an_epoch_and_an_evaluation_read_nothing_back():
     data = digits()
     net = network(data)
-    optimizer = AGD(net.parameters(), fused=False)  # a CPU's fast step reads what is its own
+    optimizer = AGD(net.parameters(), fused=False)
     train_epoch(net, data.train, mse, optimizer)  # torch's own first-time set-up
     data.train.set_epoch(1)
     with Reads() as reads:
