@@ -178,14 +178,13 @@ class AGD(torch.optim.Optimizer):
         capturing = not compiling and bool(grads) and _capturing(grads[0])
         if not compiling and key == self._key:
             if capturing:  # a graph reads the parts' tables for as long as its weights live
-                CAPTURED.setdefault(targets[0], []).append(self._parts)
+                CAPTURED.setdefault(targets[0], {})[id(self._parts)] = self._parts
             return self._parts, targets, grads
         moving = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
                   if p.grad is not None]  # fmt: skip
         if compiling or capturing:  # the graph's own
             return _Part.split(moving, L, fused=False), targets, grads
-        # Ordinary tensors, whatever the defaults of the moment.
-        with torch.inference_mode(False), torch.device("cpu"):
+        with torch.inference_mode(False), torch.device("cpu"):  # whatever the defaults are now
             self._key, self._parts = key, _Part.split(moving, L, self.fused)
         return self._parts, targets, grads
 
@@ -220,8 +219,7 @@ def _middle(scales, norms):
     G = slopes[0]
     for x in slopes[1:]:
         G = G + x.to(G)
-    # log((1 + sqrt(1 + 4 G)) / 2), without the cancellation at small G or the overflow at large
-    # G. An infinite G makes it NaN, and so all factors.
+    # log((1 + sqrt(1 + 4 G)) / 2), without cancellation or overflow; NaN for an infinite G
     eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
     return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
@@ -326,8 +324,10 @@ class _Part:
 
 
 class TorchBackend:
-    """The sweeps by torch's operations, for tensors of one device. Other backends have the same
-    methods, for weights that keep their shapes, strides and dtypes; layouts has their Layouts."""
+    """The sweeps by torch's operations, for weights of one device and their Layouts. Other backends
+    have the same methods, for weights that keep shape, strides and dtype; `middle` is optional."""
+
+    middle = staticmethod(_middle)
 
     def __init__(self, weights, layouts):
         self.layouts = layouts
@@ -335,8 +335,7 @@ class TorchBackend:
     def norms(self, tensors):
         """Frobenius norms of the blocks of tensors like the weights, (blocks,) float64. No square
         over- or underflows."""
-        views = [(layout.view(x), layout.dims) for layout, x in zip(self.layouts, tensors)]
-        return torch.cat([_norms(x, dims) for x, dims in views])
+        return torch.cat([_norms(y.view(x), y.dims) for y, x in zip(self.layouts, tensors)])
 
     def subtract(self, targets, directions, factors):
         """targets -= factors * directions. A factor of 0, infinity or NaN leaves every bit.
@@ -421,8 +420,8 @@ def _backend(p, layout):
 def _like(grad, p):
     """A gradient with the strides of its weight: itself, or a copy."""
     same = all(n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), grad.stride()))
-    own = same and type(grad) is Tensor
-    return grad if own else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+    same = same and type(grad) is Tensor
+    return grad if same else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def _is_dtensor(p):

@@ -42,19 +42,20 @@ def _agrees(found, device, reference, layout):
 
 
 def disagreement(found, device, reference, layout):
-    """The largest relative difference of a backend's norms and weights from the reference's, for
+    """The largest relative difference of all that a backend computes from the reference's, for
     small weights of three layouts. Reads the device."""
     generator, weights, grads = torch.Generator().manual_seed(0), [], []
     for shape in [(260, 270), (24, 10, 3, 3), (24, 35, 3, 3)]:
         for out in (weights, grads):
             x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            x = x.to(device)
-            out.append(x.to(memory_format=torch.channels_last) if shape[1] == 35 else x)
+            form = torch.channels_last if shape[1] == 35 else torch.contiguous_format
+            out.append(x.to(device, memory_format=form))
     twins, results = [w.clone() for w in weights], []
     for kind, targets in ((found, weights), (reference, twins)):
         sweeps = kind(targets, [layout(w) for w in targets])
         norms = sweeps.norms(grads)
-        sweeps.subtract(targets, grads, 1 / norms)
-        results.append([norms, *targets])
+        G, eta, (factors,) = getattr(sweeps, "middle", reference.middle)([norms], [norms])
+        sweeps.subtract(targets, grads, factors)
+        results.append([norms, G, eta, factors, *targets])
     differences = [((a - b).norm() / b.norm()).double() for a, b in zip(*results)]
     return torch.stack(differences).max().item()

@@ -43,7 +43,7 @@ class Backend:
         return weight.dtype is torch.float32 and layout.K <= WIDEST
 
     def __init__(self, weights, layouts):
-        self.library, *calls = _library()
+        self.compiled, *calls = _library()
         tensors, chunks, self.starts, blocks, places, self.size = [], [], [], 0, 0, 0
         for i, layout in enumerate(layouts):
             outer, K, inner = layout.dense
@@ -73,14 +73,14 @@ class Backend:
         """As TorchBackend.norms."""
         self._prepare(tensors)
         out = self.tables[2].new_empty(self.plan.blocks)
-        self.library.norms(ctypes.byref(self.plan), ctypes.c_void_p(out.data_ptr()))
+        self.compiled.norms(ctypes.byref(self.plan), ctypes.c_void_p(out.data_ptr()))
         return out
 
     def middle(self, scales, norms):
         """As agd.py's _middle, of one part."""
         G, eta, factors = (norms[0].new_empty(n) for n in ((), (), self.plan.blocks))
         tensors = [ctypes.c_void_p(x.data_ptr()) for x in (*scales, *norms, G, eta, factors)]
-        self.library.middle(ctypes.c_int64(self.plan.blocks), *tensors)
+        self.compiled.middle(ctypes.c_int64(self.plan.blocks), *tensors)
         return G, eta, [factors]
 
     def subtract(self, targets, directions, factors):
@@ -88,7 +88,7 @@ class Backend:
         self._prepare(directions)
         self.targets[:] = [x.data_ptr() for x in targets]
         self.plan.factors = factors.data_ptr()
-        self.library.subtract(ctypes.byref(self.plan))
+        self.compiled.subtract(ctypes.byref(self.plan))
         torch.autograd.graph.increment_version(targets)  # C writes past autograd
 
     def _prepare(self, directions):
