@@ -2,7 +2,7 @@
 
     python -m scripts.gpu_checks --plan first    8 minutes: agreement, training, figures 5, 7, 1
     python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
-    python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50's rates
+    python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
 
 Each check is a process with its part of the plan's time. Time that a check does not use goes to the
 later ones; a check that hangs or crashes takes no more than its own. If the kernels do not agree
