@@ -235,16 +235,19 @@ def set_up(args, world):
     set_precision(net, args.precision, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     try:
-        optimizer = make_optimizer(args, net)
+        optimizer = make_optimizer(args, net, data.shape)
     except (TypeError, ValueError) as error:  # of a class that someone else has written
         said = f"does not take these weights: {' '.join(str(error).split())}"
         raise RunError(f"--optimizer {args.optimizer} {said}") from error
     no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
+    measured = args.optimizer == "agd" and flags.layers(args.arch, args.layers) == "paths"
+    paths = float(optimizer.L) if measured else None
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     facts = {
         "weights": sum(p.numel() for p in net.parameters()),
         "layers": sum(p.ndim > 1 for p in net.parameters()),
         **({} if not frozen else {"frozen_weights": frozen}),
+        **({} if paths is None else {"paths": paths}),
         "train_examples": data.train.examples,
         "test_examples": data.test.examples,
         "precision": args.precision,
@@ -261,6 +264,7 @@ def set_up(args, world):
         display.table(("Layer", "Shape"), layers)
         print("{weights:,} weights in {layers} layers".format(**facts)
               + (f", {frozen:,} of them frozen" if frozen else "")
+              + (f", {paths:.4g} layers on a path" if measured else "")
               + "; {train_examples:,} training and {test_examples:,} test images".format(**facts))
         print(*notes, "", sep="\n")
     return data, net, optimizer, facts

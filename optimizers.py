@@ -5,6 +5,7 @@ import inspect
 
 import torch
 
+import agd
 import flags
 from agd import AGD, init_weights
 from architecture import is_library
@@ -18,12 +19,13 @@ for method in vars(torch.optim.Optimizer).values():
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
-def make_optimizer(args, net, draw=True):
-    """The optimiser of what is not frozen. For AGD the weights of the paper's networks are drawn
-    anew, if any are; those of a file, of libraries, and of baselines stay as they are."""
+def make_optimizer(args, net, shape=None, draw=True):
+    """The optimiser of what is not frozen, of a network for images of `shape`. For AGD the weights
+    of the paper's networks are drawn anew, if any are; those of a file, of libraries, and of
+    baselines stay as they are."""
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if args.optimizer == "agd":
-        return agd(args, net, trained, draw)
+        return automatic(args, net, trained, shape, draw)
     parameters = [p for _, p in trained]
     if args.optimizer in BASELINES:
         return BASELINES[args.optimizer][0](parameters, lr=args.lr)
@@ -31,10 +33,12 @@ def make_optimizer(args, net, draw=True):
     return optimizer_class(args.optimizer)(parameters, **rate)
 
 
-def agd(args, net, trained, draw):
+def automatic(args, net, trained, shape, draw):
     """AGD of `trained`, the (name, parameter) pairs of `net` that are not frozen.
 
     Weights that are drawn here have the sizes of the method's table; of others it measures them.
+    The paths through the network are read here: its first forward pass may be that of a compiler,
+    or of a rank without images.
     """
     drawn = not is_library(args.arch) and args.weights is None
     count = flags.layers(args.arch, args.layers) == "count"
@@ -42,8 +46,11 @@ def agd(args, net, trained, draw):
         init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
     if drawn and count:
         return AGD(trained, gain=args.gain)
-    depth = {"depth": max(1, sum(p.ndim > 1 for _, p in trained))} if count else {}
-    return AGD(net, gain=args.gain, **depth)
+    if count:
+        depth = max(1, sum(p.ndim > 1 for _, p in trained))
+    else:
+        depth = agd.depth(net, torch.zeros(2, *shape, device=trained[0][1].device))
+    return AGD(net, gain=args.gain, depth=depth)
 
 
 def set_capturable(optimizer, yes, device):

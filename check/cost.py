@@ -25,7 +25,7 @@ def network(args, shape, classes):
     with torch.device("cpu" if of_numbers else "meta"):
         net = made(args, shape, classes)
     try:
-        make_optimizer(args, net, draw=False)
+        make_optimizer(args, net, shape, draw=False)
     except (TypeError, ValueError) as error:
         raise Fault(f"the optimiser refuses the network: {error}") from error
     weights = list(net.parameters())
@@ -149,7 +149,7 @@ def seconds_an_epoch(args, world, facts):
     net = made(args, facts.shape, facts.classes).to(device)
     set_precision(net, args.precision, device)
     set_channels_last(net, args.channels_last, args.precision, device)
-    optimizer = make_optimizer(args, net.train(), draw=False)
+    optimizer = make_optimizer(args, net.train(), facts.shape, draw=False)
     gradient = Gradient(net, LOSSES[args.loss])
     images, end, times = min(2, share), time.perf_counter() + TIMING, []
 
