@@ -141,8 +141,10 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--width", type=number(int, 1, 1_000_000), default=256,
         help="width of the fcn (default: 256)")
     # None, not False, where they are off: what earlier runs have logged of them.
-    add("--bias", action="store_true", default=None, help="biases in the layers of these networks")
-    add("--affine", action="store_true", default=None, help="gains and biases in their norms")
+    add("--bias", action="store_true", default=None,
+        help=f"biases in the layers of {', '.join(networks)}")
+    add("--affine", action="store_true", default=None,
+        help="gains and biases in their norms")
     add("--weights", metavar="FILE", help="weights to start from: .safetensors, .pt or .pth; those "
         "of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
