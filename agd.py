@@ -3,8 +3,8 @@
     import torch
     from agd import AGD, init_weights
 
-    init_weights(net.parameters())              # orthogonal, once, before training
-    optimizer = AGD(net.parameters())           # nothing to tune
+    init_weights(net)              # orthogonal, once, before training; pretrained weights stay
+    optimizer = AGD(net)           # any network, every trainable parameter, nothing to tune
 
 Source: Bernstein, Mingard, Huang, Azizan, Yue, "Automatic Gradient Descent: Deep Learning without
 Hyperparameters", arXiv 2304.05187. For L weight matrices W_k of shape (d_k, d_{k-1}), an objective
@@ -15,44 +15,63 @@ that is a *mean* over examples, and s_k = sqrt(d_k / d_{k-1}):
     automatic     eta = log((1 + sqrt(1 + 4 G)) / 2)
     update        W_k <- W_k - eta/L s_k grad W_k / |grad W_k|_F
 
-A weight of shape (out, in, *kernel) is one of the L layers. It counts as K = prod(kernel) blocks,
-matrices of shape (out, in), each with its own norm and s_k = sqrt(out / in / K).
+Any other parameter is a stack of blocks, each with its own norm, and one s (ROLES). `AGD(net)`
+reads the roles from the network's modules, s from the weights that stand there, and L, the mean
+number of weights on a path, from the first forward pass. `AGD(net.parameters())` is the paper's
+rule: roles from the shapes, L the number of weights.
 
 The size of a step follows from the size of the gradient, so the gradient must be that of the mean:
-unscale it after mixed precision, average it after accumulation and over devices, before `step`.
+unscale it after mixed precision, average it after accumulation and over devices, before `step`; do
+not clip it.
 
 A step is two sweeps over memory, by `TorchBackend` or the compiled ones of agd_kernels, a package
 beside this file, with the mathematics in between: `_middle`.
 """
 
+import fnmatch
 import importlib
 import math
+import re
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["AGD", "init_weights"]
+__all__ = ["AGD", "depth", "init_weights"]
 
 
 class AGD(torch.optim.Optimizer):
-    """Automatic Gradient Descent, arXiv 2304.05187.
+    """Automatic Gradient Descent, arXiv 2304.05187, for every parameter of any network.
 
     Args:
-        params: in any form of torch's optimisers: an iterable of tensors, of (name, tensor) pairs,
-            or of group dicts. Each weight has the shape (out, in, *kernel): linear, convolutional
-            in any number of dimensions, grouped or depthwise; any memory format and float dtype.
+        params: a network, `torch.nn.Module`: every parameter that requires a gradient, with the
+            role that its layer gives it. Or as torch's optimisers have it, an iterable of tensors,
+            of (name, tensor) pairs, or of group dicts: roles by shape. Any memory format and float
+            dtype.
         gain: multiplies the update and nothing else; a number or a 0-dim tensor, finite and not
-            negative. It is the group key `lr`, so that torch's schedulers work and 0 freezes a
-            group (which still counts in L and G). Under torch.compile, let a scheduler change a
-            tensor: a number that changes compiles the step again.
+            negative. In `param_groups` it is the key `lr`, so that torch's schedulers work and 0
+            freezes a group (which still counts in L and G). Under torch.compile, let a scheduler
+            change a tensor: a number that changes compiles the step again.
         fused: None: compiled kernels for the weights that they support (float32 on a CPU, any
             dtype on a CUDA GPU), torch's operations for the others. False: torch's operations.
             True: raise ValueError for a weight that no kernel supports. All agree to rounding.
+        depth: L, a number, or the dict that `agd.depth` returns. None: of a network, read from its
+            first forward pass; else the number of weights.
+        roles: {pattern of names: role}, for parameters that ROLES, by its own, takes for others.
+            A role is a key of ROLES, "transposed" (a matrix (in, out)), or "stacked 3", "kernel 8"
+            with a number of parts, or of groups.
 
-    L counts every tensor of every group; G and eta are one for all groups. A tensor without a
-    gradient is skipped: it adds nothing to G and still counts in L.
+    Of a network, s is the RMS singular value of the blocks that stand there (the role's, where they
+    are zero), and L the mean number of weights on a path from its outputs to its inputs; both are
+    in `state_dict`. Else s is the role's, and L counts every tensor of two or more dimensions. G
+    and eta are one for all groups. A tensor without a gradient is skipped: it adds nothing to G and
+    still counts in L. A parameter of the network that is frozen does not.
 
     Attributes, 0-dim tensors on the device of the first weight:
         eta: the automatic learning rate of the last step; NaN before the first and if skipped.
@@ -63,25 +82,42 @@ class AGD(torch.optim.Optimizer):
     A weight may be sharded, a DTensor of torch's fully_shard: norms are of whole matrices, from
     1e-150 to 1e150, for one small all-reduce a step. Every device has shards of all weights.
 
-    A zero gradient, of a matrix or of one kernel position, leaves those weights bit for bit. A step
-    needs one scratch tensor: with kernels some kB on a CPU and 3 % of the weights' memory on a GPU,
-    else half a megabyte (float32 on a CPU) or, for other weights or factors of 0, a copy of one
-    weight. A gradient whose strides differ from its weight's is copied. `skipped` is all its state.
+    A zero gradient, of a matrix or of another block, leaves those weights bit for bit. A step needs
+    one scratch tensor: with kernels some kB on a CPU and 3 % of the weights' memory on a GPU, else
+    half a megabyte (float32 on a CPU) or, for other weights or factors of 0, a copy of one weight.
+    A gradient whose strides differ from its weight's is copied.
+
+    It warns, once, of what it can tell from the size of gradients: that they are clipped, or a sum
+    where a mean is meant, or that none reaches the weights; of a scheduler; of an unknown L.
 
     Raises:
-        ValueError: in the constructor, for an empty list, a gain out of range, or a tensor that
-            has fewer than two dimensions, no elements, or is not real floating point, or is sharded
-            along its kernel, or with fused=True has no kernel; at a step, for a sparse or complex
-            gradient. The message names the tensor and the way out.
+        ValueError: in the constructor, for an empty list, a gain out of range, an unknown key of a
+            group, a role or pattern that nothing has, or tensors that have no elements, are not
+            real floating point, or are sharded along their kernel, or with fused=True have no
+            kernel; at a step, for a sparse or complex gradient; for the state of another optimiser.
+            The message names the tensors and the way out.
     """
 
     _key = _parts = None  # the parts of the last step, and the key that they depend on
+    _net = _known = None  # a weak reference to the network; its parameters' names and rules
 
-    def __init__(self, params, gain=1.0, fused=None):
-        self.fused = fused
+    def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
+        if foreign:
+            raise TypeError(NO_RATE if "lr" in foreign else f"AGD has no {', '.join(foreign)}: "
+                            "there is nothing to set")  # fmt: skip
+        self.fused, self.rules, self.roles = fused, [], dict(roles or {})
+        self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
+        self._watch, self._listening, self._said = _Watch(), False, set()
+        if isinstance(params, nn.Module):
+            net = getattr(params, "_orig_mod", params)  # of torch.compile
+            self._net, self._known = weakref.ref(net), _rules_of(net, self.roles)
+            params = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         super().__init__(_listed(params), {"lr": gain})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
+        unused = [x for x in self.roles if not self._named(x)]
+        if unused:
+            raise ValueError(f"no parameter has a name like {', '.join(unused)}, of roles=")
         device = next(p for group in self.param_groups for p in group["params"]).device
         self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
         self.G = torch.full_like(self.eta, math.nan)
@@ -92,12 +128,35 @@ class AGD(torch.optim.Optimizer):
         """Number of skipped steps, int64, 0-dim: an entry of the first group, which is saved."""
         return self.param_groups[0]["skipped"]
 
+    @property
+    def L(self):
+        """The depth: a number, the mean number of weights on a path, or their count."""
+        if isinstance(self.depth, float):
+            return self.depth
+        shares = [rule.share for group, rules in zip(self.param_groups, self.rules)
+                  for p, rule in zip(group["params"], rules)
+                  if rule.role not in VECTORS and (self._net is None or p.requires_grad)]
+        return sum(shares) or 1.0  # of vectors alone: one layer
+
+    def _named(self, pattern):
+        """Whether a parameter has a name that matches a pattern."""
+        names = [name for name, _ in self._known.values()] if self._known else [
+            name for group in self.param_groups for name in group.get("param_names", ())]
+        return fnmatch.filter(names, pattern)
+
     def add_param_group(self, param_group):
-        """Add a group, {"params": ..., "lr": gain}, checked as in the constructor."""
+        """Add a group, {"params": ..., "gain": ...}, checked as in the constructor. Parameters of
+        the network that were frozen have their layer's role; L is read again."""
         group = {"lr": self.defaults["lr"], **param_group}
+        foreign = sorted(set(param_group) - {"params", "param_names", "gain", "name"})
+        if foreign:
+            raise ValueError(NO_RATE if "lr" in foreign else "AGD has no " + ", ".join(foreign)
+                             + ": a group has params and, if any, gain")  # fmt: skip
         group["lr"] = group.pop("gain", group["lr"])
         _check_gain(group["lr"])
         params = group["params"]
+        if isinstance(params, nn.Module):
+            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             # A tied weight is one layer, however often it is listed, in its first place.
             tensors = {}
@@ -105,12 +164,41 @@ class AGD(torch.optim.Optimizer):
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
             params = list(tensors.values())
         group["params"] = params
-        for name, p in _named([group]):
-            _check(name, p)
-            if self.fused and _backend(p, Layout(p)) is TorchBackend:
+        listed = list(_named([group]))
+        _check(listed)
+        known = self._known or {}
+        rules = _rules_by_shape(listed, {} if self._known else self.roles)
+        rules = [known[id(p)][1] if id(p) in known else x for (_, p), x in zip(listed, rules)]
+        for (name, p), rule in zip(listed, rules):
+            if self.fused and _backend(p, Layout(p, rule)) is TorchBackend:
                 raise ValueError(f"there is no fused step for {_label(name, p)}, {p.dtype} on "
                                  f"{p.device}: fused=None takes it where there is one")
         super().add_param_group(group)
+        self.rules.append(rules)
+        self._key = None
+        if self._net is not None:
+            self._read_depth()
+
+    def _read_depth(self):
+        """Take the shares of L from `depth`, or from the network's next forward pass."""
+        if isinstance(self.depth, Mapping):
+            self._set_shares(self.depth)
+        elif self.depth is None and not self._listening and (net := self._net()) is not None:
+            self._listening = True
+            _FirstForward(self, net)
+
+    def _set_shares(self, shares):
+        """Take shares of L by name; a weight that is not named has none."""
+        for group, rules in zip(self.param_groups, self.rules):
+            names = [self._known[id(p)][0] for p in group["params"]]
+            rules[:] = [x if x.role in VECTORS else x._replace(share=float(shares.get(name, 0)))
+                        for name, x in zip(names, rules)]  # fmt: skip
+        self._key = None
+
+    def _warn(self, kind, text):
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(text, stacklevel=4)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -145,16 +233,21 @@ class AGD(torch.optim.Optimizer):
             skipped = self.param_groups[0]["skipped"] = skipped.to(G.device)
         if not _on_host(eta) or math.isnan(eta.item()):  # a CPU's number is read without a wait
             skipped.add_(eta.isnan())
+        if not torch.compiler.is_compiling() and self._watch.looks() and not _capturing(G):
+            for kind in self._watch.see(G, norms):
+                self._warn(kind, GUARDS[kind])
         return loss
 
     def _prepare(self):
         """Parts, targets and gradients of the weights that have a gradient. A target is the weight
         or, of a sharded one, the local tensor. A gradient has the strides of a dense weight."""
-        targets, grads, L = [], [], sum(len(group["params"]) for group in self.param_groups)
-        key = [L, self.fused]
+        targets, grads = [], []
+        key = [self.fused, sum(len(group["params"]) for group in self.param_groups)]
         for i, group in enumerate(self.param_groups):
             if not isinstance(group["lr"], Tensor):
                 _check_gain(group["lr"])  # a scheduler may have changed it
+                if group.get("initial_lr", group["lr"]) != group["lr"]:
+                    self._warn("scheduled", GUARDS["scheduled"])
             for j, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
@@ -180,7 +273,11 @@ class AGD(torch.optim.Optimizer):
             if capturing:  # a graph reads the parts' tables for as long as its weights live
                 CAPTURED.setdefault(targets[0], {})[id(self._parts)] = self._parts
             return self._parts, targets, grads
-        moving = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]
+        if self._listening and not compiling:
+            self._warn("depth", UNREAD)
+        L = self.L
+        moving = [(i, p, rule) for i, group in enumerate(self.param_groups)
+                  for p, rule in zip(group["params"], self.rules[i])
                   if p.grad is not None]  # fmt: skip
         if compiling or capturing:  # the graph's own
             return _Part.split(moving, L, fused=False), targets, grads
@@ -189,20 +286,174 @@ class AGD(torch.optim.Optimizer):
         return self._parts, targets, grads
 
     def state_dict(self):
-        """As torch's method, with a copy of `skipped`."""
+        """As torch's method, with a copy of `skipped` and, of a network, s and share of each
+        parameter."""
         state = super().state_dict()
         state["param_groups"][0]["skipped"] = self.skipped.clone()
+        if self._measures:
+            rules = [rule for rules in self.rules for rule in rules]
+            state["state"] = {i: {"s": x.s, "share": x.share} for i, x in enumerate(rules)}
         return state
 
+    @property
+    def _measures(self):
+        return any(rule.s is not None for rules in self.rules for rule in rules)
+
     def load_state_dict(self, state_dict):
-        """As torch's method. `skipped` stays as it is where the state has none."""
+        """As torch's method. `skipped` stays as it is where the state has none. Raises ValueError
+        for the state of another optimiser."""
+        entries = {key for x in state_dict["state"].values() for key in x} - {"s", "share"}
+        entries |= FOREIGN.intersection(*[group.keys() for group in state_dict["param_groups"]])
+        if entries:
+            raise ValueError(f"this is the state of another optimiser: it has {min(entries)}, and "
+                             "AGD has nothing of the kind; start without it")
         skipped, older = self.skipped, state_dict.get("skipped", self.skipped)
         super().load_state_dict(state_dict)
         skipped.copy_(self.param_groups[0].get("skipped", older))
         self.param_groups[0]["skipped"] = skipped  # the same tensor: a CUDA graph may count in it
+        state = dict(self.state)
+        self.state.clear()
+        for group, rules in zip(self.param_groups, self.rules):
+            for i, p in enumerate(group["params"]):
+                if p in state:
+                    rules[i] = rules[i]._replace(**state[p])
+                    self._listening = False  # shares that were read are as good
+        self._key = None
 
     def __getstate__(self):
-        return {**super().__getstate__(), "eta": self.eta, "G": self.G, "fused": self.fused}
+        kept = ("eta", "G", "fused", "rules", "roles", "depth", "_said")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._watch, self._listening = _Watch(), False
+
+    def table(self):
+        """Every parameter's name, shape, role, s and share of L, as text. Parameters that differ in
+        numbers of their names alone share a line."""
+        lines = {}
+        for group, rules in zip(self.param_groups, self.rules):
+            names = group.get("param_names") or [""] * len(rules)
+            for name, p, rule in zip(names, group["params"], rules):
+                s = rule.blocks(p.shape)[2] if rule.s is None else rule.s
+                share = 0.0 if rule.role in VECTORS else rule.share
+                if isinstance(self.depth, float) and share:
+                    share = self.depth / max(1, sum(
+                        x.role not in VECTORS for rules in self.rules for x in rules))
+                role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
+                role += ", transposed" if rule.transposed else ""
+                row = re.sub(r"\d+", "*", name), tuple(p.shape), role
+                lines.setdefault(row, []).append((s, share))
+        rows = [("parameter", "shape", "role", "s", "share of L", "")]
+        for (name, shape, role), found in lines.items():
+            least, most = min(s for s, _ in found), max(s for s, _ in found)
+            s = f"{least:.4g}" + ("" if f"{least:.4g}" == f"{most:.4g}" else f" to {most:.4g}")
+            share = sum(share for _, share in found)
+            rows.append((name or "-", str(shape), role, s, f"{share:.4g}" if share else "",
+                         f"{len(found)} of them" if len(found) > 1 else ""))  # fmt: skip
+        wide = [max(map(len, column)) for column in zip(*rows)]
+        text = [" ".join(x.ljust(n) for x, n in zip(row, wide)).rstrip() for row in rows]
+        number = sum(map(len, self.rules))
+        end = "; not read yet: the number of weights" if self._listening else ""
+        return "\n".join([*text, f"{number} parameters, L = {self.L:.4g}{end}"])
+
+    def __repr__(self):
+        return f"AGD\n{self.table()}"
+
+
+NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
+           "(the key lr of a group of param_groups)")  # fmt: skip
+# Keys of the groups of other optimisers.
+FOREIGN = {"betas", "momentum", "weight_decay", "dampening", "eps", "rho", "alpha", "lr_decay"}
+UNREAD = (
+    "AGD could not read its depth L from the network's first forward pass, and takes the number of "
+    "weights, which is right for a chain alone: before torch.compile, fully_shard and checkpoints, "
+    "shares = agd.depth(net, *inputs), then AGD(net, depth=shares)"
+)
+GUARDS = {
+    "clipped": "the norm of all gradients together is the same in step after step: they are "
+    "clipped. AGD takes the size of its step from theirs: leave clipping out (max_grad_norm=0, "
+    "gradient_clip_val=None)",
+    "sum": "the gradient summary G is over 100, of a mean over the batch it is of order 1: is the "
+    "loss a sum, or are gradients still scaled, or added up without being averaged?",
+    "dead": "the gradient summary G is below 1e-6 from the first steps on: unless the loss is at "
+    "its floor, no signal reaches the weights: agd.init_weights(net, inputs=batch) mends that",
+    "scheduled": "a scheduler has changed lr, which is AGD's gain: AGD needs no schedule, and a "
+    "decay or a warm-up makes its steps smaller than they should be",
+}
+
+
+class _FirstForward:
+    """A forward hook of a network, which reads the shares of L for its optimiser, and goes."""
+
+    def __init__(self, optimizer, net):
+        self.optimizer = weakref.ref(optimizer)
+        self.handle = net.register_forward_hook(self)
+
+    def __call__(self, net, inputs, output):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        optimizer = self.optimizer and self.optimizer()
+        if optimizer is not None and optimizer._listening:
+            shares = _shares(net, output)
+            if shares == {}:
+                return  # no gradient in it: the next one, then
+            if shares is not None:
+                optimizer._listening = False
+                optimizer._set_shares(shares)
+        if self.handle is not None:
+            self.handle.remove()
+
+    def __getstate__(self):
+        return {"optimizer": None, "handle": None}  # a copy of the network has no optimiser
+
+
+class _Watch:
+    """Looks at the gradients of BURST steps in a row, the first ones and then of every EVERY, and
+    reads a GPU's numbers when they have come, without a wait."""
+
+    BURST, EVERY = 16, 1024
+
+    def __init__(self):
+        self.step, self.seen, self.reading = -1, [], None
+
+    def looks(self):
+        self.step += 1
+        return self.step % self.EVERY < self.BURST or self.reading is not None
+
+    def see(self, G, norms):
+        """The kinds of GUARDS that the last steps gave reason for."""
+        if self.reading is not None:
+            copy, event = self.reading
+            if not event.query():
+                return []
+            self.reading = None
+            return self._judge(copy)
+        self.seen.append(torch.stack([G, *[x.square().sum().to(G) for x in norms]]))
+        if len(self.seen) < self.BURST:
+            return []
+        seen, self.seen = self.seen, []
+        if any(len(x) != len(seen[0]) for x in seen):
+            return []
+        seen = torch.stack(seen)
+        if _on_host(seen):
+            return self._judge(seen)
+        if seen.is_cuda:
+            copy = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+            copy.copy_(seen, non_blocking=True)
+            self.reading = copy, torch.cuda.Event()
+            self.reading[1].record()
+        return []
+
+    def _judge(self, seen):
+        G, norm = seen[:, 0], seen[:, 1:].sum(1).sqrt()
+        if not seen.isfinite().all():
+            return []
+        same = (norm[1:] - norm[:-1]).abs() < 1e-5 * norm[1:]
+        moved = (G[1:] - G[:-1]).abs() > 1e-4 * G[1:]  # the same gradient again is not clipped
+        kinds = {"clipped": (same & moved).sum() >= 10, "sum": G.min() > 100,
+                 "dead": self.step < self.EVERY and G.max() < 1e-6}  # fmt: skip
+        return [kind for kind, yes in kinds.items() if yes]
 
 
 CAPTURED = WeakTensorKeyDictionary()  # parts by the first of their weights
@@ -224,54 +475,149 @@ def _middle(scales, norms):
     return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
 
-# Geometry, by role: the dimensions of a weight that number its blocks, and s, the norm of a block.
+# role -> which parameters, and the norm s of a block. A vector (bias, gain) is a single block and
+# takes no share of L.
 ROLES = {
-    "matrix": (lambda x: (), lambda x: math.sqrt(x[0] / x[1])),
-    "kernel": (lambda x: range(2, len(x)), lambda x: math.sqrt(x[0] / x[1] / math.prod(x[2:]))),
+    "matrix": "(out, in): one block, s = sqrt(out / in); transposed: (in, out)",
+    "stacked": "matrices beside each other, qkv or gates: one block a part, s of a part",
+    "kernel": "(out, in / groups, *kernel): one block a position and group, s = sqrt(out / in / K)",
+    "rows": "embeddings, tokens, positions: one block a row, s = sqrt(length of a row)",
+    "bias": "of a layer with a weight: s of that weight",
+    "gain": "of a norm layer, and any other vector: s = 1",
 }
+VECTORS = ("bias", "gain")
+
+
+class Rule(NamedTuple):
+    """What AGD knows of one parameter.
+
+    Attributes:
+        parts: the matrices of a stacked weight, the groups of a convolution.
+        transposed: whether the input's dimension comes first.
+        stride: of a transposed convolution, the product over its dimensions: that many of the
+            kernel's positions do not meet in an output.
+        s: the norm of a block. None: the role's.
+        share: of L.
+        start: of a vector, the value that `init_weights` gives it. None: as it is.
+    """
+
+    role: str
+    parts: int = 1
+    transposed: bool = False
+    stride: int = 1
+    s: float | None = None
+    share: float = 1.0
+    start: float | None = None
+
+    def blocks(self, shape):
+        """(number of blocks, the smaller side of one, the role's s) of a weight of this shape."""
+        size = math.prod(shape)
+        if self.role in VECTORS:
+            return 1, size, 1.0
+        if self.role == "rows":
+            return size // shape[-1], 1, math.sqrt(shape[-1])
+        sides, positions = [shape[0], shape[1]], math.prod(shape[2:])
+        sides[self.cut(shape)] //= self.parts
+        if self.role != "kernel":
+            sides[1], positions = sides[1] * positions, 1
+        outputs, inputs = reversed(sides) if self.transposed else sides
+        s = math.sqrt(outputs * self.stride / inputs / positions)
+        return self.parts * positions, min(sides), s
+
+    def cut(self, shape):
+        """The dimension along which the parts follow each other."""
+        return 1 if self.transposed and len(shape) == 2 else 0
+
+    def numbering(self, shape):
+        """The dimensions that number blocks, of a weight whose parts have a dimension of their own
+        in front of the one that they cut."""
+        if self.role == "rows":
+            return range(len(shape) - 1)
+        cut = [self.cut(shape)] if self.parts > 1 else []
+        if self.role == "kernel":
+            cut += range(2 + len(cut), len(shape) + len(cut))
+        return cut
 
 
 class Layout:
     """The blocks of a weight, and their order in memory (of a sharded weight: on this device).
 
     Attributes:
-        K, s: the number of blocks, and the norm of one.
-        dense: (outer, K, inner), the shape in the order of memory, where there is one without gaps:
-            inner is 1 in a contiguous convolution and `in` in channels_last. Else None.
+        K: the number of blocks.
+        index: of a weight that is sharded through its blocks, the place of each block among all,
+            int64. Else None.
+        dense: (lead, outer, K, inner), the shape in the order of memory, where there is one without
+            gaps: `lead` times K blocks. In a convolution inner is 1, and `in` in channels_last; in
+            an embedding lead is the number of rows. Else None.
         dims: the dimensions of `view` inside a block.
     """
 
-    def __init__(self, weight):
-        numbering, scale = ROLES["matrix" if weight.ndim == 2 else "kernel"]
-        self.s, p, self.dense = scale(weight.shape), _local(weight), None
-        blocks, dims = numbering(p.shape), list(range(p.ndim))
+    def __init__(self, weight, rule):
+        p, self.dense, self.index = _local(weight).detach(), None, None
+        self.split = rule.parts > 1 and (rule.cut(p.shape), rule.parts)
+        blocks = list(rule.numbering(p.shape))
+        if _is_dtensor(weight) and 0 in blocks:
+            self.split, self.index = False, _places(weight, rule)
+            blocks = [0, *(i - (rule.role == "kernel") for i in blocks[1:])]
+        p = self._parted(p)
+        dims = list(range(p.ndim))
         self.K = math.prod([p.shape[i] for i in blocks])
         self.dims = tuple([i for i in dims if i not in blocks])
         self.shape = [p.shape[i] if i in blocks else 1 for i in dims]  # of factors
         self.order = sorted(dims, key=lambda i: -p.stride(i))
-        if p.numel() and p.detach().permute(self.order).is_contiguous():
+        if self.index is not None and self.order[0] != 0:
+            return  # `index` is in the order of the rows
+        if p.numel() and p.permute(self.order).is_contiguous():
             sides = [i for i in self.order if p.shape[i] > 1]
-            places = [n for n, i in enumerate(sides) if i in blocks] or [len(sides)]
+            first = 0
+            while first < len(sides) and sides[first] in blocks:
+                first += 1
+            places = [n for n, i in enumerate(sides) if i in blocks and n >= first] or [len(sides)]
             if places[-1] - places[0] < len(places):
-                outer = math.prod([p.shape[i] for i in sides[: places[0]]])
+                self.dims, lead = DENSE, math.prod([p.shape[i] for i in sides[:first]])
+                K = self.K // lead
+                outer = math.prod([p.shape[i] for i in sides[first : places[0]]])
                 inner = math.prod([p.shape[i] for i in sides[places[-1] + 1 :]])
-                self.dense, self.dims = (outer, self.K, inner), DENSE
+                self.dense = lead, outer, K, inner
                 # Rows of m * K numbers: long enough for a loop, short enough for float32's sums.
-                self.m = math.gcd(outer, 1024 if self.K == 1 else 64) if inner == 1 else 1
+                self.m = math.gcd(outer, 1024 if K == 1 else 64) if inner == 1 else 1
+
+    def _parted(self, x):
+        return x.unflatten(self.split[0], (self.split[1], -1)) if self.split else x
 
     def view(self, x):
-        """A tensor like the weight as (outer / m, m, K, inner); with gaps, the tensor itself."""
+        """A tensor like the weight as (lead, outer / m, m, K, inner); with gaps, as it is, with a
+        dimension for its parts."""
+        x = self._parted(x)
         if self.dense is None:
             return x
-        outer, K, inner = self.dense
-        return x.permute(self.order).view(outer // self.m, self.m, K, inner)
+        lead, outer, K, inner = self.dense
+        return x.permute(self.order).view(lead, outer // self.m, self.m, K, inner)
 
     def spread(self, factors):
-        """Factors (K,) in a shape that broadcasts with `view`."""
+        """Factors, one a block, in a shape that broadcasts with `view`."""
         if self.dense is None:
             return factors.view(self.shape)
-        factors = factors.view(self.K, 1)
-        return factors if 1 in (self.m, self.K) else factors.repeat(self.m, 1, 1)
+        lead, _, K, _ = self.dense
+        if lead > 1:
+            return factors.view(lead, 1, 1, K, 1)
+        factors = factors.view(K, 1)
+        return factors if 1 in (self.m, K) else factors.repeat(self.m, 1, 1)
+
+
+def _places(weight, rule):
+    """The place among all blocks of the blocks of a local tensor, for a weight that is sharded
+    along the dimension that numbers them: a row at a time."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    rows = torch.arange(offset[0], offset[0] + shape[0]) if shape[0] else torch.arange(0)
+    positions = weight.shape[1:-1] if rule.role == "rows" else weight.shape[2:]
+    positions = math.prod(positions) if rule.role in ("rows", "kernel") else 1
+    part = rows if rule.role == "rows" else rows // (weight.shape[0] // rule.parts)
+    return (part[:, None] * positions + torch.arange(positions)).flatten()
 
 
 class _Part:
@@ -280,30 +626,40 @@ class _Part:
     Attributes:
         scales: s / L of each block, (blocks,) float64.
         groups: (index of a group, slice of its blocks) pairs.
+        index: of weights that are sharded through their blocks, the places of the local blocks.
     """
 
     @classmethod
     def split(cls, weights, L, fused):
-        """The parts of weights, given as (index of a group, weight) pairs."""
+        """The parts of weights, given as (index of a group, weight, Rule) triples."""
         alike = {}
-        for i, (group, p) in enumerate(weights):
-            layout = Layout(p)
+        for i, (group, p, rule) in enumerate(weights):
+            layout = Layout(p, rule)
             kind = TorchBackend if fused is False else _backend(p, layout)
             shards = (p.device_mesh, p.placements) if _is_dtensor(p) else None
-            alike.setdefault((kind, p.device, shards), []).append((i, p, layout, group))
+            key = kind, p.device, shards
+            alike.setdefault(key, []).append((i, p, layout, group, rule))
         return [cls(*key, L, *zip(*members)) for key, members in alike.items()]
 
-    def __init__(self, kind, device, shards, L, indices, weights, layouts, groups):
-        self.shards, self.indices, self.groups = shards, indices, []
+    def __init__(self, kind, device, shards, L, indices, weights, layouts, groups, rules):
+        self.shards, self.indices, self.groups, self.index = shards, indices, [], None
         self.backend = kind([_local(p) for p in weights], layouts)
-        wide = {"dtype": _wide(device), "device": device}
-        self.scales = torch.cat([torch.full((x.K,), x.s / L, **wide) for x in layouts])
+        wide, scales, places = {"dtype": _wide(device), "device": device}, [], []
         end = 0
-        for group, layout in zip(groups, layouts):
-            start, end = end, end + layout.K
+        for p, layout, group, rule in zip(weights, layouts, groups, rules):
+            number, _, s = rule.blocks(p.shape)
+            scales.append(torch.full((number,), (s if rule.s is None else rule.s) / L, **wide))
+            start, end = end, end + number
+            if layout.index is not None:
+                self.index = True
+            places.append((start, number, layout.index))
             if self.groups and self.groups[-1][0] == group:
                 start = self.groups.pop()[1].start
             self.groups.append((group, slice(start, end)))
+        self.scales = torch.cat(scales)
+        if self.index:
+            places = [start + (torch.arange(n) if x is None else x) for start, n, x in places]
+            self.index = torch.cat(places).to(device)
 
     def norms(self, grads):
         """Frobenius norms of the gradients' blocks, like `scales`."""
@@ -313,13 +669,18 @@ class _Part:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         mesh, placements = self.shards
+        norms = norms.square_()
+        if self.index is not None:
+            norms = torch.zeros_like(self.scales).index_add_(0, self.index, norms)
         parts = [Replicate() if x.is_replicate() else Partial("sum") for x in placements]
-        whole = DTensor.from_local(norms.square_(), mesh, parts, run_check=False)
+        whole = DTensor.from_local(norms, mesh, parts, run_check=False)
         return whole.full_tensor().sqrt_()
 
     def subtract(self, targets, grads, factors):
         """targets -= factors * grads, with factors like `scales`."""
         targets, grads = ([tensors[i] for i in self.indices] for tensors in (targets, grads))
+        if self.index is not None:
+            factors = factors[self.index]
         self.backend.subtract(targets, grads, factors)
 
 
@@ -345,18 +706,23 @@ class TorchBackend:
             factors: (blocks,) float64, not negative.
         """
         factors = factors.nan_to_num(0, 0, 0)
-        known = factors.tolist() if _on_host(factors) else [math.inf] * len(factors)
+        known = factors.tolist() if _on_host(factors) else None
         single, end = factors.float(), 0
         for layout, t, d in zip(self.layouts, targets, directions):
             blocks = slice(end, end + layout.K)
-            end, some = blocks.stop, known[blocks]
-            if not any(some):
+            end = blocks.stop
+            # Whether a factor, and every factor, is not 0, and float32 has the digits of each.
+            moves, every, in_range = True, False, False
+            if known is not None:
+                some = set(known[blocks])
+                moves, every = bool(some - {0.0}), 0.0 not in some
+                in_range = all(LOWEST < x < HIGHEST or x == 0 for x in some)
+            if not moves:
                 continue
             t, d = layout.view(t), layout.view(d)
-            in_range = all(LOWEST < x < HIGHEST or x == 0 for x in some)
             f = single if in_range and d.dtype != torch.float64 else factors
             f = layout.spread(f[blocks])
-            if in_range and all(some) and f.dtype == d.dtype:
+            if in_range and every and f.dtype == d.dtype:
                 t.addcmul_(d, f, value=-1)
             else:
                 work = torch.promote_types(d.dtype, torch.float32)
@@ -364,7 +730,7 @@ class TorchBackend:
                 t.sub_(update.masked_fill_(f == 0, 0))  # NaN * 0 is NaN, and -0 - -0 is 0
 
 
-DENSE = (0, 1, 3)  # the dimensions of a block in the view of a dense weight
+DENSE = (1, 2, 4)  # the dimensions of a block in the view of a dense weight
 LOWEST, HIGHEST = 2.0**-100, 2.0**100  # float32 loses no digit of factors between them
 LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
 CHUNK = 2**17  # numbers: half a megabyte stays in a processor's cache
@@ -378,8 +744,8 @@ def _on_host(x):
 def _norms(x, dims):
     """Norms over dimensions of a Layout's view, (blocks,) float64."""
     wide = _wide(x.device)
-    if x.dtype == torch.float32 and dims == DENSE and _on_host(x):
-        norms = _norms_in_float32(x)
+    if x.dtype == torch.float32 and dims == DENSE and len(x) == 1 and _on_host(x):
+        norms = _norms_in_float32(x[0])
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
     if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
@@ -390,7 +756,8 @@ def _norms(x, dims):
 
 
 def _norms_in_float32(x):
-    """As _norms, of a dense view, with CHUNK squares at a time; 0 or infinite out of range."""
+    """As _norms, of a dense view without `lead`, with CHUNK squares at a time; 0 or infinite out
+    of range."""
     if x.shape[1] >= 32 and x.shape[2] == 1:
         return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
     rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
@@ -413,7 +780,7 @@ def _backend(p, layout):
     same = p.grad is None or p.grad.dtype == p.dtype
     if layout.dense is None or not same or type(p) not in (Tensor, torch.nn.Parameter):
         return TorchBackend
-    found = kernels.backend(p.device, TorchBackend, Layout)
+    found = kernels.backend(p.device, TorchBackend, Layout, Rule)
     return found if found is not None and found.takes(p, layout) else TorchBackend
 
 
@@ -432,49 +799,420 @@ def _local(p):
     return p.to_local() if _is_dtensor(p) else p
 
 
+# Linear layers of this name are three matrices beside each other where their shape is that.
+FUSED = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "in_proj")
+TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names of rows
+
+
+def _rules_of(net, roles, measure=True):
+    """{id: (name, Rule)} of all parameters of a network, with s of what stands there."""
+    modules, places, found = dict(net.named_modules()), {}, {}
+    parameters = list(net.named_parameters())
+    _check([(name, p) for name, p in parameters if p.requires_grad])
+    for name, p in parameters:
+        # A parametrization's stand for the weight: layer.parametrizations.weight.original.
+        owner, _, own = name.replace(".parametrizations.", ".").rpartition(".")
+        if own.startswith("original") and "parametrizations" in name:
+            owner, _, tensor = owner.rpartition(".")
+            magnitude = own == "original0" and p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
+        else:
+            tensor = re.sub("_(orig|v|g)$", "", own) if own.startswith("weight_") else own
+            magnitude = own == "weight_g"
+        module = modules[owner]
+        rule = _role(module, owner.rpartition(".")[2], tensor, p.shape)
+        rule = Rule("gain") if magnitude else rule
+        rule = _overridden(name, p, rule, roles)
+        found[name] = p, rule, (owner, tensor)
+        if not magnitude:
+            places[owner, tensor] = name
+    scales = _measured([(p, rule) for p, rule, _ in found.values()]) if measure else {}
+    known = {}
+    for name, (p, rule, (owner, tensor)) in found.items():
+        s = scales.get(id(p))
+        if "bias" in tensor and rule.role in VECTORS:
+            layer = places.get((owner, tensor.replace("bias", "weight")))
+            if layer is not None and layer != name:
+                W, its, _ = found[layer]
+                vector = its.role in VECTORS
+                rule = rule._replace(role="gain" if vector else "bias")
+                s = scales.get(id(W)) if measure else None
+                s = its.blocks(W.shape)[2] if s is None else s
+            else:
+                rule = rule._replace(role="gain")
+        if measure and s is None:
+            s = rule.blocks(p.shape)[2]
+        known[id(p)] = name, rule._replace(s=s)
+    return known
+
+
+def _role(module, attribute, tensor, shape):
+    """The Rule of a parameter, by the class of its module, and the module's own name."""
+    norm = "Norm" in type(module).__name__
+    if len(shape) < 2:
+        bias = tensor == "bias" or tensor.startswith("bias_") or tensor.endswith("_bias")
+        return Rule("bias", start=0.0) if bias else Rule("gain", start=1.0 if norm else None)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # 4 gates of LSTM, 3 of GRU
+        gates = 1 if tensor.startswith("weight_hr") else shape[0] // module.hidden_size
+        return Rule("stacked", gates) if gates > 1 else Rule("matrix")
+    if isinstance(module, nn.MultiheadAttention) and tensor.endswith("proj_weight"):
+        return Rule("stacked", 3) if tensor == "in_proj_weight" else Rule("matrix")
+    if tensor == "weight":
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            return Rule("kernel", module.groups, True, math.prod(module.stride))
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return Rule("kernel", module.groups)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return Rule("rows")
+        transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers'
+        if transposed or isinstance(module, (nn.Linear, nn.Bilinear)):
+            sides = shape[::-1] if transposed else shape
+            three = attribute in FUSED and len(shape) == 2 and sides[0] == 3 * sides[1]
+            return Rule("stacked", 3, transposed) if three else Rule("matrix", 1, transposed)
+    vector = sum(n > 1 for n in shape) < 2 and not TOKEN.search(tensor)
+    return Rule("gain", start=1.0 if norm else None) if vector else Rule("rows")
+
+
+def _rules_by_shape(params, roles):
+    """A Rule for each (name, tensor): a matrix or kernel, or, of a single dimension, the bias of
+    the weight of its name, or of the weight in front of it that has as many rows, or a gain."""
+    weights, rules, before = {name: p for name, p in params if name}, [], None
+    for name, p in params:
+        if p.ndim > 1:
+            rule = Rule("matrix" if p.ndim == 2 else "kernel")
+        else:
+            rule, layer = Rule("gain", start=1.0), before
+            if name is not None:
+                owner, _, own = name.rpartition(".")
+                its = own.replace("bias", "weight")
+                layer = weights.get(f"{owner}.{its}" if owner else its) if its != own else None
+                rule = rule._replace(start=0.0 if "bias" in own else 1.0)
+            if layer is not None and layer.ndim > 1 and p.ndim and len(layer) == len(p):
+                its = Rule("matrix" if layer.ndim == 2 else "kernel")
+                rule = Rule("bias", s=its.blocks(layer.shape)[2], start=0.0)
+        rules.append(_overridden(name, p, rule, roles))
+        before = p
+    return rules
+
+
+def _overridden(name, p, rule, roles):
+    """A Rule, or what roles= says of a parameter of this name."""
+    for pattern, text in roles.items():
+        if not name or not fnmatch.fnmatchcase(name, pattern):
+            continue
+        role, _, parts = text.partition(" ")
+        transposed, role = role == "transposed", "matrix" if role == "transposed" else role
+        if role not in ROLES or (parts and not parts.isdecimal()):
+            raise ValueError(f"no role {text!r} among {', '.join(ROLES)}, transposed, and those "
+                             "with a number of parts, as stacked 3")  # fmt: skip
+        parts = int(parts or (3 if role == "stacked" else 1))
+        if role not in VECTORS and (p.ndim < 2 or parts < 1 or p.shape[0] % parts):
+            raise ValueError(f"{_label(name, p)} cannot be {text!r}, of roles=")
+        rule = Rule(role, parts, transposed)
+    return rule
+
+
 @torch.no_grad()
-def init_weights(params, generator=None):
-    """Draw every weight anew, in place: each block uniform (Haar) semi-orthogonal, times its s.
+def _measured(weights):
+    """{id: RMS singular value of the blocks} of (weight, Rule) pairs, where it is not zero."""
+    norms, kept = [], []
+    for p, rule in weights:
+        if p.is_floating_point() and not p.is_meta and p.numel():
+            norm = vector_norm(p.detach(), dtype=_wide(p.device))
+            norm = norm.full_tensor() if _is_dtensor(norm) else norm
+            number, rank, _ = rule.blocks(p.shape)
+            kept.append((p, number * rank))
+            norms.append(norm)
+    found, devices = {}, {}
+    for (p, n), norm in zip(kept, norms):
+        devices.setdefault(norm.device, []).append((p, n, norm))
+    for some in devices.values():
+        for (p, n, _), norm in zip(some, torch.stack([x for *_, x in some]).tolist()):
+            if 0 < norm < math.inf:
+                found[id(p)] = norm / math.sqrt(n)
+    return found
+
+
+# Nodes that only rearrange a parameter: transposes, parts of a fused weight, casts of autocast.
+REARRANGE = {
+    "T", "View", "Permute", "Transpose", "Unsqueeze", "Squeeze", "Expand", "ToCopy", "Split",
+    "SplitWithSizes", "Slice", "Select", "Unbind", "Chunk", "UnsafeView", "ReshapeAlias", "Clone",
+    "Alias", "AsStrided",
+}  # fmt: skip
+NORMS = {"NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "FusedRmsNorm",
+         "NativeGroupNorm", "RmsNorm"}  # fmt: skip
+ADD = {"Add", "Sub"}
+LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag"}
+HIDDEN = {"CompiledFunction", "CheckpointFunction"}  # nodes that have others inside
+
+
+def depth(net, *inputs, **kwargs):
+    """The share of L of each weight of a network, {name: share}; L is their sum, the mean number of
+    weights on a path from the outputs to the inputs: for a chain the number of its layers.
+
+    One unit of share flows back from the outputs. An operation with a weight takes what flows
+    through it as the weight's share, and hands it on. A sum divides it in proportion to the units
+    of signal in its addends: the output of a weight or of a norm layer is one, a sum has those of
+    its addends. A product of activations divides it equally, and so does a concatenation. All else
+    hands it on. Frozen weights and vectors have no share.
 
     Args:
-        params: anything that `AGD` takes. A tensor listed twice is drawn once.
+        net: before torch.compile and fully_shard, without reentrant checkpoints.
+        inputs, kwargs: of its forward pass, which is run once; buffers stay as they are.
+
+    Raises:
+        ValueError: where the graph hides weights, or none has a gradient.
+    """
+    with _Kept(net), torch.enable_grad():
+        shares = _shares(net, net(*inputs, **kwargs))
+    if not shares:
+        raise ValueError("no depth can be read: the graph of the network's output has no weight "
+                         "that requires a gradient, or hides some in a compiled or checkpointed "
+                         "part")  # fmt: skip
+    return shares
+
+
+class _Kept:
+    """A context that leaves a network's buffers and torch's generators as they were."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __enter__(self):
+        self.buffers = [(x, x.clone()) for x in self.net.buffers()]
+        self.fork = torch.random.fork_rng()
+        self.fork.__enter__()
+
+    @torch.no_grad()
+    def __exit__(self, *error):
+        self.fork.__exit__(*error)
+        for x, kept in self.buffers:
+            x.copy_(kept)
+
+
+def _shares(net, output, roles=None):
+    """{name: share} of the weights that an output was computed from. Empty: it has no gradient.
+    None: weights are hidden. Reads the names of autograd's nodes, never their values."""
+    roots = [t.grad_fn for t in _outputs(output) if t.grad_fn is not None]
+    if not roots:
+        return {}
+    known = _rules_of(net, roles or {}, measure=False)
+    weights = {key: name for key, (name, rule) in known.items() if rule.role not in VECTORS}
+    modules = dict(net.named_modules())
+    # A weight that torch's parametrizations make of others: its shape, by those others.
+    made = {}
+    for name, p in net.named_parameters():
+        if ".parametrizations." in name:
+            owner, _, rest = name.partition(".parametrizations.")
+            made[id(p)] = getattr(modules[owner], rest.partition(".")[0]).shape
+    nodes = _inputs_first(roots)
+    parameter, units = {}, {}  # node -> the parameters it is a function of; units of signal in it
+    hides = False
+    for node in nodes:
+        kind, inputs = _kind(node), [n for n, _ in node.next_functions if n is not None]
+        hides = hides or kind in HIDDEN
+        if kind == "AccumulateGrad":
+            parameter[node] = [node.variable]
+        elif inputs and all(n in parameter for n in inputs) and _rearranges(
+            node, kind, [p for n in inputs for p in parameter[n]], made
+        ):
+            parameter[node] = list({id(p): p for n in inputs for p in parameter[n]}.values())
+        else:
+            matrices, signals = _split(node, parameter, weights)
+            if kind in ADD:
+                units[node] = sum(units[n] for n, _ in signals) + len(matrices)
+            elif matrices or kind in NORMS:
+                units[node] = 1.0
+            else:
+                units[node] = max((units[n] for n, _ in signals), default=1.0)
+    flow, shares = dict.fromkeys(units, 0.0), {}
+    for root in roots:
+        if root in flow:
+            flow[root] += 1.0 / len(roots)
+    for node in reversed(nodes):
+        if node in parameter:
+            continue
+        kind, (matrices, signals) = _kind(node), _split(node, parameter, weights)
+        parts, whole, each = [1.0] * len(signals), float(len(signals)), flow[node]
+        own = [each] * len(matrices)
+        if kind in ADD:
+            parts, whole = [units[n] for n, _ in signals], units[node]
+            own = [each / max(whole, 1.0)] * len(matrices)
+        elif kind in ("Cat", "Stack"):
+            whole += len(matrices)
+            own = [each / whole] * len(matrices)
+        for p, share in zip(matrices, own):
+            shares[weights[id(p)]] = shares.get(weights[id(p)], 0.0) + share
+        for (n, _), part in zip(signals, parts):
+            flow[n] += each * part / whole
+    missing = [p for p in net.parameters()
+               if p.requires_grad and id(p) in weights and weights[id(p)] not in shares]
+    return None if hides and missing or "CompiledFunction" in map(_kind, nodes) else shares
+
+
+def _rearranges(node, kind, parameters, made):
+    """Whether a node whose inputs are parameters makes another form of them, no signal."""
+    if kind in REARRANGE:
+        return True
+    shapes = [made[id(p)] for p in parameters if id(p) in made]
+    return bool(shapes) and (kind not in LAYERS or _shape(node) in shapes)
+
+
+def _split(node, parameter, weights):
+    """(the weights that go into a node, [(node, output index)] of the activations that do)."""
+    matrices, signals = [], []
+    for n, i in node.next_functions:
+        if n is not None and n in parameter:
+            matrices += [p for p in parameter[n] if id(p) in weights]
+        elif n is not None:
+            signals.append((n, i))
+    return matrices, signals
+
+
+def _kind(node):
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _shape(node):
+    try:
+        return torch.Size(node._input_metadata[0].shape)
+    except (AttributeError, IndexError, TypeError):
+        return None
+
+
+def _outputs(output):
+    """The tensors of an output. A loss among named ones stands for the others, of which it is."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        loss = output.get("loss")
+        for x in [loss] if isinstance(loss, Tensor) else output.values():
+            yield from _outputs(x)
+    elif isinstance(output, (list, tuple)):
+        for x in output:
+            yield from _outputs(x)
+
+
+def _inputs_first(roots):
+    order, seen, stack = [], set(), [(n, False) for n in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    return order
+
+
+@torch.no_grad()
+def init_weights(params, generator=None, inputs=None, roles=None):
+    """Draw every parameter anew, in place: blocks uniform (Haar) semi-orthogonal, times s; rows of
+    Gaussian direction and length s; biases 0, gains of norm layers 1.
+
+    Args:
+        params: a network, whose frozen parameters stay as they are, and so do gains outside of norm
+            layers (slopes, layer scales, temperatures); or anything else that `AGD` takes. A tensor
+            listed twice is drawn once.
         generator: a CPU `torch.Generator`; None is torch's default one. The draw is made on the
             CPU in float64, tensor by tensor in the order given, then cast and copied: a seed means
             the same weights on every device and, up to rounding, in every dtype.
+        inputs: of a network, a batch: a tensor, a tuple or a dict. Each linear, convolutional or
+            embedding layer is then scaled, from input to output, to outputs of RMS 1, whatever
+            activation stands between them; `AGD(net)` measures the s that follow. Without it, and
+            without norm layers, √2 relu keeps the signal; with plain relu, gelu or silu it fades
+            out in deep networks.
+        roles: as of `AGD`.
 
     Raises:
         ValueError: for what the constructor of `AGD` refuses, and for a generator of a GPU.
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
-    params = list(_named(_listed(params)))
+    roles, net = roles or {}, params if isinstance(params, nn.Module) else None
+    if net is not None:
+        known = _rules_of(net, roles, measure=False)
+        params = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        rules = [known[id(p)][1] for _, p in params]
+    elif inputs is not None:
+        raise ValueError("init_weights scales a network to inputs: pass it, not its parameters")
+    else:
+        params = list(_named(_listed(params)))
+        _check(params)
+        rules = _rules_by_shape(params, roles)
     if not params:
         raise ValueError(EMPTY)
-    for name, p in params:
-        _check(name, p)
     sizes, drawn, wide = {}, 0, {"dtype": torch.float64, "device": "cpu"}
-    for p in {id(p): p for _, p in params}.values():
-        size = math.prod(p.shape[2:]), max(p.shape[:2]), min(p.shape[:2])
-        z = torch.randn(size, generator=generator, **wide)
-        sizes.setdefault(size[1:], []).append((p, z))
-        drawn += z.numel()
+    for p, rule in {id(p): (p, rule) for (_, p), rule in zip(params, rules)}.values():
+        number, rank, s = rule.blocks(p.shape)
+        if rule.role in VECTORS:
+            if rule.start is not None:
+                p.fill_(rule.start)
+        elif rule.role == "rows":
+            z = torch.randn(p.shape, generator=generator, **wide)
+            _fill(p, z * (s / vector_norm(z, 2, -1, keepdim=True)))
+        else:
+            size = number, p.numel() // number // rank, rank
+            z = torch.randn(size, generator=generator, **wide)
+            sizes.setdefault(size[1:], []).append((p, rule, z))
+            drawn += z.numel()
         if drawn > 2**26:  # half a gigabyte
             _orthogonalise(sizes)
             drawn = 0
     _orthogonalise(sizes)
+    if inputs is not None:
+        _scale(net, inputs)
 
 
 def _orthogonalise(sizes):
-    """Fill weights from their draws, [(weight, draw)] by size, and empty the dict."""
+    """Fill weights from their draws, [(weight, Rule, draw)] by size, and empty the dict."""
     for size in list(sizes):
-        weights, draws = zip(*sizes.pop(size))
+        weights, rules, draws = zip(*sizes.pop(size))
         Q, R = torch.linalg.qr(torch.cat(draws))
         # Haar measure needs the factorisation that has a positive diagonal in R.
         Q.mul_(R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
-        for p, q in zip(weights, Q.split([len(z) for z in draws])):
-            q = q if p.shape[0] >= p.shape[1] else q.mT
-            q = q.unflatten(0, p.shape[2:]) if p.ndim > 2 else q.squeeze(0)
-            _fill(p, q.movedim((-2, -1), (0, 1)) * Layout(p).s)
+        for p, rule, q in zip(weights, rules, Q.split([len(z) for z in draws])):
+            shape, numbering = list(p.shape), list(rule.numbering(p.shape))
+            if rule.parts > 1:
+                cut = rule.cut(shape)
+                shape[cut : cut + 1] = [rule.parts, shape[cut] // rule.parts]
+            others = [i for i in range(len(shape)) if i not in numbering]
+            q = q if shape[others[0]] >= p.numel() // len(q) // shape[others[0]] else q.mT
+            q = q.reshape([shape[i] for i in numbering + others])
+            back = [(numbering + others).index(i) for i in range(len(shape))]
+            _fill(p, q.permute(back).reshape(p.shape) * rule.blocks(p.shape)[2])
+
+
+def _scale(net, inputs):
+    """Divide each layer's weight by the RMS of its output, in the order of the forward pass."""
+    kinds = nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag
+    done = set()
+
+    def hook(layer, args, kwargs, output):
+        weight = layer._parameters.get("weight")
+        if weight is None or not weight.requires_grad or id(weight) in done:
+            return None
+        done.add(id(weight))  # a tied weight is scaled where it is used first
+        rms = vector_norm(output.detach(), dtype=_wide(output.device)) / math.sqrt(output.numel())
+        if not 0 < rms < math.inf:
+            return None
+        weight.div_(rms.to(weight))
+        return layer.forward(*args, **kwargs)
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in net.modules()
+               if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D"]  # fmt: skip
+    training = net.training
+    try:
+        with _Kept(net):
+            net.train()
+            if isinstance(inputs, Mapping):
+                net(**inputs)
+            else:
+                net(*(inputs if isinstance(inputs, (tuple, list)) else [inputs]))
+    finally:
+        net.train(training)
+        for handle in handles:
+            handle.remove()
 
 
 def _fill(p, whole):
@@ -498,8 +1236,6 @@ EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator
 
 
 def _listed(params):
-    if hasattr(params, "named_parameters"):
-        raise TypeError("AGD takes net.parameters() or net.named_parameters(), not the network")
     if isinstance(params, Tensor):
         return params
     params = list(params)
@@ -521,21 +1257,38 @@ def _label(name, p):
     return f"{name or 'a tensor'} of shape {tuple(p.shape)}"
 
 
-def _check(name, p):
-    if not isinstance(p, Tensor):
-        raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
-    rule = f"AGD has no rule for {_label(name, p)}"
-    if not p.is_floating_point() or p.dtype.itemsize < 2:
-        raise ValueError(f"{rule}, of dtype {p.dtype}: make it real floating point of 16 bits or "
-                         "more, or leave it out")
-    if p.ndim < 2:
-        raise ValueError(f"{rule}: it takes weights of two or more dimensions; build the layer "
-                         "without this one (bias=False, affine=False)")
-    if p.numel() == 0:
-        raise ValueError(f"{rule}: it has no elements; leave it out")
-    if _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
-        raise ValueError(f"{rule}, sharded along its kernel: shard it along its first or second "
-                         "dimension")  # fmt: skip
+def _check(params):
+    """Raise one error for all tensors, of (name, tensor) pairs, that AGD has no rule for."""
+    found = {}
+    for name, p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
+        if nn.parameter.is_lazy(p):
+            kind = "no shape yet: run a batch through the network first"
+            found.setdefault(kind, []).append(name or "a tensor")
+            continue
+        kind = None
+        if not p.is_floating_point() or p.dtype.itemsize < 2:
+            kind = (f"dtype {p.dtype}: make it real floating point of 16 bits or more, or leave it "
+                    "out")  # fmt: skip
+        elif p.numel() == 0:
+            kind = "no elements: leave it out"
+        elif _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
+            kind = "shards along its kernel: shard it along its first or second dimension"
+        if kind:
+            found.setdefault(kind, []).append(_label(name, p))
+    if found:
+        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, with {kind}"
+                 for kind, x in found.items()]  # fmt: skip
+        number = sum(map(len, found.values()))
+        number = f"{number} tensors: " if number > 1 else ""
+        raise ValueError(f"AGD has no rule for {number}{'; '.join(kinds)}")
+
+
+def _number(depth):
+    if not (isinstance(depth, (int, float)) and 0 < depth < math.inf):
+        raise ValueError(f"depth is a positive number, or what agd.depth returns, not {depth!r}")
+    return float(depth)
 
 
 def _check_gain(gain):

@@ -22,7 +22,7 @@ def make_optimizer(args, net, draw=True):
     if args.optimizer == "agd":
         if draw:
             init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
-        return AGD(net.named_parameters(), args.gain)
+        return AGD(net.named_parameters(), gain=args.gain)
     if args.optimizer in BASELINES:
         return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
     rate = {} if args.lr is None else {"lr": args.lr}

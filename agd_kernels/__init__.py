@@ -13,25 +13,27 @@ TOLERANCE = 1e-5  # relative, of float32
 TRUSTED, TRYING = {}, threading.RLock()  # by device; one thread at a time
 
 
-def backend(device, reference, layout):
+def backend(device, reference, layout, rule):
     """The backend class of a torch.device, or None: without a compiler, with AGD_NO_COMPILER set,
     or where it disagrees with `reference`. They are compared once in a process; a failure warns.
 
     Args:
-        reference, layout: TorchBackend and Layout of agd.py.
+        reference, layout, rule: TorchBackend, Layout and Rule of agd.py.
     """
     if os.environ.get("AGD_NO_COMPILER", "0") not in ("", "0") or device.type not in MODULES:
         return None
     found = importlib.import_module(f".{MODULES[device.type]}", __name__).Backend
     with TRYING:
         if device not in TRUSTED:
-            TRUSTED[device] = found.available(device) and _agrees(found, device, reference, layout)
+            TRUSTED[device] = found.available(device) and _agrees(
+                found, device, reference, layout, rule
+            )
     return found if TRUSTED[device] else None
 
 
-def _agrees(found, device, reference, layout):
+def _agrees(found, device, *reference):
     try:
-        worst = disagreement(found, device, reference, layout)
+        worst = disagreement(found, device, *reference)
         if worst < TOLERANCE:
             return True
         reason = f"they disagree with torch's operations by {worst:.1e}"
@@ -41,18 +43,21 @@ def _agrees(found, device, reference, layout):
     return False
 
 
-def disagreement(found, device, reference, layout):
+def disagreement(found, device, reference, layout, rule):
     """The largest relative difference of all that a backend computes from the reference's, for
-    small weights of three layouts. Reads the device."""
+    small weights of every layout. Reads the device."""
     generator, weights, grads = torch.Generator().manual_seed(0), [], []
-    for shape in [(260, 270), (24, 10, 3, 3), (24, 35, 3, 3)]:
+    rules = {(260, 270): rule("matrix"), (24, 10, 3, 3): rule("kernel"), (70, 50): rule("rows"),
+             (24, 35, 3, 3): rule("kernel"), (24, 5, 3, 3): rule("kernel", 4),
+             (16, 90): rule("stacked", 3, True), (30,): rule("bias")}  # fmt: skip
+    for shape in rules:
         for out in (weights, grads):
             x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            form = torch.channels_last if shape[1] == 35 else torch.contiguous_format
+            form = torch.channels_last if shape == (24, 35, 3, 3) else torch.contiguous_format
             out.append(x.to(device, memory_format=form))
     twins, results = [w.clone() for w in weights], []
     for kind, targets in ((found, weights), (reference, twins)):
-        sweeps = kind(targets, [layout(w) for w in targets])
+        sweeps = kind(targets, [layout(w, x) for w, x in zip(targets, rules.values())])
         norms = sweeps.norms(grads)
         G, eta, (factors,) = getattr(sweeps, "middle", reference.middle)([norms], [norms])
         sweeps.subtract(targets, grads, factors)

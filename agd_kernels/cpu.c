@@ -1,5 +1,5 @@
-/* The sweeps of AGD's step over float32 weights. A tensor is (outer, K, inner) in memory, of K
- * blocks. With inner = 1 it is cut into periods, rows of a multiple of K numbers, else into runs of
+/* The sweeps of AGD's step over float32 weights. A tensor, a weight or a part of one, is (outer, K,
+ * inner) in memory, of K blocks. With inner = 1 it is cut into periods, rows of a multiple of K numbers, else into runs of
  * `inner` numbers of one block. Sums have a fixed order, whatever the number of threads. */
 
 #include <math.h>
@@ -23,7 +23,9 @@ enum { LANES = 2 };
 enum { WIDEST = 1024, AHEAD = 2048 }; /* numbers of a period at most; of a prefetch */
 typedef double doubles __attribute__((vector_size(8 * LANES), may_alias));
 
-struct tensor { int64_t K, inner, period, first; };    /* first: the place of its first block */
+/* weight: its place among the addresses; at: where it begins there; first: the place of its first
+ * block. */
+struct tensor { int64_t weight, at, K, inner, period, first; };
 struct chunk { int64_t tensor, start, end, partial; }; /* partial: the place of its K sums */
 
 struct plan {
@@ -76,7 +78,7 @@ static void squares_of_periods(const float *g, int64_t n, int64_t period, double
 static void squares(const struct plan *p, const struct chunk *c)
 {
     const struct tensor *t = p->tensors + c->tensor;
-    const float *g = p->directions[c->tensor];
+    const float *g = p->directions[t->weight] + t->at;
     double *out = p->partials + c->partial;
     memset(out, 0, t->K * sizeof *out);
     if (t->inner == 1) {
@@ -108,8 +110,8 @@ static void update(const struct plan *p, const struct chunk *c)
 {
     const struct tensor *t = p->tensors + c->tensor;
     const double *factors = p->factors + t->first;
-    float *restrict w = p->targets[c->tensor];
-    const float *restrict g = p->directions[c->tensor];
+    float *restrict w = p->targets[t->weight] + t->at;
+    const float *restrict g = p->directions[t->weight] + t->at;
     if (t->inner > 1) {
         for (int64_t i = c->start, end; i < c->end; i = end) {
             double factor = factors[i / t->inner % t->K];

@@ -40,27 +40,29 @@ class Backend:
 
     @staticmethod
     def takes(weight, layout):
-        return weight.dtype is torch.float32 and layout.K <= WIDEST
+        return weight.dtype is torch.float32 and layout.dense[2] <= WIDEST
 
     def __init__(self, weights, layouts):
         self.compiled, *calls = _library()
         tensors, chunks, self.starts, blocks, places, self.size = [], [], [], 0, 0, 0
         for i, layout in enumerate(layouts):
-            outer, K, inner = layout.dense
+            lead, outer, K, inner = layout.dense
             n = outer * K * inner
             if K == 1:
                 inner = max(2, n)  # a single run
             # Periods of some hundred numbers, a multiple of 16, where K is small enough: loops over
             # whole vectors, where no addition waits for the one before.
             period = K * 16 * max(1, 32 // K) if K <= WIDEST // 16 else K
-            tensors.append((K, inner, period, blocks))
             length = CHUNK // period * period if inner == 1 else CHUNK
-            for start in range(0, n, length):
-                chunks.append((i, start, min(start + length, n), places))
-                self.starts.append(self.size + start)  # as if the tensors followed each other
-                places += K
-            self.size += n
-            blocks += K
+            for first in range(0, lead * n, n):
+                for start in range(0, n, length):
+                    end = min(start + length, n)
+                    chunks.append((len(tensors), start, end, places))
+                    self.starts.append(self.size + start)  # as if the tensors followed each other
+                    places += K
+                tensors.append((i, first, K, inner, period, blocks))
+                self.size += n
+                blocks += K
         self.tables = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (tensors, chunks)]
         self.tables.append(torch.empty(places, dtype=torch.float64, device="cpu"))
         self.targets, self.directions = ((ctypes.c_int64 * len(layouts))() for _ in range(2))

@@ -22,7 +22,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Backend:
-    """Memory (outer, K, inner) is cut into tiles (rows, columns), a program each, in two ways:
+    """Memory (outer, K, inner), a weight or a part of one, is cut into tiles (rows, columns), a
+    program each, in two ways:
 
         flat    rows follow each other without a gap and are `width` long, a multiple of K: a
                 column is of one block. For K = 1 or inner = 1.
@@ -37,7 +38,7 @@ class Backend:
 
     @staticmethod
     def takes(weight, layout):
-        _, K, inner = layout.dense
+        _, _, K, inner = layout.dense
         fits = K == 1 or inner > 1 or _width(K, weight.dtype.itemsize) is not None
         return weight.dtype in DTYPES and fits
 
@@ -45,23 +46,29 @@ class Backend:
         self.device = weights[0].device
         cuda = self.device.type == "cuda"
         self.current = functools.partial(torch.cuda.device, self.device) if cuda else nullcontext
-        tiles, segments, self.partials = {}, [], 0
+        tiles, segments, self.partials, self.blocks = {}, [], 0, 0
         for tensor, (w, layout) in enumerate(zip(weights, layouts)):
-            way, cut, parts = _cut(layout.dense, w.dtype.itemsize)
-            cut[:, 0] = tensor
-            cut[:, 2] += len(segments)
-            cut[:, 3] += self.partials
-            tiles.setdefault((w.dtype, way), []).append(cut)
-            segments += [(self.partials + start, *rest) for start, *rest in parts]
-            self.partials += len(cut) * (way.WIDTH if way.POSITIONS > 1 else 1)
-        self.blocks = len(segments)
+            lead, *dense = layout.dense
+            way, cut, parts = _cut(dense, w.dtype.itemsize, lead)
+            partials = len(cut) * (way.WIDTH if way.POSITIONS > 1 else 1)
+            nth = torch.arange(lead)[:, None]
+            cut, parts = cut.repeat(lead, 1, 1), parts.repeat(lead, 1, 1)
+            cut[..., 0] = tensor
+            cut[..., 1] += nth * math.prod(dense)
+            cut[..., 2] += nth * parts.shape[1] + self.blocks
+            cut[..., 3] += nth * partials + self.partials
+            parts[..., 0] += nth * partials + self.partials
+            tiles.setdefault((w.dtype, way), []).append(cut.flatten(0, 1))
+            segments.append(parts.flatten(0, 1))
+            self.partials += lead * partials
+            self.blocks += lead * parts.shape[1]
         self.launches = []
         for (dtype, way), cuts in tiles.items():
             options = {"DTYPE": getattr(_kernels().tl, str(dtype).removeprefix("torch.")),
                        **way._asdict(), "num_warps": way.ROWS * way.COLUMNS // 1024}  # fmt: skip
             cuts = torch.cat(cuts).to(self.device, non_blocking=True)  # without a wait
             self.launches.append((cuts, {**options, **FUSED}))
-        self.segments = torch.tensor(segments).to(self.device, non_blocking=True)
+        self.segments = torch.cat(segments).to(self.device, non_blocking=True)
         self.tables = {}  # by name: (addresses, the same on the device)
 
     def norms(self, tensors):
@@ -114,9 +121,10 @@ class _Way(NamedTuple):  # of cutting memory into tiles: constants of `squares` 
     COLUMNS: int
 
 
-def _cut(dense, itemsize):
-    """(_Way, tiles, segments) of one weight: tiles are int64 (number, FIELDS), the segment of a
-    block is (start, number, stride) of its partial norms. Tensor, block and place count from 0."""
+def _cut(dense, itemsize, lead):
+    """(_Way, tiles, segments) of one of `lead` parts of a weight: tiles are int64 (number, FIELDS),
+    the segment of a block is (start, number, stride) of its partial norms. Tensor, block and place
+    count from 0."""
     outer, positions, inner = dense
     if inner == 1 and positions > 1:
         width, columns = _width(positions, itemsize)
@@ -124,17 +132,18 @@ def _cut(dense, itemsize):
         tiles = _flat(0, outer * positions, way.ROWS * width)
         tiles[:, 3] = torch.arange(len(tiles)) * width
         number = len(tiles) * width // positions
-        return way, tiles, [(k, number, positions) for k in range(positions)]
+        return way, tiles, torch.tensor([(k, number, positions) for k in range(positions)])
     if positions == 1 or outer == 1 or inner >= 4096:  # runs that are long enough on their own
         if positions == 1:
             outer, inner = 1, outer * inner
-        runs = [_flat(i * inner, inner, 4096) for i in range(outer * positions)]
+        rows = 1 if lead > 1 and inner <= 1024 else 4  # many short ones: rows of an embedding
+        runs = [_flat(i * inner, inner, 1024 * rows) for i in range(outer * positions)]
         number = len(runs[0])
         for i, run in enumerate(runs):
             run[:, 2] = i % positions
             run[:, 3] = (i % positions * outer + i // positions) * number + torch.arange(number)
         segments = [(k * outer * number, outer * number, 1) for k in range(positions)]
-        return _Way(False, 1, 1024, 4, 1024), torch.cat(runs), segments
+        return _Way(False, 1, 1024, rows, 1024), torch.cat(runs), torch.tensor(segments)
     columns = 64 if inner > 16 else 16
     way = _Way(True, 1, 0, 4096 // columns, columns)
     down, across, stride = -(-outer // way.ROWS), -(-inner // columns), positions * inner
@@ -147,7 +156,7 @@ def _cut(dense, itemsize):
     tiles[..., 5] = (inner - b * columns).clamp_max(columns)
     tiles[..., 6] = stride
     segments = [(i * down * across, down * across, 1) for i in range(positions)]
-    return way, tiles.view(-1, FIELDS), segments
+    return way, tiles.view(-1, FIELDS), torch.tensor(segments)
 
 
 def _flat(start, length, size):

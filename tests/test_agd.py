@@ -102,7 +102,7 @@ def test_a_compiled_step_compiles_once_and_agrees(scheduled):
     twin = copy.deepcopy(weights)
     for W, V in zip(weights, twin):
         V.grad = W.grad.clone()
-    plain, compiled = AGD(weights, gain), AGD(twin, gain if scheduled else 1.0)
+    plain, compiled = AGD(weights, gain=gain), AGD(twin, gain=gain if scheduled else 1.0)
     graphs = []
 
     def backend(graph, inputs):
@@ -129,7 +129,7 @@ def test_groups_share_L_G_and_eta():
     shapes = [(7, 5), (6, 4, 3, 3), (7, 5), (4, 4)]
     weights, twin = weights_with_grads(shapes), weights_with_grads(shapes)
     one = AGD(weights)
-    several = AGD([{"params": twin[:1]}, {"params": twin[1:3], "lr": 0.5}])
+    several = AGD([{"params": twin[:1]}, {"params": twin[1:3], "gain": 0.5}])
     several.add_param_group({"params": twin[3], "gain": 0})
     weights[3].data[0] = twin[3].data[0] = -0.0  # frozen means every bit
     before = [W.detach().clone() for W in weights]
@@ -236,7 +236,7 @@ def test_named_parameters():
     optimizer = AGD(net.named_parameters())
     assert optimizer.param_groups[0]["param_names"] == ["0.weight", "1.weight"]
     init_weights(net.named_parameters(), torch.Generator().manual_seed(0))
-    again = AGD([{"params": list(net.named_parameters()), "lr": 0.5}])
+    again = AGD([{"params": list(net.named_parameters()), "gain": 0.5}])
     assert again.param_groups[0]["lr"] == 0.5
 
 
@@ -261,11 +261,10 @@ def test_generators_lose_nothing():
         (lambda: iter([]), ["empty", "once"]),
         (lambda: [torch.zeros(2, 2, dtype=torch.float8_e4m3fn)], ["(2, 2)", "16 bits"]),
         (lambda: [{"params": []}], ["empty"]),
-        (lambda: nn.Linear(3, 2).named_parameters(), ["bias", "(2,)", "bias=False"]),
-        (lambda: nn.BatchNorm2d(3).parameters(), ["(3,)", "affine=False"]),
         (lambda: [nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], ["(2, 2)", "complex"]),
         (lambda: [nn.Parameter(torch.zeros(0, 3))], ["(0, 3)", "no elements"]),
-        (lambda: [{"params": [nn.Parameter(torch.zeros(3))]}], ["(3,)"]),
+        (lambda: [{"params": [torch.zeros(0), torch.zeros(2, dtype=torch.int8)]}],
+         ["2 tensors", "(0,)", "no elements", "(2,)", "torch.int8"]),
     ],
 )
 def test_refusals_name_the_tensor_and_the_way_out(params, words):
@@ -285,7 +284,7 @@ def test_a_gain_out_of_range_is_refused(gain):
     with pytest.raises(ValueError, match="gain"):
         AGD([W], gain=gain)
     with pytest.raises(ValueError, match="gain"):
-        AGD([{"params": [W], "lr": gain}])
+        AGD([{"params": [W], "gain": gain}])
 
 
 def test_other_refusals():
@@ -296,9 +295,6 @@ def test_other_refusals():
     with pytest.raises(ValueError, match=r"weight of shape \(5, 3\) is sparse"):
         optimizer.step()
     assert torch.equal(embedding.weight, before)
-    for take in (AGD, init_weights):
-        with pytest.raises(TypeError, match=r"net\.parameters"):
-            take(nn.Sequential(nn.Linear(2, 2, bias=False)))
     elsewhere = type("Generator", (), {"device": torch.device("cuda")})()
     with pytest.raises(ValueError, match=r"torch\.Generator\(\)"):
         init_weights([torch.zeros(2, 2)], elsewhere)

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agd
 import agd_kernels.cpu
 import agd_kernels.cuda
-from agd import AGD, Layout, TorchBackend
+from agd import AGD, Layout, Rule, TorchBackend
 from architecture import build
 from tests.reference import matrices, reference_step
 
 TORCH = ("torch", "elsewhere")
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [*TORCH, "c"]
 INTERPRETED = BACKENDS == ["triton"]
-SEAM = TorchBackend, Layout
+SEAM = TorchBackend, Layout, Rule
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 SHAPES = [
@@ -381,7 +381,7 @@ def test_weights_that_change_between_steps(backend):
     step()
     optimizer.param_groups[0]["lr"] = 0.25
     step(0.25)
-    optimizer.add_param_group({"params": weights[3], "lr": 0.25})
+    optimizer.add_param_group({"params": weights[3], "gain": 0.25})
     step(0.25)
     with torch.no_grad():
         weights[0].set_(torch.randn(7, 5))
@@ -403,7 +403,7 @@ def test_many_weights_and_gradients_at_other_addresses(backend):
 def test_groups_and_layers_without_a_gradient_are_seen(backend):
     """Weights of one shape in groups of two gains: which of them moves changes, and then L."""
     W, V, U = weights = weights_with_grads([(5, 5)] * 3)
-    optimizer, grad = AGD([{"params": [W]}, {"params": [V], "lr": 0.5}]), W.grad
+    optimizer, grad = AGD([{"params": [W]}, {"params": [V], "gain": 0.5}]), W.grad
     for moving, gain, layers in ((W, 1, 2), (V, 0.5, 2), (V, 0.5, 3), (W, 1, 3)):
         if layers == 3 and len(optimizer.param_groups) == 2:
             optimizer.add_param_group({"params": [U]})
@@ -531,7 +531,8 @@ def test_any_number_of_threads_gives_the_same_bits(backend, order):
             V.grad = W.grad
         optimizer = AGD(own)
         optimizer.step()
-        kernels = agd_kernels.cpu.Backend(own, [Layout(W) for W in own])
+        rules = [rule for rules in optimizer.rules for rule in rules]
+        kernels = agd_kernels.cpu.Backend(own, list(map(Layout, own, rules)))
         kernels.norms(own)
         assert kernels.plan.threads == n
         results.append([optimizer.G.view(1), optimizer.eta.view(1), *own])

@@ -104,7 +104,7 @@ def test_machine_code(kernels, monkeypatch, tmp_path, capability, dtype):
     ways = Counter(name for name, _ in code)
     assert ways == {"upload": 1, "squares": 3, "norms": 1, "update": 3}
     for gain in (0.0, 0.5, torch.tensor(1.0)):  # other addresses and gains, and another number
-        AGD(weights_like(tensors, offset=1), gain).step()
+        AGD(weights_like(tensors, offset=1), gain=gain).step()
         AGD(weights_like([x.clone() for x in tensors for _ in range(5)])).step()
     assert Counter(name for name, _ in code) == ways
     wide = "v2.b64" if dtype == torch.float64 else "v4.b32"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import agd_kernels
-from agd import AGD, Layout, TorchBackend, init_weights
+from agd import AGD, Layout, Rule, TorchBackend, init_weights
 from agd_kernels import cuda
 from architecture import build
 from arithmetic import set_precision
@@ -81,7 +81,7 @@ def test_machine(found):
 @pytest.mark.skipif(not (GPU or INTERPRETED), reason="on a CPU, TRITON_INTERPRET=1 does it")
 def test_kernels(found):
     """What AGD asks of them before it takes them: small weights of every layout."""
-    difference = agd_kernels.disagreement(cuda.Backend, DEVICE, TorchBackend, Layout)
+    difference = agd_kernels.disagreement(cuda.Backend, DEVICE, TorchBackend, Layout, Rule)
     found("largest relative difference", difference)
     assert difference < agd_kernels.TOLERANCE
 

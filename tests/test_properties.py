@@ -81,7 +81,7 @@ class Net:
     def optimizer(self, fused):
         """Over new parameters, those of the first group first."""
         groups = [
-            {"params": [x.parameter() for x in self.layers if x.group == i], "lr": copy.copy(gain)}
+            {"params": [x.parameter() for x in self.layers if x.group == i], "gain": copy.copy(gain)}
             for i, gain in enumerate(self.gains)
         ]
         return AGD([group for group in groups if group["params"]], fused=fused)
