@@ -17,10 +17,7 @@ def main(epochs=3):
     torch.manual_seed(0)
     device = torch.device("cpu")
     data = load("digits", None, 64, 180, device)
-    net = timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, num_classes=10, depth=4,
-        embed_dim=96, num_heads=4,
-    )  # fmt: skip
+    net = timm.create_model("test_resnet", in_chans=1, num_classes=10)
     optimizer = AGD(net)  # instead of create_optimizer_v2, and without a scheduler
     scaler = timm.utils.NativeScaler(device=device.type)  # scaled and unscaled before the step
     means = []

@@ -1,7 +1,7 @@
 """AGD in the Trainer of transformers: a small GPT-2 learns the characters of this repository's
 README. `python -m examples.trainer_text`
 
-Needs transformers and accelerate (requirements-libraries.txt); half a minute on a CPU.
+Needs transformers and accelerate (requirements-libraries.txt); some seconds on a CPU.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from agd import AGD
 
-LENGTH = 64
+LENGTH = 32
 
 
 class Print(TrainerCallback):
@@ -32,7 +32,7 @@ def main(steps=200):
     codes = torch.tensor(list(text))
     pieces = codes[: len(codes) // LENGTH * LENGTH].view(-1, LENGTH)
     net = GPT2LMHeadModel(GPT2Config(
-        vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=4, n_head=4, bos_token_id=0,
+        vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
         eos_token_id=0))  # fmt: skip
     optimizer = AGD(net)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

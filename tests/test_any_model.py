@@ -12,7 +12,8 @@ from agd import AGD, init_weights
 from architecture import build
 from tests.stock import assert_all_taken, assert_trains, digits, train
 
-# The smallest side of an image that each takes. Other arguments make the same network quicker.
+# The smallest side of an image that each takes, and fewer steps of the largest. Other arguments
+# make the same network quicker.
 FAMILIES = {
     "alexnet": {"side": 64},
     "convnext_tiny": {},
@@ -40,14 +41,14 @@ FAMILIES = {
         [4, 4], 48, [2, 2], [3, 6], [4, 4], stochastic_depth_prob=0.1, num_classes=10,
         block=models.swin_transformer.SwinTransformerBlockV2,
         downsample_layer=models.swin_transformer.PatchMergingV2)},
-    "vgg11": {},
-    "vgg11_bn": {},
+    "vgg11": {"steps": 10},
+    "vgg11_bn": {"steps": 10},
     "vit_b_16": {"build": lambda: models.VisionTransformer(32, 8, 4, 4, 96, 384, num_classes=10)},
-    "wide_resnet50_2": {},
+    "wide_resnet50_2": {"steps": 10},
 }  # fmt: skip
 
 
-def construct(name, side=32, build=None, **arguments):
+def construct(name, side=32, steps=20, build=None, **arguments):
     """The network `name` of torchvision, drawn from a fixed seed."""
     torch.manual_seed(0)
     return build() if build else models.get_model(name, num_classes=10, **arguments)
@@ -55,8 +56,8 @@ def construct(name, side=32, build=None, **arguments):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_of_torchvision_trains_as_it_is(name):
-    net = construct(name, **FAMILIES[name])
-    assert_trains(net, AGD(net), digits(FAMILIES[name].get("side", 32)))
+    net, family = construct(name, **FAMILIES[name]), FAMILIES[name]
+    assert_trains(net, AGD(net), digits(family.get("side", 32)), steps=family.get("steps", 20))
 
 
 DEPTHS = {
@@ -82,6 +83,23 @@ def test_depth_of_a_chain_counts_its_weights(arch, depth):
     shares = agd.depth(net, torch.randn(2, 1, 8, 8))
     assert shares == {name: pytest.approx(1) for name, _ in net.named_parameters()}
     assert sum(shares.values()) == pytest.approx(depth)
+
+
+class States(nn.Module):
+    """Of a recurrent network, the states at every time; its last ones are part of them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_depth_of_a_recurrent_network_counts_both_weights_of_a_layer(kind):
+    shares = agd.depth(States(kind(8, 8, num_layers=2)), torch.randn(5, 2, 8))
+    assert sum(shares.values()) == pytest.approx(4, abs=0.01) and len(shares) == 4
 
 
 def test_the_optimiser_reads_the_depth_in_the_first_pass():

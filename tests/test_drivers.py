@@ -170,7 +170,7 @@ def test_the_trainer_of_transformers(tmp_path):
         optimizer = AGD(net)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=12, save_steps=4, logging_steps=1, max_grad_norm=0,
+            str(tmp_path), max_steps=20, save_steps=10, logging_steps=1, max_grad_norm=0,
             per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
             logging_strategy="steps",
         )  # fmt: skip
@@ -180,10 +180,10 @@ def test_the_trainer_of_transformers(tmp_path):
     whole, reference = trainer(0)
     whole.train()
     losses = [float(row["loss"]) for row in whole.state.log_history if "loss" in row]
-    assert len(losses) == 12
+    assert len(losses) == 20
     assert_falls(losses)
     resumed, optimizer = trainer(1)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert_same(resumed.model, whole.model)
     assert_same_optimiser(optimizer, reference)
 
