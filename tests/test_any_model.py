@@ -102,6 +102,41 @@ def test_depth_of_a_recurrent_network_counts_both_weights_of_a_layer(kind):
     assert sum(shares.values()) == pytest.approx(4, abs=0.01) and len(shares) == 4
 
 
+class Standardised(nn.Conv2d):
+    """Its weight is normalised in the forward pass, as in nets without batch norm."""
+
+    def forward(self, x):
+        rows = self.weight.flatten(1).unsqueeze(0)
+        weight = nn.functional.batch_norm(rows, None, None, training=True).view_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Centred(nn.Conv2d):
+    """As Standardised, by elementary operations."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class TwoBiases(nn.Conv2d):
+    """Its bias is put together from two, as those of some attention layers."""
+
+    def __init__(self, inputs, outputs, side):
+        super().__init__(inputs, outputs, side, bias=False)
+        self.first, self.second = (nn.Parameter(torch.zeros(outputs // 2)) for _ in range(2))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, torch.cat([self.first, self.second]))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Standardised, Centred, TwoBiases])
+def test_a_weight_that_is_changed_before_its_use_is_one_weight(kind):
+    net = nn.Sequential(kind(3, 8, 3), nn.ReLU(), kind(8, 8, 3), nn.ReLU(), kind(8, 4, 3))
+    shares = agd.depth(net, torch.randn(2, 3, 8, 8))
+    assert shares == {f"{i}.weight": pytest.approx(1) for i in (0, 2, 4)}
+
+
 def test_the_optimiser_reads_the_depth_in_the_first_pass():
     net = construct("resnet18")
     optimizer = AGD(net)

@@ -16,6 +16,12 @@ from tests.stock import assert_falls, characters, digits
 from tests.test_any_library import gpt2
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
+# What AGD warns of: nothing here gives it a reason.
+pytestmark = [
+    pytest.mark.filterwarnings(f"error:{message}:UserWarning")
+    for message in ("AGD could not read", "the norm of all gradients", "the gradient summary",
+                    "a scheduler has changed")
+]  # fmt: skip
 
 
 def small(seed=0):
