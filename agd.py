@@ -163,6 +163,9 @@ class AGD(torch.optim.Optimizer):
             for x in params:
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
             params = list(tensors.values())
+            if self._known:
+                params = [(x if isinstance(x, tuple) or id(x) not in self._known
+                           else (self._known[id(x)][0], x)) for x in params]  # fmt: skip
         group["params"] = params
         listed = list(_named([group]))
         _check(listed)
@@ -829,7 +832,9 @@ def _rules_of(net, roles, measure=True):
     known = {}
     for name, (p, rule, (owner, tensor)) in found.items():
         s = scales.get(id(p))
-        if "bias" in tensor and rule.role in VECTORS:
+        if "bias" in tensor and rule.role in VECTORS and not (
+            rule.role == "gain" and any(fnmatch.fnmatchcase(name, x) for x in roles)
+        ):
             layer = places.get((owner, tensor.replace("bias", "weight")))
             if layer is not None and layer != name:
                 W, its, _ = found[layer]
@@ -895,10 +900,9 @@ def _rules_by_shape(params, roles):
 
 
 def _overridden(name, p, rule, roles):
-    """A Rule, or what roles= says of a parameter of this name."""
-    for pattern, text in roles.items():
-        if not name or not fnmatch.fnmatchcase(name, pattern):
-            continue
+    """A Rule, or what the last pattern of roles= that matches says of a parameter of this name."""
+    found = [x for pattern, x in roles.items() if name and fnmatch.fnmatchcase(name, pattern)]
+    for text in found[-1:]:
         role, _, parts = text.partition(" ")
         transposed, role = role == "transposed", "matrix" if role == "transposed" else role
         if role not in ROLES or (parts and not parts.isdecimal()):
@@ -1264,21 +1268,20 @@ def _check(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
         if nn.parameter.is_lazy(p):
-            kind = "no shape yet: run a batch through the network first"
+            kind = "which has no shape yet: run a batch through the network first"
             found.setdefault(kind, []).append(name or "a tensor")
             continue
         kind = None
         if not p.is_floating_point() or p.dtype.itemsize < 2:
-            kind = (f"dtype {p.dtype}: make it real floating point of 16 bits or more, or leave it "
-                    "out")  # fmt: skip
+            kind = f"of dtype {p.dtype}: make it real floating point of 16 bits, or leave it out"
         elif p.numel() == 0:
-            kind = "no elements: leave it out"
+            kind = "which has no elements: leave it out"
         elif _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
-            kind = "shards along its kernel: shard it along its first or second dimension"
+            kind = "sharded along its kernel: shard it along its first or second dimension"
         if kind:
             found.setdefault(kind, []).append(_label(name, p))
     if found:
-        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, with {kind}"
+        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, {kind}"
                  for kind, x in found.items()]  # fmt: skip
         number = sum(map(len, found.values()))
         number = f"{number} tensors: " if number > 1 else ""
