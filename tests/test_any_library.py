@@ -36,7 +36,7 @@ TIMM = {
     "mlp_mixer.MlpMixer": MLP,
     "mobilenetv3_small_050": {},
     "mobilevit_xxs": {},
-    "nf_regnet_b0": {},
+    "nfnet_l0": {"steps": 16},
     "poolformer_s12": {},
     "pvt_v2_b0": {},
     "regnetx_002": {},
