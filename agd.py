@@ -945,7 +945,8 @@ REARRANGE = {
 NORMS = {"NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "FusedRmsNorm",
          "NativeGroupNorm", "RmsNorm"}  # fmt: skip
 ADD = {"Add", "Sub"}
-LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag"}
+LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag", "Index", "IndexSelect",
+          "Gather"}  # fmt: skip
 HIDDEN = {"CompiledFunction", "CheckpointFunction"}  # nodes that have others inside
 
 
@@ -1043,7 +1044,7 @@ def _shares(net, output, roles=None):
             own = [each / max(whole, 1.0)] * len(matrices)
         elif kind in ("Cat", "Stack"):
             whole += len(matrices)
-            own = [each / whole] * len(matrices)
+            own = [each / max(whole, 1.0)] * len(matrices)
         for p, share in zip(matrices, own):
             shares[weights[id(p)]] = shares.get(weights[id(p)], 0.0) + share
         for (n, _), part in zip(signals, parts):
@@ -1054,11 +1055,14 @@ def _shares(net, output, roles=None):
 
 
 def _rearranges(node, kind, parameters, made):
-    """Whether a node whose inputs are parameters makes another form of them, no signal."""
+    """Whether a node whose inputs are parameters makes another form of them, no signal. Its inputs
+    that have no gradient are not seen: data, in the first layer."""
     if kind in REARRANGE:
         return True
-    shapes = [made[id(p)] for p in parameters if id(p) in made]
-    return bool(shapes) and (kind not in LAYERS or _shape(node) in shapes)
+    shape = _shape(node)
+    if kind in LAYERS:
+        return shape is not None and shape in [made.get(id(p)) for p in parameters]
+    return shape is not None and shape.numel() <= sum(p.numel() for p in parameters)
 
 
 def _split(node, parameter, weights):
