@@ -61,7 +61,7 @@ def test_a_network_of_torchvision_trains_as_it_is(name):
 
 
 DEPTHS = {
-    "alexnet": 8, "convnext_tiny": 25.72, "densenet121": 23.06, "efficientnet_b0": 45.00,
+    "alexnet": 8, "convnext_tiny": 20.54, "densenet121": 23.06, "efficientnet_b0": 45.00,
     "googlenet": 17.50, "mobilenet_v3_small": 32.17, "resnet18": 10.17, "resnet50": 19.13,
     "squeezenet1_0": 18.00, "swin_t": 11.64, "vit_b_16": 6.71,
 }  # fmt: skip

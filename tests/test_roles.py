@@ -495,7 +495,7 @@ def test_guards_say_once_what_the_gradients_show(backend):
     assert len(said) == reads and all("clipped" in x for x in said)
     (said,) = guarded(schedule)
     assert "scheduler has changed lr" in said
-    said = guarded(nothing, loss=lambda y, t: F.cross_entropy(y, t, reduction="sum") * 100)
+    said = guarded(nothing, loss=lambda y, t: F.cross_entropy(y, t, reduction="sum") * 1000)
     assert len(said) == reads and all("sum" in x for x in said)
     dead = nn.Sequential(*[x for _ in range(30) for x in (nn.Linear(8, 8, bias=False), nn.GELU())])
     init_weights(dead)
@@ -511,3 +511,108 @@ def test_the_same_gradient_again_is_not_clipped():
         warnings.simplefilter("error")
         for _ in range(40):
             optimizer.step()
+
+
+def test_weights_of_one_shape_that_take_turns_keep_their_roles():
+    net = nn.ModuleDict({"e": nn.Embedding(8, 8), "l": nn.Linear(8, 8, bias=False)})
+    one, grad = AGD(net, depth=2), torch.randn(8, 8)
+    for moving, other in (("e", "l"), ("l", "e"), ("e", "l")):
+        net[other].weight.grad, net[moving].weight.grad = None, grad
+        one.step()
+        fresh = AGD(net, depth=2, fused=False)
+        s = one.rules[0][moving == "l"].s
+        norms = grad.norm(dim=1).sum() if moving == "e" else grad.norm()
+        assert one.G.item() == pytest.approx(s * norms.item() / 2, rel=1e-6) and fresh.L == 2
+
+
+def test_a_state_of_before_the_first_forward_pass_says_nothing_of_L():
+    """As Accelerate takes one, when it is given the optimiser."""
+    net = Residual(1)
+    optimizer = AGD(net)
+    optimizer.load_state_dict(optimizer.state_dict())
+    stepped(net, optimizer)
+    assert optimizer.L == pytest.approx(2.5)
+
+
+def test_shares_by_name_and_through_wrappers():
+    net = Residual(1)
+    shares = depth(net, torch.randn(4, 8))
+    wrapped = nn.DataParallel(net)
+    assert AGD(wrapped, depth=shares).L == AGD(net.named_parameters(), depth=shares).L == 2.5
+    for params in (net, net.named_parameters(), net.parameters()):
+        with pytest.raises(ValueError, match="typo"):
+            AGD(params, depth={"typo": 3})
+    optimizer = AGD(net)
+    net.last = nn.Sequential(net.last)  # another name by the time that it runs
+    stepped(net, optimizer)
+    assert optimizer.L == 2.5
+
+
+def test_layers_that_the_network_gets_later():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    optimizer = AGD(net)
+    stepped(net, optimizer)
+    net.append(nn.Embedding(4, 8))
+    net.append(nn.Linear(8, 3))
+    optimizer.add_param_group({"params": net[2:].parameters()})
+    assert [x.role for x in optimizer.rules[1]] == ["rows", "matrix", "bias"]
+    del net[2]
+    stepped(net, optimizer)
+    assert optimizer.L == 2
+
+
+def test_unnamed_vectors_that_are_constant_are_not_drawn():
+    """A gain behind a convolution without a bias looks like its bias."""
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 8))
+    init_weights(net.parameters())
+    assert (net[1].weight == 1).all() and not net[1].bias.any() and not net[2].bias.any()
+
+
+def test_parametrizations_of_the_root_and_with_parameters_of_their_own():
+    net = parametrizations.weight_norm(nn.Linear(4, 8))
+    assert [x.role for x in AGD(net).rules[0]] == ["bias", "gain", "matrix"]
+
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A, self.B = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.zeros(2, 4))
+
+        def forward(self, W):
+            return W + self.A @ self.B
+
+    net = nn.Sequential(nn.Linear(4, 8))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", LowRank())
+    assert [x.role for x in AGD(net).rules[0]] == ["bias", "matrix", "rows", "rows"]
+
+
+def test_made_in_inference_mode():
+    net = Residual(1)
+    with torch.inference_mode():
+        optimizer = AGD(net)
+    optimizer.load_state_dict(optimizer.state_dict())
+    stepped(net, optimizer)
+    net.last.weight.grad[0] = math.nan
+    optimizer.step()
+    assert optimizer.skipped == 1
+
+
+def test_as_good_as_zero_is_zero():
+    net = nn.Linear(8, 4)
+    with torch.no_grad():
+        net.weight.mul_(1e-4)
+    assert AGD(net).rules[0][0].s == pytest.approx(0.5**0.5)
+
+
+def test_a_module_without_a_forward_of_its_own_is_read_through_its_network():
+    holder = nn.Module()
+    holder.net = Residual(1)
+    optimizer = AGD(holder)
+    stepped(holder.net, optimizer)
+    assert optimizer.L == 2.5
+
+
+def test_init_weights_keeps_buffers_and_modes():
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    net[1].eval()
+    init_weights(net, inputs=torch.randn(16, 8))
+    assert net.training and not net[1].training and net[1].num_batches_tracked == 0
