@@ -957,7 +957,7 @@ def _overridden(name, p, rule, roles):
 @torch.no_grad()
 def _measured(weights):
     """{id: RMS singular value of the blocks} of (weight, Rule) pairs, where it is not zero, nor as
-    good as zero: under a thousandth of the role's s, as some heads and layer scales start."""
+    good as zero: under 1/500 of the role's s, as some heads and layer scales start."""
     norms, kept = [], []
     for p, rule in weights:
         if p.is_floating_point() and not p.is_meta and p.numel():
@@ -971,7 +971,7 @@ def _measured(weights):
         devices.setdefault(norm.device, []).append((*entry, norm))
     for some in devices.values():
         for (p, n, s, _), norm in zip(some, torch.stack([x for *_, x in some]).tolist()):
-            if s / 1000 < norm / n < math.inf:
+            if s / 500 < norm / n < math.inf:
                 found[id(p)] = norm / n
     return found
 
