@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import threading
 import time
 from collections import deque
@@ -50,11 +51,12 @@ class Course:
         note: a function that shows a line of text.
         micro_bs: what the command asks for; the attribute is what memory has been found to allow.
         draws: whether the optimiser may draw random numbers, of torch's own generator.
+        seed: that of a network which draws in training, as dropout does; None for the others.
     """
 
     def __init__(
         self, world, run, data, net, optimizer, loss_fn, requests, every, note, micro_bs=None,
-        draws=False,
+        draws=False, seed=None,
     ):  # fmt: skip
         self.world, self.run, self.data, self.loss_fn = world, run, data, loss_fn
         self.net, self.optimizer, self.requests, self.note = net, optimizer, requests, note
@@ -65,7 +67,7 @@ class Course:
         self.epoch = self.step = self.missing = 0
         self.totals, self.before, self.tried = None, 0.0, 0
         self.asked = self.micro_bs = micro_bs
-        self.draws, self.saved, self.refused = draws, False, False
+        self.draws, self.saved, self.refused, self.seed = draws, False, False, seed
         self.votes, self.etas, self.places = Votes(world), Later(world.device), deque()
         self.not_finite = []  # (epoch, step) of the last steps in a row without a finite gradient
         self.so_far = self.seconds_before = None  # set as an epoch goes on
@@ -123,6 +125,7 @@ class Course:
         if epoch != self.epoch + 1:
             raise ValueError(f"epoch {epoch} after epoch {self.epoch}")
         self.data.train.set_epoch(epoch, self.step)
+        self._seed_step()
         self.began = time.monotonic()
         return self.totals
 
@@ -135,6 +138,7 @@ class Course:
         if eta is not None:
             self.places.append((self.epoch + 1, self.step))
             self._count(self.etas.put(eta))
+        self._seed_step()
         step = self.epoch * len(self.data.train) + self.step
         self._decide(SAVE if self.steps and step % self.steps == 0 else NOTHING)
 
@@ -148,6 +152,19 @@ class Course:
     def after_test_batch(self):
         """To be called after every batch of the evaluation; raises Ended."""
         self._decide(NOTHING)
+
+    def _seed_step(self):
+        """What the network draws in the next step is a function of the seed, that step and the
+        rank: nothing of it has to be saved."""
+        if self.seed is None:
+            return
+        step, device = self.epoch * len(self.data.train) + self.step, self.world.device
+        generator = torch.default_generator
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
+        draw = random.Random(f"{self.seed} {step} {self.world.rank}")
+        generator.manual_seed(draw.getrandbits(63))
 
     def finish(self):
         """The epoch is whole, and its row is logged: save."""

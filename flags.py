@@ -8,8 +8,11 @@ import os
 import sys
 import zlib
 from decimal import Decimal
+from pathlib import Path
 
+from architecture.libraries import PREFIXES as LIBRARIES
 from distributed.launch import is_first
+from provenance import data_sha256
 from record import RecordError, read, shown
 from run import run_name
 
@@ -42,13 +45,13 @@ def near(word, words):
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
-def one_of(names, *prefixes):
-    """An argument type: one of `names`, or what follows one of `prefixes`."""
+def one_of(names, *prefixes, rest="PATH"):
+    """An argument type: one of `names`, or one of `prefixes` with `rest` behind it."""
 
     def check(value):
         if value in names or any(value.startswith(x) and value != x for x in prefixes):
             return value
-        listed = ", ".join([*names, *(f"{prefix}PATH" for prefix in prefixes)])
+        listed = ", ".join([*names, *(f"{prefix}{rest}" for prefix in prefixes)])
         near_one = near(value, [*names, *prefixes])
         raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near_one}")
 
@@ -93,7 +96,18 @@ def checked(kind):
     return lambda value: (kind(value), value)[1]
 
 
+class Joined(argparse.Action):
+    """A flag that may be given several times: one text, the parts separated by commas, so that it
+    stands in logs and records as any other value."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        before = getattr(namespace, self.dest)
+        parts = [*(before.split(",") if isinstance(before, str) else []), *value.split(",")]
+        setattr(namespace, self.dest, ",".join(dict.fromkeys(filter(None, parts))) or None)
+
+
 MODES = ("auto", "on", "off")
+LAYERS = ("count", "paths")
 
 
 def all_or(kind):
@@ -115,8 +129,9 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
         "from a finished run.",
     )
     add = p.add_argument_group("what to train").add_argument
-    add("--arch", type=one_of(networks), default="fcn", metavar="NET",
-        help=f"{', '.join(networks)} (default: %(default)s)")
+    add("--arch", type=one_of(networks, *LIBRARIES, rest="NAME"), default="fcn", metavar="NET",
+        help=f"{', '.join(networks)}; torchvision:NAME or timm:NAME, a classifier of theirs, with "
+        "their start of the weights (default: %(default)s)")
     add("--dataset", type=one_of(datasets, "folder:", "npz:"), default="cifar10", metavar="SET",
         help=f"{', '.join(datasets)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
         "arrays as data.prepare writes them (default: %(default)s)")
@@ -125,6 +140,15 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
     add("--width", type=number(int, 1, 1_000_000), default=256,
         help="width of the fcn (default: 256)")
+    # None, not False, where they are off: what earlier runs have logged of them.
+    add("--bias", action="store_true", default=None,
+        help=f"biases in the layers of {', '.join(networks)}")
+    add("--affine", action="store_true", default=None,
+        help="gains and biases in their norms")
+    add("--weights", metavar="FILE", help="weights to start from: .safetensors, .pt or .pth; those "
+        "of another shape, as a head for other classes, are drawn")
+    add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
+        "they are, as 'features.*'; may be given several times")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
@@ -138,6 +162,9 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
     add("--gain", type=number(float, 0, 1e30), default=1.0,
         help="multiplies AGD's update (default: 1)")
+    add("--layers", type=one_of(LAYERS), metavar="HOW", help="AGD's number of layers: count (their "
+        "number) or paths (the mean number on a path through the network) (default: paths for "
+        "torchvision: and timm:, else count)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
         help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
@@ -227,6 +254,11 @@ def replayed(p, args, argv):
     return args
 
 
+def layers(arch, asked=None):
+    """How AGD finds the number of layers of `arch`, one of LAYERS: as `asked`, or the default."""
+    return asked or ("paths" if arch.startswith(LIBRARIES) else "count")
+
+
 def is_folder(args):
     return args.dataset == "imagenet" or args.dataset.startswith("folder:")
 
@@ -266,14 +298,23 @@ def name_and_settings(args):
         settings["sync_bn"] = True
     if args.precision != "fp32":
         settings["precision"] = args.precision
-    dataset = args.dataset
+    for key in ("bias", "affine", "layers", "freeze"):
+        if getattr(args, key) is not None:
+            settings[key] = getattr(args, key)
+    if args.weights is not None:  # wherever they lie
+        settings["weights"] = data_sha256(args.weights)["sha256"]
+    arch, dataset = args.arch, args.dataset
     if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
         dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
     if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
         file = os.path.basename(dataset[len("npz:") :])
         settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
     name = run_name(
-        f"{args.arch}{args.depth}x{args.width}" if args.arch == "fcn" else args.arch,
+        f"{arch}{args.depth}x{args.width}" if arch == "fcn" else arch.replace(":", "_"),
+        "bias" if args.bias else None,
+        "affine" if args.affine else None,
+        None if args.weights is None else f"from_{Path(args.weights).stem}",
+        None if args.freeze is None else f"freeze_{args.freeze}",
         dataset,
         args.image_size,
         None if args.train_examples is None else f"train{args.train_examples}",
@@ -281,6 +322,7 @@ def name_and_settings(args):
         args.loss,
         f"bs{args.train_bs}",
         args.optimizer,
+        args.layers,
         None if args.gain == 1 else f"gain{decimal(args.gain)}",
         None if args.lr is None else f"lr{decimal(args.lr)}",
         f"seed{args.seed}",

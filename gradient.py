@@ -11,6 +11,11 @@ class OutOfMemory(RuntimeError):
     """A batch does not fit, and nothing can be done about it here; the message says what can."""
 
 
+class LoneImage(RuntimeError):
+    """A single image at a time, where batch norm has no other number; the message says what to do.
+    """
+
+
 class CompileError(RuntimeError):
     """torch.compile cannot work here; the message says why."""
 
@@ -110,6 +115,14 @@ class Gradient:
                 together = self.world is None or last
                 with nullcontext() if together else self.net.no_sync():
                     found.append(self._pass(x, y, count, counted))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise LoneImage(
+                "batch norm needs more than one image at a time where its inputs are 1×1: another "
+                "--train_bs, which leaves no single image over (--train_examples, --micro_bs and "
+                "the number of ranks count, too), or larger images"
+            ) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -22,7 +22,8 @@ import torch
 import display
 import distributed
 import flags
-from architecture import NETWORKS, build
+from architecture import NETWORKS, Unfit, build, is_library, libraries
+from architecture.weights import SUFFIXES, start
 from arithmetic import (
     PRECISIONS,
     NotDeterministic,
@@ -37,7 +38,7 @@ from data import DATASETS, DataError, default_data_dir, load
 from distributed.queue import restarted
 from epochs import Epochs
 from flags import name_and_settings
-from gradient import CompileError, Gradient, OutOfMemory, is_out_of_memory
+from gradient import CompileError, Gradient, LoneImage, OutOfMemory, is_out_of_memory
 from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
 from provenance import environment
 from record import Record, deviation
@@ -46,9 +47,12 @@ from run import Run, RunError, as_logged
 from train import LOSSES, Step
 
 BAD = 2  # the exit code for what nothing can be done with, as that for flags
-BAD_INPUT = (DataError, RunError, distributed.LaunchError)
+BAD_INPUT = (DataError, RunError, Unfit, distributed.LaunchError)
 # Errors whose message says all that is to be known.
-EXPECTED = (DataError, RunError, OutOfMemory, CompileError, RecordingError, NotDeterministic)
+EXPECTED = (
+    DataError, RunError, Unfit, OutOfMemory, LoneImage, CompileError, RecordingError,
+    NotDeterministic,
+)  # fmt: skip
 IDLE_STREAMS = {}  # by device: those in which no run of this process works
 
 
@@ -88,6 +92,7 @@ def parse(argv=None, check=True):
             optimizer_class(args.optimizer)
         except ValueError as error:
             p.error(str(error))
+    network_flags(p, args, check)
     folder = flags.is_folder(args)
     for part in ("train", "test"):
         if folder and getattr(args, f"{part}_examples") is not None:
@@ -107,6 +112,35 @@ def parse(argv=None, check=True):
     if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
         p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
     return args
+
+
+def network_flags(p, args, check):
+    """Refuse what contradicts itself about the network, and, with `check`, what is not there."""
+    library, _, name = args.arch.partition(":")
+    for key, what in (("bias", "biases"), ("affine", "norms")):
+        if is_library(args.arch) and getattr(args, key):
+            p.error(f"--{key} is for {', '.join(NETWORKS)}; {args.arch} has {what} of its own")
+    if args.arch == "fcn" and args.affine:
+        p.error("--affine is for networks with norms, and the fcn has none")
+    if args.layers is not None and args.optimizer != "agd":
+        p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
+    if args.layers == flags.layers(args.arch):
+        args.layers = None  # the default has one name, whether or not it is given
+    if args.weights is not None:
+        args.weights = os.path.expanduser(args.weights)
+        if not args.weights.endswith(SUFFIXES):
+            p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
+    if not check:
+        return
+    if args.weights is not None and not os.path.isfile(args.weights):
+        p.error(f"--weights: there is no file {args.weights}")
+    if is_library(args.arch):
+        try:
+            names = libraries.names(library)
+        except Unfit as error:
+            p.error(f"--arch {error}")
+        if name not in names:
+            p.error(f"{library} has no classifier {name!r}{flags.near(name, names)}")
 
 
 def main(argv=None, requests=None):
@@ -189,7 +223,10 @@ def set_up(args, world):
     with SEEDING:
         torch.manual_seed(args.seed)
         try:
-            net = build(args.arch, data.shape, data.classes, args.depth, args.width)
+            net = build(
+                args.arch, data.shape, data.classes, args.depth, args.width, args.bias, args.affine
+            )
+            notes = start(net, args.weights, args.freeze)
             net.to(world.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -198,14 +235,19 @@ def set_up(args, world):
     set_precision(net, args.precision, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     try:
-        optimizer = make_optimizer(args, net)
+        optimizer = make_optimizer(args, net, data.shape)
     except (TypeError, ValueError) as error:  # of a class that someone else has written
         said = f"does not take these weights: {' '.join(str(error).split())}"
         raise RunError(f"--optimizer {args.optimizer} {said}") from error
     no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
+    measured = args.optimizer == "agd" and flags.layers(args.arch, args.layers) == "paths"
+    paths = float(optimizer.L) if measured else None
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     facts = {
         "weights": sum(p.numel() for p in net.parameters()),
-        "layers": len(list(net.parameters())),
+        "layers": sum(p.ndim > 1 for p in net.parameters()),
+        **({} if not frozen else {"frozen_weights": frozen}),
+        **({} if paths is None else {"paths": paths}),
         "train_examples": data.train.examples,
         "test_examples": data.test.examples,
         "precision": args.precision,
@@ -217,10 +259,14 @@ def set_up(args, world):
         "test_bs": args.test_bs,
     }
     if first:
-        layers = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
+        layers = [(name, f"{tuple(p.shape)}{'' if p.requires_grad else '  frozen'}")
+                  for name, p in net.named_parameters()]  # fmt: skip
         display.table(("Layer", "Shape"), layers)
-        print("{weights:,} weights in {layers} layers; {train_examples:,} training and "
-              "{test_examples:,} test images\n".format(**facts))  # fmt: skip
+        print("{weights:,} weights in {layers} layers".format(**facts)
+              + (f", {frozen:,} of them frozen" if frozen else "")
+              + (f", {paths:.4g} layers on a path" if measured else "")
+              + "; {train_examples:,} training and {test_examples:,} test images".format(**facts))
+        print(*notes, "", sep="\n")
     return data, net, optimizer, facts
 
 
@@ -261,6 +307,7 @@ def train(args, world, requests):
     course = Course(
         world, run, data, net, optimizer, LOSSES[args.loss], requests,
         flags.every(args.save_every), progress.note, args.micro_bs, "." in args.optimizer,
+        args.seed if is_library(args.arch) else None,
     )  # fmt: skip
     if warning:
         progress.note(f"Warning: {warning}")

@@ -5,8 +5,10 @@ import inspect
 
 import torch
 
+import agd
 import flags
 from agd import AGD, init_weights
+from architecture import is_library
 
 # The first call of some methods that AGD inherits imports torch's compiler, only to say that they
 # are not to be compiled: more than a second of every start. They run as they are instead.
@@ -17,16 +19,38 @@ for method in vars(torch.optim.Optimizer).values():
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
-def make_optimizer(args, net, draw=True):
-    """The optimiser; for AGD the weights are drawn anew, if any are: baselines keep PyTorch's."""
+def make_optimizer(args, net, shape=None, draw=True):
+    """The optimiser of what is not frozen, of a network for images of `shape`. For AGD the weights
+    of the paper's networks are drawn anew, if any are; those of a file, of libraries, and of
+    baselines stay as they are."""
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if args.optimizer == "agd":
-        if draw:
-            init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
-        return AGD(net.named_parameters(), gain=args.gain)
+        return automatic(args, net, trained, shape, draw)
+    parameters = [p for _, p in trained]
     if args.optimizer in BASELINES:
-        return BASELINES[args.optimizer][0](net.parameters(), lr=args.lr)
+        return BASELINES[args.optimizer][0](parameters, lr=args.lr)
     rate = {} if args.lr is None else {"lr": args.lr}
-    return optimizer_class(args.optimizer)(net.parameters(), **rate)
+    return optimizer_class(args.optimizer)(parameters, **rate)
+
+
+def automatic(args, net, trained, shape, draw):
+    """AGD of `trained`, the (name, parameter) pairs of `net` that are not frozen.
+
+    Weights that are drawn here have the sizes of the method's table; of others it measures them.
+    The paths through the network are read here: its first forward pass may be that of a compiler,
+    or of a rank without images.
+    """
+    drawn = not is_library(args.arch) and args.weights is None
+    count = flags.layers(args.arch, args.layers) == "count"
+    if drawn and draw:
+        init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
+    if drawn and count:
+        return AGD(trained, gain=args.gain)
+    if count:
+        depth = max(1, sum(p.ndim > 1 for _, p in trained))
+    else:
+        depth = agd.depth(net, torch.zeros(2, *shape, device=trained[0][1].device))
+    return AGD(net, gain=args.gain, depth=depth)
 
 
 def set_capturable(optimizer, yes, device):

@@ -97,6 +97,9 @@ def versions(args, device):
     packages = {"numpy": "numpy"}
     if args.dataset == "imagenet" or args.dataset.startswith("folder:"):
         packages |= {"torchvision": "torchvision", "PIL": "pillow"}
+    library = args.arch.partition(":")[0]
+    if library != args.arch:
+        packages[library] = library
     if args.compile or device.type == "cuda":
         packages["triton"] = "triton"
     if "." in args.optimizer:

@@ -215,6 +215,7 @@ def _check(value, form, where):
 def inputs(content):
     """What can change the bits of a result, by name."""
     found = {"code": content["code"]["sha256"], "data": content["data"]["sha256"]}
+    found["weights"] = content["settings"].get("weights")
     found |= content["versions"] | {key: content["hardware"].get(key) for key in HARDWARE}
     return found | {k: x for k, x in content["environment"].items() if k not in COUNTED}
 
@@ -240,8 +241,8 @@ def hindrances(then, now):
     what can be done about it, in sentences."""
     found, advice = [], []
     for key, *values in differences(then, now):
-        hashes = key in ("code", "data")
-        found.append((key, *(x[:12] if hashes else x for x in values)))
+        hashes = key in ("code", "data", "weights")
+        found.append((key, *(x[:12] if hashes and x else x for x in values)))
     if found and found[0][0] == "code":
         commit, changed = then["code"]["commit"], then["code"]["diff"]
         if commit is None:

@@ -121,7 +121,9 @@ class Step:
         self.net, self.optimizer = net, optimizer
         self.gradient = gradient or Gradient(net, loss_fn)
         self.span = self.gradient.span
-        self.weights = [p.detach() for p in net.parameters()]
+        # Without biases and gains: those that start at zero have no relative update.
+        trained = [p for p in net.parameters() if p.requires_grad]
+        self.weights = [p.detach() for p in trained if p.ndim > 1] or [p.detach() for p in trained]
         self.before = [torch.empty_like(p) for p in self.weights] if log_updates else None
         self.agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
 

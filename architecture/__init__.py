@@ -1,10 +1,15 @@
-"""The networks, by name: no biases, no affine norm parameters, as the AGD paper trains them."""
+"""The networks, by name: the four that the AGD paper trains, and those of libraries."""
 
+import torch
+import torch.nn as nn
+
+from architecture import libraries
 from architecture.fcn import FCN
+from architecture.libraries import Unfit, is_library
 from architecture.resnet import ResNet
 from architecture.vgg import VGG
 
-__all__ = ["NETWORKS", "build"]
+__all__ = ["NETWORKS", "Unfit", "build", "is_library"]
 
 
 def _fcn(shape, classes, depth, width):
@@ -12,7 +17,8 @@ def _fcn(shape, classes, depth, width):
     return FCN(depth, width, channels * height * side, classes)
 
 
-# name -> f(shape (channels, height, width), classes, depth, width) -> network
+# name -> f(shape (channels, height, width), classes, depth, width) -> network, without biases and
+# affine norm parameters, as the paper trains it
 NETWORKS = {
     "fcn": _fcn,
     "vgg": lambda shape, classes, depth, width: VGG(shape[0], classes),
@@ -21,10 +27,27 @@ NETWORKS = {
 }
 
 
-def build(arch, shape, classes, depth=10, width=256):
-    """The network `arch` for images of `shape` (channels, height, width).
+def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
+    """The network `arch`, one of NETWORKS or a library's, for images of `shape` (channels, height,
+    width).
 
     Depth and width are the fully connected network's. Weights are PyTorch's default draw from the
-    global generator.
+    global generator, the same with and without biases and affine norms. Raises Unfit where a
+    library's network cannot take such images.
     """
-    return NETWORKS[arch](shape, classes, depth, width)
+    if is_library(arch):
+        return libraries.build(arch, shape, classes)
+    return with_vectors(NETWORKS[arch](shape, classes, depth, width), bias, affine)
+
+
+def with_vectors(net, bias, affine):
+    """`net` with biases of 0 in its linear and convolutional layers, if `bias`, and with gains of 1
+    and biases of 0 in its norms, if `affine`."""
+    for module in net.modules():
+        if bias and isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
+        if affine and isinstance(module, nn.BatchNorm2d):
+            module.affine = True
+            module.weight = nn.Parameter(torch.ones(module.num_features))
+            module.bias = nn.Parameter(torch.zeros(module.num_features))
+    return net

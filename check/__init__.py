@@ -8,6 +8,7 @@ import time
 import torch
 
 import distributed
+from architecture import Unfit
 from check import cost, place
 from check.common import Fault, Finding
 from data import DataError
@@ -81,7 +82,7 @@ def watched(what, check, found):
             kind, text = next(steps)
         except StopIteration as end:
             return end.value
-        except (Fault, DataError, RunError) as error:
+        except (Fault, DataError, RunError, Unfit) as error:
             kind, text, steps = "fault", str(error), iter(())
         except Exception as error:  # a check that fails for a reason of its own has found one, too
             kind, text, steps = "fault", f"{type(error).__name__}: {error}", iter(())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from architecture import build
+from architecture import build, is_library
+from architecture.weights import start
 from arithmetic import set_channels_last, set_precision
 from check.common import Fault, duration, size
 from data.jobs import usable_cores
@@ -19,15 +20,25 @@ TIMING = 2.0  # seconds of passes and steps
 
 def network(args, shape, classes):
     """The network, on a device that computes nothing."""
-    with torch.device("meta"):
-        net = build(args.arch, shape, classes, args.depth, args.width)
+    # Of a library or a file, and where AGD measures, it takes numbers.
+    of_numbers = is_library(args.arch) or args.weights is not None or args.layers is not None
+    with torch.device("cpu" if of_numbers else "meta"):
+        net = made(args, shape, classes)
     try:
-        make_optimizer(args, net, draw=False)
+        make_optimizer(args, net, shape, draw=False)
     except (TypeError, ValueError) as error:
         raise Fault(f"the optimiser refuses the network: {error}") from error
     weights = list(net.parameters())
-    yield "ok", (f"{args.arch}, {sum(p.numel() for p in weights):,} weights in {len(weights)} "
-                 f"layers, which {args.optimizer} takes")  # fmt: skip
+    layers = sum(p.ndim > 1 for p in weights)
+    yield "ok", (f"{args.arch}, {sum(p.numel() for p in weights):,} weights in {layers} layers, "
+                 f"which {args.optimizer} takes")  # fmt: skip
+    return net.to("meta")
+
+
+def made(args, shape, classes):
+    """The network that the flags describe."""
+    net = build(args.arch, shape, classes, args.depth, args.width, args.bias, args.affine)
+    start(net, args.weights, args.freeze)
     return net
 
 
@@ -36,7 +47,13 @@ def memory(args, world, neighbours, net, facts):
     share = -(-args.train_bs // world.size)
     passes = -(-share // min(args.micro_bs or share, share))
     largest = -(-share // passes)
-    each = bytes_an_image(net, args.loss, facts.shape)
+    try:
+        each = bytes_an_image(net, args.loss, facts.shape)
+    except Exception as error:
+        if not is_library(args.arch):
+            raise
+        yield "note", f"what a batch takes cannot be told of {args.arch}: {error}"
+        return
     # The weights, their gradients, and the two scratch copies of a step or a baseline's state; and
     # what the ranks send.
     fixed = weights_bytes(net) * (5 if world.size > 1 else 4)
@@ -129,10 +146,10 @@ def _group_limits(root="/sys/fs/cgroup", groups="/proc/self/cgroup"):
 def seconds_an_epoch(args, world, facts):
     """Passes and steps on the device, timed, and what they make of an epoch."""
     device, share = world.device, -(-args.train_bs // world.size)
-    net = build(args.arch, facts.shape, facts.classes, args.depth, args.width).to(device)
+    net = made(args, facts.shape, facts.classes).to(device)
     set_precision(net, args.precision, device)
     set_channels_last(net, args.channels_last, args.precision, device)
-    optimizer = make_optimizer(args, net.train(), draw=False)
+    optimizer = make_optimizer(args, net.train(), facts.shape, draw=False)
     gradient = Gradient(net, LOSSES[args.loss])
     images, end, times = min(2, share), time.perf_counter() + TIMING, []
 

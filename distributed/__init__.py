@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distributed.launch import LAUNCHERS, LaunchError, is_first, read, siblings
 from distributed.meet import meet
@@ -44,6 +45,11 @@ class World:
         if self.size == 1:
             return net
         if sync_bn:
+            # Some libraries' own do more than the norm, as an activation, which would be lost.
+            odd = {type(m).__name__ for m in net.modules()
+                   if isinstance(m, _BatchNorm) and type(m).__module__ != _BatchNorm.__module__}
+            if odd:
+                raise RankError(f"--sync_bn does not know the network's {', '.join(sorted(odd))}")
             net = SyncBatchNorm.convert(net)
         ids = [self.device] if self.device.type == "cuda" else None
         ddp = torch.nn.parallel.DistributedDataParallel

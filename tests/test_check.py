@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
 import torch.nn as nn
 from PIL import Image
 
@@ -168,10 +169,12 @@ def no_memory_for_the_batch(tmp_path, monkeypatch):
 
 def refused_parameter(tmp_path, monkeypatch):
     def build(shape, classes, depth, width):
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes, bias=False))
+        net[1].nothing = nn.Parameter(torch.empty(0, 3))
+        return net
 
     monkeypatch.setitem(architecture.NETWORKS, "fcn", build)
-    return DIGITS, ["the optimiser refuses", "1.bias", "bias=False"]
+    return DIGITS, ["the optimiser refuses", "1.nothing", "no elements"]
 
 
 def other_settings(tmp_path, monkeypatch):

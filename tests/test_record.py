@@ -296,7 +296,8 @@ def test_no_path_of_the_home_directory_and_no_variable_but_those_of_arithmetic(m
 
 def begun(path, done=None, seed=0, file=Path(__file__)):
     """A Record that is written to `path`, whole."""
-    args = SimpleNamespace(dataset="digits", optimizer="agd", compile=False, seed=seed, epochs=4)
+    args = SimpleNamespace(arch="fcn", dataset="digits", optimizer="agd", compile=False, seed=seed,
+                           epochs=4)  # fmt: skip
     data = SimpleNamespace(train=range(3), files=(file,))
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     facts = {"train_examples": 5, "test_examples": 2, "weights": 7, "layers": 1}

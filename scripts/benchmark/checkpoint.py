@@ -42,7 +42,10 @@ def works(args, device, arch, optimizer, steps, test_examples, out):
     data = load(*sizes, **few)
     torch.manual_seed(0)
     net = build(arch, data.shape, data.classes, args.depth, args.width).to(device)
-    optimizer = make_optimizer(Namespace(optimizer=optimizer, seed=0, gain=1.0, lr=1e-3), net)
+    optimizer = make_optimizer(
+        Namespace(optimizer=optimizer, seed=0, gain=1.0, lr=1e-3, arch=arch, layers=None,
+                  weights=None), net,
+    )  # fmt: skip
     run = Run(out, "run", {})
     run.start({"kind": "run", "flags": {}})
     course = Course(World(device), run, data, net, optimizer, mse, Requests(),
