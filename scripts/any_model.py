@@ -57,7 +57,7 @@ SETTINGS = {
 QUICK = {  # what a test has time for
     "depths": (3,), "depth": 3, "width": 16, "epochs": 1, "before": 1, "images": 64, "test": 32,
     "batch": 16, "seeds": (0,), "channels": (4, 4, 4), "layers": 2, "context": 16, "steps": 4,
-    "warm_up": 2, "activations": ("ReLU", "Tanh"),
+    "warm_up": 2, "activations": ("ReLU", "Tanh"), "rates": (1e-3,),
 }  # fmt: skip
 
 

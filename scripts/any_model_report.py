@@ -104,7 +104,7 @@ def draw(folder, cases):
         key.set_axis_off()
         key.legend(handles=[drawing.optimizer_key("AGD"), drawing.optimizer_key(
             "Adam", "Adam, best of 3 rates")], loc="center")  # fmt: skip
-    figure.savefig(folder / "fig9.png")
+        figure.savefig(folder / "fig9.png")
     plt.close(figure)
 
 
