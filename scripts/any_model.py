@@ -145,24 +145,28 @@ def stacks(args):
     return rows, bounds
 
 
-def on_and_off(args, name, make, key, limit):
-    """Train the networks make(False) and make(True), drawn anew, on the square loss."""
-    rows, bounds, rest = [], [], f", with the last {args.images % args.batch} images of an epoch"
-    for take, on, seed in itertools.product((whole, iter), (False, True), args.seeds):
+def on_and_off(args, name, make, key, limit, take=None):
+    """Train the networks make(False) and make(True), drawn anew, on the square loss; without the
+    images that are left over at the end of an epoch, and then, if `take` is None, with them."""
+    rows, bounds = [], []
+    for on, seed in itertools.product((False, True), args.seeds):
         torch.manual_seed(seed)
         net = make(on)
         init_weights(net, torch.Generator().manual_seed(seed))
         batches, tests = cifar(args, seed)
         optimizer = AGD(net)
-        curve = train(net, optimizer, batches, mse, args.epochs, take)
+        curve = train(net, optimizer, batches, mse, args.epochs, take or whole)
         loss, accuracy = score(net, tests, mse)
-        run = f"{name} {'on' if on else 'off'}{rest if take is iter else ''}"
-        rows.append(row(run, seed, optimizer, curve, train_loss=score(net, batches, mse)[0],
-                        last_epoch=curve[-1], test_loss=loss, test_accuracy=accuracy))
-    for off, on in zip(rows[: len(args.seeds)], rows[len(args.seeds) :]):
+        rows.append(row(f"{name} {'on' if on else 'off'}", seed, optimizer, curve,
+                        train_loss=score(net, batches, mse)[0], last_epoch=curve[-1],
+                        test_loss=loss, test_accuracy=accuracy))  # fmt: skip
+    for off, on in zip(rows, rows[len(args.seeds) :]):
         gain = off["numbers"][key] - on["numbers"][key]
-        bounds.append({"what": f"seed {on['seed']}: {key}, off minus on", "found": gain,
+        bounds.append({"what": f"{name}, seed {on['seed']}: {key}, off minus on", "found": gain,
                        "limit": limit, "least": True})  # fmt: skip
+    if take is None:
+        last = f"last {args.images % args.batch} images too, {name}"
+        rows += on_and_off(args, last, make, key, limit, iter)[0]
     return rows, bounds
 
 
@@ -174,16 +178,23 @@ def biases(args):
 
 
 def affine(args):
-    def make(on):
-        layers, before = [], 3
+    """Of two networks, whose linear layer sees the mean over positions, or every position."""
+
+    def make(on, flat):
+        layers, before, positions = [], 3, 32**2
         for i, channels in enumerate(args.channels):
             layers += [nn.Conv2d(before, channels, 3, 2 if i else 1, 1, bias=False),
                        nn.BatchNorm2d(channels, affine=False), nn.ReLU()]  # fmt: skip
-            before = channels
-        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10, bias=False)
-        return with_vectors(nn.Sequential(*layers, *head), False, on)
+            before, positions = channels, positions // 4 if i else positions
+        layers += [] if flat else [nn.AdaptiveAvgPool2d(1)]
+        head = nn.Linear(before * (positions if flat else 1), 10, bias=False)
+        return with_vectors(nn.Sequential(*layers, nn.Flatten(), head), False, on)
 
-    return on_and_off(args, "affine", make, "last epoch", 0.015)
+    parts = [on_and_off(args, name, lambda on, flat=flat: make(on, flat), "last epoch", 0.015, take)
+             for name, flat, take in (("affine", False, None), ("all positions, affine", True, whole))
+             ]  # fmt: skip
+    rows, bounds = (list(itertools.chain(*x)) for x in zip(*parts))
+    return rows, bounds
 
 
 class Characters:
