@@ -190,11 +190,10 @@ def affine(args):
         head = nn.Linear(before * (positions if flat else 1), 10, bias=False)
         return with_vectors(nn.Sequential(*layers, nn.Flatten(), head), False, on)
 
-    parts = [on_and_off(args, name, lambda on, flat=flat: make(on, flat), "last epoch", 0.015, take)
-             for name, flat, take in (("affine", False, None), ("all positions, affine", True, whole))
-             ]  # fmt: skip
-    rows, bounds = (list(itertools.chain(*x)) for x in zip(*parts))
-    return rows, bounds
+    rows, bounds = on_and_off(args, "affine", lambda on: make(on, False), "last epoch", 0.015)
+    more = on_and_off(args, "all positions, affine", lambda on: make(on, True), "last epoch",
+                      0.015, whole)  # fmt: skip
+    return rows + more[0], bounds + more[1]
 
 
 class Characters:
