@@ -69,6 +69,7 @@ def grid(cells):
 def draw(folder, cases):
     """Figure 9: train losses with vectors on and off, and of five families beside Adam."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MultipleLocator
 
     from scripts import drawing
 
@@ -83,9 +84,10 @@ def draw(folder, cases):
                 for x in found[case]["rows"]:
                     if x["run"] == f"{case} {run}":
                         ax.plot(range(1, len(x["curve"]) + 1), x["curve"], color=drawing.BLUE,
-                                label=run if x["seed"] == 0 else None, **style)  # fmt: skip
+                                linewidth=1, label=None if x["seed"] else run, **style)
             ax.set_title(title)
             ax.set_xlabel("epochs")
+            ax.xaxis.set_major_locator(MultipleLocator(2))
             ax.set_ylabel("train loss")
             ax.legend()
         rows = found["families"]["rows"]
@@ -99,7 +101,11 @@ def draw(folder, cases):
                         ax.plot(steps, x["curve"], **style)
             ax.set_title(name)
             ax.set_xlabel("steps")
-            ax.text(0.97, 0.95, best, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+            ax.text(0.04, 0.05, best, transform=ax.transAxes, fontsize=7)
+            ax.set_xlim(0)
+        losses = [y for x in rows for y in x["curve"] if x["run"].endswith("AGD")]
+        for ax in axes[:, 1:].flat:
+            ax.set_ylim(min(losses) - 0.4, max(losses) + 0.05)
         key = axes[1, 3]
         key.set_axis_off()
         key.legend(handles=[drawing.optimizer_key("AGD"), drawing.optimizer_key(
@@ -109,9 +115,9 @@ def draw(folder, cases):
 
 
 def best_adam(rows, name):
-    """The rate of Adam that is best for a network, by its accuracy on the test set."""
-    scores = {}
+    """The rate of Adam that is best for a network, by the last train loss."""
+    losses = {}
     for x in rows:
         if x["run"].startswith(f"{name}, Adam"):
-            scores.setdefault(x["run"], []).append(x["numbers"]["test accuracy"])
-    return max(scores, key=lambda run: statistics.fmean(scores[run])).rpartition(", ")[2]
+            losses.setdefault(x["run"], []).append(x["numbers"]["train loss"])
+    return min(losses, key=lambda run: statistics.fmean(losses[run])).rpartition(", ")[2]
