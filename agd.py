@@ -100,6 +100,7 @@ class AGD(torch.optim.Optimizer):
 
     _key = _parts = None  # the parts of the last step, and the key that they depend on
     _net = _known = None  # a weak reference to the network; its parameters' names and rules
+    _hook = None  # which waits for its first forward pass
 
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
         if foreign:
@@ -107,11 +108,15 @@ class AGD(torch.optim.Optimizer):
                             "there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
-        self._watch, self._listening, self._said = _Watch(), False, set()
-        if isinstance(params, nn.Module):
+        self._watch, self._kept, self._said = _Watch(), [], set()
+        # Whether L is of paths, and has been read.
+        self._paths, self._read = isinstance(params, nn.Module), False
+        if self._paths:
             net = getattr(params, "_orig_mod", params)  # of torch.compile
             self._net, self._known = weakref.ref(net), _rules_of(net, self.roles)
             params = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+            if not params:
+                raise ValueError("AGD got a network without a parameter that requires a gradient")
         super().__init__(_listed(params), {"lr": gain})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
@@ -119,9 +124,10 @@ class AGD(torch.optim.Optimizer):
         if unused:
             raise ValueError(f"no parameter has a name like {', '.join(unused)}, of roles=")
         device = next(p for group in self.param_groups for p in group["params"]).device
-        self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
-        self.G = torch.full_like(self.eta, math.nan)
-        self.param_groups[0]["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # they are written to later
+            self.eta = torch.full((), math.nan, dtype=_wide(device), device=device)
+            self.G = torch.full_like(self.eta, math.nan)
+            self.param_groups[0]["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def skipped(self):
@@ -135,7 +141,7 @@ class AGD(torch.optim.Optimizer):
             return self.depth
         shares = [rule.share for group, rules in zip(self.param_groups, self.rules)
                   for p, rule in zip(group["params"], rules)
-                  if rule.role not in VECTORS and (self._net is None or p.requires_grad)]
+                  if rule.role not in VECTORS and (p.requires_grad or not self._paths)]
         return sum(shares) or 1.0  # of vectors alone: one layer
 
     def _named(self, pattern):
@@ -163,6 +169,12 @@ class AGD(torch.optim.Optimizer):
             for x in params:
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
             params = list(tensors.values())
+            if self._known:
+                net = self._net()
+                if net is not None and any(id(p) not in self._known for _, p in _named(params)):
+                    self._known |= _rules_of(net, self.roles)  # layers that came later
+                params = [(x if isinstance(x, tuple) or id(x) not in self._known
+                           else (self._known[id(x)][0], x)) for x in params]  # fmt: skip
         group["params"] = params
         listed = list(_named([group]))
         _check(listed)
@@ -175,30 +187,45 @@ class AGD(torch.optim.Optimizer):
                                  f"{p.device}: fused=None takes it where there is one")
         super().add_param_group(group)
         self.rules.append(rules)
-        self._key = None
-        if self._net is not None:
-            self._read_depth()
+        self._read_depth()
 
     def _read_depth(self):
         """Take the shares of L from `depth`, or from the network's next forward pass."""
+        self._changed()
         if isinstance(self.depth, Mapping):
-            self._set_shares(self.depth)
-        elif self.depth is None and not self._listening and (net := self._net()) is not None:
-            self._listening = True
-            _FirstForward(self, net)
+            shares = {_unwrapped(name): share for name, share in self.depth.items()}
+            named = {_unwrapped(name): id(p) for group in self.param_groups
+                     for name, p in zip(group.get("param_names", ()), group["params"])}
+            known = {_unwrapped(name): key for key, (name, _) in (self._known or {}).items()}
+            if unknown := shares.keys() - named.keys() - known.keys():
+                raise ValueError(f"depth= has shares of {', '.join(sorted(unknown)[:5])}, and no "
+                                 "parameter has that name")  # fmt: skip
+            self._set_shares({named[name]: x for name, x in shares.items() if name in named})
+        elif self._paths and self.depth is None and (net := self._net and self._net()) is not None:
+            self._read = False
+            if self._hook is None:
+                self._hook = _FirstForward(self, net)
 
     def _set_shares(self, shares):
-        """Take shares of L by name; a weight that is not named has none."""
+        """Take shares of L, {id of a parameter: share}; a weight that is not there has none."""
         for group, rules in zip(self.param_groups, self.rules):
-            names = [self._known[id(p)][0] for p in group["params"]]
-            rules[:] = [x if x.role in VECTORS else x._replace(share=float(shares.get(name, 0)))
-                        for name, x in zip(names, rules)]  # fmt: skip
-        self._key = None
+            rules[:] = [x if x.role in VECTORS else x._replace(share=float(shares.get(id(p), 0)))
+                        for p, x in zip(group["params"], rules)]  # fmt: skip
+        self._read = True
+        self._changed()
 
-    def _warn(self, kind, text):
+    @property
+    def _listening(self):
+        return self._paths and self.depth is None and not self._read
+
+    def _changed(self):
+        self._key, self._kept = None, []
+
+    def _warn(self, kind, text, level=5):
+        """Warn once of a kind, at the place that called `step`, through torch's two wrappers."""
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=level)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -247,7 +274,7 @@ class AGD(torch.optim.Optimizer):
             if not isinstance(group["lr"], Tensor):
                 _check_gain(group["lr"])  # a scheduler may have changed it
                 if group.get("initial_lr", group["lr"]) != group["lr"]:
-                    self._warn("scheduled", GUARDS["scheduled"])
+                    self._warn("scheduled", GUARDS["scheduled"], 6)
             for j, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
@@ -266,7 +293,7 @@ class AGD(torch.optim.Optimizer):
                     grad = _like(grad, p)
                 targets.append(p)
                 grads.append(grad)
-                key.append((i, p.shape, stride, p.dtype, grad.dtype, p.device))
+                key.append((i, j, p.shape, stride, p.dtype, grad.dtype, p.device))
         compiling = torch.compiler.is_compiling()
         capturing = not compiling and bool(grads) and _capturing(grads[0])
         if not compiling and key == self._key:
@@ -274,15 +301,20 @@ class AGD(torch.optim.Optimizer):
                 CAPTURED.setdefault(targets[0], {})[id(self._parts)] = self._parts
             return self._parts, targets, grads
         if self._listening and not compiling:
-            self._warn("depth", UNREAD)
+            self._warn("depth", UNREAD, 6)
         L = self.L
         moving = [(i, p, rule) for i, group in enumerate(self.param_groups)
                   for p, rule in zip(group["params"], self.rules[i])
                   if p.grad is not None]  # fmt: skip
         if compiling or capturing:  # the graph's own
             return _Part.split(moving, L, fused=False), targets, grads
-        with torch.inference_mode(False), torch.device("cpu"):  # whatever the defaults are now
-            self._key, self._parts = key, _Part.split(moving, L, self.fused)
+        if key in (x for x, _ in self._kept):  # of layers that take turns
+            (self._parts,) = (parts for x, parts in self._kept if x == key)
+        else:
+            with torch.inference_mode(False), torch.device("cpu"):  # whatever the defaults are now
+                self._parts = _Part.split(moving, L, self.fused)
+            self._kept = [*self._kept[-3:], (key, self._parts)]
+        self._key = key
         return self._parts, targets, grads
 
     def state_dict(self):
@@ -290,14 +322,11 @@ class AGD(torch.optim.Optimizer):
         parameter."""
         state = super().state_dict()
         state["param_groups"][0]["skipped"] = self.skipped.clone()
-        if self._measures:
+        if self._paths:
             rules = [rule for rules in self.rules for rule in rules]
-            state["state"] = {i: {"s": x.s, "share": x.share} for i, x in enumerate(rules)}
+            state["state"] = {i: {"s": x.s, "share": x.share} if self._read else {"s": x.s}
+                              for i, x in enumerate(rules)}
         return state
-
-    @property
-    def _measures(self):
-        return any(rule.s is not None for rules in self.rules for rule in rules)
 
     def load_state_dict(self, state_dict):
         """As torch's method. `skipped` stays as it is where the state has none. Raises ValueError
@@ -315,18 +344,17 @@ class AGD(torch.optim.Optimizer):
         self.state.clear()
         for group, rules in zip(self.param_groups, self.rules):
             for i, p in enumerate(group["params"]):
-                if p in state:
-                    rules[i] = rules[i]._replace(**state[p])
-                    self._listening = False  # shares that were read are as good
-        self._key = None
+                rules[i] = rules[i]._replace(**state.get(p, {}))
+                self._read = self._read or "share" in state.get(p, {})
+        self._changed()
 
     def __getstate__(self):
-        kept = ("eta", "G", "fused", "rules", "roles", "depth", "_said")
+        kept = ("eta", "G", "fused", "rules", "roles", "depth", "_paths", "_read", "_said")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._watch, self._listening = _Watch(), False
+        self._watch, self._kept = _Watch(), []
 
     def table(self):
         """Every parameter's name, shape, role, s and share of L, as text. Parameters that differ in
@@ -364,18 +392,19 @@ class AGD(torch.optim.Optimizer):
 NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
            "(the key lr of a group of param_groups)")  # fmt: skip
 # Keys of the groups of other optimisers.
-FOREIGN = {"betas", "momentum", "weight_decay", "dampening", "eps", "rho", "alpha", "lr_decay"}
+FOREIGN = {"betas", "momentum", "weight_decay", "dampening", "eps", "rho", "alpha", "lr_decay",
+           "etas", "step_sizes", "max_iter", "history_size", "lambd"}  # fmt: skip
 UNREAD = (
     "AGD could not read its depth L from the network's first forward pass, and takes the number of "
-    "weights, which is right for a chain alone: before torch.compile, fully_shard and checkpoints, "
-    "shares = agd.depth(net, *inputs), then AGD(net, depth=shares)"
+    "weights, which is right for a chain alone. Pass the module that is called; before "
+    "torch.compile, fully_shard and checkpoints, AGD(net, depth=agd.depth(net, *inputs))"
 )
 GUARDS = {
     "clipped": "the norm of all gradients together is the same in step after step: they are "
     "clipped. AGD takes the size of its step from theirs: leave clipping out (max_grad_norm=0, "
     "gradient_clip_val=None)",
-    "sum": "the gradient summary G is over 100, of a mean over the batch it is of order 1: is the "
-    "loss a sum, or are gradients still scaled, or added up without being averaged?",
+    "sum": "the gradient summary G is over 1,000; of a mean over the batch it is 0.1 to 100: "
+    "is the loss a sum, are gradients still scaled, or added up without being averaged?",
     "dead": "the gradient summary G is below 1e-6 from the first steps on: unless the loss is at "
     "its floor, no signal reaches the weights: agd.init_weights(net, inputs=batch) mends that",
     "scheduled": "a scheduler has changed lr, which is AGD's gain: AGD needs no schedule, and a "
@@ -388,19 +417,25 @@ class _FirstForward:
 
     def __init__(self, optimizer, net):
         self.optimizer = weakref.ref(optimizer)
-        self.handle = net.register_forward_hook(self)
+        # A LightningModule has a net, and no forward of its own.
+        children = [x for x in net.children() if any(True for _ in x.parameters())]
+        owner = getattr(net.forward, "__module__", None) or ""
+        missing = owner.startswith(("torch.nn.modules.module", "lightning", "pytorch_lightning"))
+        called = children[0] if missing and len(children) == 1 else net
+        self.handle = called.register_forward_hook(self)
 
     def __call__(self, net, inputs, output):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         optimizer = self.optimizer and self.optimizer()
         if optimizer is not None and optimizer._listening:
-            shares = _shares(net, output)
+            shares = _shares(net, output, optimizer.roles)
             if shares == {}:
                 return  # no gradient in it: the next one, then
             if shares is not None:
-                optimizer._listening = False
                 optimizer._set_shares(shares)
+        if optimizer is not None:
+            optimizer._hook = None
         if self.handle is not None:
             self.handle.remove()
 
@@ -439,7 +474,7 @@ class _Watch:
         if _on_host(seen):
             return self._judge(seen)
         if seen.is_cuda:
-            copy = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+            copy = torch.empty(seen.shape, dtype=seen.dtype, device="cpu", pin_memory=True)
             copy.copy_(seen, non_blocking=True)
             self.reading = copy, torch.cuda.Event()
             self.reading[1].record()
@@ -451,7 +486,7 @@ class _Watch:
             return []
         same = (norm[1:] - norm[:-1]).abs() < 1e-5 * norm[1:]
         moved = (G[1:] - G[:-1]).abs() > 1e-4 * G[1:]  # the same gradient again is not clipped
-        kinds = {"clipped": (same & moved).sum() >= 10, "sum": G.min() > 100,
+        kinds = {"clipped": (same & moved).sum() >= 10, "sum": G.min() > 1000,
                  "dead": self.step < self.EVERY and G.max() < 1e-6}  # fmt: skip
         return [kind for kind, yes in kinds.items() if yes]
 
@@ -807,17 +842,11 @@ TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names o
 def _rules_of(net, roles, measure=True):
     """{id: (name, Rule)} of all parameters of a network, with s of what stands there."""
     modules, places, found = dict(net.named_modules()), {}, {}
-    parameters = list(net.named_parameters())
+    parameters = [(name, p) for name, p in net.named_parameters()
+                  if p.requires_grad or nn.parameter.is_lazy(p) or p.numel()]  # fmt: skip
     _check([(name, p) for name, p in parameters if p.requires_grad])
     for name, p in parameters:
-        # A parametrization's stand for the weight: layer.parametrizations.weight.original.
-        owner, _, own = name.replace(".parametrizations.", ".").rpartition(".")
-        if own.startswith("original") and "parametrizations" in name:
-            owner, _, tensor = owner.rpartition(".")
-            magnitude = own == "original0" and p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
-        else:
-            tensor = re.sub("_(orig|v|g)$", "", own) if own.startswith("weight_") else own
-            magnitude = own == "weight_g"
+        owner, tensor, magnitude = _place(name, p)
         module = modules[owner]
         rule = _role(module, owner.rpartition(".")[2], tensor, p.shape)
         rule = Rule("gain") if magnitude else rule
@@ -829,7 +858,9 @@ def _rules_of(net, roles, measure=True):
     known = {}
     for name, (p, rule, (owner, tensor)) in found.items():
         s = scales.get(id(p))
-        if "bias" in tensor and rule.role in VECTORS:
+        if "bias" in tensor and rule.role in VECTORS and not (
+            rule.role == "gain" and any(fnmatch.fnmatchcase(name, x) for x in roles)
+        ):
             layer = places.get((owner, tensor.replace("bias", "weight")))
             if layer is not None and layer != name:
                 W, its, _ = found[layer]
@@ -843,6 +874,19 @@ def _rules_of(net, roles, measure=True):
             s = rule.blocks(p.shape)[2]
         known[id(p)] = name, rule._replace(s=s)
     return known
+
+
+def _place(name, p):
+    """(the module's name, the tensor's name in it, whether it is the magnitude of weight_norm) of a
+    parameter; one of a parametrization stands for the weight that it makes."""
+    own = re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original(\d?)", name)
+    if own:
+        magnitude = own[3] == "0" and p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
+        return own[1] or "", own[2], magnitude
+    owner, _, tensor = name.rpartition(".")
+    if tensor in ("weight_g", "weight_v", "weight_orig"):  # of the older torch.nn.utils
+        return owner, "weight", tensor == "weight_g"
+    return owner, tensor, False
 
 
 def _role(module, attribute, tensor, shape):
@@ -895,40 +939,40 @@ def _rules_by_shape(params, roles):
 
 
 def _overridden(name, p, rule, roles):
-    """A Rule, or what roles= says of a parameter of this name."""
-    for pattern, text in roles.items():
-        if not name or not fnmatch.fnmatchcase(name, pattern):
-            continue
+    """A Rule, or what the last pattern of roles= that matches says of a parameter of this name."""
+    found = [x for pattern, x in roles.items() if name and fnmatch.fnmatchcase(name, pattern)]
+    for text in found[-1:]:
         role, _, parts = text.partition(" ")
         transposed, role = role == "transposed", "matrix" if role == "transposed" else role
         if role not in ROLES or (parts and not parts.isdecimal()):
             raise ValueError(f"no role {text!r} among {', '.join(ROLES)}, transposed, and those "
                              "with a number of parts, as stacked 3")  # fmt: skip
-        parts = int(parts or (3 if role == "stacked" else 1))
-        if role not in VECTORS and (p.ndim < 2 or parts < 1 or p.shape[0] % parts):
+        rule = Rule(role, int(parts or (3 if role == "stacked" else 1)), transposed)
+        whole = p.ndim > 1 and rule.parts and p.shape[rule.cut(p.shape)] % rule.parts == 0
+        if role not in VECTORS and not whole:
             raise ValueError(f"{_label(name, p)} cannot be {text!r}, of roles=")
-        rule = Rule(role, parts, transposed)
     return rule
 
 
 @torch.no_grad()
 def _measured(weights):
-    """{id: RMS singular value of the blocks} of (weight, Rule) pairs, where it is not zero."""
+    """{id: RMS singular value of the blocks} of (weight, Rule) pairs, where it is not zero, nor as
+    good as zero: under a thousandth of the role's s, as some heads and layer scales start."""
     norms, kept = [], []
     for p, rule in weights:
         if p.is_floating_point() and not p.is_meta and p.numel():
             norm = vector_norm(p.detach(), dtype=_wide(p.device))
             norm = norm.full_tensor() if _is_dtensor(norm) else norm
-            number, rank, _ = rule.blocks(p.shape)
-            kept.append((p, number * rank))
+            number, rank, s = rule.blocks(p.shape)
+            kept.append((p, math.sqrt(number * rank), s))
             norms.append(norm)
     found, devices = {}, {}
-    for (p, n), norm in zip(kept, norms):
-        devices.setdefault(norm.device, []).append((p, n, norm))
+    for entry, norm in zip(kept, norms):
+        devices.setdefault(norm.device, []).append((*entry, norm))
     for some in devices.values():
-        for (p, n, _), norm in zip(some, torch.stack([x for *_, x in some]).tolist()):
-            if 0 < norm < math.inf:
-                found[id(p)] = norm / math.sqrt(n)
+        for (p, n, s, _), norm in zip(some, torch.stack([x for *_, x in some]).tolist()):
+            if s / 1000 < norm / n < math.inf:
+                found[id(p)] = norm / n
     return found
 
 
@@ -942,7 +986,14 @@ NORMS = {"NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNor
          "NativeGroupNorm", "RmsNorm"}  # fmt: skip
 ADD = {"Add", "Sub"}
 LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag"}
-HIDDEN = {"CompiledFunction", "CheckpointFunction"}  # nodes that have others inside
+# Nodes that make weights of parameters: standardised ones, exponents of gains, biases side by side.
+FUNCTIONS = {
+    "Abs", "Add", "Cat", "Clamp", "ClampMax", "ClampMin", "CopySlices", "Div", "Exp", "Log",
+    "LinalgVectorNorm", "Mean", "Mul", "NativeBatchNorm", "CudnnBatchNorm", "Neg", "Norm", "Pow",
+    "Relu", "Rsqrt", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Stack", "Std", "StdMean", "Sub",
+    "Sum", "Tanh", "Var", "VarMean", "Zero",
+}  # fmt: skip
+HIDDEN = {"CompiledFunction", "CheckpointFunction", "Broadcast"}  # nodes that have others inside
 
 
 def depth(net, *inputs, **kwargs):
@@ -963,12 +1014,12 @@ def depth(net, *inputs, **kwargs):
         ValueError: where the graph hides weights, or none has a gradient.
     """
     with _Kept(net), torch.enable_grad():
-        shares = _shares(net, net(*inputs, **kwargs))
+        shares = _shares(net, net(*inputs, **kwargs), {})
     if not shares:
         raise ValueError("no depth can be read: the graph of the network's output has no weight "
                          "that requires a gradient, or hides some in a compiled or checkpointed "
                          "part")  # fmt: skip
-    return shares
+    return {name: shares[id(p)] for name, p in net.named_parameters() if id(p) in shares}
 
 
 class _Kept:
@@ -978,38 +1029,39 @@ class _Kept:
         self.net = net
 
     def __enter__(self):
-        self.buffers = [(x, x.clone()) for x in self.net.buffers()]
-        self.fork = torch.random.fork_rng()
+        self.buffers = [(module, dict(module._buffers)) for module in self.net.modules()]
+        twins = {id(x): x.clone() for x in self.net.buffers()}
+        for module, buffers in self.buffers:
+            module._buffers.update({k: twins.get(id(x), x) for k, x in buffers.items()})
+        devices = {p.device for p in self.net.parameters() if p.is_cuda}
+        self.fork = torch.random.fork_rng(list(devices))
         self.fork.__enter__()
 
-    @torch.no_grad()
     def __exit__(self, *error):
         self.fork.__exit__(*error)
-        for x, kept in self.buffers:
-            x.copy_(kept)
+        for module, buffers in self.buffers:
+            module._buffers.update(buffers)
 
 
-def _shares(net, output, roles=None):
-    """{name: share} of the weights that an output was computed from. Empty: it has no gradient.
+def _shares(net, output, roles):
+    """{id: share} of the weights that an output was computed from. Empty: it has no gradient.
     None: weights are hidden. Reads the names of autograd's nodes, never their values."""
     roots = [t.grad_fn for t in _outputs(output) if t.grad_fn is not None]
     if not roots:
         return {}
-    known = _rules_of(net, roles or {}, measure=False)
-    weights = {key: name for key, (name, rule) in known.items() if rule.role not in VECTORS}
+    known = _rules_of(net, roles, measure=False)
+    weights = {key for key, (_, rule) in known.items() if rule.role not in VECTORS}
     modules = dict(net.named_modules())
     # A weight that torch's parametrizations make of others: its shape, by those others.
     made = {}
     for name, p in net.named_parameters():
-        if ".parametrizations." in name:
-            owner, _, rest = name.partition(".parametrizations.")
-            made[id(p)] = getattr(modules[owner], rest.partition(".")[0]).shape
+        if own := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\..*", name):
+            made[id(p)] = getattr(modules[own[1] or ""], own[2]).shape
     nodes = _inputs_first(roots)
     parameter, units = {}, {}  # node -> the parameters it is a function of; units of signal in it
-    hides = False
+    hides = HIDDEN.intersection(map(_kind, nodes))
     for node in nodes:
         kind, inputs = _kind(node), [n for n, _ in node.next_functions if n is not None]
-        hides = hides or kind in HIDDEN
         if kind == "AccumulateGrad":
             parameter[node] = [node.variable]
         elif inputs and all(n in parameter for n in inputs) and _rearranges(
@@ -1039,22 +1091,26 @@ def _shares(net, output, roles=None):
             own = [each / max(whole, 1.0)] * len(matrices)
         elif kind in ("Cat", "Stack"):
             whole += len(matrices)
-            own = [each / whole] * len(matrices)
+            own = [each / max(whole, 1.0)] * len(matrices)
         for p, share in zip(matrices, own):
-            shares[weights[id(p)]] = shares.get(weights[id(p)], 0.0) + share
+            shares[id(p)] = shares.get(id(p), 0.0) + share
         for (n, _), part in zip(signals, parts):
             flow[n] += each * part / whole
-    missing = [p for p in net.parameters()
-               if p.requires_grad and id(p) in weights and weights[id(p)] not in shares]
-    return None if hides and missing or "CompiledFunction" in map(_kind, nodes) else shares
+    missing = any(p.requires_grad and id(p) in weights.difference(shares) for p in net.parameters())
+    return None if hides and (missing or hides != {"CheckpointFunction"}) else shares
 
 
 def _rearranges(node, kind, parameters, made):
-    """Whether a node whose inputs are parameters makes another form of them, no signal."""
+    """Whether a node whose inputs are parameters makes another form of them, no signal. Its inputs
+    that have no gradient are not seen: data, in the first layer."""
     if kind in REARRANGE:
         return True
+    shape = _shape(node)
     shapes = [made[id(p)] for p in parameters if id(p) in made]
-    return bool(shapes) and (kind not in LAYERS or _shape(node) in shapes)
+    if shapes:
+        return kind not in LAYERS or shape in shapes
+    small = shape is not None and shape.numel() <= sum(p.numel() for p in parameters)
+    return kind in FUNCTIONS and small
 
 
 def _split(node, parameter, weights):
@@ -1142,11 +1198,13 @@ def init_weights(params, generator=None, inputs=None, roles=None):
         rules = _rules_by_shape(params, roles)
     if not params:
         raise ValueError(EMPTY)
+    # Without a name a constant vector is of a norm layer: its gain or its bias.
+    named = all(name for name, _ in params)
     sizes, drawn, wide = {}, 0, {"dtype": torch.float64, "device": "cpu"}
     for p, rule in {id(p): (p, rule) for (_, p), rule in zip(params, rules)}.values():
         number, rank, s = rule.blocks(p.shape)
         if rule.role in VECTORS:
-            if rule.start is not None:
+            if rule.start is not None and (named or p.max() > p.min()):
                 p.fill_(rule.start)
         elif rule.role == "rows":
             z = torch.randn(p.shape, generator=generator, **wide)
@@ -1201,7 +1259,7 @@ def _scale(net, inputs):
 
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in net.modules()
                if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D"]  # fmt: skip
-    training = net.training
+    training = [(module, module.training) for module in net.modules()]
     try:
         with _Kept(net):
             net.train()
@@ -1210,7 +1268,8 @@ def _scale(net, inputs):
             else:
                 net(*(inputs if isinstance(inputs, (tuple, list)) else [inputs]))
     finally:
-        net.train(training)
+        for module, mode in training:
+            module.training = mode
         for handle in handles:
             handle.remove()
 
@@ -1233,6 +1292,11 @@ def _wide(device):
 
 
 EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
+
+
+def _unwrapped(name):
+    """A parameter's name without those of wrappers: DDP, torch.compile, checkpoints."""
+    return re.sub(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
 def _listed(params):
@@ -1264,21 +1328,20 @@ def _check(params):
         if not isinstance(p, Tensor):
             raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
         if nn.parameter.is_lazy(p):
-            kind = "no shape yet: run a batch through the network first"
+            kind = "which has no shape yet: run a batch through the network first"
             found.setdefault(kind, []).append(name or "a tensor")
             continue
         kind = None
         if not p.is_floating_point() or p.dtype.itemsize < 2:
-            kind = (f"dtype {p.dtype}: make it real floating point of 16 bits or more, or leave it "
-                    "out")  # fmt: skip
+            kind = f"of dtype {p.dtype}: make it real floating point of 16 bits, or leave it out"
         elif p.numel() == 0:
-            kind = "no elements: leave it out"
+            kind = "which has no elements: leave it out"
         elif _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
-            kind = "shards along its kernel: shard it along its first or second dimension"
+            kind = "sharded along its kernel: shard it along its first or second dimension"
         if kind:
             found.setdefault(kind, []).append(_label(name, p))
     if found:
-        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, with {kind}"
+        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, {kind}"
                  for kind, x in found.items()]  # fmt: skip
         number = sum(map(len, found.values()))
         number = f"{number} tensors: " if number > 1 else ""

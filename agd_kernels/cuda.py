@@ -1,8 +1,9 @@
-"""The sweeps of AGD's step on a CUDA GPU: four Triton kernels, whatever the number of weights.
+"""The sweeps of AGD's step on a CUDA GPU: five Triton kernels, whatever the number of weights.
 
     upload      addresses of tensors that have changed since the last step, as kernel arguments
     squares     norms of tiles of tensors, one launch for each (dtype, layout, number of blocks)
     norms       from those the norm of every block
+    middle      from those G, eta and the factors of the update
     update      the weights, in the tiles and launches of `squares`
 
 Every sum has a fixed order: no atomics, the same result each time. Nothing waits for the device."""
@@ -83,6 +84,14 @@ class Backend:
             options = {"CHUNK": CHUNK, "num_warps": 4, **FUSED}
             _kernels().norms[(self.blocks,)](scratch, self.segments, out, **options)
         return out
+
+    def middle(self, scales, norms):
+        """As agd.py's _middle, of one part: its operations would take longer than a small sweep."""
+        G, eta, factors = (norms[0].new_empty(n) for n in ((), (), self.blocks))
+        with self.current():
+            _kernels().middle[(1,)](*scales, *norms, G, eta, factors, self.blocks,
+                                    CHUNK=CHUNK, num_warps=4, **FUSED)  # fmt: skip
+        return G, eta, [factors]
 
     def subtract(self, targets, directions, factors):
         """As TorchBackend.subtract."""
@@ -286,6 +295,27 @@ def _kernels():
             total += x * scale * (x * scale)
         tl.store(out + block, power * tl.sqrt(tl.sum(total, 0)))
 
+    @triton.jit(do_not_specialize=["number"])
+    def middle(scales, norms, G, eta, factors, number, CHUNK: tl.constexpr):
+        i = tl.arange(0, CHUNK)
+        total = tl.zeros((CHUNK,), tl.float64)
+        for at in range(0, number, CHUNK):
+            inside = at + i < number
+            s = tl.load(scales + at + i, mask=inside, other=0)
+            total += s * tl.load(norms + at + i, mask=inside, other=0)
+        g = tl.sum(total, 0)
+        y = g / (tl.sqrt(g + 0.25) + 0.5)
+        # log(1 + y) to the last digits: the error of 1 + y is that of its logarithm, too.
+        u = 1.0 + y
+        rate = tl.where(u == 1.0, y, tl.log(u) * y / tl.where(u == 1.0, 1.0, u - 1.0))
+        tl.store(G, g)
+        tl.store(eta, rate)
+        for at in range(0, number, CHUNK):
+            inside = at + i < number
+            s = tl.load(scales + at + i, mask=inside, other=0)
+            x = tl.load(norms + at + i, mask=inside, other=1)
+            tl.store(factors + at + i, s * rate / x, mask=inside)
+
     @triton.jit
     def update(directions, targets, tiles, factors, DTYPE: tl.constexpr, RUNS: tl.constexpr,
                POSITIONS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -328,4 +358,5 @@ def _kernels():
                 # Written as it was where the factor is 0: a mask by columns would split the stores.
                 tl.store(to, tl.where(factor != 0, new, w), mask=mask)
 
-    return SimpleNamespace(tl=tl, upload=upload, squares=squares, norms=norms, update=update)
+    return SimpleNamespace(tl=tl, upload=upload, squares=squares, norms=norms,
+                           middle=middle, update=update)  # fmt: skip

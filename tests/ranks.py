@@ -10,7 +10,7 @@ import torch.nn as nn
 
 import distributed
 import main as program
-from agd import AGD, init_weights
+from agd import AGD, depth, init_weights
 from data import load
 from interrupt import Requests
 from train import Gradient, evaluate, mse, train_epoch
@@ -190,6 +190,64 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.twin(torch.relu(self.same(torch.relu(self.conv(x)))))
         return self.last(torch.relu(self.wide(self.narrow(x.flatten(1)))))
+
+
+class Every(nn.Module):
+    """A parameter of every role; the parts of stacked weights, groups and rows do not divide by the
+    ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.lstm = nn.LSTM(6, 6)
+        self.conv = nn.Conv1d(6, 9, 3, padding=1, groups=3)
+        self.last = nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = self.conv(self.lstm(x)[0].mT).relu().mean(-1)
+        return self.last(x)
+
+
+def every_role(world, how, steps=6):
+    """As `sharded`, of a network with every role: by fully_shard, or with all weights in shards of
+    rows, or "dense"."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    net, twin = Every().double(), Every().double()
+    init_weights(net, torch.Generator().manual_seed(1))
+    x = torch.arange(24).view(3, 8) % 11
+    shares = depth(net, x)
+    mesh = init_device_mesh("cpu", (world.size,))
+    if how == "fsdp":
+        fully_shard(net, mesh=mesh)
+    elif how == "rows":
+        for layer in list(net.modules()):
+            for name, p in list(layer.named_parameters(recurse=False)):
+                p = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+                setattr(layer, name, p)
+    optimizer, etas = AGD(net, depth=shares), []
+    for i in range(steps):
+        whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
+        for p, q in zip(twin.parameters(), whole):
+            p.data.copy_(q)
+            p.grad = None
+        (twin((x + i) % 11) - 1).square().mean().backward()
+        for p, q in zip(twin.parameters(), net.parameters()):
+            q.grad = p.grad.clone() if how == "dense" else distribute_tensor(
+                p.grad, q.device_mesh, q.placements)  # fmt: skip
+        optimizer.step()
+        etas.append(optimizer.eta.item())
+    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
+    names = [name for name, _ in net.named_parameters()]
+    return {"names": names, "weights": whole, "eta": etas, "s": [x.s for x in optimizer.rules[0]],
+            "L": optimizer.L}  # fmt: skip
 
 
 def sharded(world, how, steps=10):

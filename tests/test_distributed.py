@@ -488,6 +488,19 @@ def test_sharded_weights_take_the_steps_of_dense_ones(how, size, run_ranks):
             assert (p - q).abs().max() < 1e-12, name
 
 
+@pytest.mark.parametrize("how, size", [("fsdp", 2), ("rows", 2), ("rows", 4)])
+def test_sharded_weights_of_every_role_take_the_steps_of_dense_ones(how, size, run_ranks):
+    """Blocks that a shard cuts, and shards of many blocks, are normed whole."""
+    (dense, *_), errors = run_ranks(1, "every_role", how="dense")
+    found, more = run_ranks(size, "every_role", how=how)
+    assert dense is not None and None not in found, errors + more
+    for x in found:
+        assert x["eta"] == pytest.approx(dense["eta"], rel=1e-12)
+        assert x["s"] == pytest.approx(dense["s"], rel=1e-12) and x["L"] == dense["L"]
+        for name, w, v in zip(x["names"], x["weights"], dense["weights"]):
+            assert torch.allclose(w, v, rtol=1e-12, atol=1e-13), name
+
+
 def test_weights_sharded_along_their_kernel_are_refused(run_ranks):
     found, errors = run_ranks(2, "sharded", how="kernel")
     assert all("conv.weight of shape (6, 1, 3, 3), sharded along its kernel" in x for x in found)

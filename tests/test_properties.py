@@ -81,9 +81,9 @@ class Net:
     def optimizer(self, fused):
         """Over new parameters, those of the first group first."""
         groups = [
-            {"params": [x.parameter() for x in self.layers if x.group == i], "gain": copy.copy(gain)}
-            for i, gain in enumerate(self.gains)
-        ]
+            {"params": [x.parameter() for x in self.layers if x.group == i],
+             "gain": copy.copy(gain)} for i, gain in enumerate(self.gains)
+        ]  # fmt: skip
         return AGD([group for group in groups if group["params"]], fused=fused)
 
     def replaced(self, **changes):
@@ -406,8 +406,8 @@ def copied(p):
 def test_a_weight_that_is_listed_often_is_one_layer(fused, net, data):
     """Where it is first, with one draw."""
     once = net.optimizer(fused)
-    groups = [{**group, "params": tied(data.draw, [copied(p) for p in group["params"]])}
-              for group in once.param_groups]  # fmt: skip
+    groups = [{"params": tied(data.draw, [copied(p) for p in group["params"]]),
+               "gain": group["lr"]} for group in once.param_groups]  # fmt: skip
     often = AGD(groups, fused=fused)
     for optimizer in (often, once):
         optimizer.step()
