@@ -120,6 +120,9 @@ class AGD(torch.optim.Optimizer):
         super().__init__(_listed(params), {"lr": gain})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(EMPTY)
+        listed = [id(p) for group in self.param_groups for p in group["params"]]
+        assert len(set(listed)) == len(listed) == sum(map(len, self.rules))
+        assert not self._paths or {id(p) for _, p in params} == set(listed)
         unused = [x for x in self.roles if not self._named(x)]
         if unused:
             raise ValueError(f"no parameter has a name like {', '.join(unused)}, of roles=")
@@ -370,15 +373,16 @@ class AGD(torch.optim.Optimizer):
                         x.role not in VECTORS for rules in self.rules for x in rules))
                 role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
                 role += ", transposed" if rule.transposed else ""
-                row = re.sub(r"\d+", "*", name), tuple(p.shape), role
-                lines.setdefault(row, []).append((s, share))
+                row = re.sub(r"\d+", "*", name), role
+                lines.setdefault(row, []).append((tuple(p.shape), s, share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
-        for (name, shape, role), found in lines.items():
-            least, most = min(s for s, _ in found), max(s for s, _ in found)
-            s = f"{least:.4g}" + ("" if f"{least:.4g}" == f"{most:.4g}" else f" to {most:.4g}")
-            share = sum(share for _, share in found)
-            rows.append((name or "-", str(shape), role, s, f"{share:.4g}" if share else "",
-                         f"{len(found)} of them" if len(found) > 1 else ""))  # fmt: skip
+        for (name, role), found in lines.items():
+            shapes, sizes, shares = zip(*found)
+            s = " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(sizes), max(sizes))))
+            shape = str(shapes[0]) if len(set(shapes)) == 1 else f"{len(set(shapes))} shapes"
+            share = sum(shares)
+            rows.append((name or "-", shape, role, s, f"{share:.4g}" if share else "",
+                         f"× {len(found)}" if len(found) > 1 else ""))  # fmt: skip
         wide = [max(map(len, column)) for column in zip(*rows)]
         text = [" ".join(x.ljust(n) for x, n in zip(row, wide)).rstrip() for row in rows]
         number = sum(map(len, self.rules))

@@ -78,7 +78,7 @@ def parse(argv=None):
         + ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items()) + ")")
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
-    add("--nets", type=number(int, 1, len(step.NETS)), metavar="N",
+    add("--nets", type=number(int, 1, len(step.NETS) + len(step.STOCK)), metavar="N",
         help="of the steps: the first N networks alone, without the growth")
     add("--counts", type=number(int, 1), nargs="+", metavar="N",
         help="of many: so many runs at once, beside 1 (default: 2 4 8 16 32)")

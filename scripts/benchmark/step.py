@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torchvision
 
 from agd import AGD
 from architecture import build
@@ -29,7 +30,11 @@ NETS = {
     "ResNet-18, ImageNet": ("resnet18", *IMAGENET),
     "ResNet-50, CIFAR-10": ("resnet50", *CIFAR),
 }
-YARDSTICK = "SGD, fused"
+STOCK = {  # as they are, with biases, norms and embeddings: AGD(net)
+    "GPT-2 small": lambda: gpt2(),  # 124 million
+    "ResNet-50, torchvision": lambda: torchvision.models.resnet50(),
+}
+YARDSTICK, PLAIN = "SGD, fused", "AGD, fused=False"
 GROWING = ("AGD", YARDSTICK, "AdamW, fused")
 MATRICES = 10  # of the weights that grow
 RATE = 1e-8  # the peers': it changes no time, and they share their weights
@@ -37,9 +42,21 @@ BYTES = {"AGD": 16, YARDSTICK: 12}  # that a step moves, of each float32 weight
 GRAPH = " as a CUDA graph"
 
 
-def peers(weights):
-    """{name: optimiser} of the same weights."""
-    made = {"AGD": AGD(weights), "AGD, fused=False": AGD(weights, fused=False)}
+def gpt2():
+    """A network with the parameters of GPT-2's 124 million, never called."""
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, norm_first=True)
+    return torch.nn.ModuleDict({
+        "tokens": torch.nn.Embedding(50257, 768), "positions": torch.nn.Embedding(1024, 768),
+        "layers": torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False),
+        "norm": torch.nn.LayerNorm(768),
+    })  # fmt: skip
+
+
+def peers(weights, net=None):
+    """{name: optimiser} of the same weights; AGD of a network takes it whole."""
+    whole = {} if net is None else {"depth": 6.71}
+    made = {name: AGD(net or weights, fused=fused, **whole)
+            for name, fused in (("AGD", None), (PLAIN, False))}  # fmt: skip
     kinds = {"SGD": (torch.optim.SGD, {}),
              "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9}),
              "AdamW": (torch.optim.AdamW, {})}  # fmt: skip
@@ -147,20 +164,27 @@ def growth(args, device):
 
 def case(args, device):
     found, memories, absent, rates = {}, {}, [], {}
-    for name in list(NETS)[: args.nets or (2 if args.quick else None)]:
+    for name in [*NETS, *STOCK][: args.nets or (2 if args.quick else None)]:
         for channels_last in (False, True):
-            weights = weights_of(*NETS[name], device, channels_last)
-            if channels_last and all(p.ndim == 2 for p in weights):
+            if name in STOCK:
+                net = STOCK[name]().to(device)
+                weights = with_gradients(list(net.parameters()))
+            else:
+                net, weights = None, weights_of(*NETS[name], device, channels_last)
+            if channels_last and (name in STOCK or all(p.ndim == 2 for p in weights)):
                 continue
             label = f"{name}, channels_last" if channels_last else name
-            optimizers = peers(weights)
+            optimizers = peers(weights, net)
+            if name in STOCK:  # the memory of all of them would be several GB
+                optimizers = {k: x for k, x in optimizers.items() if k in (*GROWING, PLAIN)}
             for key, values in compare(weights, optimizers, args, device, label).items():
                 found.setdefault(key, {})[label] = values
             seconds = found.get(f"seconds{GRAPH}", found["seconds"])[label]
             elements = sum(p.numel() for p in weights)
             rates[label] = {key: n * elements / seconds[key][0] for key, n in BYTES.items()}
             if not channels_last:
-                memories[name] = memory(weights, peers(weights), device)
+                again = peers(weights, net)
+                memories[name] = memory(weights, {k: again[k] for k in optimizers}, device)
             if "Muon" not in optimizers:
                 absent.append(label)
     order = sorted(found, key=lambda key: ("ratios", "quartiles", "seconds").index(key.split()[0]))
