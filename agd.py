@@ -281,6 +281,8 @@ class AGD(torch.optim.Optimizer):
             for j, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
+                    if self._paths:  # frozen, it leaves L
+                        key.append(p.requires_grad)
                     continue
                 if grad.layout != torch.strided or grad.is_complex():
                     label = _label(group["param_names"][j] if "param_names" in group else None, p)

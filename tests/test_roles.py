@@ -333,9 +333,13 @@ def test_frozen_layers_and_those_that_are_unfrozen_later():
     assert optimizer.rules[1][0].s != near(1.0, rel=1e-3)  # measured, as of the others
     stepped(net, optimizer)
     assert optimizer.L == 2
+    net[4].weight.grad = None
+    optimizer.step()
+    G = optimizer.G.item()
     net[4].requires_grad_(False)
-    stepped(net, optimizer)
+    optimizer.step()
     assert optimizer.L == 1  # frozen later: left out with its share
+    assert optimizer.G.item() == pytest.approx(2 * G)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
