@@ -44,6 +44,16 @@ struct plan {
 static void squares_of_a_run(const float *g, int64_t n, doubles *sum)
 {
     doubles s[32 / LANES] = {*sum};
+    if (n >= 4096) { /* four streams, each of which the processor prefetches */
+        int64_t m = n / 4 / 32 * 32;
+        for (const float *end = g + m; g < end; g += 16)
+            for (int i = 0; i < 64 / LANES; i++) {
+                doubles x = WIDENED(g + i / (16 / LANES) * m + i % (16 / LANES) * LANES);
+                s[i % (32 / LANES)] += x * x;
+            }
+        g += 3 * m;
+        n -= 4 * m;
+    }
     for (; n >= 32; n -= 32, g += 32) {
         __builtin_prefetch(g + AHEAD);
         __builtin_prefetch(g + AHEAD + 16);
@@ -81,6 +91,13 @@ static void squares(const struct plan *p, const struct chunk *c)
     const float *g = p->directions[t->weight] + t->at;
     double *out = p->partials + c->partial;
     memset(out, 0, t->K * sizeof *out);
+    if (t->K == 1) { /* short ones are many: rows of an embedding */
+        doubles sum = {0};
+        squares_of_a_run(g + c->start, c->end - c->start, &sum);
+        for (int j = 0; j < LANES; j++)
+            out[0] += sum[j];
+        return;
+    }
     if (t->inner == 1) {
         _Alignas(64) double sum[WIDEST] = {0};
         squares_of_periods(g + c->start, c->end - c->start, t->period, sum);
@@ -106,24 +123,33 @@ static void squares(const struct plan *p, const struct chunk *c)
 static int in_range(double factor) { return factor > 0x1p-100 && factor < 0x1p100; }
 static int moves(double factor) { return factor > 0 && factor < INFINITY; }
 
+static inline void update_run(float *restrict w, const float *restrict g, int64_t start,
+                              int64_t end, double factor)
+{
+    float narrow = (float)factor;
+    if (in_range(factor))
+        for (int64_t j = start; j < end; j++)
+            w[j] -= narrow * g[j];
+    else if (moves(factor))
+        for (int64_t j = start; j < end; j++)
+            w[j] = (float)(w[j] - factor * g[j]);
+}
+
 static void update(const struct plan *p, const struct chunk *c)
 {
     const struct tensor *t = p->tensors + c->tensor;
     const double *factors = p->factors + t->first;
     float *restrict w = p->targets[t->weight] + t->at;
     const float *restrict g = p->directions[t->weight] + t->at;
+    if (t->K == 1) {
+        update_run(w, g, c->start, c->end, factors[0]);
+        return;
+    }
     if (t->inner > 1) {
         for (int64_t i = c->start, end; i < c->end; i = end) {
-            double factor = factors[i / t->inner % t->K];
-            float narrow = (float)factor;
             end = (i / t->inner + 1) * t->inner;
             end = end < c->end ? end : c->end;
-            if (in_range(factor))
-                for (int64_t j = i; j < end; j++)
-                    w[j] -= narrow * g[j];
-            else if (moves(factor))
-                for (int64_t j = i; j < end; j++)
-                    w[j] = (float)(w[j] - factor * g[j]);
+            update_run(w, g, i, end, factors[i / t->inner % t->K]);
         }
         return;
     }
