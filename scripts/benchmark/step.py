@@ -134,7 +134,8 @@ def compare(weights, optimizers, args, device, say):
     found = {}
     for where, (timer, works) in timers.items():
         note(f"{say}: {sum(p.numel() for p in weights):,} weights, {args.repeats} rounds{where}")
-        seconds = take_turns(works, args.repeats, timer, warm=3)
+        # AGD looks into the gradients of its first 16 steps.
+        seconds = take_turns(works, args.repeats, timer, warm=17)
         pairs = [(name, YARDSTICK) for name in works if name != YARDSTICK]
         each = {key.split(" / ")[0]: x for key, x in ratios(seconds, pairs).items()}
         found |= {f"ratios{where}": medians(each), f"quartiles{where}": quartiles(each),
