@@ -108,7 +108,7 @@ class AGD(torch.optim.Optimizer):
                             "there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
-        self._watch, self._kept, self._said = _Watch(), [], set()
+        self._watch, self._recent, self._said = _Watch(), [], set()
         # Whether L is of paths, and has been read.
         self._paths, self._read = isinstance(params, nn.Module), False
         if self._paths:
@@ -222,7 +222,7 @@ class AGD(torch.optim.Optimizer):
         return self._paths and self.depth is None and not self._read
 
     def _changed(self):
-        self._key, self._kept = None, []
+        self._key, self._recent = None, []
 
     def _warn(self, kind, text, level=5):
         """Warn once of a kind, at the place that called `step`, through torch's two wrappers."""
@@ -313,12 +313,12 @@ class AGD(torch.optim.Optimizer):
                   if p.grad is not None]  # fmt: skip
         if compiling or capturing:  # the graph's own
             return _Part.split(moving, L, fused=False), targets, grads
-        if key in (x for x, _ in self._kept):  # of layers that take turns
-            (self._parts,) = (parts for x, parts in self._kept if x == key)
+        if key in (x for x, _ in self._recent):  # of layers that take turns
+            (self._parts,) = (parts for x, parts in self._recent if x == key)
         else:
             with torch.inference_mode(False), torch.device("cpu"):  # whatever the defaults are now
                 self._parts = _Part.split(moving, L, self.fused)
-            self._kept = [*self._kept[-3:], (key, self._parts)]
+            self._recent = [*self._recent[-3:], (key, self._parts)]
         self._key = key
         return self._parts, targets, grads
 
@@ -359,7 +359,7 @@ class AGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._watch, self._kept = _Watch(), []
+        self._watch, self._recent = _Watch(), []
 
     def table(self):
         """Every parameter's name, shape, role, s and share of L, as text. Parameters that differ in
@@ -598,7 +598,7 @@ class Layout:
         self.split = rule.parts > 1 and (rule.cut(p.shape), rule.parts)
         blocks = list(rule.numbering(p.shape))
         if _is_dtensor(weight) and 0 in blocks:
-            self.split, self.index = False, _places(weight, rule)
+            self.split, self.index = False, _block_indices(weight, rule)
             blocks = [0, *(i - (rule.role == "kernel") for i in blocks[1:])]
         p = self._parted(p)
         dims = list(range(p.ndim))
@@ -646,7 +646,7 @@ class Layout:
         return factors if 1 in (self.m, K) else factors.repeat(self.m, 1, 1)
 
 
-def _places(weight, rule):
+def _block_indices(weight, rule):
     """The place among all blocks of the blocks of a local tensor, for a weight that is sharded
     along the dimension that numbers them: a row at a time."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -691,16 +691,15 @@ class _Part:
             number, _, s = rule.blocks(p.shape)
             scales.append(torch.full((number,), (s if rule.s is None else rule.s) / L, **wide))
             start, end = end, end + number
-            if layout.index is not None:
-                self.index = True
-            places.append((start, number, layout.index))
+            places.append((start, number))
             if self.groups and self.groups[-1][0] == group:
                 start = self.groups.pop()[1].start
             self.groups.append((group, slice(start, end)))
         self.scales = torch.cat(scales)
-        if self.index:
-            places = [start + (torch.arange(n) if x is None else x) for start, n, x in places]
-            self.index = torch.cat(places).to(device)
+        if any(layout.index is not None for layout in layouts):
+            own = [torch.arange(n) if x.index is None else x.index
+                   for x, (_, n) in zip(layouts, places)]  # fmt: skip
+            self.index = torch.cat([start + x for x, (start, _) in zip(own, places)]).to(device)
 
     def norms(self, grads):
         """Frobenius norms of the gradients' blocks, like `scales`."""
@@ -841,7 +840,7 @@ def _local(p):
 
 
 # Linear layers of this name are three matrices beside each other where their shape is that.
-FUSED = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "in_proj")
+QKV = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "in_proj")
 TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names of rows
 
 
@@ -852,7 +851,7 @@ def _rules_of(net, roles, measure=True):
                   if p.requires_grad or nn.parameter.is_lazy(p) or p.numel()]  # fmt: skip
     _check([(name, p) for name, p in parameters if p.requires_grad])
     for name, p in parameters:
-        owner, tensor, magnitude = _place(name, p)
+        owner, tensor, magnitude = _owner(name, p)
         module = modules[owner]
         rule = _role(module, owner.rpartition(".")[2], tensor, p.shape)
         rule = Rule("gain") if magnitude else rule
@@ -882,7 +881,7 @@ def _rules_of(net, roles, measure=True):
     return known
 
 
-def _place(name, p):
+def _owner(name, p):
     """(the module's name, the tensor's name in it, whether it is the magnitude of weight_norm) of a
     parameter; one of a parametrization stands for the weight that it makes."""
     own = re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original(\d?)", name)
@@ -916,7 +915,7 @@ def _role(module, attribute, tensor, shape):
         transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers'
         if transposed or isinstance(module, (nn.Linear, nn.Bilinear)):
             sides = shape[::-1] if transposed else shape
-            three = attribute in FUSED and len(shape) == 2 and sides[0] == 3 * sides[1]
+            three = attribute in QKV and len(shape) == 2 and sides[0] == 3 * sides[1]
             return Rule("stacked", 3, transposed) if three else Rule("matrix", 1, transposed)
     vector = sum(n > 1 for n in shape) < 2 and not TOKEN.search(tensor)
     return Rule("gain", start=1.0 if norm else None) if vector else Rule("rows")
@@ -1019,7 +1018,7 @@ def depth(net, *inputs, **kwargs):
     Raises:
         ValueError: where the graph hides weights, or none has a gradient.
     """
-    with _Kept(net), torch.enable_grad():
+    with _Untouched(net), torch.enable_grad():
         shares = _shares(net, net(*inputs, **kwargs), {})
     if not shares:
         raise ValueError("no depth can be read: the graph of the network's output has no weight "
@@ -1028,7 +1027,7 @@ def depth(net, *inputs, **kwargs):
     return {name: shares[id(p)] for name, p in net.named_parameters() if id(p) in shares}
 
 
-class _Kept:
+class _Untouched:
     """A context that leaves a network's buffers and torch's generators as they were."""
 
     def __init__(self, net):
@@ -1267,7 +1266,7 @@ def _scale(net, inputs):
                if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D"]  # fmt: skip
     training = [(module, module.training) for module in net.modules()]
     try:
-        with _Kept(net):
+        with _Untouched(net):
             net.train()
             if isinstance(inputs, Mapping):
                 net(**inputs)

@@ -246,8 +246,13 @@ def every_role(world, how, steps=6):
         etas.append(optimizer.eta.item())
     whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]
-    return {"names": names, "weights": whole, "eta": etas, "s": [x.s for x in optimizer.rules[0]],
-            "L": optimizer.L}  # fmt: skip
+    return outcome(optimizer, names, whole, etas)
+
+
+def outcome(optimizer, names, weights, etas):
+    s = [x.blocks(p.shape)[2] if x.s is None else x.s
+         for x, p in zip(optimizer.rules[0], optimizer.param_groups[0]["params"])]  # fmt: skip
+    return {"names": names, "weights": weights, "eta": etas, "s": s, "L": optimizer.L}
 
 
 def sharded(world, how, steps=10):
@@ -313,7 +318,7 @@ def sharded(world, how, steps=10):
         optimizer.zero_grad()
         etas.append(optimizer.eta.item())
     whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-    return {"names": names, "weights": whole, "eta": etas}
+    return outcome(optimizer, names, whole, etas)
 
 
 def main():

@@ -476,29 +476,22 @@ def test_one_process_needs_no_launcher():
     assert world.drifted([x]) == [] and world.speaks
 
 
-@pytest.mark.parametrize("how, size", [("fsdp", 2), ("rows", 3), ("columns", 2), ("both", 4)])
-def test_sharded_weights_take_the_steps_of_dense_ones(how, size, run_ranks):
-    """Drawn, normed over the whole matrix, and moved alike; some shards are empty."""
-    (dense, *_), errors = run_ranks(2, "sharded", how="dense")
-    found, more = run_ranks(size, "sharded", how=how)
+@pytest.mark.parametrize("case, how, size", [
+    ("sharded", "fsdp", 2), ("sharded", "rows", 3), ("sharded", "columns", 2),
+    ("sharded", "both", 4), ("every_role", "fsdp", 2), ("every_role", "rows", 2),
+    ("every_role", "rows", 4),
+])  # fmt: skip
+def test_sharded_weights_take_the_steps_of_dense_ones(case, how, size, run_ranks):
+    """Drawn, normed over the whole matrix, and moved alike; some shards are empty, and some cut a
+    block, or hold many."""
+    (dense, *_), errors = run_ranks(2, case, how="dense")
+    found, more = run_ranks(size, case, how=how)
     assert dense is not None and None not in found, errors + more
     for of_rank in found:
         assert of_rank["eta"] == pytest.approx(dense["eta"], rel=1e-12)
+        assert of_rank["s"] == pytest.approx(dense["s"], rel=1e-12) and of_rank["L"] == dense["L"]
         for name, p, q in zip(dense["names"], dense["weights"], of_rank["weights"]):
             assert (p - q).abs().max() < 1e-12, name
-
-
-@pytest.mark.parametrize("how, size", [("fsdp", 2), ("rows", 2), ("rows", 4)])
-def test_sharded_weights_of_every_role_take_the_steps_of_dense_ones(how, size, run_ranks):
-    """Blocks that a shard cuts, and shards of many blocks, are normed whole."""
-    (dense, *_), errors = run_ranks(1, "every_role", how="dense")
-    found, more = run_ranks(size, "every_role", how=how)
-    assert dense is not None and None not in found, errors + more
-    for x in found:
-        assert x["eta"] == pytest.approx(dense["eta"], rel=1e-12)
-        assert x["s"] == pytest.approx(dense["s"], rel=1e-12) and x["L"] == dense["L"]
-        for name, w, v in zip(x["names"], x["weights"], dense["weights"]):
-            assert torch.allclose(w, v, rtol=1e-12, atol=1e-13), name
 
 
 def test_weights_sharded_along_their_kernel_are_refused(run_ranks):
