@@ -687,7 +687,7 @@ class _Part:
         self.backend = kind([_local(p) for p in weights], layouts)
         wide, scales, places = {"dtype": _wide(device), "device": device}, [], []
         end = 0
-        for p, layout, group, rule in zip(weights, layouts, groups, rules):
+        for p, group, rule in zip(weights, groups, rules):
             number, _, s = rule.blocks(p.shape)
             scales.append(torch.full((number,), (s if rule.s is None else rule.s) / L, **wide))
             start, end = end, end + number
