@@ -64,10 +64,28 @@ def same(one, other):
     return a
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "adam", "tests.reference.Averaging"])
-def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(optimizer, tmp_path, capsys):
-    """The last optimiser trains other weights than those that are tested."""
+def with_norms(*args):
+    """A small network with batch norm, in the place of main.py's."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3, bias=False), torch.nn.BatchNorm2d(6, affine=False),
+        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(216, 16, bias=False),
+        torch.nn.BatchNorm1d(16, affine=False), torch.nn.Linear(16, 10, bias=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, norms", [
+    ("agd", False), ("adam", False), ("spectral", False), ("spectral", True),
+    ("tests.reference.Averaging", False),
+])  # fmt: skip
+def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(
+    optimizer, norms, tmp_path, capsys, monkeypatch
+):
+    """Two optimisers train other weights than those that are tested, and of one of them batch norm
+    takes its statistics anew."""
     flags = [*SMALL, "--optimizer", optimizer]
+    if norms:
+        monkeypatch.setattr(program, "build", with_norms)
     code, plan = call(*flags, "--out", tmp_path / "whole")
     assert (code, plan.looks) == (0, LOOKS)
     for k in range(1, LOOKS + 1):
@@ -93,7 +111,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_unbroken_one(tmp_path):
     same(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["agd", "spectral", "sgd", "adam"])
 def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
     """Replays and single steps, to the bit; graphs have a stand-in here."""
     flags = [*QUICK, "--epochs", 2, "--log_steps", "--log_updates", "--optimizer", optimizer]
