@@ -105,8 +105,8 @@ class AGD(torch.optim.Optimizer):
 
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
         if foreign:
-            raise TypeError(NO_RATE if "lr" in foreign else f"AGD has no {', '.join(foreign)}: "
-                            "there is nothing to set")  # fmt: skip
+            raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
+                            f"{', '.join(foreign)}: there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
         self._watch, self._recent, self._said = _Watch(self._spectral), [], set()
@@ -403,6 +403,7 @@ class AGD(torch.optim.Optimizer):
                         x.role not in VECTORS for rules in self.rules for x in rules))
                 role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
                 role += ", transposed" if rule.transposed else ""
+                role += ", output" if rule.output and self._spectral else ""
                 row = re.sub(r"\d+", "*", name), role
                 lines.setdefault(row, []).append((tuple(p.shape), s, share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
@@ -420,7 +421,7 @@ class AGD(torch.optim.Optimizer):
         return "\n".join([*text, f"{number} parameters, L = {self.L:.4g}{end}"])
 
     def __repr__(self):
-        return f"AGD\n{self.table()}"
+        return f"{type(self).__name__}\n{self.table()}"
 
 
 MU, BETA = 0.5, 0.8  # of the momentum; of the average in the weights that a network holds
