@@ -1,5 +1,5 @@
-"""The optimisers, by name: those of agd.py, the baselines of the paper, and any other class of torch's
-form."""
+"""The optimisers, by name: agd.py's, the baselines of the paper, and any other class of torch's form.
+"""
 
 import importlib
 import inspect
