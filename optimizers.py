@@ -1,5 +1,4 @@
-"""The optimisers, by name: agd.py's, the baselines of the paper, and any other class of torch's form.
-"""
+"""The optimisers, by name: of agd.py, baselines, and any other class of torch's form."""
 
 import importlib
 import inspect

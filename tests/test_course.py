@@ -17,7 +17,7 @@ from architecture import build
 from checkpoint import unpack
 from finite import culprit
 from interrupt import ANNOUNCED, NOTHING, SAVE, STOP, Requests
-from tests.conftest import ROOT
+from tests.conftest import ROOT, with_norms
 from tests.test_main import QUICK, comparable, rows, weights
 from train import mse
 
@@ -62,16 +62,6 @@ def same(one, other):
             assert torch.equal(torch.as_tensor(a["optimizer"]["state"][key][part]),
                                torch.as_tensor(value)), (key, part)  # fmt: skip
     return a
-
-
-def with_norms(*args):
-    """A small network with batch norm, in the place of main.py's."""
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(1, 6, 3, bias=False), torch.nn.BatchNorm2d(6, affine=False),
-        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(216, 16, bias=False),
-        torch.nn.BatchNorm1d(16, affine=False), torch.nn.Linear(16, 10, bias=False),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer, norms", [
