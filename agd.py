@@ -219,7 +219,8 @@ class AGD(torch.optim.Optimizer):
         """Take shares of L, a Depth by ids of parameters; a weight that is not there has none."""
         for group, rules in zip(self.param_groups, self.rules):
             rules[:] = [x if x.role in VECTORS else x._replace(
-                            share=float(shares.get(id(p), 0)), output=id(p) in shares.outputs)
+                            share=float(shares.get(id(p), 0)),
+                            output=self._spectral and id(p) in shares.outputs)
                         for p, x in zip(group["params"], rules)]  # fmt: skip
         self._read = True
         self._changed()
@@ -403,7 +404,7 @@ class AGD(torch.optim.Optimizer):
                         x.role not in VECTORS for rules in self.rules for x in rules))
                 role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
                 role += ", transposed" if rule.transposed else ""
-                role += ", output" if rule.output and self._spectral else ""
+                role += ", output" if rule.output else ""
                 row = re.sub(r"\d+", "*", name), role
                 lines.setdefault(row, []).append((tuple(p.shape), s, share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
