@@ -1910,7 +1910,7 @@ def recalibrate(net, batches):
     """Recompute the running statistics of a network's batch norms, as means over `batches`: of
     inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with."""
     device = next((p.device for p in net.parameters()), None)
-    kept = [(module, module.training, getattr(module, "momentum", None)) for module in net.modules()]
+    kept = [(x, x.training, getattr(x, "momentum", None)) for x in net.modules()]
     try:
         torch.optim.swa_utils.update_bn(batches, net, device)
     finally:
