@@ -1029,7 +1029,7 @@ class _Share:
             own = torch.cat(own)
             buffer[: len(own)] = own
         out = buffer.new_empty(self.number, max(loads))
-        torch.distributed.all_gather_into_tensor(out, buffer, group=self.group)
+        torch.distributed.all_gather(list(out.unbind()), buffer, group=self.group)
         starts = [0] * self.number
         for (members, pieces), ranks in zip(self.sizes, owners):
             for rank, mine in enumerate(ranks):
