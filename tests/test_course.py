@@ -354,11 +354,12 @@ def test_a_checkpoint_of_another_network_names_the_layer(tmp_path, capsys):
     assert "(width 7 then, 16 now)" in refused(settings=json.dumps({**settings, "width": 7}))
 
 
-def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rule", ["agd", "spectral"])
+def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch, capsys):
     """From the 5th step on; the checkpoint before stays, and the log says which images."""
     from architecture.fcn import FCN
 
-    forward, calls = FCN.forward, [0]
+    forward, calls = FCN.forward, [-1 if rule == "spectral" else 0]  # which reads its paths first
 
     def spoiled(net, x):
         calls[0] += net.training
@@ -366,9 +367,10 @@ def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, caps
         return y * float("nan") if net.training and calls[0] > 4 else y
 
     monkeypatch.setattr(FCN, "forward", spoiled)
-    flags = [*QUICK, "--save_every", 3, "--out", tmp_path]
+    flags = [*QUICK, "--save_every", 3, "--optimizer", rule, "--out", tmp_path]
     assert call(*flags)[0] == 1
-    end = rows(tmp_path)[-1]
+    name = only(tmp_path)
+    end = rows(tmp_path, name)[-1]
     assert end["stopped"].startswith(
         "20 steps in a row had no finite gradient, the last of them epoch 2, step 12: the first "
         "that is not finite is "
@@ -381,9 +383,10 @@ def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, caps
         train.set_epoch(x["epoch"])
         first = 128 * (x["step"] - 1)
         assert x["indices"] == train.order()[first : first + 128].tolist()
-    epoch = rows(tmp_path)[1]
+    epoch = rows(tmp_path, name)[1]
     assert epoch["skipped_steps"] == 8 and epoch["train_loss"] is None
-    assert all(x.isfinite().all() for x in weights(tmp_path).values())
+    assert epoch.get("turn") is None and ("length" in epoch) == (rule == "spectral")
+    assert all(x.isfinite().all() for x in weights(tmp_path, name).values())
     said = capsys.readouterr().out
     assert "Stopped: 20 steps in a row" in said and "20 steps were skipped" in said
     assert call(*flags)[0] == 1 and "Already ended: 20 steps" in capsys.readouterr().out
