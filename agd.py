@@ -868,8 +868,9 @@ class _Matrices:
 
     @staticmethod
     def squares(x):
-        """Sums of squares of matrices, (number,), of short sums in their own dtype."""
-        return vector_norm(x, 2, 2).to(_wide(x.device)).square_().sum(1)
+        """Sums of squares of matrices, (number,), of short sums in float32."""
+        short = vector_norm(x, 2, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+        return short.to(_wide(x.device)).square_().sum(1)
 
     def cut(self, m):
         """Matrices (number, rows, cols) in `pieces`, (pieces, *piece), the shorter side first."""
