@@ -125,8 +125,9 @@ def network_flags(p, args, check):
         p.error("--affine is for networks with norms, and the fcn has none")
     if args.layers is not None and args.optimizer not in AUTOMATIC:
         p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
-    if args.layers == flags.layers(args.arch):
-        args.layers = None  # the default has one name, whether or not it is given
+    asked, args.layers = args.layers, None
+    if asked != flags.layers(args):  # the default has one name, whether or not it is given
+        args.layers = asked
     if args.weights is not None:
         args.weights = os.path.expanduser(args.weights)
         if not args.weights.endswith(SUFFIXES):
@@ -242,7 +243,7 @@ def set_up(args, world):
         said = f"does not take these weights: {' '.join(str(error).split())}"
         raise RunError(f"--optimizer {args.optimizer} {said}") from error
     no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
-    measured = args.optimizer in AUTOMATIC and flags.layers(args.arch, args.layers) == "paths"
+    measured = args.optimizer in AUTOMATIC and flags.layers(args) == "paths"
     paths = float(optimizer.L) if measured else None
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     facts = {

@@ -43,7 +43,7 @@ def automatic(args, net, trained, shape, draw, process_group=None):
     may be that of a compiler, or of a rank without images.
     """
     drawn = not is_library(args.arch) and args.weights is None
-    count = flags.layers(args.arch, args.layers) == "count"
+    count = flags.layers(args) == "count"
     if drawn and draw:
         init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
     spectral = args.optimizer == "spectral"
