@@ -102,7 +102,7 @@ def test_ranks_train_as_one_process(optimizer, flags, run_main, tmp_path):
     others, copies = outcome(tmp_path / "three")
     assert others[0]["ranks"] == 3 and others[0]["launcher"] == "torchrun"
     # A polar factor takes small singular values, and their rounding, for as much as large ones.
-    atol, rel = (1e-5, 1e-4) if optimizer == "agd" else (1e-2, 1e-3)
+    atol, rel = (1e-5, 1e-4) if optimizer == "agd" else (2e-2, 1e-2)
     assert all(torch.allclose(weights[k], copies[k], atol=atol) for k in weights)
     for a, b in zip(rows[1:3], others[1:3]):
         assert b["test_acc"] == pytest.approx(a["test_acc"], abs=1.5 / 360)
