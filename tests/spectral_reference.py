@@ -26,11 +26,18 @@ def rho(W):
 
 
 def polar(m, rows=None):
-    """U V^T of m = U S V^T, or of each piece of so many rows of its short side."""
+    """U V^T of m = U S V^T, or of each of the fewest equal pieces of at most so many rows, of its
+    short side; the last piece has what is left."""
     if m.shape[0] > m.shape[1]:
         return polar(m.mT, rows).mT
-    svds = [torch.linalg.svd(piece, full_matrices=False) for piece in m.split(rows or len(m))]
-    return torch.cat([U * (S > 1e-12 * S[0]) @ Vh for U, S, Vh in svds])
+    pieces = m.split(math.ceil(len(m) / math.ceil(len(m) / (rows or len(m)))))
+    return torch.cat([exact(piece) for piece in pieces])
+
+
+def exact(m):
+    """The polar factor, of m's own rank."""
+    U, S, Vh = torch.linalg.svd(m, full_matrices=False)
+    return U * (S > 1e-12 * S[0]) @ Vh
 
 
 class Block:
