@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["AGD", "depth", "init_weights"]
+__all__ = ["AGD", "SpectralAGD", "depth", "init_weights", "recalibrate"]
 
 
 class AGD(torch.optim.Optimizer):
@@ -101,6 +101,7 @@ class AGD(torch.optim.Optimizer):
     _key = _parts = None  # the parts of the last step, and the key that they depend on
     _net = _known = None  # a weak reference to the network; its parameters' names and rules
     _hook = None  # which waits for its first forward pass
+    _spectral = False  # whether a kernel is one matrix a group, and output layers are told apart
 
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
         if foreign:
@@ -108,12 +109,12 @@ class AGD(torch.optim.Optimizer):
                             "there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
-        self._watch, self._recent, self._said = _Watch(), [], set()
+        self._watch, self._recent, self._said = _Watch(self._spectral), [], set()
         # Whether L is of paths, and has been read.
         self._paths, self._read = isinstance(params, nn.Module), False
         if self._paths:
             net = getattr(params, "_orig_mod", params)  # of torch.compile
-            self._net, self._known = weakref.ref(net), _rules_of(net, self.roles)
+            self._net, self._known = weakref.ref(net), self._rules_of(net)
             params = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
             if not params:
                 raise ValueError("AGD got a network without a parameter that requires a gradient")
@@ -147,6 +148,9 @@ class AGD(torch.optim.Optimizer):
                   if rule.role not in VECTORS and (p.requires_grad or not self._paths)]
         return sum(shares) or 1.0  # of vectors alone: one layer
 
+    def _rules_of(self, net):
+        return _rules_of(net, self.roles, im2col=self._spectral)
+
     def _named(self, pattern):
         """Whether a parameter has a name that matches a pattern."""
         names = [name for name, _ in self._known.values()] if self._known else [
@@ -175,14 +179,14 @@ class AGD(torch.optim.Optimizer):
             if self._known:
                 net = self._net()
                 if net is not None and any(id(p) not in self._known for _, p in _named(params)):
-                    self._known |= _rules_of(net, self.roles)  # layers that came later
+                    self._known |= self._rules_of(net)  # layers that came later
                 params = [(x if isinstance(x, tuple) or id(x) not in self._known
                            else (self._known[id(x)][0], x)) for x in params]  # fmt: skip
         group["params"] = params
         listed = list(_named([group]))
         _check(listed)
         known = self._known or {}
-        rules = _rules_by_shape(listed, {} if self._known else self.roles)
+        rules = _rules_by_shape(listed, {} if self._known else self.roles, self._spectral)
         rules = [known[id(p)][1] if id(p) in known else x for (_, p), x in zip(listed, rules)]
         for (name, p), rule in zip(listed, rules):
             if self.fused and _backend(p, Layout(p, rule)) is TorchBackend:
@@ -203,23 +207,32 @@ class AGD(torch.optim.Optimizer):
             if unknown := shares.keys() - named.keys() - known.keys():
                 raise ValueError(f"depth= has shares of {', '.join(sorted(unknown)[:5])}, and no "
                                  "parameter has that name")  # fmt: skip
-            self._set_shares({named[name]: x for name, x in shares.items() if name in named})
-        elif self._paths and self.depth is None and (net := self._net and self._net()) is not None:
+            outputs = [_unwrapped(name) for name in getattr(self.depth, "outputs", ())]
+            self._set_shares(Depth({named[name]: x for name, x in shares.items() if name in named},
+                                   {named[name] for name in outputs if name in named}))
+        elif self._reads and (net := self._net and self._net()) is not None:
             self._read = False
             if self._hook is None:
                 self._hook = _FirstForward(self, net)
 
     def _set_shares(self, shares):
-        """Take shares of L, {id of a parameter: share}; a weight that is not there has none."""
+        """Take shares of L, a Depth by ids of parameters; a weight that is not there has none."""
         for group, rules in zip(self.param_groups, self.rules):
-            rules[:] = [x if x.role in VECTORS else x._replace(share=float(shares.get(id(p), 0)))
+            rules[:] = [x if x.role in VECTORS else x._replace(
+                            share=float(shares.get(id(p), 0)), output=id(p) in shares.outputs)
                         for p, x in zip(group["params"], rules)]  # fmt: skip
         self._read = True
         self._changed()
 
     @property
+    def _reads(self):
+        """Whether the network's graph says what is not given."""
+        return self._paths and (self.depth is None
+                                or self._spectral and isinstance(self.depth, float))
+
+    @property
     def _listening(self):
-        return self._paths and self.depth is None and not self._read
+        return self._reads and not self._read
 
     def _changed(self):
         self._key, self._recent = None, []
@@ -254,6 +267,11 @@ class AGD(torch.optim.Optimizer):
         for part, x in zip(parts, factors):
             part.subtract(targets, grads, x)
 
+        self._finish(G, eta, norms)
+        return loss
+
+    def _finish(self, G, eta, norms):
+        """Take the results of a step: eta is NaN where it was skipped, `norms` are of gradients."""
         if not torch.compiler.is_compiling():
             self.G, self.eta = G, eta
         elif self.G.device == G.device:  # torch.compile sets no attribute of an optimiser
@@ -265,32 +283,23 @@ class AGD(torch.optim.Optimizer):
             skipped.add_(eta.isnan())
         if not torch.compiler.is_compiling() and self._watch.looks() and not _capturing(G):
             for kind in self._watch.see(G, norms):
-                self._warn(kind, GUARDS[kind])
-        return loss
+                self._warn(kind, GUARDS[kind], 6)
 
     def _prepare(self):
         """Parts, targets and gradients of the weights that have a gradient. A target is the weight
         or, of a sharded one, the local tensor. A gradient has the strides of a dense weight."""
         targets, grads = [], []
         key = [self.fused, sum(len(group["params"]) for group in self.param_groups)]
+        self._check_gains()
         for i, group in enumerate(self.param_groups):
-            if not isinstance(group["lr"], Tensor):
-                _check_gain(group["lr"])  # a scheduler may have changed it
-                if group.get("initial_lr", group["lr"]) != group["lr"]:
-                    self._warn("scheduled", GUARDS["scheduled"], 6)
             for j, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
                     if self._paths:  # frozen, it leaves L
                         key.append(p.requires_grad)
                     continue
-                if grad.layout != torch.strided or grad.is_complex():
-                    label = _label(group["param_names"][j] if "param_names" in group else None, p)
-                    kind = "complex" if grad.is_complex() else "sparse"
-                    raise ValueError(f"the gradient of {label} is {kind}, and AGD needs a dense, "
-                                     "real one: build the layer with sparse=False and real weights")
+                grad = self._dense(grad, p, group, j)
                 if _is_dtensor(p):
-                    grad = grad.redistribute(p.device_mesh, p.placements).to_local()
                     key.append((p.shape, p.device_mesh, p.placements))
                     p = p.to_local()
                 stride = p.stride()
@@ -305,7 +314,7 @@ class AGD(torch.optim.Optimizer):
             if capturing:  # a graph reads the parts' tables for as long as its weights live
                 CAPTURED.setdefault(targets[0], {})[id(self._parts)] = self._parts
             return self._parts, targets, grads
-        if self._listening and not compiling:
+        if self._listening and not compiling and self.depth is None:
             self._warn("depth", UNREAD, 6)
         L = self.L
         moving = [(i, p, rule) for i, group in enumerate(self.param_groups)
@@ -321,6 +330,25 @@ class AGD(torch.optim.Optimizer):
             self._recent = [*self._recent[-3:], (key, self._parts)]
         self._key = key
         return self._parts, targets, grads
+
+    def _check_gains(self):
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                _check_gain(group["lr"])  # a scheduler may have changed it
+                if group.get("initial_lr", group["lr"]) != group["lr"]:
+                    self._warn("scheduled", GUARDS["scheduled"], 7)
+
+    @staticmethod
+    def _dense(grad, p, group, j):
+        """The gradient of the weight p, number j of its group: of a sharded one, the local part."""
+        if grad.layout != torch.strided or grad.is_complex():
+            label = _label(group["param_names"][j] if "param_names" in group else None, p)
+            kind = "complex" if grad.is_complex() else "sparse"
+            raise ValueError(f"the gradient of {label} is {kind}, and AGD needs a dense, "
+                             "real one: build the layer with sparse=False and real weights")
+        if _is_dtensor(p):
+            grad = grad.redistribute(p.device_mesh, p.placements).to_local()
+        return grad
 
     def state_dict(self):
         """As torch's method, with a copy of `skipped` and, of a network, s and share of each
@@ -359,7 +387,7 @@ class AGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._watch, self._recent = _Watch(), []
+        self._watch, self._recent = _Watch(self._spectral), []
 
     def table(self):
         """Every parameter's name, shape, role, s and share of L, as text. Parameters that differ in
@@ -395,6 +423,670 @@ class AGD(torch.optim.Optimizer):
         return f"AGD\n{self.table()}"
 
 
+MU, BETA = 0.5, 0.8  # of the momentum; of the average in the weights that a network holds
+ROWS = 128  # of the blocks that have a polar factor of their own; None: whole matrices
+MOMENT = torch.float32  # the dtype of the momentum
+
+
+class SpectralAGD(AGD):
+    """AGD with the spectral norm, averaged: a faster rule that has nothing to set either.
+
+    Of each hidden block, a matrix W_k with RMS singular value rho(W_k) = |W_k|_F / sqrt(rank), s_k
+    is rho(W_k) at the start. The network holds P; at first Z = X = P, m = 0. At step t, with g the
+    gradient at P, and with |.|_F in the place of the polar factor for vectors and rows:
+
+        g   <- g - P <g, P> / <P, P>                 no change of length is asked for
+        m   <- (m + g) / 2
+        G   =  max(0, 1/L sum_k s_k <g_k, polar(m_k)>)
+        eta =  log((1 + sqrt(1 + 4 G)) / 2)
+        Z   <- Z - eta/L s_k polar(m_k)              its length grows: that is the clock
+        X   <- X + 2 / (t + 1) (Z - X)
+        Y   =  0.2 Z + 0.8 X,   P = s_k Y / rho(Y)
+
+    `eval()` puts X, at length s_k, in the place of P, for evaluation and for use; `train()` puts P
+    back. Free blocks have no projection and no fixed length: vectors, blocks that start at zero or
+    are single numbers, and the output layers, from which the network's output is reached through
+    no other weight. A convolution is one matrix a group, (out, in * K). Every ROWS rows of a
+    matrix, of its shorter side, have a polar factor of their own.
+
+    Others of the kind have a rate to tune: SF-NorMuon (arXiv 2605.23061), AMUSE (2605.22432),
+    ScheduleFree+ (2605.19095); Hyperball (2606.16899) has weights on spheres.
+
+    Args:
+        params, gain, depth, roles: as of `AGD`. s is always measured, of each block. The output
+            layers are read from the network's first forward pass, or are the `outputs` of what
+            `agd.depth` returns; else the last weight is the one.
+        process_group: of torch.distributed, whose ranks hold the same weights and gradients: each
+            computes a share of the polar factors, and all gather them. A DistributedDataParallel
+            network brings its own.
+
+    Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero, such as
+    a row of an embedding that a batch does not touch, keeps P, Z, X and m bit for bit, and a
+    gradient that is not finite, or over 1e18, changes nothing.
+
+    `state` holds for a weight Z ("z") and m ("m"), together 8 bytes a number, as AdamW's: X follows
+    from P, Z and rho(Y). Weights of 16 bits have a float32 copy ("weights"); between `eval()` and
+    `train()` all have one. A step takes 4 more bytes a number for the directions.
+
+    Raises:
+        ValueError: as `AGD`.
+        RuntimeError: from `step` between `eval()` and `train()`.
+    """
+
+    _spectral, _depth = True, None
+
+    def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
+        if isinstance(params, nn.parallel.DistributedDataParallel):
+            process_group = process_group or params.process_group
+            params = params.module
+        self.process_group = process_group
+        super().__init__(params, gain=gain, fused=False, depth=depth, roles=roles, **foreign)
+        self.param_groups[0]["train_mode"] = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every weight that has a gradient. Returns the closure's loss, if one is given."""
+        if not self.param_groups[0]["train_mode"]:
+            raise RuntimeError("the network holds the average, since optimizer.eval(): call "
+                               "optimizer.train() before the forward pass of a training step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts = self._prepare()
+        norms = [part.read() for part in parts]
+        zero = torch.zeros_like(self.G)
+        finite = sum((x.sum().to(zero) for x in norms), zero).isfinite()
+        known = _on_host(finite)
+        if known and not finite:
+            self._finish(zero * math.nan, zero * math.nan, norms)
+            return loss
+        for part in parts:
+            part.average(None if known else finite.to(part.s.device))
+        _directions(parts, self.process_group)
+        G = sum((part.slopes().sum().to(zero) for part in parts), zero)
+        G = (G / self._depth).clamp_min(0)
+        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+        for part in parts:
+            part.move(eta / self._depth, self.param_groups)
+        if not known:
+            G, eta = (torch.where(finite, x, math.nan) for x in (G, eta))
+        self._finish(G, eta, norms)
+        return loss
+
+    def _prepare(self):
+        """The _MatrixParts, with the gradients of the weights that have one."""
+        self._check_gains()
+        if self._listening and not torch.compiler.is_compiling() and self.depth is None:
+            self._warn("depth", UNREAD, 6)
+        parts, self._depth = self._whole(), self._depth or self.L
+        for part in parts:
+            for x in part.weights:
+                p, group = x.p, self.param_groups[x.group]
+                x.grad = None if p.grad is None else self._dense(p.grad, p, group, x.place)
+            part.begin(self.state)
+        return parts
+
+    def _whole(self):
+        """The _MatrixParts of all parameters; made anew if these have moved or changed dtype."""
+        listed = [p for group in self.param_groups for p in group["params"]]
+        key = [(p.device, p.dtype, p.requires_grad) for p in listed]
+        if self._parts is None or key != self._key:
+            rules = [rule for rules in self.rules for rule in rules]
+            if not any(x.output for x in rules):  # no graph was read
+                last = max((i for i, x in enumerate(rules) if x.role not in VECTORS), default=-1)
+                rules = [x._replace(output=i == last) for i, x in enumerate(rules)]
+            with torch.inference_mode(False):
+                self._parts, self._key = _MatrixPart.split(self, listed, rules), key
+            self._depth = None
+        return self._parts
+
+    def _changed(self):
+        self._key = self._parts = self._depth = None
+
+    @torch.no_grad()
+    def eval(self):
+        """Have the network hold the average X."""
+        if self.param_groups[0]["train_mode"]:
+            self.param_groups[0]["train_mode"] = False
+            for part in self._whole():
+                part.show_average(self.state)
+
+    @torch.no_grad()
+    def train(self):
+        """Have the network hold P again, bit for bit."""
+        if not self.param_groups[0]["train_mode"]:
+            self.param_groups[0]["train_mode"] = True
+            for part in self._whole():
+                part.show_weights(self.state)
+
+    @torch.no_grad()
+    def clock(self):
+        """(length, turn): rho(Z) / s, and eta / L s / rho(Z), the angle by which the last step has
+        turned Z: means over the blocks of a weight and then over the weights of a fixed length.
+        0-dim tensors; NaN before the first step, and where there is no such weight."""
+        lengths = [x for part in self._whole() for x in part.lengths()]
+        if not lengths:
+            return torch.full_like(self.G, math.nan), torch.full_like(self.G, math.nan)
+        length = torch.stack([x.mean().to(self.G) for x in lengths]).mean()
+        turn = torch.stack([(1 / x).mean().to(self.G) for x in lengths]).mean()
+        return length, turn * self.eta / self.L
+
+    def state_dict(self):
+        """As torch's method, with a copy of `skipped`, and of each parameter s, its share of L and
+        whether it is of an output layer."""
+        state = torch.optim.Optimizer.state_dict(self)
+        state["param_groups"][0]["skipped"] = self.skipped.clone()
+        rules = [rule for rules in self.rules for rule in rules]
+        state["state"] = {i: {**state["state"].get(i, {}), "scale": x.s, "output": x.output,
+                              **({"share": x.share} if self._read or not self._paths else {})}
+                          for i, x in enumerate(rules)}  # fmt: skip
+        return state
+
+    def load_state_dict(self, state_dict):
+        """As torch's method; tensors keep the dtypes that they are saved with. Raises ValueError
+        for the state of another optimiser."""
+        foreign = {key for x in state_dict["state"].values() for key in x} - STATE - RULE
+        foreign |= FOREIGN.intersection(*[group.keys() for group in state_dict["param_groups"]])
+        if foreign or "train_mode" not in state_dict["param_groups"][0]:
+            raise ValueError("this is the state of another optimiser"
+                             + (f": it has {min(foreign)}, and SpectralAGD has nothing of the kind"
+                                if foreign else "") + "; start without it")  # fmt: skip
+        skipped = self.skipped
+        torch.optim.Optimizer.load_state_dict(self, state_dict)
+        skipped.copy_(self.param_groups[0]["skipped"])
+        self.param_groups[0]["skipped"] = skipped
+        saved = [x for group in state_dict["param_groups"] for x in group["params"]]
+        own = [(rules, i, p) for group, rules in zip(self.param_groups, self.rules)
+               for i, p in enumerate(group["params"])]  # fmt: skip
+        self.state.clear()
+        for number, (rules, i, p) in zip(saved, own):
+            entries = state_dict["state"].get(number, {})
+            found = {key: entries[key] for key in RULE & entries.keys()}
+            self._read = self._read or "share" in found
+            found["s"] = found.pop("scale", rules[i].s)
+            rules[i] = rules[i]._replace(**found)
+            wide = p.dtype.itemsize >= 4 and self.param_groups[0]["train_mode"]
+            tensors = {key: x.detach().to(p.device, copy=True) for key, x in entries.items()
+                       if key in STATE and not (wide and key == "weights")}  # fmt: skip
+            if tensors:
+                self.state[p] = tensors
+        self._changed()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "process_group": None}
+
+
+STATE, RULE = {"z", "m", "weights", "s", "held", "t", "length"}, {"scale", "share", "output"}
+
+
+class _MatrixPart:
+    """The parameters of one device, sharded alike, as stacks of matrices. Of each block of all:
+
+    s: the target of rho; held: whether P has that length; t: the steps that have moved it;
+    length: rho(Y) / s, or 1 of a free block. Tensors (blocks,), of which `state` has views.
+    """
+
+    @classmethod
+    def split(cls, optimizer, listed, rules):
+        alike, places = {}, [(i, j) for i, group in enumerate(optimizer.param_groups)
+                             for j in range(len(group["params"]))]  # fmt: skip
+        for p, rule, place in zip(listed, rules, places):
+            shards = (p.device_mesh, p.placements) if _is_dtensor(p) else None
+            alike.setdefault((p.device, shards), []).append(_Matrices(p, rule, *place))
+        return [cls(optimizer.state, *key, weights) for key, weights in alike.items()]
+
+    def __init__(self, state, device, shards, weights):
+        self.weights, self.shards, self.index = weights, shards, None
+        wide = {"dtype": _wide(device), "device": device}
+        end, index = 0, []
+        for x in weights:
+            x.blocks = slice(end, end + x.number)
+            index.append(end + (torch.arange(x.number) if x.index is None else x.index))
+            end = x.blocks.stop
+        if any(x.index is not None for x in weights):
+            self.index = torch.cat(index).to(device)
+        self.s, self.length = torch.ones(end, **wide), torch.ones(end, **wide)
+        self.held = torch.zeros(end, dtype=torch.bool, device=device)
+        self.t = torch.zeros(end, dtype=torch.int64, device=device)
+        self.rank = torch.cat([torch.full((x.number,), x.rank, **wide) for x in weights])
+        for x in weights:
+            if x.p in state:
+                x.bind(self, state[x.p])
+
+    def begin(self, state):
+        """Start the weights that have their first gradient; `active` are those that have one."""
+        self.active = [x for x in self.weights if x.grad is not None]
+        new = [x for x in self.active if "z" not in state[x.p]]
+        if not new:
+            return
+        kept, self.active = self.active, new
+        rho = (self.total([x.squares(x.matrices(_local(x.p))) for x in new]) / self.rank).sqrt()
+        for x in new:
+            own, s = rho[x.blocks], x.rule.s or x.rule.blocks(x.p.shape)[2]
+            there = (own > s / 500) & own.isfinite() & (x.rule.role not in VECTORS)
+            self.s[x.blocks] = torch.where(there, own, s)
+            several = x.p.numel() > x.number
+            self.held[x.blocks] = there if several and not x.rule.output else False
+            self.t[x.blocks], self.length[x.blocks] = 0, 1
+            x.start(state[x.p])
+            x.bind(self, state[x.p])
+        self.active = kept
+
+    def total(self, sums):
+        """Sums of the blocks of the active weights, of what this device holds, over all devices:
+        (blocks,), 0 of the others."""
+        out = torch.zeros_like(self.s)
+        if self.index is None and self.shards is None:
+            for x, values in zip(self.active, sums):
+                out[x.blocks] = values.to(out)
+            return out
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        for x, values in zip(self.active, sums):
+            start = x.blocks.start
+            index = torch.arange(len(values)) if x.index is None else x.index
+            out.index_add_(0, (start + index).to(out.device), values.to(out))
+        mesh, placements = self.shards
+        parts = [Replicate() if x.is_replicate() else Partial("sum") for x in placements]
+        return DTensor.from_local(out, mesh, parts, run_check=False).full_tensor()
+
+    def each(self, values):
+        """For each active weight its blocks' values: a number, or a tensor that broadcasts."""
+        known = values.tolist() if _on_host(values) else None
+        for x in self.active:
+            if known is not None and x.number == 1:
+                yield known[x.blocks.start]
+            else:
+                own = values[x.blocks]
+                own = own if x.index is None else own[x.index.to(own.device)]
+                yield own.to(x.dtype).view(-1, 1, 1)
+
+    def read(self):
+        """Take the gradients in. Returns their norms, (blocks,)."""
+        for x in self.active:
+            x.g = x.matrices(x.grad).to(x.dtype)
+        squares = self.total([x.squares(x.g) for x in self.active])
+        held = [x.fixed and x.rule.role not in VECTORS for x in self.active]
+        dots = self.total([_dots(x.g, x.weights()) if yes else squares.new_zeros(1)
+                           for x, yes in zip(self.active, held)])  # fmt: skip
+        self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
+        self.moves = squares > 0
+        return squares.sqrt()  # infinite where float32 has no square of an element
+
+    def average(self, finite):
+        """Average the gradients, without their parts along the weights, into the momentum."""
+        if finite is not None:
+            self.moves, self.along = self.moves & finite, torch.where(finite, self.along, 0)
+        part = (1 - MU) * self.moves.to(self.s)
+        for x, a, b in zip(self.active, self.each(part), self.each(part * self.along)):
+            x.g = x.g if finite is None else torch.where(finite, x.g, 0)
+            x.M = x.m.to(x.dtype).lerp_(x.g, a)
+            if x.fixed:
+                _add(x.M, x.weights(), b, -1)
+            if x.M is not x.m:
+                x.m.copy_(x.M)
+
+    def slopes(self):
+        """s <g, D> of each block, (blocks,), with D the direction."""
+        slopes = self.total([_dots(x.g, x.D) for x in self.active])
+        along = self.total([_dots(x.weights(), x.D) if x.fixed else slopes.new_zeros(1)
+                            for x in self.active])  # fmt: skip
+        squares = self.total([slopes.new_ones(1) if x.polar else x.squares(x.D)
+                              for x in self.active])  # fmt: skip
+        # Directions without a polar factor are not yet of norm 1.
+        self.factor = torch.where(squares > 0, self.s / squares.sqrt(), 0)
+        return self.factor * (slopes - self.along * along)
+
+    def move(self, step, groups):
+        """Move Z, X and P by `step`, eta / L."""
+        factor, moves = self.factor * step.to(self.factor) * self.moves, self.moves
+        for x in self.active:
+            gain = groups[x.group]["lr"]
+            if isinstance(gain, Tensor):
+                gain = gain.detach().reshape(()).clamp_min(0).to(factor)
+            elif gain == 1:
+                continue
+            factor[x.blocks] *= gain
+            moves = moves.clone()
+            moves[x.blocks] &= gain > 0
+        self.t += moves
+        w = moves.to(factor) * 2 / (self.t + 1)
+        keep = (1 - w) * torch.where(moves, self.length, 1)
+        both = zip(self.active, *map(self.each, (factor, w, keep, (1 - BETA + BETA * w) * factor)))
+        for x, f, w, keep, c in both:
+            x.W = x.weights().mul_(keep)
+            _add(x.W, x.z, w)
+            _add(x.W, x.D, c, -1)
+            _add(x.z, x.D, f, -1)
+        squares = self.total([x.squares(x.W) if x.fixed else factor.new_ones(1)
+                              for x in self.active])  # fmt: skip
+        moves = moves & self.held
+        length = (squares / self.rank).sqrt() / self.s
+        self.length.copy_(torch.where(moves, length, self.length))
+        for x, n in zip(self.active, self.each(torch.where(moves, length, 1))):
+            if x.fixed:
+                x.W.div_(n)
+            if x.copy is not None or not x.view.dense:
+                x.view.write(_local(x.p).detach(), x.W)
+            x.g = x.M = x.D = x.W = x.grad = None
+
+    def show_average(self, state):
+        self.active = [x for x in self.weights if "z" in state[x.p]]
+        lengths = zip(self.active, self.each(self.length / BETA))
+        averages = [(x.weights() * a).sub_(x.z, alpha=(1 - BETA) / BETA) for x, a in lengths]
+        squares = self.total([x.squares(X) for x, X in zip(self.active, averages)])
+        rho = (squares / self.rank).sqrt()
+        for x, X, n in zip(self.active, averages, self.each(torch.where(
+                self.held & (rho > 0), self.s / rho, 1))):  # fmt: skip
+            if x.copy is None:
+                state[x.p]["weights"] = x.p.detach().clone()
+            x.view.write(_local(x.p).detach(), X.mul_(n))
+
+    def show_weights(self, state):
+        for x in self.weights:
+            if "weights" in state[x.p]:
+                x.p.detach().copy_(state[x.p]["weights"])
+                if x.copy is None:
+                    del state[x.p]["weights"]
+
+    def lengths(self):
+        """rho(Z) / s of the blocks of each weight that has a fixed length."""
+        self.active = [x for x in self.weights if x.fixed]
+        squares = self.total([x.squares(x.z) for x in self.active])
+        lengths = (squares / self.rank).sqrt() / self.s
+        return [lengths[x.blocks][self.held[x.blocks]] for x in self.active]
+
+
+class _Matrices:
+    """A parameter as a stack of matrices, (number, rows, cols); a vector and a row are (1, cols).
+
+    Attributes:
+        p, rule, group, place: the parameter, its Rule, its group and its place there.
+        number, rank: of the blocks, and the smaller side of one.
+        index: of a weight that is sharded through its blocks, the block of each row here.
+        polar: whether a direction is a polar factor.
+        fixed: whether some block has a fixed length.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(self, p, rule, group, place):
+        self.p, self.rule, self.group, self.place = p, rule, group, place
+        self.number, self.rank, _ = rule.blocks(p.shape)
+        self.index, self.fixed, self.copy, local = None, False, None, _local(p).detach()
+        self.polar = self.rank > 1 and rule.role not in VECTORS
+        self.dtype = torch.promote_types(p.dtype, torch.float32)
+        self.moment = self.dtype if MOMENT is torch.float32 else MOMENT
+        self.view = _MatrixView(local, rule)
+        if _is_dtensor(p):
+            if 0 in rule.numbering(p.shape):
+                self.index = _block_indices(p, rule)
+                self.view = _MatrixView(local, Rule("rows") if rule.role == "rows" else rule, True)
+            self.whole = _MatrixView(torch.empty(p.shape, device="meta"), rule)
+        if self.polar:
+            n, rows, cols = (self.whole if _is_dtensor(p) else self.view).size
+            rows, cols = min(rows, cols), max(rows, cols)
+            self.cuts = 1 if ROWS is None else -(-rows // ROWS)
+            self.piece = -(-rows // self.cuts), cols
+            self.pieces = n * self.cuts
+
+    def start(self, state):
+        """Z = P and m = 0."""
+        p = self.p.detach()
+        form = torch.preserve_format if self.view.dense else torch.contiguous_format
+        state["z"] = p.to(self.dtype, copy=True, memory_format=form)
+        state["m"] = torch.zeros_like(state["z"], dtype=self.moment)
+        if p.dtype != self.dtype:
+            state["weights"] = state["z"].clone()
+
+    def bind(self, part, state):
+        """Take the tensors of `state`, and give it views of those of all blocks."""
+        if "z" not in state:
+            return
+        for key in ("s", "held", "t", "length"):
+            of_all = getattr(part, key)
+            if key in state:
+                of_all[self.blocks] = state[key].to(of_all)
+            state[key] = of_all[self.blocks]
+        device = self.p.device
+        for key, dtype in (("z", self.dtype), ("m", self.moment), ("weights", self.dtype)):
+            if key in state:
+                state[key] = state[key].to(device, dtype)
+        if self.p.dtype != self.dtype and "weights" not in state:
+            state["weights"] = self.p.detach().to(self.dtype)
+        self.z, self.m = (self.matrices(_local(state[key])) for key in ("z", "m"))
+        self.copy = state.get("weights") if self.p.dtype != self.dtype else None
+        self.fixed = bool(state["held"].any())
+
+    def matrices(self, x):
+        return self.view(x)
+
+    def weights(self):
+        """P in full precision."""
+        return self.view(_local(self.p if self.copy is None else self.copy).detach())
+
+    @staticmethod
+    def squares(x):
+        """Sums of squares of matrices, (number,), of short sums in their own dtype."""
+        return vector_norm(x, 2, 2).to(_wide(x.device)).square_().sum(1)
+
+    def cut(self, m):
+        """Matrices (number, rows, cols) in `pieces`, (pieces, *piece), the shorter side first."""
+        m = m.mT if m.shape[1] > m.shape[2] else m
+        rows, cols = self.piece
+        missing = rows * self.cuts - m.shape[1]
+        m = nn.functional.pad(m, (0, 0, 0, missing)) if missing else m
+        return m.reshape(-1, rows, cols)
+
+    def joined(self, D, size):
+        """The matrices, of a size, that `cut` made pieces of."""
+        n, rows, cols = size
+        D = D.reshape(n, -1, self.piece[1])[:, : min(rows, cols)]
+        return D.mT if rows > cols else D
+
+
+class _MatrixView:
+    """A tensor of a shape as matrices (number, rows, cols): a view, where its strides allow it."""
+
+    def __init__(self, p, rule, by_rows=False):
+        self.split, self.order, self.dense = None, list(range(p.ndim)), True
+        if rule.role in VECTORS:
+            self.size = 1, 1, p.numel()
+        elif rule.role == "rows":
+            self.size = p.numel() // max(p.shape[-1], 1), 1, p.shape[-1]
+        elif by_rows:
+            self.size = len(p), 1, p.numel() // max(len(p), 1)
+        else:
+            cut = rule.cut(p.shape)
+            first = []
+            if rule.parts > 1:
+                self.split, first = (cut, (rule.parts, -1)), [cut]
+                p = p.unflatten(*self.split)
+            row, *cols = [i for i in range(p.ndim) if i not in first]
+            self.order = [*first, row, *sorted(cols, key=lambda i: -p.stride(i))]
+            self.size = rule.parts, p.shape[row], math.prod(p.shape[i] for i in cols)
+            self.dense = self._views(p)
+            if not self.dense:
+                self.order = [*first, row, *cols]
+        self.shape = p.shape
+
+    def _views(self, p):
+        try:
+            p.permute(self.order).view(self.size)
+        except RuntimeError:
+            return False
+        return True
+
+    def __call__(self, x):
+        x = x if self.split is None else x.unflatten(*self.split)
+        return x.permute(self.order).reshape(self.size)
+
+    def write(self, x, matrices):
+        """Copy matrices into a tensor."""
+        x = x if self.split is None else x.unflatten(*self.split)
+        x = x.permute(self.order)
+        x.copy_(matrices.reshape(x.shape))
+
+    def back(self, matrices):
+        """Matrices in the shape of the tensor, contiguous."""
+        places = [self.order.index(i) for i in range(len(self.order))]
+        x = matrices.reshape([self.shape[i] for i in self.order]).permute(places)
+        return x if self.split is None else x.flatten(self.split[0], self.split[0] + 1)
+
+
+def _add(target, x, factor, sign=1):
+    """target += sign * factor * x, the factor a number or a tensor."""
+    if isinstance(factor, Tensor):
+        target.addcmul_(x, factor, value=sign)
+    else:
+        target.add_(x, alpha=sign * factor)
+
+
+def _dots(a, b):
+    """Inner products of matrices, (number,)."""
+    if len(a) == 1 and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1)).view(1)
+    return (a * b).sum((1, 2))
+
+
+def _directions(parts, group=None):
+    """Set the direction D of every weight that has a gradient: the polar factors of the momentum's
+    matrices, one shape at a time; M itself of vectors and rows."""
+    sizes = {}
+    for part in parts:
+        for x in part.active:
+            x.D = x.M
+            if x.polar:
+                sizes.setdefault((x.M.device, x.dtype, x.piece), []).append(x)
+    share = None
+    if group is not None and torch.distributed.get_world_size(group) > 1:
+        share = _Share(group)
+    for members in sizes.values():
+        if share:
+            share.compute(members)
+        else:
+            pieces = torch.cat([x.cut(_gathered(x)) for x in members])
+            _give(members, _polar(pieces))
+    if share:
+        share.gather()
+
+
+def _gathered(x):
+    """The momentum's matrices; of a sharded weight, gathered from all devices."""
+    if not _is_dtensor(x.p):
+        return x.M
+    from torch.distributed.tensor import DTensor
+
+    local = torch.empty_like(_local(x.p), dtype=x.M.dtype)
+    x.view.write(local, x.M)
+    m = DTensor.from_local(local, x.p.device_mesh, x.p.placements, run_check=False,
+                           shape=x.p.shape, stride=x.p.stride())  # fmt: skip
+    return x.whole(m.full_tensor())
+
+
+def _give(members, D):
+    """Hand each weight the polar factors of its pieces, or its device's part of them."""
+    for x, own in zip(members, D.split([x.pieces for x in members])):
+        if _is_dtensor(x.p):
+            local = torch.empty_like(x.p.detach(), dtype=own.dtype)
+            _fill(local, x.whole.back(x.joined(own, x.whole.size)))
+            x.D = x.view(_local(local))
+        else:
+            x.D = x.joined(own, x.view.size)
+
+
+class _Share:
+    """The polar factors of all, computed by the ranks of a group in equal shares, and gathered in
+    one message."""
+
+    def __init__(self, group):
+        self.group, self.sizes = group, []
+        self.rank, self.number = (f(group) for f in (torch.distributed.get_rank,
+                                                     torch.distributed.get_world_size))  # fmt: skip
+
+    def compute(self, members):
+        self.sizes.append((members, torch.cat([x.cut(x.M) for x in members])))
+
+    def gather(self):
+        if not self.sizes:
+            return
+        loads, owners = [0] * self.number, []
+        order = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i][1][0].numel())
+        owners = [None] * len(self.sizes)
+        for i in order:  # the largest first, each to the rank that has the least
+            owners[i] = [[] for _ in loads]
+            for j in range(len(self.sizes[i][1])):
+                rank = loads.index(min(loads))
+                loads[rank] += self.sizes[i][1][0].numel()
+                owners[i][rank].append(j)
+        own = [_polar(pieces[mine[self.rank]]).flatten()
+               for (_, pieces), mine in zip(self.sizes, owners) if mine[self.rank]]  # fmt: skip
+        dtypes = [pieces.dtype for _, pieces in self.sizes]
+        wide = torch.bfloat16 if self.sizes[0][1].is_cuda else max(dtypes, key=lambda x: x.itemsize)
+        buffer = self.sizes[0][1].new_zeros(max(loads), dtype=wide)  # what _polar has in bfloat16
+        if own:
+            own = torch.cat(own)
+            buffer[: len(own)] = own
+        out = buffer.new_empty(self.number, max(loads))
+        torch.distributed.all_gather_into_tensor(out, buffer, group=self.group)
+        starts = [0] * self.number
+        for (members, pieces), ranks in zip(self.sizes, owners):
+            for rank, mine in enumerate(ranks):
+                if mine:
+                    size = len(mine) * pieces[0].numel()
+                    some = out[rank, starts[rank] : starts[rank] + size]
+                    pieces[mine] = some.view(len(mine), *pieces.shape[1:]).to(pieces.dtype)
+                    starts[rank] += size
+            _give(members, pieces)
+
+
+# Odd polynomials a x + b x^3 + c x^5, each the best for what those before it leave of [0.0025, 1],
+# with 1 % to spare, as of "The Polar Express", arXiv 2505.16932: they end within 0.012 of 1.
+POLAR = (
+    (8.321959, -24.119952, 17.530393),
+    (4.038903, -2.947851, 0.544847),
+    (3.581888, -2.630861, 0.509978),
+    (2.617569, -1.910364, 0.431976),
+    (1.959180, -1.346912, 0.389642),
+)
+
+
+def _polar(x):
+    """The polar factors U V^T of matrices U S V^T, (B, rows, cols) with rows <= cols; of singular
+    values under 1/400 of the largest a part. Overwrites x."""
+    if x.is_cuda:
+        return _polar_bf16(x)
+    x = x.div_(vector_norm(x, 2, (1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+    R = x @ x.mT
+    S = R @ R
+    scale = vector_norm(S, 2, (1, 2), keepdim=True).clamp_min_(1e-30).sqrt_()  # over the largest
+    R, S, Q = R.div_(scale), S.div_(scale.square()), None
+    for i, (a, b, c) in enumerate(POLAR):
+        if i:
+            S = R @ R
+        p = S.mul_(c).add_(R, alpha=b)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        Q = p if Q is None else p @ Q
+        if i < len(POLAR) - 1:
+            R = (p @ R) @ p
+    return Q.div_(scale.sqrt_()) @ x
+
+
+def _polar_bf16(x):
+    """The same in bfloat16, whose products GPUs add up in float32; on x itself, since the squares
+    of its singular values would not survive. Returns x's dtype."""
+    dtype = x.dtype
+    x = x / vector_norm(x, 2, (1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    x = x.bfloat16()
+    scale = vector_norm(x @ x.mT, 2, (1, 2), keepdim=True, dtype=torch.float32).clamp_min_(1e-30)
+    x = (x / scale.sqrt_()).bfloat16()
+    for a, b, c in POLAR:
+        R = x @ x.mT
+        p = torch.baddbmm(R, R, R, beta=b, alpha=c)
+        x = torch.baddbmm(x, p, x, beta=a)
+    return x.to(dtype)
+
+
 NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
            "(the key lr of a group of param_groups)")  # fmt: skip
 # Keys of the groups of other optimisers.
@@ -413,6 +1105,8 @@ GUARDS = {
     "is the loss a sum, are gradients still scaled, or added up without being averaged?",
     "dead": "the gradient summary G is below 1e-6 from the first steps on: unless the loss is at "
     "its floor, no signal reaches the weights: agd.init_weights(net, inputs=batch) mends that",
+    "small": "the gradient summary G is below 0.01 from the first steps on, and so the steps are "
+    "short: of a mean loss of about 1 an example it is 0.1 to 100: is the loss divided by more?",
     "scheduled": "a scheduler has changed lr, which is AGD's gain: AGD needs no schedule, and a "
     "decay or a warm-up makes its steps smaller than they should be",
 }
@@ -455,8 +1149,8 @@ class _Watch:
 
     BURST, EVERY = 16, 1024
 
-    def __init__(self):
-        self.step, self.seen, self.reading = -1, [], None
+    def __init__(self, spectral=False):
+        self.step, self.seen, self.reading, self.spectral = -1, [], None, spectral
 
     def looks(self):
         self.step += 1
@@ -492,8 +1186,10 @@ class _Watch:
             return []
         same = (norm[1:] - norm[:-1]).abs() < 1e-5 * norm[1:]
         moved = (G[1:] - G[:-1]).abs() > 1e-4 * G[1:]  # the same gradient again is not clipped
-        kinds = {"clipped": (same & moved).sum() >= 10, "sum": G.min() > 1000,
-                 "dead": self.step < self.EVERY and G.max() < 1e-6}  # fmt: skip
+        dead = self.step < self.EVERY and G.max() < 1e-6
+        kinds = {"clipped": (same & moved).sum() >= 10, "sum": G.min() > 1000, "dead": dead,
+                 "small": self.spectral and self.step < self.EVERY and not dead
+                 and G.max() < 1e-2}  # fmt: skip
         return [kind for kind, yes in kinds.items() if yes]
 
 
@@ -540,6 +1236,8 @@ class Rule(NamedTuple):
         s: the norm of a block. None: the role's.
         share: of L.
         start: of a vector, the value that `init_weights` gives it. None: as it is.
+        im2col: whether a kernel is one matrix a group, (out, in * K), instead of K.
+        output: whether the network's output is reached from it through no other weight.
     """
 
     role: str
@@ -549,6 +1247,8 @@ class Rule(NamedTuple):
     s: float | None = None
     share: float = 1.0
     start: float | None = None
+    im2col: bool = False
+    output: bool = False
 
     def blocks(self, shape):
         """(number of blocks, the smaller side of one, the role's s) of a weight of this shape."""
@@ -563,6 +1263,8 @@ class Rule(NamedTuple):
             sides[1], positions = sides[1] * positions, 1
         outputs, inputs = reversed(sides) if self.transposed else sides
         s = math.sqrt(outputs * self.stride / inputs / positions)
+        if self.im2col:
+            return self.parts, min(sides[0], sides[1] * positions), s
         return self.parts * positions, min(sides), s
 
     def cut(self, shape):
@@ -575,7 +1277,7 @@ class Rule(NamedTuple):
         if self.role == "rows":
             return range(len(shape) - 1)
         cut = [self.cut(shape)] if self.parts > 1 else []
-        if self.role == "kernel":
+        if self.role == "kernel" and not self.im2col:
             cut += range(2 + len(cut), len(shape) + len(cut))
         return cut
 
@@ -844,8 +1546,9 @@ QKV = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "in_pro
 TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names of rows
 
 
-def _rules_of(net, roles, measure=True):
-    """{id: (name, Rule)} of all parameters of a network, with s of what stands there."""
+def _rules_of(net, roles, measure=True, im2col=False):
+    """{id: (name, Rule)} of all parameters of a network, with s of what stands there; `im2col`
+    takes a kernel for one matrix a group."""
     modules, places, found = dict(net.named_modules()), {}, {}
     parameters = [(name, p) for name, p in net.named_parameters()
                   if p.requires_grad or nn.parameter.is_lazy(p) or p.numel()]  # fmt: skip
@@ -856,6 +1559,7 @@ def _rules_of(net, roles, measure=True):
         rule = _role(module, owner.rpartition(".")[2], tensor, p.shape)
         rule = Rule("gain") if magnitude else rule
         rule = _overridden(name, p, rule, roles)
+        rule = rule._replace(im2col=im2col and rule.role == "kernel")
         found[name] = p, rule, (owner, tensor)
         if not magnitude:
             places[owner, tensor] = name
@@ -921,13 +1625,18 @@ def _role(module, attribute, tensor, shape):
     return Rule("gain", start=1.0 if norm else None) if vector else Rule("rows")
 
 
-def _rules_by_shape(params, roles):
+def _rules_by_shape(params, roles, spectral=False):
     """A Rule for each (name, tensor): a matrix or kernel, or, of a single dimension, the bias of
-    the weight of its name, or of the weight in front of it that has as many rows, or a gain."""
+    the weight of its name, or of the weight in front of it that has as many rows, or a gain.
+    `spectral`: a kernel is one matrix a group, and s is measured."""
     weights, rules, before = {name: p for name, p in params if name}, [], None
+
+    def of(p):
+        return Rule("matrix") if p.ndim == 2 else Rule("kernel", im2col=spectral)
+
     for name, p in params:
         if p.ndim > 1:
-            rule = Rule("matrix" if p.ndim == 2 else "kernel")
+            rule = of(p)
         else:
             rule, layer = Rule("gain", start=1.0), before
             if name is not None:
@@ -936,10 +1645,15 @@ def _rules_by_shape(params, roles):
                 layer = weights.get(f"{owner}.{its}" if owner else its) if its != own else None
                 rule = rule._replace(start=0.0 if "bias" in own else 1.0)
             if layer is not None and layer.ndim > 1 and p.ndim and len(layer) == len(p):
-                its = Rule("matrix" if layer.ndim == 2 else "kernel")
-                rule = Rule("bias", s=its.blocks(layer.shape)[2], start=0.0)
-        rules.append(_overridden(name, p, rule, roles))
+                s = spectral and _measured([(layer, of(layer))]).get(id(layer))
+                rule = Rule("bias", s=s or of(layer).blocks(layer.shape)[2], start=0.0)
+        rule = _overridden(name, p, rule, roles)
+        rules.append(rule._replace(im2col=spectral and rule.role == "kernel"))
         before = p
+    if spectral:
+        scales = _measured([(p, x) for (_, p), x in zip(params, rules)])
+        rules = [x if x.s is not None else x._replace(s=scales.get(id(p)))
+                 for (_, p), x in zip(params, rules)]  # fmt: skip
     return rules
 
 
@@ -1003,7 +1717,8 @@ HIDDEN = {"CompiledFunction", "CheckpointFunction", "Broadcast"}  # nodes that h
 
 def depth(net, *inputs, **kwargs):
     """The share of L of each weight of a network, {name: share}; L is their sum, the mean number of
-    weights on a path from the outputs to the inputs: for a chain the number of its layers.
+    weights on a path from the outputs to the inputs: for a chain the number of its layers. The
+    attribute `outputs` names the weights that come last on a path.
 
     One unit of share flows back from the outputs. An operation with a weight takes what flows
     through it as the weight's share, and hands it on. A sum divides it in proportion to the units
@@ -1024,7 +1739,18 @@ def depth(net, *inputs, **kwargs):
         raise ValueError("no depth can be read: the graph of the network's output has no weight "
                          "that requires a gradient, or hides some in a compiled or checkpointed "
                          "part")  # fmt: skip
-    return {name: shares[id(p)] for name, p in net.named_parameters() if id(p) in shares}
+    named = [(name, id(p)) for name, p in net.named_parameters()]
+    return Depth({name: shares[x] for name, x in named if x in shares},
+                 {name for name, x in named if x in shares.outputs})  # fmt: skip
+
+
+class Depth(dict):
+    """{name of a weight: share of L}, and `outputs`, the names of those from which the outputs are
+    reached through no other weight."""
+
+    def __init__(self, shares, outputs=()):
+        super().__init__(shares)
+        self.outputs = frozenset(outputs)
 
 
 class _Untouched:
@@ -1049,11 +1775,11 @@ class _Untouched:
 
 
 def _shares(net, output, roles):
-    """{id: share} of the weights that an output was computed from. Empty: it has no gradient.
-    None: weights are hidden. Reads the names of autograd's nodes, never their values."""
+    """The Depth of an output, by ids of the weights that it was computed from. Empty: it has no
+    gradient. None: weights are hidden. Reads the names of autograd's nodes, never their values."""
     roots = [t.grad_fn for t in _outputs(output) if t.grad_fn is not None]
     if not roots:
-        return {}
+        return Depth({})
     known = _rules_of(net, roles, measure=False)
     weights = {key for key, (_, rule) in known.items() if rule.role not in VECTORS}
     modules = dict(net.named_modules())
@@ -1081,7 +1807,8 @@ def _shares(net, output, roles):
                 units[node] = 1.0
             else:
                 units[node] = max((units[n] for n, _ in signals), default=1.0)
-    flow, shares = dict.fromkeys(units, 0.0), {}
+    flow, shares, outputs = dict.fromkeys(units, 0.0), {}, set()
+    last = {root for root in roots if root in flow}  # nodes that no weight follows on some path
     for root in roots:
         if root in flow:
             flow[root] += 1.0 / len(roots)
@@ -1099,10 +1826,16 @@ def _shares(net, output, roles):
             own = [each / max(whole, 1.0)] * len(matrices)
         for p, share in zip(matrices, own):
             shares[id(p)] = shares.get(id(p), 0.0) + share
+        if node in last:
+            outputs.update(map(id, matrices))
+            frozen = kind in LAYERS and len(signals) == 1  # its weight has no node
+            if kind in ADD | {"Cat", "Stack"} or not (matrices or frozen):
+                last.update(n for n, _ in signals)
         for (n, _), part in zip(signals, parts):
             flow[n] += each * part / whole
     missing = any(p.requires_grad and id(p) in weights.difference(shares) for p in net.parameters())
-    return None if hides and (missing or hides != {"CheckpointFunction"}) else shares
+    hidden = hides and (missing or hides != {"CheckpointFunction"})
+    return None if hidden else Depth(shares, outputs)
 
 
 def _rearranges(node, kind, parameters, made):
@@ -1164,6 +1897,13 @@ def _inputs_first(roots):
             stack.append((node, True))
             stack += [(n, False) for n, _ in node.next_functions if n is not None]
     return order
+
+
+def recalibrate(net, batches):
+    """Recompute the running statistics of a network's batch norms, as means over `batches`: of
+    inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with."""
+    device = next((p.device for p in net.parameters()), None)
+    torch.optim.swa_utils.update_bn(batches, net, device)
 
 
 @torch.no_grad()
