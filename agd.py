@@ -105,8 +105,8 @@ class AGD(torch.optim.Optimizer):
 
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
         if foreign:
-            raise TypeError(NO_RATE if "lr" in foreign else f"AGD has no {', '.join(foreign)}: "
-                            "there is nothing to set")  # fmt: skip
+            raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
+                            f"{', '.join(foreign)}: there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
         self._watch, self._recent, self._said = _Watch(self._spectral), [], set()
@@ -403,6 +403,7 @@ class AGD(torch.optim.Optimizer):
                         x.role not in VECTORS for rules in self.rules for x in rules))
                 role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
                 role += ", transposed" if rule.transposed else ""
+                role += ", output" if rule.output and self._spectral else ""
                 row = re.sub(r"\d+", "*", name), role
                 lines.setdefault(row, []).append((tuple(p.shape), s, share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
@@ -420,7 +421,7 @@ class AGD(torch.optim.Optimizer):
         return "\n".join([*text, f"{number} parameters, L = {self.L:.4g}{end}"])
 
     def __repr__(self):
-        return f"AGD\n{self.table()}"
+        return f"{type(self).__name__}\n{self.table()}"
 
 
 MU, BETA = 0.5, 0.8  # of the momentum; of the average in the weights that a network holds
@@ -565,11 +566,9 @@ class SpectralAGD(AGD):
         """(length, turn): rho(Z) / s, and eta / L s / rho(Z), the angle by which the last step has
         turned Z: means over the blocks of a weight and then over the weights of a fixed length.
         0-dim tensors; NaN before the first step, and where there is no such weight."""
-        lengths = [x for part in self._whole() for x in part.lengths()]
-        if not lengths:
-            return torch.full_like(self.G, math.nan), torch.full_like(self.G, math.nan)
-        length = torch.stack([x.mean().to(self.G) for x in lengths]).mean()
-        turn = torch.stack([(1 / x).mean().to(self.G) for x in lengths]).mean()
+        lengths = [x for part in self._whole() for x in part.lengths(self.state)]
+        lengths = lengths or [(torch.full_like(self.G, math.nan),) * 2]
+        length, turn = (torch.stack([x.to(self.G) for x in xs]).nanmean() for xs in zip(*lengths))
         return length, turn * self.eta / self.L
 
     def state_dict(self):
@@ -666,8 +665,7 @@ class _MatrixPart:
             own, s = rho[x.blocks], x.rule.s or x.rule.blocks(x.p.shape)[2]
             there = (own > s / 500) & own.isfinite() & (x.rule.role not in VECTORS)
             self.s[x.blocks] = torch.where(there, own, s)
-            several = x.p.numel() > x.number
-            self.held[x.blocks] = there if several and not x.rule.output else False
+            self.held[x.blocks] = there & x.fixed
             self.t[x.blocks], self.length[x.blocks] = 0, 1
             x.start(state[x.p])
             x.bind(self, state[x.p])
@@ -707,9 +705,8 @@ class _MatrixPart:
         for x in self.active:
             x.g = x.matrices(x.grad).to(x.dtype)
         squares = self.total([x.squares(x.g) for x in self.active])
-        held = [x.fixed and x.rule.role not in VECTORS for x in self.active]
-        dots = self.total([_dots(x.g, x.weights()) if yes else squares.new_zeros(1)
-                           for x, yes in zip(self.active, held)])  # fmt: skip
+        dots = self.total([_dots(x.g, x.weights()) if x.fixed else squares.new_zeros(1)
+                           for x in self.active])  # fmt: skip
         self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
         self.moves = squares > 0
         return squares.sqrt()  # infinite where float32 has no square of an element
@@ -790,12 +787,14 @@ class _MatrixPart:
                 if x.copy is None:
                     del state[x.p]["weights"]
 
-    def lengths(self):
-        """rho(Z) / s of the blocks of each weight that has a fixed length."""
-        self.active = [x for x in self.weights if x.fixed]
-        squares = self.total([x.squares(x.z) for x in self.active])
-        lengths = (squares / self.rank).sqrt() / self.s
-        return [lengths[x.blocks][self.held[x.blocks]] for x in self.active]
+    def lengths(self, state):
+        """The means of rho(Z) / s, and of its inverse, over the blocks that have a fixed length,
+        for each weight that may have such; NaN where it has none."""
+        self.active = [x for x in self.weights if x.fixed and "z" in state[x.p]]
+        lengths = (self.total([x.squares(x.z) for x in self.active]) / self.rank).sqrt() / self.s
+        lengths = torch.where(self.held, lengths, math.nan)
+        own = [lengths[x.blocks] for x in self.active]
+        return [(x.nanmean(), (1 / x).nanmean()) for x in own]
 
 
 class _Matrices:
@@ -806,15 +805,16 @@ class _Matrices:
         number, rank: of the blocks, and the smaller side of one.
         index: of a weight that is sharded through its blocks, the block of each row here.
         polar: whether a direction is a polar factor.
-        fixed: whether some block has a fixed length.
+        fixed: whether blocks that do not start at zero have a fixed length.
         dtype: of the arithmetic.
     """
 
     def __init__(self, p, rule, group, place):
         self.p, self.rule, self.group, self.place = p, rule, group, place
         self.number, self.rank, _ = rule.blocks(p.shape)
-        self.index, self.fixed, self.copy, local = None, False, None, _local(p).detach()
+        self.index, self.copy, local = None, None, _local(p).detach()
         self.polar = self.rank > 1 and rule.role not in VECTORS
+        self.fixed = rule.role not in VECTORS and not rule.output and p.numel() > self.number
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         self.moment = self.dtype if MOMENT is torch.float32 else MOMENT
         self.view = _MatrixView(local, rule)
@@ -856,7 +856,6 @@ class _Matrices:
             state["weights"] = self.p.detach().to(self.dtype)
         self.z, self.m = (self.matrices(_local(state[key])) for key in ("z", "m"))
         self.copy = state.get("weights") if self.p.dtype != self.dtype else None
-        self.fixed = bool(state["held"].any())
 
     def matrices(self, x):
         return self.view(x)
@@ -904,7 +903,7 @@ class _MatrixView:
                 p = p.unflatten(*self.split)
             row, *cols = [i for i in range(p.ndim) if i not in first]
             self.order = [*first, row, *sorted(cols, key=lambda i: -p.stride(i))]
-            self.size = rule.parts, p.shape[row], math.prod(p.shape[i] for i in cols)
+            self.size = rule.parts, p.shape[row], math.prod([p.shape[i] for i in cols])
             self.dense = self._views(p)
             if not self.dense:
                 self.order = [*first, row, *cols]

@@ -21,6 +21,9 @@ for training at --image_size, in seconds of the process itself, whatever else th
     ours           the loader of main.py without workers
     conventional   torchvision's ImageFolder and transforms in a DataLoader without workers
 
+spectral, a step of SpectralAGD beside AdamW's, Muon's and AGD's, with one thread and two; whole
+steps of the FCN; and the rate of its polar factors beside that of a large matrix product.
+
 many, the epochs a second of 1 to 32 small runs at once.
 
 checkpoint, the share of an epoch's time that checkpoints take, as main.py writes them by default:
@@ -47,11 +50,12 @@ from display import table
 from flags import Parser, number
 from provenance import environment, processor
 from run import RunError
-from scripts.benchmark import checkpoint, draw, epoch, folders, many, step
+from scripts.benchmark import checkpoint, draw, epoch, folders, many, spectral, step
 from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
 
 CASES = {  # name -> module, rounds, rounds of --quick
     "step": (step, 40, 5),
+    "spectral": (spectral, 15, 2),
     "epoch": (epoch, 7, 2),
     "data": (folders, 7, 2),
     "many": (many, 3, 1),
