@@ -219,7 +219,8 @@ class AGD(torch.optim.Optimizer):
         """Take shares of L, a Depth by ids of parameters; a weight that is not there has none."""
         for group, rules in zip(self.param_groups, self.rules):
             rules[:] = [x if x.role in VECTORS else x._replace(
-                            share=float(shares.get(id(p), 0)), output=id(p) in shares.outputs)
+                            share=float(shares.get(id(p), 0)),
+                            output=self._spectral and id(p) in shares.outputs)
                         for p, x in zip(group["params"], rules)]  # fmt: skip
         self._read = True
         self._changed()
@@ -403,7 +404,7 @@ class AGD(torch.optim.Optimizer):
                         x.role not in VECTORS for rules in self.rules for x in rules))
                 role = rule.role + (f" {rule.parts}" if rule.parts > 1 else "")
                 role += ", transposed" if rule.transposed else ""
-                role += ", output" if rule.output and self._spectral else ""
+                role += ", output" if rule.output else ""
                 row = re.sub(r"\d+", "*", name), role
                 lines.setdefault(row, []).append((tuple(p.shape), s, share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
@@ -427,6 +428,7 @@ class AGD(torch.optim.Optimizer):
 MU, BETA = 0.5, 0.8  # of the momentum; of the average in the weights that a network holds
 ROWS = 128  # of the blocks that have a polar factor of their own; None: whole matrices
 MOMENT = torch.float32  # the dtype of the momentum
+TINY = 1e-36  # squares of the numbers of a block that add up to less are no gradient in float32
 
 
 class SpectralAGD(AGD):
@@ -441,7 +443,7 @@ class SpectralAGD(AGD):
         G   =  max(0, 1/L sum_k s_k <g_k, polar(m_k)>)
         eta =  log((1 + sqrt(1 + 4 G)) / 2)
         Z   <- Z - eta/L s_k polar(m_k)              its length grows: that is the clock
-        X   <- X + 2 / (t + 1) (Z - X)
+        X   <- X + 2 / (t + 1) (Z - X)               with t the steps that have moved the block
         Y   =  0.2 Z + 0.8 X,   P = s_k Y / rho(Y)
 
     `eval()` puts X, at length s_k, in the place of P, for evaluation and for use; `train()` puts P
@@ -708,7 +710,7 @@ class _MatrixPart:
         dots = self.total([_dots(x.g, x.weights()) if x.fixed else squares.new_zeros(1)
                            for x in self.active])  # fmt: skip
         self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
-        self.moves = squares > 0
+        self.moves = squares > TINY
         return squares.sqrt()  # infinite where float32 has no square of an element
 
     def average(self, finite):
@@ -732,12 +734,13 @@ class _MatrixPart:
         squares = self.total([slopes.new_ones(1) if x.polar else x.squares(x.D)
                               for x in self.active])  # fmt: skip
         # Directions without a polar factor are not yet of norm 1.
-        self.factor = torch.where(squares > 0, self.s / squares.sqrt(), 0)
+        self.factor = torch.where(squares > TINY, self.s / squares.sqrt(), 0)
         return self.factor * (slopes - self.along * along)
 
     def move(self, step, groups):
         """Move Z, X and P by `step`, eta / L."""
-        factor, moves = self.factor * step.to(self.factor) * self.moves, self.moves
+        step = step.to(self.factor)
+        factor, moves = self.factor * step * self.moves, self.moves & (step > 0)
         for x in self.active:
             gain = groups[x.group]["lr"]
             if isinstance(gain, Tensor):
@@ -745,7 +748,6 @@ class _MatrixPart:
             elif gain == 1:
                 continue
             factor[x.blocks] *= gain
-            moves = moves.clone()
             moves[x.blocks] &= gain > 0
         self.t += moves
         w = moves.to(factor) * 2 / (self.t + 1)
@@ -1055,7 +1057,7 @@ def _polar(x):
     values under 1/400 of the largest a part. Overwrites x."""
     if x.is_cuda:
         return _polar_bf16(x)
-    x = x.div_(vector_norm(x, 2, (1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+    x = _of_norm_1(x)
     R = x @ x.mT
     S = R @ R
     scale = vector_norm(S, 2, (1, 2), keepdim=True).clamp_min_(1e-30).sqrt_()  # over the largest
@@ -1071,12 +1073,18 @@ def _polar(x):
     return Q.div_(scale.sqrt_()) @ x
 
 
+def _of_norm_1(x):
+    """Matrices over their Frobenius norms, in place; those of zeros stay."""
+    tiny = torch.finfo(x.dtype).tiny
+    x.div_(vector_norm(x, math.inf, (1, 2), keepdim=True).clamp_min_(tiny))
+    return x.div_(vector_norm(x, 2, (1, 2), keepdim=True).clamp_min_(tiny))
+
+
 def _polar_bf16(x):
     """The same in bfloat16, whose products GPUs add up in float32; on x itself, since the squares
     of its singular values would not survive. Returns x's dtype."""
     dtype = x.dtype
-    x = x / vector_norm(x, 2, (1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    x = x.bfloat16()
+    x = _of_norm_1(x).bfloat16()
     scale = vector_norm(x @ x.mT, 2, (1, 2), keepdim=True, dtype=torch.float32).clamp_min_(1e-30)
     x = (x / scale.sqrt_()).bfloat16()
     for a, b, c in POLAR:
@@ -1902,7 +1910,14 @@ def recalibrate(net, batches):
     """Recompute the running statistics of a network's batch norms, as means over `batches`: of
     inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with."""
     device = next((p.device for p in net.parameters()), None)
-    torch.optim.swa_utils.update_bn(batches, net, device)
+    kept = [(x, x.training, getattr(x, "momentum", None)) for x in net.modules()]
+    try:
+        torch.optim.swa_utils.update_bn(batches, net, device)
+    finally:
+        for module, training, momentum in kept:
+            module.training = training
+            if momentum is not None:
+                module.momentum = momentum
 
 
 @torch.no_grad()
