@@ -30,6 +30,8 @@ def polar(m, rows=None):
     short side; the last piece has what is left."""
     if m.shape[0] > m.shape[1]:
         return polar(m.mT, rows).mT
+    if len(m) == 1:
+        return m / m.norm()
     pieces = m.split(math.ceil(len(m) / math.ceil(len(m) / (rows or len(m)))))
     return torch.cat([exact(piece) for piece in pieces])
 
