@@ -868,8 +868,9 @@ class _Matrices:
 
     @staticmethod
     def squares(x):
-        """Sums of squares of matrices, (number,), of short sums in their own dtype."""
-        return vector_norm(x, 2, 2).to(_wide(x.device)).square_().sum(1)
+        """Sums of squares of matrices, (number,), of short sums in float32."""
+        short = vector_norm(x, 2, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+        return short.to(_wide(x.device)).square_().sum(1)
 
     def cut(self, m):
         """Matrices (number, rows, cols) in `pieces`, (pieces, *piece), the shorter side first."""
@@ -1029,7 +1030,7 @@ class _Share:
             own = torch.cat(own)
             buffer[: len(own)] = own
         out = buffer.new_empty(self.number, max(loads))
-        torch.distributed.all_gather_into_tensor(out, buffer, group=self.group)
+        torch.distributed.all_gather(list(out.unbind()), buffer, group=self.group)
         starts = [0] * self.number
         for (members, pieces), ranks in zip(self.sizes, owners):
             for rank, mine in enumerate(ranks):

@@ -38,19 +38,23 @@ class Progress:
         self.bar.update(done - self.bar.n)
 
     def epoch(self, row):
-        eta = row["eta_mean"]
+        eta, turn = row["eta_mean"], row.get("turn")
+        rate = row["images_per_second"]
         if self.terminal:
             parts = [f"{row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.3f}"]
             parts += [f"train {row['train_acc']:.1%}", f"test {row['test_acc']:.1%}"]
             parts += [] if eta is None else [f"{self.eta} {eta:.3f}"]
-            rate = row["images_per_second"]
-            parts += [f"{rate:.0f} img/s" if rate < 1e4 else f"{rate / 1e3:.0f}k img/s"]
+            if turn is not None:  # in the place of the rate, for which there is no room
+                parts += [f"turn {turn:.2g}"]
+            else:
+                parts += [f"{rate:.0f} img/s" if rate < 1e4 else f"{rate / 1e3:.0f}k img/s"]
             self.bar.set_description_str(" ".join(parts))
         elif not self.quiet:
             parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.4f}"]
             parts += [f"train {row['train_acc']:.2%}", f"test {row['test_acc']:.2%}"]
             parts += [] if eta is None else [f"{self.eta} {eta:.4f}"]
-            parts += [f"{row['images_per_second']:,.0f} img/s", f"{row['seconds']:.2f} s"]
+            parts += [f"{rate:,.0f} img/s"] if turn is None else [f"turn {turn:.2g}"]
+            parts += [f"{row['seconds']:.2f} s"]
             print("  ".join(parts), flush=True)
 
     def note(self, text):

@@ -3,9 +3,18 @@
 import math
 import time
 from contextlib import nullcontext
+from itertools import islice
 
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import agd
 from distributed import RankError
-from train import evaluate, train_epoch
+from distributed.norm import average_statistics
+from optimizers import AUTOMATIC
+from train import evaluate, largest_share, train_epoch
+
+RECALIBRATING = 8  # batches from which batch norm takes statistics for other weights than trained
 
 
 class Epochs:
@@ -38,15 +47,18 @@ class Epochs:
         trained = self._train(epoch, profile)
         complete(trained, data.train, world, course.missing)
         training_seconds, before = course.seconds_of_epoch(), course.seconds_before
-        world.share(net.buffers())  # batch-norm statistics: those of the first rank
+        clock = read_clock(course.optimizer, trained["steps"]["eta"])
         with profile.evaluation() if profile else nullcontext():
+            if isinstance(course.optimizer, agd.SpectralAGD):
+                recalibrate(course, epoch)
+            world.share(net.buffers())  # batch-norm statistics: those of the first rank
             tested = evaluate(
                 net, data.test, course.loss_fn, course.gradient.micro_bs, course.after_test_batch
             ).read(world.sum_in_order)
         complete(tested, data.test, world)
         together(net, epoch, world)
         seconds = before + time.perf_counter() - began
-        row = epoch_row(epoch, trained, tested, seconds, training_seconds)
+        row = epoch_row(epoch, trained, tested, seconds, training_seconds, clock)
         if self.replay and self.replay.failure:
             row["no_cuda_graph"] = self.replay.failure
         if course.gradient.micro_bs is not None:
@@ -97,6 +109,45 @@ class Epochs:
         return totals.read(course.world.sum_in_order)
 
 
+def recalibrate(course, epoch):
+    """Batch-norm statistics of the weights that the network holds, from the first batches of an
+    epoch in training; over several ranks the mean of theirs. Neither the batches' place nor their
+    order changes."""
+    net, gradient, train = course.net, course.gradient, course.data.train
+    if not any(isinstance(module, _BatchNorm) for module in net.modules()):
+        return
+
+    def inputs():
+        for batch in first(train, epoch, RECALIBRATING):
+            for x, labels in gradient.parts(*batch, largest_share(train)):
+                if len(labels) or gradient.sync_bn:
+                    yield x
+
+    agd.recalibrate(net, inputs())
+    if not gradient.sync_bn:
+        average_statistics(net, course.world)
+
+
+def first(batches, epoch, count):
+    """The first batches of an epoch; the place in it, and what was counted, are as before then."""
+    position, missing = batches.position, batches.missing
+    batches.set_epoch(epoch)
+    try:
+        yield from islice(batches, count)
+    finally:
+        batches.set_epoch(epoch, position)
+        batches.position, batches.missing = position, missing
+
+
+def read_clock(optimizer, etas):
+    """{"length", "turn"} of an optimiser with a clock, after the last step of an epoch; else {}."""
+    if not hasattr(optimizer, "clock"):
+        return {}
+    # As the log has it: a run that goes on behind that step has no other.
+    optimizer.eta = torch.full_like(optimizer.eta, etas[-1])
+    return dict(zip(("length", "turn"), torch.stack(optimizer.clock()).tolist()))
+
+
 def spread(key, values):
     """The least, the mean and the greatest of an epoch's finite values, or None for each."""
     values = [x for x in values or [] if math.isfinite(x)]
@@ -104,7 +155,9 @@ def spread(key, values):
     return dict(zip((f"{key}_min", f"{key}_mean", f"{key}_max"), found))
 
 
-def epoch_row(epoch, train, test, seconds, training_seconds):
+def epoch_row(epoch, train, test, seconds, training_seconds, clock):
+    """The row of the log. Train figures are of the weights that trained, test figures of those
+    that the optimiser answers with."""
     steps = train["steps"]
     skipped = sum(math.isnan(eta) for eta in steps["eta"] or [])
     return {
@@ -115,6 +168,7 @@ def epoch_row(epoch, train, test, seconds, training_seconds):
         "test_loss": test["loss"],
         "test_acc": test["acc"],
         **spread("eta", steps["eta"]),
+        **clock,
         **(spread("update", steps["update"]) if steps["update"] else {}),
         **({"skipped_steps": skipped} if skipped else {}),
         "seconds": seconds,
@@ -134,7 +188,7 @@ def step_rows(epoch, steps):
 def not_finite(args, epoch, losses):
     """Why a run of a baseline has to end, or None; AGD leaves a step out, and Course counts."""
     step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    if step is None or args.optimizer == "agd":
+    if step is None or args.optimizer in AUTOMATIC:
         return None
     return (
         f"the loss was {losses[step - 1]} at epoch {epoch}, step {step}; try a smaller --lr"

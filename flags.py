@@ -161,12 +161,13 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
         "time, added up to a step (default: all, halved where memory runs out)")
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
     add("--gain", type=number(float, 0, 1e30), default=1.0,
-        help="multiplies AGD's update (default: 1)")
+        help="multiplies the update of agd and spectral (default: 1)")
     add("--layers", type=one_of(LAYERS), metavar="HOW", help="AGD's number of layers: count (their "
-        "number) or paths (the mean number on a path through the network) (default: paths for "
-        "torchvision: and timm:, else count)")
+        "number) or paths (the mean number on a path through the network) (default: count for agd "
+        "on the four networks, else paths)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
-        help=f"{', '.join(optimizers)} or package.Class (default: %(default)s)")
+        help=f"{', '.join(optimizers)} or package.Class; agd is the paper's rule, spectral the one "
+        "to train with (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
@@ -254,9 +255,11 @@ def replayed(p, args, argv):
     return args
 
 
-def layers(arch, asked=None):
-    """How AGD finds the number of layers of `arch`, one of LAYERS: as `asked`, or the default."""
-    return asked or ("paths" if arch.startswith(LIBRARIES) else "count")
+def layers(args):
+    """How the optimiser finds the number of layers, one of LAYERS: as asked, or the default; the
+    paper counts those of its networks."""
+    paper = args.optimizer == "agd" and not args.arch.startswith(LIBRARIES)
+    return args.layers or ("count" if paper else "paths")
 
 
 def is_folder(args):

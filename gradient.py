@@ -80,8 +80,7 @@ class Gradient:
         before = {dtype: torch._foreach_mul(xs, 1) for dtype, xs in buffers.items()}
         while True:
             size = min(self.micro_bs or share, share)
-            passes = -(-share // size)
-            found = self._attempt(inputs, labels, passes, count, counted)
+            found = self._attempt(self.parts(inputs, labels, share), count, counted)
             too_large = float(size) if found is None else 0.0
             if self.trials:
                 # One that did not fit, on any rank, has all of them start again.
@@ -103,11 +102,17 @@ class Gradient:
                     p.grad /= self.world.size
         return found
 
-    def _attempt(self, inputs, labels, passes, count, counted):
-        """What a call returns, or None where it did not fit."""
+    def parts(self, inputs, labels, share=None):
+        """The [(inputs, labels)] of the passes of a batch; `share` as of a call."""
+        share = max(share or len(labels), 1)
+        passes = -(-share // min(self.micro_bs or share, share))
         parts = list(zip(inputs.tensor_split(passes), labels.tensor_split(passes)))
         if not self.sync_bn:  # which needs as many passes on every rank
             parts = [part for part in parts if len(part[1])] or parts[:1]
+        return parts
+
+    def _attempt(self, parts, count, counted):
+        """What a call returns, or None where it did not fit."""
         found = []
         try:
             for i, (x, y) in enumerate(parts):

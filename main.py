@@ -39,7 +39,7 @@ from distributed.queue import restarted
 from epochs import Epochs
 from flags import name_and_settings
 from gradient import CompileError, Gradient, LoneImage, OutOfMemory, is_out_of_memory
-from optimizers import BASELINES, make_optimizer, optimizer_class, set_capturable
+from optimizers import AUTOMATIC, BASELINES, make_optimizer, optimizer_class, set_capturable
 from provenance import environment
 from record import Record, deviation
 from replay import RecordingError, Replay
@@ -58,7 +58,7 @@ IDLE_STREAMS = {}  # by device: those in which no run of this process works
 
 def command_line():
     """The parser of the flags."""
-    optimizers = ["agd", *BASELINES]
+    optimizers = [*AUTOMATIC, *BASELINES]
     return flags.parser(NETWORKS, DATASETS, LOSSES, optimizers, PRECISIONS, default_data_dir())
 
 
@@ -81,13 +81,14 @@ def parse(argv=None, check=True):
         torch.empty(0, device=args.device if probe else "cpu").cpu()
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
-    if args.optimizer == "agd" and args.lr is not None:
-        p.error("AGD has no learning rate; --lr is for the baselines (--gain scales AGD's update)")
-    if args.optimizer != "agd" and args.gain != 1:
+    if args.optimizer in AUTOMATIC and args.lr is not None:
+        own = AUTOMATIC[args.optimizer].__name__
+        p.error(f"{own} has no learning rate; --lr is for the baselines (--gain scales its update)")
+    if args.optimizer not in AUTOMATIC and args.gain != 1:
         p.error(f"--gain is AGD's; {args.optimizer} has --lr")
     if args.optimizer in BASELINES and args.lr is None:
         args.lr = BASELINES[args.optimizer][1]
-    if check and args.optimizer not in ("agd", *BASELINES):
+    if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
         try:
             optimizer_class(args.optimizer)
         except ValueError as error:
@@ -122,10 +123,11 @@ def network_flags(p, args, check):
             p.error(f"--{key} is for {', '.join(NETWORKS)}; {args.arch} has {what} of its own")
     if args.arch == "fcn" and args.affine:
         p.error("--affine is for networks with norms, and the fcn has none")
-    if args.layers is not None and args.optimizer != "agd":
+    if args.layers is not None and args.optimizer not in AUTOMATIC:
         p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
-    if args.layers == flags.layers(args.arch):
-        args.layers = None  # the default has one name, whether or not it is given
+    asked, args.layers = args.layers, None
+    if asked != flags.layers(args):  # the default has one name, whether or not it is given
+        args.layers = asked
     if args.weights is not None:
         args.weights = os.path.expanduser(args.weights)
         if not args.weights.endswith(SUFFIXES):
@@ -235,12 +237,13 @@ def set_up(args, world):
     set_precision(net, args.precision, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     try:
-        optimizer = make_optimizer(args, net, data.shape)
+        group = torch.distributed.group.WORLD if world.size > 1 else None
+        optimizer = make_optimizer(args, net, data.shape, process_group=group)
     except (TypeError, ValueError) as error:  # of a class that someone else has written
         said = f"does not take these weights: {' '.join(str(error).split())}"
         raise RunError(f"--optimizer {args.optimizer} {said}") from error
     no_graph = "--cuda_graph off" if args.cuda_graph == "off" else flags.no_graph(args)
-    measured = args.optimizer == "agd" and flags.layers(args.arch, args.layers) == "paths"
+    measured = args.optimizer in AUTOMATIC and flags.layers(args) == "paths"
     paths = float(optimizer.L) if measured else None
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     facts = {
@@ -383,7 +386,7 @@ def train(args, world, requests):
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
         # A device may wait for ranks that are gone: what it holds is not asked for then.
-        readable = args.optimizer == "agd" and (world.size == 1 or not failed)
+        readable = args.optimizer in AUTOMATIC and (world.size == 1 or not failed)
         skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row.get("seconds") or 0 for row in rows)
         end = as_logged(

@@ -21,7 +21,7 @@ KEYS = {"epoch", "settings", "net", "optimizer"}  # of a checkpoint
 FIGURES = {  # of rows, numbers or null
     "loss", "acc", "train_loss", "train_acc", "test_loss", "test_acc", "seconds",
     "images_per_second", "eta", "eta_min", "eta_mean", "eta_max", "update", "update_min",
-    "update_mean", "update_max",
+    "update_mean", "update_max", "length", "turn",
 }  # fmt: skip
 NEEDED = {  # of the row of an epoch, and whether null will do
     "train_loss": True, "train_acc": False, "test_loss": True, "test_acc": False, "eta_mean": True,

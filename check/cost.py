@@ -22,6 +22,7 @@ def network(args, shape, classes):
     """The network, on a device that computes nothing."""
     # Of a library or a file, and where AGD measures, it takes numbers.
     of_numbers = is_library(args.arch) or args.weights is not None or args.layers is not None
+    of_numbers = of_numbers or args.optimizer == "spectral"
     with torch.device("cpu" if of_numbers else "meta"):
         net = made(args, shape, classes)
     try:
@@ -54,9 +55,11 @@ def memory(args, world, neighbours, net, facts):
             raise
         yield "note", f"what a batch takes cannot be told of {args.arch}: {error}"
         return
-    # The weights, their gradients, and the two scratch copies of a step or a baseline's state; and
-    # what the ranks send.
-    fixed = weights_bytes(net) * (5 if world.size > 1 else 4)
+    # The weights, their gradients, and the two scratch copies of a step or a baseline's state, or
+    # what the spectral rule keeps and its directions; and what the ranks send.
+    spectral = args.optimizer == "spectral"
+    sent = (2 if spectral else 1) if world.size > 1 else 0
+    fixed = weights_bytes(net) * (2 + (3 if spectral else 2) + sent)
     if facts.decoding is None:
         channels, height, width = facts.shape
         fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)

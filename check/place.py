@@ -135,9 +135,10 @@ def results(args, net, facts):
                 "another --out"
             ) from error
         if net is not None and part == "checkpoints":
-            # The new one beside the last two; baselines keep two numbers a weight.
+            # The new one beside the last two; baselines keep two numbers a weight, the spectral
+            # rule three: at the end of an epoch the weights that it trains, too.
             numbers = sum(p.numel() for p in net.parameters())
-            need = 3 * 4 * numbers * (1 if args.optimizer == "agd" else 3)
+            need = 3 * 4 * numbers * (1 + {"agd": 0, "spectral": 3}.get(args.optimizer, 2))
             free = shutil.disk_usage(path).free
             if free < need:
                 raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "

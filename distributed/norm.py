@@ -53,14 +53,31 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = _Sum.apply(x.square().sum(dims)) / count
         if self.track_running_stats:
             with torch.no_grad():
-                weight = self.momentum * (images > 0)
                 self.num_batches_tracked += images > 0
+                weight = self.momentum
+                if weight is None:  # the mean of all batches
+                    weight = 1 / self.num_batches_tracked.clamp(min=1)
+                weight = weight * (images > 0)
                 self.running_mean.lerp_(mean, weight)
                 self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), weight)
         x = x * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)
         return x
+
+
+def average_statistics(net, world):
+    """Give every rank the mean of the ranks' batch-norm statistics, each by the number of batches
+    that it has counted; the same bits on all of them."""
+    for norm in net.modules() if world.size > 1 else ():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            weight = norm.num_batches_tracked.to(norm.running_mean)
+            total = weight.clone()
+            world.sum_in_order(total)
+            weight = torch.where(total > 0, weight / total, 1 / world.size)
+            for x in (norm.running_mean, norm.running_var):
+                x *= weight
+                world.sum_in_order(x)
 
 
 class _Sum(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
     python -m scripts.gpu_checks --plan first    8 minutes: agreement, training, figures 5, 7, 1
     python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
+    python -m scripts.gpu_checks --plan spectral 4 minutes: SpectralAGD's agreement and speed
     python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
 
 Each check is a process with its part of the plan's time. Time that a check does not use goes to the
@@ -59,9 +60,9 @@ PLANS = {  # name -> seconds in all, checks
     "first": (465, [
         Check("machine", 30, TEST + "machine"),
         KERNELS,
-        Check("step", 45, TEST + "step"),
+        Check("step", 45, TEST + "'step and not spectral'"),
         DATA,
-        Check("graphs", 60, TEST + "graphs"),
+        Check("graphs", 60, TEST + "'graphs and not Spectral'"),
         Check("resnet18", 100, MAIN + "--arch resnet18 {fast} {long}"),
         Check("adam", 80, MAIN + "--arch resnet18 {fast} {long} --optimizer adam --lr 1e-4"),
         Check("vgg", 55, MAIN + "--arch vgg {fast} {long}"),
@@ -79,6 +80,15 @@ PLANS = {  # name -> seconds in all, checks
         Check("many-threads", 55, TIMES + MANY + "on", "5 times one run"),
         Check("crashes", 60, "-m scripts.crashtest --device {device} --cases digits --workers 1 "
               "--kills 1 --seconds 25 --out {folder}/crashtest.json"),
+    ]),
+    "spectral": (240, [
+        KERNELS,
+        DATA,
+        Check("spectral-step", 35, TEST + "spectral"),
+        Check("spectral-resnet18", 45, MAIN + "--arch resnet18 {fast} {short} --optimizer spectral",
+              "1.15 times an epoch of adam"),
+        Check("adam-resnet18", 35, MAIN + "--arch resnet18 {fast} {short} --optimizer adam"),
+        Check("spectral-times", 60, TIMES + "spectral --repeats 5"),
     ]),
     "rest": (240, [
         Check("vgg-epoch", 50, MAIN + "--arch vgg {fast} {compile} {short}", "0.6 s"),

@@ -11,6 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT.parent / "shared" / "data"  # real images, where a checkout has them beside it
 
 
+def with_norms(*args):
+    """A small network with batch norm for the digits, in the place of main.py's `build`."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3, bias=False), torch.nn.BatchNorm2d(6, affine=False),
+        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(216, 16, bias=False),
+        torch.nn.BatchNorm1d(16, affine=False), torch.nn.Linear(16, 10, bias=False),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory):
     """f(name, ...) -> a data directory with those sets of real images; skips where they are not."""

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 
 import agd
 import distributed
+import epochs
 import main as program
 from agd import AGD, depth, init_weights
 from data import load
@@ -86,6 +88,27 @@ def norms(world, sync, train_bs=100, micro_bs=None, epochs=2):
     net = net_of(norms=True)
     gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
     return train(world, net, gradient, epochs, train_bs)
+
+
+def statistics(world, sync, micro_bs):
+    """The buffers of a network after an epoch, and after recalibration with other weights; and
+    where the training data stand before and after that."""
+    net, data = net_of(norms=True, dtype=torch.float32), load(
+        "digits", "", 100, 77, CPU, rank=world.rank, size=world.size)  # fmt: skip
+    gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
+    data.train.set_epoch(3)
+    train_epoch(gradient.net, data.train, mse, AGD(net.parameters(), gain=0), gradient)
+    found = {"trained": net[1].running_mean.clone()}
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    for when in ("before", "after"):
+        train = data.train
+        found[when] = train.position, train.epoch, train.missing, train.order().tolist()
+        if when == "before":
+            net.train()
+            course = SimpleNamespace(net=net, gradient=gradient, world=world, data=data)
+            epochs.recalibrate(course, 3)
+    return {**found, "buffers": dict(net.named_buffers())}
 
 
 class Small(nn.Module):

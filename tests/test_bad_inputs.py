@@ -287,6 +287,12 @@ CASES = {
     "no such precision": Case("main --precision fp16", "fp32, tf32, bf16"),
     "a precision of GPUs": Case("main --cpu --precision tf32", "Ampere"),
     "a rate for AGD": Case("main --lr 0.1", "AGD has no learning rate"),
+    "a rate for its other rule": Case(
+        "main --optimizer spectral --lr 0.1", "SpectralAGD has no learning rate"
+    ),
+    "the rule by its class": Case(
+        "main --optimizer agd.SpectralAGD", "--optimizer spectral is SpectralAGD, with its own"
+    ),
     "a gain for Adam": Case("main --optimizer adam --gain 2", "--lr"),
     "two devices": Case("main --cpu --device cuda", "--cpu contradicts"),
     "no such device": Case("main --device gpu", "gpu"),

@@ -75,10 +75,12 @@ def test_three_ranks_go_on_to_the_bit(broken):
 
 
 @pytest.mark.parametrize("flags", [[], ["--sync_bn"]])
-def test_networks_with_batch_norm_go_on_to_the_bit(flags, broken):
-    """Each rank's running statistics are lost with it; those of the first count."""
+@pytest.mark.parametrize("optimizer", ["agd", "spectral"])
+def test_networks_with_batch_norm_go_on_to_the_bit(optimizer, flags, broken):
+    """Each rank's running statistics are lost with it; those of the first count, or for the test
+    all take them anew."""
     cases = {str(k): {"1": {k: TERM}} for k in (2, 5, 9)}
-    broken(3, cases, *flags, norms=True)
+    broken(3, cases, *flags, "--optimizer", optimizer, norms=True)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, capsys):  # noqa: F811

@@ -17,7 +17,7 @@ from architecture import build
 from checkpoint import unpack
 from finite import culprit
 from interrupt import ANNOUNCED, NOTHING, SAVE, STOP, Requests
-from tests.conftest import ROOT
+from tests.conftest import ROOT, with_norms
 from tests.test_main import QUICK, comparable, rows, weights
 from train import mse
 
@@ -64,10 +64,18 @@ def same(one, other):
     return a
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "adam", "tests.reference.Averaging"])
-def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(optimizer, tmp_path, capsys):
-    """The last optimiser trains other weights than those that are tested."""
+@pytest.mark.parametrize("optimizer, norms", [
+    ("agd", False), ("adam", False), ("spectral", False), ("spectral", True),
+    ("tests.reference.Averaging", False),
+])  # fmt: skip
+def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(
+    optimizer, norms, tmp_path, capsys, monkeypatch
+):
+    """Two optimisers train other weights than those that are tested, and of one of them batch norm
+    takes its statistics anew."""
     flags = [*SMALL, "--optimizer", optimizer]
+    if norms:
+        monkeypatch.setattr(program, "build", with_norms)
     code, plan = call(*flags, "--out", tmp_path / "whole")
     assert (code, plan.looks) == (0, LOOKS)
     for k in range(1, LOOKS + 1):
@@ -93,7 +101,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_unbroken_one(tmp_path):
     same(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["agd", "spectral", "sgd", "adam"])
 def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
     """Replays and single steps, to the bit; graphs have a stand-in here."""
     flags = [*QUICK, "--epochs", 2, "--log_steps", "--log_updates", "--optimizer", optimizer]

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import agd
 import agd_kernels
-from agd import AGD, Layout, Rule, TorchBackend, init_weights
+from agd import AGD, Layout, Rule, SpectralAGD, TorchBackend, init_weights
 from agd_kernels import cuda
 from architecture import build
 from arithmetic import set_precision
@@ -126,17 +127,54 @@ def test_step_of_any_scale_and_without_a_finite_gradient(found):
     assert torch.equal(p, before) and optimizer.skipped == 1
 
 
+def test_spectral_polar_factor(found):
+    """In bfloat16, as a GPU takes it: of operator norm 1, with nearly all of the nuclear norm."""
+    x = torch.randn(8, 128, 384, device=DEVICE)
+    x *= torch.logspace(0, -1.5, 384, device=DEVICE)
+    D = agd._polar_bf16(x.clone())
+    values = torch.linalg.svdvals(D.cpu().double())
+    share = (x * D).sum((1, 2)).cpu() / torch.linalg.svdvals(x.cpu().double()).sum(1)
+    found("operator norms", [values.min().item(), values.max().item()])
+    found("share of the nuclear norm", share.min().item())
+    assert 0.97 < values.max() < 1.03 and share.min() > 0.97
+
+
+def test_spectral_step_is_that_of_the_cpu(found):
+    """Of whole networks, to what bfloat16 lets through; and no step of it reads the device."""
+    differences = {}
+    for arch in ("fcn", "resnet18") if GPU else ("fcn",):
+        nets = [network(arch, device=CPU)]
+        nets.append(copy.deepcopy(nets[0]).to(DEVICE))
+        optimizers = [SpectralAGD(net, depth=10.0) for net in nets]
+        for i in range(4):
+            for p, q in zip(*(net.parameters() for net in nets)):
+                p.grad = torch.randn_like(p) * 1e-3
+                q.grad = p.grad.to(DEVICE)
+            optimizers[0].step()
+            with watched(i > 1):
+                optimizers[1].step()
+        for optimizer in optimizers:
+            optimizer.eval()
+        weights = [[p.detach().cpu() for p in net.parameters()] for net in nets]
+        etas = [optimizer.eta.item() for optimizer in optimizers]
+        differences[arch] = worst(*weights), abs(etas[0] / etas[1] - 1)
+    found("relative differences of the weights and of eta", differences)
+    assert all(x < 0.02 for values in differences.values() for x in values)
+
+
 @pytest.mark.parametrize(
-    ("arch", "epochs", "part"), [("fcn", 5, None), *([("resnet18", 2, 12_800)] if GPU else [])]
-)
-def test_graphs_are_the_loop(arch, epochs, part, found):
+    ("rule", "arch", "epochs", "part"),
+    [(AGD, "fcn", 5, None), (SpectralAGD, "fcn", 3, 6400),
+     *([(AGD, "resnet18", 2, 12_800)] if GPU else [])],
+)  # fmt: skip
+def test_graphs_are_the_loop(rule, arch, epochs, part, found):
     """Epochs by CUDA graphs and by the loop; in the last one CUDA watches for reads of the host."""
     trained, ms = [], []
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)) if GPU else nullcontext():
         for by_graph in (False, True):
             data = load("cifar10", default_data_dir(), 128, 10_000, DEVICE, train_examples=part)
             net = network(arch)
-            optimizer, gradient, graph = AGD(net.parameters()), Gradient(net, mse), Graph()
+            optimizer, gradient, graph = rule(net.named_parameters()), Gradient(net, mse), Graph()
             graph.optimizer = optimizer
             step = Step(net, mse, optimizer, gradient)
             record = None if GPU else graph.record
@@ -153,7 +191,8 @@ def test_graphs_are_the_loop(arch, epochs, part, found):
             trained.append([p.detach().double() for p in net.parameters()])
             ms.append(seconds / len(data.train) * 1e3)
     difference = worst(*trained)
-    found(arch, {"largest difference": difference, "ms, loop": ms[0], "ms, graph": ms[1]})
+    figures = {"largest difference": difference, "ms, loop": ms[0], "ms, graph": ms[1]}
+    found(f"{arch}, {rule.__name__}", figures)
     assert arch != "fcn" or difference < 1e-6  # sums of cuDNN's gradients have no fixed order
 
 

@@ -277,10 +277,11 @@ def test_updates_are_measured_of_the_weights_that_train():
     ["--depth", 3, "--width", 16, "--bias", "--layers", "paths", "--log_updates"],
     ["--arch", "timm:resnet18"],
 ])  # fmt: skip
-def test_agd_trains_it(flags, tmp_path):
+@pytest.mark.parametrize("rule", ["agd", "spectral"])
+def test_agd_trains_it(rule, flags, tmp_path):
     if "timm:resnet18" in flags:
         pytest.importorskip("timm")
-    assert call(*flags, out=tmp_path) == 0
+    assert call(*flags, "--optimizer", rule, out=tmp_path) == 0
     first, epoch, end = rows(tmp_path)
     assert end["stopped"] is None and end["skipped_steps"] == 0 and 0 < epoch["eta_min"]
     assert ("paths" in first) == ("paths" in flags or "timm:resnet18" in flags)
@@ -290,22 +291,27 @@ def test_agd_trains_it(flags, tmp_path):
     assert all(x.abs().max() > 0 for x in moved)
 
 
-def test_a_network_that_draws_goes_on_bit_for_bit(tmp_path):
-    """Dropout is a function of the seed and the step, not of what was drawn before."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert call("--arch", SMALL, "--epochs", 2, out=whole) == 0
+@pytest.mark.parametrize("rule", ["agd", "spectral"])
+def test_a_network_that_draws_goes_on_bit_for_bit(rule, tmp_path):
+    """Dropout is a function of the seed and the step, not of what was drawn before; in the batches
+    from which batch norm takes its statistics anew, too."""
+    whole, parts, flags = tmp_path / "whole", tmp_path / "parts", ["--arch", SMALL]
+    flags += ["--optimizer", rule]
+    assert call(*flags, "--epochs", 2, out=whole) == 0
     for epochs in (1, 2):
         torch.rand(epochs)
-        assert call("--arch", SMALL, "--epochs", epochs, out=parts) == 0
+        assert call(*flags, "--epochs", epochs, out=parts) == 0
     assert same(weights(parts), weights(whole))
     assert [x.get("train_loss") for x in rows(parts)] == [x.get("train_loss") for x in rows(whole)]
     assert rows(whole)[0]["paths"] > 1
 
 
-def test_a_run_from_weights_with_frozen_ones(tmp_path, capsys):
+@pytest.mark.parametrize("rule", ["agd", "spectral"])
+def test_a_run_from_weights_with_frozen_ones(rule, tmp_path, capsys):
     path, out = tmp_path / "five.pt", tmp_path / "out"
     torch.save(drawn(SHUFFLE, 5, seed=1).state_dict(), path)
-    flags = ["--arch", SHUFFLE, "--weights", path, "--freeze", "conv1.*,stage*", "--epochs"]
+    flags = ["--arch", SHUFFLE, "--optimizer", rule, "--weights", path]
+    flags += ["--freeze", "conv1.*,stage*", "--epochs"]
     assert call(*flags, 1, out=out) == 0
     said = capsys.readouterr().out
     assert "drawn anew: fc.weight, fc.bias" in said and "of them frozen" in said

@@ -17,7 +17,9 @@ import torch
 import distributed
 import main as program
 from architecture.fcn import FCN
-from tests.conftest import ROOT
+from data import load
+from tests.conftest import ROOT, with_norms
+from train import evaluate, mse
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
 NAME = "fcn3x32-digits-mse-bs128-agd-seed0"
@@ -96,7 +98,7 @@ def test_log_has_the_rows_that_others_read(tmp_path):
     assert end["test_acc"] == epochs[-1]["test_acc"]
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "adam", "torch.optim.SGD"])
+@pytest.mark.parametrize("optimizer", ["agd", "spectral", "adam", "torch.optim.SGD"])
 def test_a_longer_run_goes_on_bit_for_bit(optimizer, tmp_path):
     """Two epochs and then four leave what four at once leave."""
     flags = [*QUICK, "--optimizer", optimizer]
@@ -315,12 +317,16 @@ def test_an_out_that_cannot_be_written(tmp_path, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def test_the_bar_fits_80_columns(tmp_path):
+@pytest.mark.parametrize("optimizer, last", [
+    ("agd", r"\d+k? img/s 00:00 left █{6}"), ("spectral", r"turn 0\.\d+ 00:00 left █{6}"),
+])  # fmt: skip
+def test_the_bar_fits_80_columns(optimizer, last, tmp_path):
     """On a terminal: a bar with the figures, one line, no wider than the terminal."""
     controller, terminal = pty.openpty()
     subprocess.run(["stty", "rows", "24", "cols", "80"], stdin=terminal, check=True)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *QUICK, "--epochs", "120", "--out", str(tmp_path)],
+        [sys.executable, str(ROOT / "main.py"), *QUICK, "--epochs", "120", "--out", str(tmp_path),
+         "--optimizer", optimizer],
         cwd=ROOT, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(terminal)
@@ -337,9 +343,8 @@ def test_the_bar_fits_80_columns(tmp_path):
     assert len(lines) > 5
     assert max(map(len, lines)) <= 80
     assert re.match(
-        r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} \d+k? img/s "
-        r"00:00 left █{6}", lines[-1],
-    )  # fmt: skip
+        r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} " + last, lines[-1]
+    )
 
 
 def test_plain_output_where_the_encoding_lacks_eta(run_main):
@@ -387,6 +392,42 @@ def test_steps_of_the_first_epochs_and_updates_are_logged_when_asked(tmp_path):
     assert all(torch.equal(weights(tmp_path, name)[k], v) for k, v in weights(tmp_path).items())
     plain = [row["train_loss"] for row in rows(tmp_path) if row["kind"] == "epoch"]
     assert plain == [row["train_loss"] for row in found if row["kind"] == "epoch"]
+
+
+def test_a_spectral_run_is_tested_and_saved_at_its_average(tmp_path, monkeypatch):
+    """With the statistics of batch norm that its first batches give there; the log has the length
+    of Z, and the angle by which the last step has turned it."""
+    monkeypatch.setattr(program, "build", with_norms)
+    flags = ["--dataset", "digits", "--optimizer", "spectral", "--epochs", 3, "--out", tmp_path]
+    assert call(*flags, "--log_steps") == 0
+    (name,) = [path.stem for path in (tmp_path / "logs").glob("*.jsonl")]
+    found = rows(tmp_path, name)
+    row = next(x for x in found if x["kind"] == "epoch" and x["epoch"] == 3)
+    last = [x for x in found if x["kind"] == "step"][-1]
+    saved = torch.load(tmp_path / "checkpoints" / f"{name}.pt", weights_only=True)
+    data = load("digits", "", 128, 1000, torch.device("cpu"))
+    net = with_norms()
+    net.load_state_dict(saved["net"])
+    assert row["test_loss"] == pytest.approx(evaluate(net, data.test, mse).read()["loss"], rel=1e-6)
+    data.train.set_epoch(3)
+    with torch.no_grad():
+        sums, batches = 0, [inputs for inputs, _ in data.train][:8]
+        for inputs in batches:
+            sums = sums + net[0](inputs).mean((0, 2, 3))
+    assert torch.allclose(saved["net"]["1.running_mean"], sums / 8, atol=1e-6)
+    assert saved["net"]["1.num_batches_tracked"] == 8
+    state = list(saved["optimizer"]["state"].values())
+    assert not saved["optimizer"]["param_groups"][0]["train_mode"]
+    lengths = []
+    for held, p, entry in zip((True, True, False), net.parameters(), state):
+        if p.ndim > 1:
+            assert not torch.equal(p, entry["weights"])  # which are those that train
+            rho = entry["z"].flatten(1).norm() / min(p.flatten(1).shape) ** 0.5
+            lengths += [(rho / entry["s"]).item()] if held else []
+    assert len(lengths) == 2  # without the output layer
+    assert row["length"] == pytest.approx(np.mean(lengths), rel=1e-5)
+    turn = np.mean([last["eta"] / 3 / length for length in lengths])
+    assert row["turn"] == pytest.approx(turn, rel=1e-5)
 
 
 def test_an_optimiser_with_two_sets_of_weights_is_saved_and_goes_on(tmp_path):
@@ -498,7 +539,7 @@ def test_what_makes_a_run_fast_is_in_the_first_row_and_precision_in_the_name(tmp
     assert weights(tmp_path, f"{NAME}-bf16")["layers.0.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("optimizer", ["agd", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["agd", "spectral", "adam", "sgd"])
 def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
     """To the bit, also where one goes on after the other; graphs have a stand-in here."""
     flags = [*QUICK, "--optimizer", optimizer, "--log_steps", "--log_updates"]

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from agd import AGD, init_weights
+from agd import AGD, SpectralAGD, init_weights
 from architecture import build
 from data import load
 from replay import RecordingError, Replay, cuda_recorder
@@ -40,6 +40,7 @@ class Graph:
 
 OPTIMIZERS = {
     "agd": AGD,
+    "spectral": SpectralAGD,
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
     "adam": lambda params: torch.optim.Adam(params, lr=1e-3),
 }
@@ -49,7 +50,7 @@ def start(arch="fcn", optimizer="agd", **options):
     data = load("digits", "", 128, 360, CPU, **options)
     torch.manual_seed(0)
     net = build(arch, data.shape, data.classes, depth=3, width=32)
-    if optimizer == "agd":
+    if optimizer in ("agd", "spectral"):
         init_weights(net.parameters(), torch.Generator().manual_seed(0))
     return data, net, OPTIMIZERS[optimizer](net.parameters())
 
@@ -68,7 +69,7 @@ def run(data, net, optimizer, epochs, graph=None, log_updates=False, **options):
             net, data.train, mse, optimizer, gradient, log_updates=log_updates, replay=replay
         )
         found.append((totals.read(), evaluate(net, data.test, mse).read()))
-        if optimizer.__class__ is AGD:
+        if isinstance(optimizer, AGD):
             last = torch.tensor(totals.read()["steps"]["eta"][-1])
             assert torch.equal(optimizer.eta.float(), last)
     return found, replay
@@ -92,7 +93,7 @@ def test_replayed_steps_are_those_of_the_loop_to_the_bit(optimizer, log_updates)
     assert graph.recorded == 2 and graph.replayed == 5 * len(SIZES) - 2 * 3
     assert set(replay.graphs) == {128, 29}
     steps = found[0][0]["steps"]
-    assert (steps["eta"] is None) == (optimizer != "agd")
+    assert (steps["eta"] is None) == (optimizer not in ("agd", "spectral"))
     assert (steps["update"] is None) == (not log_updates)
 
 
@@ -230,18 +231,25 @@ def test_no_graph_is_replayed_or_dropped_while_another_thread_records_one(graphs
     assert graphs[:2] == ["begin", "end"] and "replay" in graphs and not replay.graphs
 
 
-def test_a_graph_writes_to_the_same_places_whatever_the_epoch():
+@pytest.mark.parametrize("optimizer", ["agd", "spectral"])
+def test_a_graph_writes_to_the_same_places_whatever_the_epoch(optimizer):
     """What is not made anew in a step keeps its memory: a graph knows nothing else."""
-    data, net, optimizer = start()
+    data, net, optimizer = start(optimizer=optimizer)
     graph = Graph()
     graph.optimizer = optimizer
     replay = Replay(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
     places = set()
     for epoch in (1, 2, 3):
         data.train.set_epoch(epoch)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
         replay.epoch()
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()
+        kept = [x for state in optimizer.state.values() for key, x in state.items()
+                if key != "weights"]  # fmt: skip
         fixed = [replay.position, replay.column, replay.figures, replay.correct, data.train.held]
-        fixed += [*net.parameters(), optimizer.skipped]
+        fixed += [*net.parameters(), optimizer.skipped, *kept]
         places.add(tuple(x.data_ptr() for x in fixed))
         assert all(p.grad is None for p in net.parameters())
     assert len(places) == 1
