@@ -225,7 +225,7 @@ class Every(nn.Module):
         self.embedding = nn.Embedding(11, 6)
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.norm = nn.LayerNorm(6)
-        self.lstm = nn.LSTM(6, 6)
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
         self.conv = nn.Conv1d(6, 9, 3, padding=1, groups=3)
         self.last = nn.Linear(9, 5)
 
@@ -289,7 +289,7 @@ def spectral(world, how, rows=4, steps=8):
     torch.manual_seed(0)
     net, twin = Every().double(), Every().double()
     init_weights(net, torch.Generator().manual_seed(1))
-    x = torch.arange(24).view(4, 6) % 11
+    x, y = torch.arange(24).view(4, 6) % 11, torch.arange(20.0).view(4, 5).sin().double() * 5
     shares, names = depth(net, x), [name for name, _ in net.named_parameters()]
     mesh, model = init_device_mesh("cpu", (world.size,)), net
     if how == "fsdp":
@@ -307,7 +307,8 @@ def spectral(world, how, rows=4, steps=8):
         batch = (x + i) % 11
         optimizer.zero_grad()
         if split:
-            (model(batch[world.rank :: world.size]) - 1).square().mean().backward()
+            own = slice(world.rank, None, world.size)
+            (model(batch[own]) - y[own]).square().mean().backward()
             for p in net.parameters() if how == "group" else ():
                 world.sum(p.grad)
                 p.grad /= world.size
@@ -315,7 +316,7 @@ def spectral(world, how, rows=4, steps=8):
             for p, q in zip(twin.parameters(), net.parameters()):
                 p.data.copy_(whole(q))
                 p.grad = None
-            (twin(batch) - 1).square().mean().backward()
+            (twin(batch) - y).square().mean().backward()
             for p, q in zip(twin.parameters(), net.parameters()):
                 q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements) \
                     if how == "rows" else p.grad.clone()  # fmt: skip
