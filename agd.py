@@ -638,19 +638,17 @@ class _MatrixPart:
         return [cls(optimizer.state, *key, weights) for key, weights in alike.items()]
 
     def __init__(self, state, device, shards, weights):
-        self.weights, self.shards, self.index = weights, shards, None
+        self.weights, self.shards = weights, shards
         wide = {"dtype": _wide(device), "device": device}
-        end, index = 0, []
+        end = 0
         for x in weights:
             x.blocks = slice(end, end + x.number)
-            index.append(end + (torch.arange(x.number) if x.index is None else x.index))
             end = x.blocks.stop
-        if any(x.index is not None for x in weights):
-            self.index = torch.cat(index).to(device)
         self.s, self.length = torch.ones(end, **wide), torch.ones(end, **wide)
         self.held = torch.zeros(end, dtype=torch.bool, device=device)
         self.t = torch.zeros(end, dtype=torch.int64, device=device)
         self.rank = torch.cat([torch.full((x.number,), x.rank, **wide) for x in weights])
+        self.polar = torch.cat([torch.full((x.number,), x.polar, device=device) for x in weights])
         for x in weights:
             if x.p in state:
                 x.bind(self, state[x.p])
@@ -675,18 +673,17 @@ class _MatrixPart:
 
     def total(self, sums):
         """Sums of the blocks of the active weights, of what this device holds, over all devices:
-        (blocks,), 0 of the others."""
+        (blocks,), 0 of the others, and of a weight that has None."""
         out = torch.zeros_like(self.s)
-        if self.index is None and self.shards is None:
-            for x, values in zip(self.active, sums):
+        for x, values in zip(self.active, sums):
+            if values is not None and x.index is not None:
+                out.index_add_(0, (x.blocks.start + x.index).to(out.device), values.to(out))
+            elif values is not None:
                 out[x.blocks] = values.to(out)
+        if self.shards is None:
             return out
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        for x, values in zip(self.active, sums):
-            start = x.blocks.start
-            index = torch.arange(len(values)) if x.index is None else x.index
-            out.index_add_(0, (start + index).to(out.device), values.to(out))
         mesh, placements = self.shards
         parts = [Replicate() if x.is_replicate() else Partial("sum") for x in placements]
         return DTensor.from_local(out, mesh, parts, run_check=False).full_tensor()
@@ -707,8 +704,7 @@ class _MatrixPart:
         for x in self.active:
             x.g = x.matrices(x.grad).to(x.dtype)
         squares = self.total([x.squares(x.g) for x in self.active])
-        dots = self.total([_dots(x.g, x.weights()) if x.fixed else squares.new_zeros(1)
-                           for x in self.active])  # fmt: skip
+        dots = self.total([_dots(x.g, x.weights()) if x.fixed else None for x in self.active])
         self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
         self.moves = squares > TINY
         return squares.sqrt()  # infinite where float32 has no square of an element
@@ -729,12 +725,11 @@ class _MatrixPart:
     def slopes(self):
         """s <g, D> of each block, (blocks,), with D the direction."""
         slopes = self.total([_dots(x.g, x.D) for x in self.active])
-        along = self.total([_dots(x.weights(), x.D) if x.fixed else slopes.new_zeros(1)
-                            for x in self.active])  # fmt: skip
-        squares = self.total([slopes.new_ones(1) if x.polar else x.squares(x.D)
-                              for x in self.active])  # fmt: skip
+        along = self.total([_dots(x.weights(), x.D) if x.fixed else None for x in self.active])
+        squares = self.total([None if x.polar else x.squares(x.D) for x in self.active])
         # Directions without a polar factor are not yet of norm 1.
-        self.factor = torch.where(squares > TINY, self.s / squares.sqrt(), 0)
+        norm = torch.where(squares > TINY, squares.sqrt(), math.inf).masked_fill_(self.polar, 1)
+        self.factor = self.s / norm
         return self.factor * (slopes - self.along * along)
 
     def move(self, step, groups):
@@ -758,8 +753,7 @@ class _MatrixPart:
             _add(x.W, x.z, w)
             _add(x.W, x.D, c, -1)
             _add(x.z, x.D, f, -1)
-        squares = self.total([x.squares(x.W) if x.fixed else factor.new_ones(1)
-                              for x in self.active])  # fmt: skip
+        squares = self.total([x.squares(x.W) if x.fixed else None for x in self.active])
         moves = moves & self.held
         length = (squares / self.rank).sqrt() / self.s
         self.length.copy_(torch.where(moves, length, self.length))
@@ -819,14 +813,14 @@ class _Matrices:
         self.fixed = rule.role not in VECTORS and not rule.output and p.numel() > self.number
         self.dtype = torch.promote_types(p.dtype, torch.float32)
         self.moment = self.dtype if MOMENT is torch.float32 else MOMENT
-        self.view = _MatrixView(local, rule)
-        if _is_dtensor(p):
-            if 0 in rule.numbering(p.shape):
-                self.index = _block_indices(p, rule)
-                self.view = _MatrixView(local, Rule("rows") if rule.role == "rows" else rule, True)
+        sharded, by_rows = _is_dtensor(p), False
+        if sharded:
             self.whole = _MatrixView(torch.empty(p.shape, device="meta"), rule)
+            by_rows = 0 in rule.numbering(p.shape)
+            self.index = _block_indices(p, rule) if by_rows else None
+        self.view = _MatrixView(local, rule, by_rows)
         if self.polar:
-            n, rows, cols = (self.whole if _is_dtensor(p) else self.view).size
+            n, rows, cols = (self.whole if sharded else self.view).size
             rows, cols = min(rows, cols), max(rows, cols)
             self.cuts = 1 if ROWS is None else -(-rows // ROWS)
             self.piece = -(-rows // self.cuts), cols
