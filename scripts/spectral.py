@@ -382,9 +382,9 @@ def adapt_to_digits(args, seed):
                 for n in (None, args.digits))  # fmt: skip
     for part in new.train, new.test:
         part.images.copy_(part.images.flip(3).roll((1, 1), (2, 3)))
+    torch.manual_seed(seed)
     sizes = [math.prod(old.shape), args.hidden, args.hidden, old.classes]
     layers = [x for pair in itertools.pairwise(sizes) for x in (nn.Linear(*pair), nn.ReLU())]
-    torch.manual_seed(seed)
     start = nn.Sequential(nn.Flatten(), *layers[:-1])
     fresh = copy.deepcopy(start)
     before = torch.optim.AdamW(start.parameters(), args.digit_rate_before)
