@@ -64,7 +64,7 @@ SETTINGS = {
               "digit_before": 20, "digit_rate_before": 1e-3, "digit_marks": (1, 3, 10),
               "digit_rates": (1e-4, 1e-3, 3e-3), "ages": ("grown", 4, 16)},
     "units": {**FCN, "epochs": 2, "scales": (1, 0.5, 1000, 0.001)},
-    "rows": {**FCN, **TEXT, "epochs": 5, "width": (128, 256, 512), "steps": 1000,
+    "rows": {**FCN, **TEXT, "epochs": 3, "width": (128, 256, 512), "steps": 600,
              "text_width": (128, 256), "rows": (None, 128, 64)},
     "moment": {**FCN, **TEXT, "epochs": 2, "width": (256,), "steps": 600, "text_width": (64,),
                "moments": ("float32", "bfloat16")},
