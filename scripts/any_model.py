@@ -61,17 +61,18 @@ QUICK = {  # what a test has time for
 }  # fmt: skip
 
 
-def cifar(args, seed, part=slice(None)):
+def cifar(args, seed, part=slice(None), pad=0, flip=False):
     """(training, test) batches of CIFAR-10, `images` and `test` of them drawn from the whole set,
-    which may be sorted by class; of the training images, `part`."""
+    which may be sorted by class; of the training images, `part`, cropped by `pad` and mirrored."""
     spec, path, found = DATASETS["cifar10"], prepare("cifar10", args.data_dir), []
     arrays, args.data = load_arrays(path, spec.shape, spec.classes)
     for i, (split, count) in enumerate((("train", args.images), ("test", args.test))):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         order = np.random.RandomState(i).permutation(len(labels))[:count]
         order = order if i else order[part]
+        augment = {} if i else {"pad": pad, "flip": flip, "shuffle": True}
         found.append(ArrayBatches(images[order], labels[order], spec.mean, spec.std, args.batch,
-                                  CPU, shuffle=not i, seed=seed))  # fmt: skip
+                                  CPU, seed=seed, **augment))  # fmt: skip
     return found
 
 
@@ -231,44 +232,56 @@ class Logits(nn.Module):
         return self.model(input_ids=x).logits.transpose(1, 2)
 
 
-def gpt2(args):
-    import transformers
-
+def texts(args):
+    """(training text, validation text, number of letters): places in the alphabet, (N,) int64."""
     path = Path(args.data_dir).expanduser() / "shakespeare.txt"
     letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
-    text, rows = torch.from_numpy(text), []
-    cut = 9 * len(text) // 10
-    config = {"vocab_size": len(letters), "n_positions": args.context, "n_embd": args.width,
+    text, cut = torch.from_numpy(text), 9 * len(text) // 10
+    return text[:cut], text[cut:], len(letters)
+
+
+def stock_gpt2(args, letters):
+    """transformers' GPT-2 with a tied head and without dropout."""
+    import transformers
+
+    config = {"vocab_size": letters, "n_positions": args.context, "n_embd": args.width,
               "n_layer": args.layers, "n_head": args.heads, "resid_pdrop": 0, "embd_pdrop": 0,
               "attn_pdrop": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)))
+
+
+def text_loss(outputs, labels):
+    """The mean cross-entropy of each text, (B,). outputs (B, V, T), labels (B, T)."""
+    return xent(outputs, labels).mean(1)
+
+
+def gpt2(args):
+    (text, held, letters), rows = texts(args), []
     runs = {"AGD": AGD, f"AGD, L = the count, {args.count}": lambda x: AGD(x, depth=args.count)}
-    runs |= {f"AdamW {x:g}": lambda net, x=x: adamw(net, x, args) for x in args.rates}
-
-    def loss(outputs, labels):
-        return xent(outputs, labels).mean(1)
-
+    runs |= {f"AdamW {x:g}": lambda net, x=x: adamw(net, x, args.steps, args) for x in args.rates}
     for run, seed in itertools.product(runs, args.seeds):
         torch.manual_seed(seed)
-        net = Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)))
-        optimizer, batches = runs[run](net), Characters(text[:cut], args, args.steps, seed)
-        curve = train_steps(net, optimizer, batches, loss, args.steps)
+        net = stock_gpt2(args, letters)
+        optimizer, batches = runs[run](net), Characters(text, args, args.steps, seed)
+        curve = train_steps(net, optimizer, batches, text_loss, args.steps)
         rows.append(row(run, seed, optimizer, curve, train_loss=curve[-1], validation_loss=score(
-            net, Characters(text[cut:], args), loss)[0]))  # fmt: skip
+            net, Characters(held, args), text_loss)[0]))  # fmt: skip
     return rows, [bound(rows, "AGD", "validation loss", 2.52)]
 
 
-def adamw(net, rate, args):
-    """AdamW with a warm-up, a cosine to 0 and clipped gradients."""
+def adamw(net, rate, steps, args):
+    """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
     optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
                                   weight_decay=args.weight_decay)  # fmt: skip
     count = itertools.count(1)
 
     def before(*_):
         t = next(count)
-        done = max(0, t - args.warm_up) / (args.steps - args.warm_up)
-        factor = min(1, t / args.warm_up) * (1 + math.cos(math.pi * done)) / 2
+        done = max(0, t - args.warm_up) / (steps - args.warm_up)
+        factor = min(1, t / max(args.warm_up, 1)) * (1 + math.cos(math.pi * done)) / 2
         optimizer.param_groups[0]["lr"] = rate * factor
-        nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        if args.clip:
+            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
 
     optimizer.register_step_pre_hook(before)
     return optimizer
@@ -280,8 +293,9 @@ def beside_adam(args):
                            for x in args.rates}}  # fmt: skip
 
 
-def finetune(args):
-    """The network of `biases`, by Adam on the first half of the images; then on the second."""
+def finetune(args, runs=None):
+    """The network of `biases`, by Adam on the first half of the images; then on the second, by
+    each of `runs`."""
     rows, half = [], args.images // 2
     for seed in args.seeds:
         torch.manual_seed(seed)
@@ -289,7 +303,7 @@ def finetune(args):
         old, tests = cifar(args, seed, slice(half))
         new, _ = cifar(args, seed, slice(half, None))
         train(start, torch.optim.Adam(start.parameters(), args.rate_before), old, mse, args.before)
-        for run, make in {"before": None, **beside_adam(args)}.items():
+        for run, make in {"before": None, **(runs or beside_adam(args))}.items():
             net = copy.deepcopy(start)
             optimizer = make and make(net)
             if optimizer:
@@ -332,37 +346,43 @@ CASES = {"stacks": stacks, "biases": biases, "affine": affine, "gpt2": gpt2,
          "finetune": finetune, "families": families}  # fmt: skip
 
 
-def measure(args):
-    """Run a case. Returns what its file holds."""
-    rows, bounds = CASES[args.case](args)
+def circumstances(args, settings):
+    """What a case's file holds beside rows and bounds; `settings`: the names of its settings."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "torchvision", "transformers"):
+    for name in ("torch", "numpy", "torchvision", "transformers", "timm"):
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "command": f"python -m scripts.any_model {args.case}" + " --quick" * args.quick,
+        "command": f"{args.command} {args.case}" + " --quick" * args.quick,
         "date": date.today().isoformat(),
-        "settings": {key: getattr(args, key) for key in SETTINGS[args.case]},
+        "settings": {key: getattr(args, key) for key in settings},
         "data": args.data, "versions": versions, "environment": environment(CPU),
-        "rows": rows, "bounds": bounds,
     }  # fmt: skip
 
 
+def parser(script, doc, cases):
+    """The parser of a script that measures `cases`."""
+    command = f"python -m scripts.{script}"
+    found = argparse.ArgumentParser(command, description=doc,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("case", choices=[*cases, "report", "draw"])
+    found.add_argument("--data_dir", default=default_data_dir())
+    found.add_argument("--out", type=Path, default=Path("results"))
+    found.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
+    found.set_defaults(command=command, data=None)
+    return found
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m scripts.any_model", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=[*CASES, "report", "draw"])
-    parser.add_argument("--data_dir", default=default_data_dir())
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
-    args = parser.parse_args(argv)
-    args.data, folder = None, args.out / "any_model"
+    args = parser("any_model", __doc__, CASES).parse_args(argv)
+    folder = args.out / "any_model"
     if args.case not in CASES:
         getattr(any_model_report, args.case)(folder, CASES)
         return
     for key, value in SETTINGS[args.case].items():
         setattr(args, key, QUICK.get(key, value) if args.quick else value)
-    found = measure(args)
+    rows, bounds = CASES[args.case](args)
+    found = {**circumstances(args, SETTINGS[args.case]), "rows": rows, "bounds": bounds}
     any_model_report.write(folder / f"{args.case}.json", json.dumps(found, indent=1) + "\n")
     print(any_model_report.tables(found))
 

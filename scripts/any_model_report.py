@@ -19,10 +19,10 @@ def read(folder, cases):
             for case, path in paths.items() if path.exists()}  # fmt: skip
 
 
-def report(folder, cases):
+def report(folder, cases, title="AGD(net) on any network"):
     """Put each case's tables between its marks in README.md, or at its end if it has none."""
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else "# AGD(net) on any network\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
     for case, found in read(folder, cases).items():
         begin, end = f"<!-- {case} -->", f"<!-- end of {case} -->"
         if begin not in text:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+import agd
 import distributed
 import epochs
 import main as program
@@ -224,7 +225,7 @@ class Every(nn.Module):
         self.embedding = nn.Embedding(11, 6)
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.norm = nn.LayerNorm(6)
-        self.lstm = nn.LSTM(6, 6)
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
         self.conv = nn.Conv1d(6, 9, 3, padding=1, groups=3)
         self.last = nn.Linear(9, 5)
 
@@ -270,6 +271,76 @@ def every_role(world, how, steps=6):
     whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]
     return outcome(optimizer, names, whole, etas)
+
+
+def whole(p):
+    return p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
+
+
+def spectral(world, how, rows=4, steps=8):
+    """What SpectralAGD gives for a network with every role, its polar factors in pieces of so many
+    rows: on one device ("dense"), on ranks that hold all and share the polar factors, by "ddp" or
+    by a "group", or with the weights in shards, by "fsdp" or in "rows". A NaN comes in between."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    agd.ROWS = rows
+    torch.manual_seed(0)
+    net, twin = Every().double(), Every().double()
+    init_weights(net, torch.Generator().manual_seed(1))
+    x, y = torch.arange(24).view(4, 6) % 11, torch.arange(20.0).view(4, 5).sin().double() * 5
+    shares, names = depth(net, x), [name for name, _ in net.named_parameters()]
+    mesh, model = init_device_mesh("cpu", (world.size,)), net
+    if how == "fsdp":
+        fully_shard(net, mesh=mesh)
+    elif how == "rows":
+        for layer in list(net.modules()):
+            for name, p in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+    elif how == "ddp":
+        model = nn.parallel.DistributedDataParallel(net)
+    group = torch.distributed.group.WORLD if how == "group" else None
+    optimizer = agd.SpectralAGD(model, depth=shares, process_group=group)
+    etas, split = [], how in ("ddp", "group", "fsdp")
+    for i in range(steps):
+        batch = (x + i) % 11
+        optimizer.zero_grad()
+        if split:
+            own = slice(world.rank, None, world.size)
+            (model(batch[own]) - y[own]).square().mean().backward()
+            for p in net.parameters() if how == "group" else ():
+                world.sum(p.grad)
+                p.grad /= world.size
+        else:
+            for p, q in zip(twin.parameters(), net.parameters()):
+                p.data.copy_(whole(q))
+                p.grad = None
+            (twin(batch) - y).square().mean().backward()
+            for p, q in zip(twin.parameters(), net.parameters()):
+                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements) \
+                    if how == "rows" else p.grad.clone()  # fmt: skip
+        if i == steps // 2:
+            before = [whole(p) for p in net.parameters()]
+            optimizer.eval(), optimizer.train()
+            assert all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters()))
+            kept = [p.grad.clone() for p in net.parameters()]
+            bad = net.last.weight.grad
+            bad = bad.to_local() if hasattr(bad, "to_local") else bad
+            if bad.numel() and (how != "rows" or world.rank == 0):
+                bad.view(-1)[0] = float("nan")
+            optimizer.step()
+            assert int(optimizer.skipped) == 1
+            assert all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters()))
+            for p, g in zip(net.parameters(), kept):
+                p.grad = g
+        optimizer.step()
+        etas.append(optimizer.eta.item())
+    weights, clock = [whole(p) for p in net.parameters()], [t.item() for t in optimizer.clock()]
+    optimizer.eval()
+    return {"names": names, "weights": weights, "average": [whole(p) for p in net.parameters()],
+            "eta": etas, "clock": clock, "L": optimizer.L,
+            "drifted": [] if how in ("fsdp", "rows") else world.drifted(net.parameters())}
 
 
 def outcome(optimizer, names, weights, etas):

@@ -8,28 +8,15 @@ from scripts import any_model, any_model_report
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A data directory with a few images of noise, sorted by class, and a few lines of text."""
-    path, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    arrays = {}
-    for split in ("train", "test"):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.repeat(np.arange(10), 10)
-    np.savez(path / "cifar10.npz", **arrays)
-    (path / "shakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 20)
-    return path
-
-
-@pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")
 
 
 @pytest.mark.parametrize("case", any_model.CASES)
-def test_a_case_runs_and_writes_its_file(case, folder, out, capsys):
+def test_a_case_runs_and_writes_its_file(case, noise, out, capsys):
     if case in ("gpt2", "families"):
         pytest.importorskip({"gpt2": "transformers", "families": "torchvision"}[case])
-    any_model.main([case, "--quick", "--data_dir", str(folder), "--out", str(out)])
+    any_model.main([case, "--quick", "--data_dir", str(noise), "--out", str(out)])
     found = json.loads((out / "any_model" / f"{case}.json").read_text())
     assert found["command"] == f"python -m scripts.any_model {case} --quick"
     assert found["settings"].keys() == any_model.SETTINGS[case].keys()
@@ -41,8 +28,8 @@ def test_a_case_runs_and_writes_its_file(case, folder, out, capsys):
     assert printed.count("hold") == len(found["bounds"])
 
 
-def test_the_images_are_of_all_classes(folder):
-    args = any_model.argparse.Namespace(data_dir=folder, images=50, test=20, batch=10)
+def test_the_images_are_of_all_classes(noise):
+    args = any_model.argparse.Namespace(data_dir=noise, images=50, test=20, batch=10)
     old, tests = any_model.cifar(args, 0, slice(25))
     new, _ = any_model.cifar(args, 0, slice(25, None))
     assert [x.examples for x in (old, new, tests)] == [25, 25, 20]

@@ -516,6 +516,23 @@ def test_sharded_weights_take_the_steps_of_dense_ones(case, how, size, run_ranks
             assert (p - q).abs().max() < 1e-12, name
 
 
+@pytest.mark.parametrize("how, size", [
+    ("ddp", 2), ("group", 2), ("group", 4), ("fsdp", 2), ("rows", 2), ("rows", 4),
+])  # fmt: skip
+def test_the_spectral_rule_on_ranks_is_that_of_one_process(how, size, run_ranks):
+    """Some ranks have no polar factor to compute, and some no row of a weight."""
+    (dense,), errors = run_ranks(1, "spectral", how="dense")
+    found, more = run_ranks(size, "spectral", how=how)
+    assert dense is not None and None not in found, errors + more
+    for of_rank in found:
+        assert of_rank["drifted"] == [] and of_rank["L"] == dense["L"]
+        assert of_rank["eta"] == pytest.approx(dense["eta"], rel=1e-6)
+        assert of_rank["clock"] == pytest.approx(dense["clock"], rel=1e-6)
+        for kind in ("weights", "average"):
+            for name, p, q in zip(dense["names"], dense[kind], of_rank[kind]):
+                assert (p - q).norm() < 1e-6 * p.norm(), (kind, name)
+
+
 def test_weights_sharded_along_their_kernel_are_refused(run_ranks):
     found, errors = run_ranks(2, "sharded", how="kernel")
     assert all("conv.weight of shape (6, 1, 3, 3), sharded along its kernel" in x for x in found)

@@ -1,0 +1,80 @@
+"""The spectral rule in float64, line by line: slow, literal, and what SpectralAGD must match. Every
+block keeps z, x, m and the weights P; its polar factors are exact, by singular values."""
+
+import math
+
+import torch
+
+MU, BETA = 0.5, 0.8
+
+
+def blocks(W, role, parts=1):
+    """The blocks of a contiguous tensor, as views of it (rows, columns); a vector is a column."""
+    if role in ("bias", "gain"):
+        return [W.view(-1, 1)]
+    if role == "rows":
+        return list(W.view(-1, W.shape[-1], 1))
+    if role == "transposed":
+        return list(W.chunk(parts, 1))
+    return list(W.view(parts, len(W) // parts, -1))  # of a convolution im2col matrices
+
+
+def rho(W):  # the RMS singular value
+    return (W.norm() / math.sqrt(min(W.shape))).item()
+
+
+def polar(m, rows=None):
+    """U V^T of m = U S V^T, or of each of the fewest pieces of at most so many rows, if any."""
+    if m.shape[0] > m.shape[1]:
+        return polar(m.mT, rows).mT
+    if len(m) == 1:
+        return m / m.norm()
+    size = math.ceil(len(m) / math.ceil(len(m) / (rows or len(m))))
+    return torch.cat([exact(piece) for piece in m.split(size)])
+
+
+def exact(m):
+    """The polar factor, of m's own rank."""
+    U, S, Vh = torch.linalg.svd(m, full_matrices=False)
+    return U * (S > 1e-12 * S[0]) @ Vh
+
+
+class Block:
+    """z, x, m and P of one block, which start at W; s, its target; held, whether on its sphere."""
+
+    def __init__(self, W, s, held):
+        self.z, self.x, self.P, self.m = W.clone(), W.clone(), W.clone(), torch.zeros_like(W)
+        self.s, self.held, self.t = s, held, 0
+
+    def on_sphere(self, Y):
+        return self.s * Y / rho(Y) if self.held else Y
+
+
+class SpectralReference:
+    """The rule for a list of Blocks; `rows` as in `polar`."""
+
+    def __init__(self, blocks, L, rows=128):
+        self.blocks, self.L, self.rows, self.eta, self.G = blocks, L, rows, math.nan, math.nan
+
+    def step(self, grads, gains=None):
+        """A step with a gradient and a gain a block; a gradient of None or zero leaves a block."""
+        if not all(g is None or g.isfinite().all() for g in grads):
+            return
+        moves, G = [], 0.0
+        for b, g, gain in zip(self.blocks, grads, gains or [1.0] * len(grads)):
+            if g is None or not g.any():
+                continue
+            if b.held:  # no change of length is asked for
+                g = g - b.P * (g * b.P).sum() / (b.P * b.P).sum()
+            b.m = (1 - MU) * g + MU * b.m
+            D = polar(b.m, self.rows)
+            G += b.s * (g * D).sum().item()
+            moves.append((b, D, gain))
+        self.G = max(0.0, G / self.L)
+        self.eta = math.log((1 + math.sqrt(1 + 4 * self.G)) / 2)
+        for b, D, gain in moves:
+            if gain * self.eta > 0:
+                b.t += 1
+                b.z = b.z - gain * self.eta / self.L * b.s * D
+                b.x = b.x + 2 / (b.t + 1) * (b.z - b.x)
+                b.P = b.on_sphere((1 - BETA) * b.z + BETA * b.x)
