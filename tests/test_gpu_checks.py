@@ -57,7 +57,7 @@ def test_a_plan_is_rehearsed_without_a_gpu(tmp_path):
     assert found["machine"]["found"]["device"] == "cpu"
     if not interpreter_fails():
         assert found["kernels"]["found"]["largest relative difference"] < 1e-5
-    assert found["graphs"]["found"]["fcn"]["largest difference"] == 0
+    assert found["graphs"]["found"]["fcn, AGD"]["largest difference"] == 0
     run = "resnet18-cifar10-mse-bs128-agd-seed0"
     assert found["resnet18"]["found"][run]["epoch"] == 2
     assert len(found["fig5"]["found"]) == 16 and len(found["fig7"]["found"]) == 12
