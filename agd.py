@@ -1360,7 +1360,8 @@ def _block_indices(weight, rule):
     )
     rows = torch.arange(offset[0], offset[0] + shape[0]) if shape[0] else torch.arange(0)
     positions = weight.shape[1:-1] if rule.role == "rows" else weight.shape[2:]
-    positions = math.prod(positions) if rule.role in ("rows", "kernel") else 1
+    several = rule.role == "rows" or rule.role == "kernel" and not rule.im2col
+    positions = math.prod(positions) if several else 1
     part = rows if rule.role == "rows" else rows // (weight.shape[0] // rule.parts)
     return (part[:, None] * positions + torch.arange(positions)).flatten()
 

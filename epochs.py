@@ -156,8 +156,9 @@ def spread(key, values):
 
 
 def epoch_row(epoch, train, test, seconds, training_seconds, clock):
-    """The row of the log. Train figures are of the weights that trained, test figures of those
-    that the optimiser answers with."""
+    """The row of the log. Train figures are of the weights that train, test figures of those that
+    the optimiser answers with; `clock` has the "length" of SpectralAGD's Z over its start's, and
+    the "turn", the angle by which the last step has turned it, means over the hidden layers."""
     steps = train["steps"]
     skipped = sum(math.isnan(eta) for eta in steps["eta"] or [])
     return {

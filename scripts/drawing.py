@@ -22,6 +22,7 @@ BLACK, BLUE, ORANGE, GREEN, PINK, SKY, RED = (
 )  # fmt: skip
 OPTIMIZERS = {  # colour and marker
     "AGD": (BLACK, None),
+    "Spectral AGD": (RED, "P"),
     "Adam": (ORANGE, "o"),
     "SGD": (BLUE, "^"),
     "Prodigy": (GREEN, "s"),
@@ -41,18 +42,21 @@ def percent(ax, found=()):
     ax.yaxis.set_major_locator(FixedLocator(range(0, 101, 25)))
 
 
-def log_axis(ax, last, label="epochs"):
-    """From 1 to `last`: by tens, in between where there is room, and `last` itself."""
-    last = max(last, 2)
-    steps = (1, 2, 5) if last < 100 else (1,)
-    ticks = [k * 10**n for n in range(8) for k in steps if k * 10**n <= last]
-    if last < 100 and last not in ticks:
+def log_axis(ax, last, label="epochs", first=1):
+    """From `first` to `last`: by tens, in between where there is room, and, from 1, `last` itself.
+    """
+    last = max(last, 2 * first)
+    ticks = [k * 10**n for n in range(8) for k in (1, 2, 5) if first <= k * 10**n <= last]
+    tens_alone = len(ticks) > 7
+    ticks = [x for x in ticks if not tens_alone or str(x)[0] == "1"]
+    if first == 1 and last < 100 and last not in ticks:
         ticks = [x for x in ticks if last / x > 1.35] + [last]
     ax.set_xscale("log")
-    ax.set_xlim(1, last)
+    ax.set_xlim(first, last)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: plain(x) if last < 1000 else tens(x)))
+    short = tens if tens_alone and last >= 1000 else plain
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     ax.set_xlabel(label)
 
 

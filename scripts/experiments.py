@@ -20,12 +20,15 @@ FIGURES = {
     "fig6": "width and depth",
     "fig7": "batch size",
     "fig8": "the cost of tuning",
+    "fig11": "the clock of spectral AGD",
     "phases": "a training set that is fitted",
 }
 SCALES = ("quick", "full")
 
 TUNED = tuple(f"1e{k}" for k in range(-5, 0))  # the grid over which a baseline is tuned
 WIDE = tuple(f"1e{k}" for k in range(-7, 2))  # the grid of figure 1
+SPECTRAL = "Spectral AGD"
+RULES = {"AGD": "agd", SPECTRAL: "spectral"}  # with nothing to set, by the name of a curve
 PEERS = {  # at their defaults, the class by its dotted name
     "Prodigy": "prodigyopt.Prodigy",
     "Schedule-free AdamW": "schedulefree.AdamWScheduleFree",
@@ -41,7 +44,7 @@ class Experiment(NamedTuple):
 
     figure: str  # of FIGURES
     panel: str
-    curve: str  # "AGD", "Adam", "SGD" or one of PEERS
+    curve: str  # "Adam", "SGD", one of RULES or of PEERS
     epochs: int  # that the figure reads; another figure may read more of the same run
     flags: tuple  # of main.py: all but --epochs and where things lie
 
@@ -55,7 +58,7 @@ def experiments(scale):
     quick, rows = scale == "quick", []
 
     def add(figure, panel, curve, epochs, flags, rates=(None,), seeds=(0,)):
-        optimizer = PEERS.get(curve, curve.lower())
+        optimizer = {**RULES, **PEERS}.get(curve, curve.lower())
         for rate in rates:
             for seed in seeds:
                 words = shlex.split(flags) + ["--optimizer", optimizer]
@@ -75,11 +78,12 @@ def experiments(scale):
 
     # Figure 1. Left: the defaults of Adam (0.001) and SGD (0.1) on a deep network.
     epochs = 15 if quick else 1000
-    for curve, rate in (("AGD", None), ("Adam", "1e-3"), ("SGD", "1e-1")):
+    for curve, rate in (("AGD", None), (SPECTRAL, None), ("Adam", "1e-3"), ("SGD", "1e-1")):
         add("fig1", "deep", curve, epochs, cifar(32, 256), [rate])
     # Middle: final accuracy against the learning rate; the quick scale in the smaller network.
     network, epochs = (eight, 5) if quick else (resnet, 2000)
-    add("fig1", "rates", "AGD", epochs, network)
+    for curve in RULES:
+        add("fig1", "rates", curve, epochs, network)
     for curve in ("Adam", "SGD"):
         add("fig1", "rates", curve, epochs, network, WIDE)
     # Right, and the last panel of figure 4: ImageNet, beyond the quick scale.
@@ -108,7 +112,8 @@ def experiments(scale):
     # Figure 5, and figure 8 on the same runs with other optimisers that need no tuning.
     epochs = 14 if quick else 2000
     for figure in ("fig5", "fig8"):
-        add(figure, "fcn", "AGD", epochs, eight, seeds=(0, 1, 2))
+        for curve in RULES:
+            add(figure, "fcn", curve, epochs, eight, seeds=(0, 1, 2))
         for curve in ("Adam", "SGD"):
             add(figure, "fcn", curve, epochs, eight, TUNED)
     for curve in PEERS:
@@ -123,6 +128,9 @@ def experiments(scale):
     for batch in BATCHES:
         flags = f"{cifar(4, 256)} --train_bs {batch} --log_steps 1"
         add("fig7", f"batch {batch}", "AGD", 20 if quick else 1000, flags, seeds=(0, 1, 2))
+
+    # Figure 11, the first of figure 5's spectral runs, for longer than its quick scale.
+    add("fig11", "fcn", SPECTRAL, 100, eight)
 
     # A thousand images are fitted within minutes, and show what the whole set shows in days.
     flags = f"{cifar(8, 512)} --train_examples 1000 --test_examples 1000"

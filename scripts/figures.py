@@ -4,6 +4,7 @@ Numbered as in the authors' blog post. A panel whose runs are not there says so.
 """
 
 import hashlib
+import math
 import os
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,7 @@ from scripts.drawing import (
     title,
     train_and_test,
 )  # fmt: skip
-from scripts.experiments import BATCHES, DEPTHS, PEERS, WIDTHS
+from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
 from scripts.results import data_name, network_name, read_measurement
 
 
@@ -110,7 +111,8 @@ def fig1(results):
             train_and_test(ax, result, "acc", *OPTIMIZERS[result.experiment.curve], 100)
         log_axis(ax, max(len(x.epochs) for x in found[panel]))
     axes[0].set_ylabel("accuracy (%)")
-    legend(figure, [optimizer_key(name) for name in ("AGD", "Adam", "SGD")] + kinds())
+    names = [x for x in (*RULES, "Adam", "SGD") if results.of("fig1", curve=x)]
+    legend(figure, [optimizer_key(name) for name in names] + kinds(), 3 if len(planned) < 3 else 6)
     return figure
 
 
@@ -123,10 +125,11 @@ def _rates(ax, results):
         for key, style in (("train", "-"), ("test", DOTTED)):
             ax.plot(x, [100 * r.last[f"{key}_acc"] for r in found], color=colour, linestyle=style,
                     marker=marker, markersize=3.2, markerfacecolor="white")  # fmt: skip
-    agd = only(results, "fig1", "rates", "AGD")
-    if agd and agd.finished:
-        ax.axhline(100 * agd.last["train_acc"], color=BLACK)
-        ax.axhline(100 * agd.last["test_acc"], color=BLACK, linestyle=DOTTED)
+    for name in RULES:
+        found = only(results, "fig1", "rates", name)
+        if found and found.finished:
+            ax.axhline(100 * found.last["train_acc"], color=OPTIMIZERS[name][0])
+            ax.axhline(100 * found.last["test_acc"], color=OPTIMIZERS[name][0], linestyle=DOTTED)
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
@@ -266,10 +269,10 @@ def fig4(results):
 
 def fig5(results):
     shown, keys = {}, []
-    for name in ("AGD", "Adam", "SGD"):
+    for name in (*RULES, "Adam", "SGD"):
         if not results.of("fig5", "fcn", name):
             continue
-        if name == "AGD":
+        if name in RULES:
             found, words = only(results, "fig5", "fcn", name), name
         else:
             found = results.tuned("fig5", "fcn", name)
@@ -388,27 +391,27 @@ def _iterations(ax, right, result):
 
 
 def searched(grid):
-    """What a grid search has after each epoch of all its points: (the compute in epochs, the row
-    of the point with the least train loss), an epoch at a time, as far as every point goes that
-    did not break off."""
+    """What a grid search has after each epoch of all its points: (the compute in epochs, in
+    seconds, the row of the point with the least train loss), an epoch at a time, as far as every
+    point goes that did not break off."""
     alive = [len(found.epochs) for found in grid if not found.stopped]
     for n in range(1, min(alive, default=0) + 1):
         rows = [found.epochs[n - 1] for found in grid if len(found.epochs) >= n]
         finite = [row for row in rows if row["train_loss"] is not None]
         if finite:
-            spent = sum(min(n, len(found.epochs)) for found in grid)
-            yield spent, min(finite, key=lambda row: row["train_loss"])
+            spent = [row["seconds"] for found in grid for row in found.epochs[:n]]
+            yield len(spent), sum(spent), min(finite, key=lambda row: row["train_loss"])
 
 
 def fig8(results):
     if not results.of("fig8"):
         return None
-    figure, (accuracy, objective) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
-    keys, total = [], 2
-    for name in ("AGD", *PEERS, "Adam", "SGD"):
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex="col", sharey="row")
+    keys, seconds = [], []
+    for name in (*RULES, *PEERS, "Adam", "SGD"):
         found = results.of("fig8", "fcn", name)
-        found = found[:1] if name == "AGD" else found  # the first seed
-        planned = 1 if name == "AGD" else len(results.planned("fig8", "fcn", name))
+        found = found[:1] if name in RULES else found  # the first seed
+        planned = 1 if name in RULES else len(results.planned("fig8", "fcn", name))
         if not found:
             continue
         rates = f", {planned} rates searched" if planned > 1 else ""
@@ -416,20 +419,55 @@ def fig8(results):
         keys.append(optimizer_key(name, name + (rates if curves else ": not finished")))
         if not curves:
             continue
-        spent, rows = zip(*curves)
-        total = max(total, spent[-1])
+        *budgets, rows = zip(*curves)
+        seconds += [min(budgets[1]), max(budgets[1])]
         colour, marker = OPTIMIZERS[name]
         style = {"color": colour, "marker": marker, "markersize": 4.2, "markerfacecolor": "white",
                  "markevery": spaced(len(rows), 6), "clip_on": False}  # fmt: skip
-        style |= {"linewidth": 2.2} if name == "AGD" else {}
-        accuracy.plot(spent, [100 * row["test_acc"] for row in rows], **style)
-        objective.plot(spent, [row["train_loss"] for row in rows], **style)
-    for ax in (accuracy, objective):
-        log_axis(ax, total, "compute: epochs of training, the search included")
-    accuracy.set_ylabel("test accuracy (%)")
-    objective.set_ylabel("train loss")
-    log_values(objective)
-    legend(figure, keys, 3)
+        style |= {"linewidth": 2.2} if name in RULES else {}
+        for column, spent in enumerate(budgets):
+            axes[0, column].plot(spent, [100 * row["test_acc"] for row in rows], **style)
+            axes[1, column].plot(spent, [row["train_loss"] for row in rows], **style)
+    epochs = max((line.get_xdata()[-1] for line in axes[1, 0].lines), default=2)
+    log_axis(axes[1, 0], epochs, "compute: epochs of training, the search included")
+    words = "seconds of the runs, the search included"
+    log_axis(axes[1, 1], max(seconds, default=2), words, min(seconds, default=1))
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel("train loss")
+    log_values(axes[1, 0])
+    legend(figure, keys, 4)
+    return figure
+
+
+def fig11(results):
+    result = only(results, "fig11", "fcn", SPECTRAL)
+    if result is None:
+        return None
+    figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
+    batch = int(result.experiment.flag("--train_bs", 128))
+    steps = math.ceil(result.first["train_examples"] / batch)
+    epochs = np.arange(1, len(result.epochs) + 1)
+    relative = np.array(result.column("eta_mean")) / result.first["layers"]  # L counts them
+    predicted = {"color": BLACK, "linestyle": DASHED, "linewidth": 1.0}
+    colour = OPTIMIZERS[SPECTRAL][0]
+    curve(length, result, "length", colour)
+    length.plot(epochs, np.sqrt(1 + 3 * np.cumsum(steps * relative**2)), **predicted)
+    curve(turn, result, "turn", colour)
+    turn.plot(epochs, 1 / np.sqrt(3 * steps * epochs), **predicted)
+    band(eta, result, "eta", ETA)
+    length.set_title(r"length $\rho(Z)/s$")
+    turn.set_title("turn of $Z$ in a step")
+    eta.set_title("automatic learning rate η")
+    for ax in (length, turn, eta):
+        log_values(ax)
+        log_axis(ax, len(result.epochs))
+    keys = [
+        Line2D([], [], color=colour, label="mean of the hidden layers"),
+        Line2D([], [], **predicted, label=r"predicted: $\sqrt{1+3\,\Sigma(\eta/L)^2}$ and "
+               r"$1/\sqrt{3t}$ after $t$ steps"),
+    ]  # fmt: skip
+    legend(figure, keys)
+    figure.supxlabel(f"{title(result)}, {steps} steps an epoch", fontsize=7)
     return figure
 
 
@@ -450,4 +488,4 @@ def phases(results):
 
 
 DRAWN = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6,
-         "fig7": fig7, "fig8": fig8, "phases": phases}  # fmt: skip
+         "fig7": fig7, "fig8": fig8, "fig11": fig11, "phases": phases}  # fmt: skip

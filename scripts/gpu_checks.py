@@ -67,9 +67,9 @@ PLANS = {  # name -> seconds in all, checks
         Check("adam", 80, MAIN + "--arch resnet18 {fast} {long} --optimizer adam --lr 1e-4"),
         Check("vgg", 55, MAIN + "--arch vgg {fast} {long}"),
         Check("threads", 45, FIGURE + "fig5 --runs agd-seed --jobs 3 {short}"),
-        Check("fig5", 55, FIGURE + "fig5 --runs fcn --jobs 13 {long}"),
+        Check("fig5", 55, FIGURE + "fig5 --runs fcn --jobs 16 {long}"),
         Check("fig7", 45, FIGURE + "fig7 --runs fcn --jobs 12 {long}"),
-        Check("fig1", 40, FIGURE + "fig1 --runs fcn --jobs 3 {long}"),
+        Check("fig1", 40, FIGURE + "fig1 --runs fcn --jobs 4 {long}"),
     ]),
     "times": (228, [
         KERNELS,

@@ -130,7 +130,7 @@ def parse(argv):
     )  # fmt: skip
     add = parser.add_argument
     add("figures", nargs="+", metavar="FIGURE", type=flags.one_of([*FIGURES, "all"]),
-        help="fig1 to fig8, phases, or all")
+        help="fig1 to fig8, fig11, phases, or all")
     add("--scale", type=flags.one_of(SCALES), default="quick", metavar="quick|full",
         help="(default: quick)")
     add("--jobs", type=flags.number(int, 1), metavar="K",

@@ -113,7 +113,9 @@ def cost(task):
     else:  # multiplications for an image
         work = {"vgg": 3.1e8, "resnet18": 5.6e8, "resnet50": 4.1e9}[arch]
     steps = examples / int(flag.get("--train_bs", 128))
-    return examples * (work + 4e5) + steps * 3e7
+    # Polar factors of 128 rows at most; of an FCN as many multiplications are weights.
+    polar = 600 * work if flag["--optimizer"] == "spectral" and arch == "fcn" else 0
+    return examples * (work + 4e5) + steps * (3e7 + polar)
 
 
 class Process:

@@ -62,9 +62,9 @@ SETTINGS = {
               "weight_decay": 0.05, "warm_up": 50},
     "adapt": {**any_model.SETTINGS["finetune"], "hidden": 128, "digits": 300, "digit_batch": 32,
               "digit_before": 20, "digit_rate_before": 1e-3, "digit_marks": (1, 3, 10),
-              "digit_rates": (1e-4, 1e-3, 3e-3)},
+              "digit_rates": (1e-4, 1e-3, 3e-3), "ages": ("grown", 4, 16)},
     "units": {**FCN, "epochs": 2, "scales": (1, 0.5, 1000, 0.001)},
-    "rows": {**FCN, **TEXT, "epochs": 5, "width": (128, 256, 512), "steps": 1000,
+    "rows": {**FCN, **TEXT, "epochs": 3, "width": (128, 256, 512), "steps": 600,
              "text_width": (128, 256), "rows": (None, 128, 64)},
     "moment": {**FCN, **TEXT, "epochs": 2, "width": (256,), "steps": 600, "text_width": (64,),
                "moments": ("float32", "bfloat16")},
@@ -356,6 +356,25 @@ def adapt(args):
     return {"images": of_images, **parts}, []
 
 
+def aged(age, fresh, net):
+    """SpectralAGD with the clock, rho(Z) / s, at `age` before its first step; "grown": for each
+    weight at its length over that of its start, in `fresh`, if that is more than 1."""
+    optimizer = SpectralAGD(net)
+    optimizer.param_groups[0]["lr"] = 0  # a step that makes the state and moves nothing
+
+    def begin(*_):
+        for p, q in zip(net.parameters(), fresh.parameters()):
+            if optimizer.state[p]["held"].all():
+                x = max(1.0, (p.norm() / q.norm()).item()) if age == "grown" else age
+                optimizer.state[p]["z"].mul_(x)
+                optimizer.state[p]["length"].mul_(x)
+        optimizer.param_groups[0]["lr"] = 1.0
+        hook.remove()
+
+    hook = optimizer.register_step_post_hook(begin)
+    return optimizer
+
+
 def adapt_to_digits(args, seed):
     """Rows of a network that AdamW has trained on digits, and that then sees `digits` of them
     mirrored and moved by a pixel; scored on the test set changed likewise (new) and as it is."""
@@ -363,13 +382,15 @@ def adapt_to_digits(args, seed):
                 for n in (None, args.digits))  # fmt: skip
     for part in new.train, new.test:
         part.images.copy_(part.images.flip(3).roll((1, 1), (2, 3)))
+    torch.manual_seed(seed)
     sizes = [math.prod(old.shape), args.hidden, args.hidden, old.classes]
     layers = [x for pair in itertools.pairwise(sizes) for x in (nn.Linear(*pair), nn.ReLU())]
-    torch.manual_seed(seed)
     start = nn.Sequential(nn.Flatten(), *layers[:-1])
+    fresh = copy.deepcopy(start)
     before = torch.optim.AdamW(start.parameters(), args.digit_rate_before)
     any_model.train(start, before, old.train, xent, args.digit_before, iter)
     runs = {OURS: SpectralAGD, "AGD": AGD}
+    runs |= {f"{OURS}, clock at {x}": functools.partial(aged, x, fresh) for x in args.ages}
     runs |= {f"AdamW {x:g}": lambda net, x=x: torch.optim.AdamW(net.parameters(), x)
              for x in args.digit_rates}  # fmt: skip
 

@@ -1,6 +1,5 @@
-"""The spectral rule in float64, line by line: slow, literal, and what SpectralAGD must match.
-
-Every block keeps z, x, m and the weights P. Its polar factors are exact, by singular values."""
+"""The spectral rule in float64, line by line: slow, literal, and what SpectralAGD must match. Every
+block keeps z, x, m and the weights P; its polar factors are exact, by singular values."""
 
 import math
 
@@ -20,20 +19,18 @@ def blocks(W, role, parts=1):
     return list(W.view(parts, len(W) // parts, -1))  # of a convolution im2col matrices
 
 
-def rho(W):
-    """The RMS singular value."""
+def rho(W):  # the RMS singular value
     return (W.norm() / math.sqrt(min(W.shape))).item()
 
 
 def polar(m, rows=None):
-    """U V^T of m = U S V^T, or of each of the fewest equal pieces of at most so many rows, of its
-    short side; the last piece has what is left."""
+    """U V^T of m = U S V^T, or of each of the fewest pieces of at most so many rows, if any."""
     if m.shape[0] > m.shape[1]:
         return polar(m.mT, rows).mT
     if len(m) == 1:
         return m / m.norm()
-    pieces = m.split(math.ceil(len(m) / math.ceil(len(m) / (rows or len(m)))))
-    return torch.cat([exact(piece) for piece in pieces])
+    size = math.ceil(len(m) / math.ceil(len(m) / (rows or len(m))))
+    return torch.cat([exact(piece) for piece in m.split(size)])
 
 
 def exact(m):
@@ -62,7 +59,6 @@ class SpectralReference:
     def step(self, grads, gains=None):
         """A step with a gradient and a gain a block; a gradient of None or zero leaves a block."""
         if not all(g is None or g.isfinite().all() for g in grads):
-            self.eta = math.nan
             return
         moves, G = [], 0.0
         for b, g, gain in zip(self.blocks, grads, gains or [1.0] * len(grads)):

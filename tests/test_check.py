@@ -241,6 +241,7 @@ GOOD = {
     "a convolutional network": ["--dataset", "digits", "--arch", "resnet18"],
     "cifar10": ["--dataset", "cifar10", "--arch", "vgg"],
     "adam": ["--dataset", "cifar10", "--optimizer", "adam"],
+    "the spectral rule": ["--dataset", "cifar10", "--arch", "vgg", "--optimizer", "spectral"],
     "a file of arrays": ["--dataset", "npz:own.npz", "--loss", "xent"],
     "a part": [*DIGITS, "--train_examples", 100, "--test_examples", 10],
     "a folder": [*SMALL, "--dataset", "folder:SET"],
@@ -296,6 +297,25 @@ def test_ranks_are_looked_at_together(out, code, tmp_path):
     assert (done.returncode == 0) == (code == 0), done.stderr
     assert done.stdout.count("note   ranks    --train_bs 1 is the batch of all the 2 ranks") == 1
     assert done.stdout.count("file/logs cannot be written") == code
+
+
+@pytest.mark.parametrize("optimizer, disk, memory", [
+    ("agd", 1, 4), ("adam", 3, 4), ("spectral", 4, 5),
+])  # fmt: skip
+def test_what_an_optimiser_keeps_is_counted(optimizer, disk, memory, look, monkeypatch):
+    """Checkpoints of so many numbers a weight, three of them, and so many in a step: with the
+    gradients, of the spectral rule with what it keeps and its directions."""
+    numbers = 4 * (16 * 64 + 16 * 16 + 16 * 10)
+    spaces = {3 * disk * numbers - 1: 1, 3 * disk * numbers: 0}
+    for free, code in spaces.items():
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(1, 1, free))
+        assert look(*DIGITS, "--optimizer", optimizer)[0] == code
+    monkeypatch.setattr(check.cost, "bytes_an_image", lambda *args: 0.0)
+    pixels = (1437 + 360) * 16 * 16
+    for free, code in {memory * numbers + pixels - 1: 1, memory * numbers + pixels: 0}.items():
+        monkeypatch.setattr(check.cost, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 10**9))
+        assert look(*DIGITS, "--optimizer", optimizer)[0] == code
 
 
 def test_the_bytes_of_an_image_are_those_that_backward_keeps():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 import course
 import main as program
@@ -90,6 +91,38 @@ def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(
         epoch, look = divmod(k - 1, 7)
         assert f"Going on after epoch {epoch}, step {min(look + 1, 4)} of 4, of" in said
         same(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_batch_norm_reads_again_are_not_counted_again(workers, tmp_path, monkeypatch):
+    """Of a folder with a bad one among the first batches, which workers read ahead."""
+    for split, count in (("train", 24), ("val", 6)):
+        for i in range(count):
+            path = tmp_path / "set" / split / "ab"[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (10 * i, 9 * i % 250, 0)).save(path)
+            if (split, i) == ("train", 5):
+                path.write_bytes(b"no image")
+
+    def small(*args):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 4, 4, bias=False), torch.nn.BatchNorm2d(4, affine=False),
+            torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 2, bias=False),
+        )  # fmt: skip
+
+    monkeypatch.setattr(program, "build", small)
+    flags = ["--dataset", f"folder:{tmp_path / 'set'}", "--image_size", 32, "--train_bs", 2,
+             "--test_bs", 2, "--workers", workers, "--skip_bad_images", "--optimizer", "spectral",
+             "--epochs", 2, "--cpu", "--log_steps"]  # fmt: skip
+    code, plan = call(*flags, "--out", tmp_path / "whole")
+    assert (code, plan.looks) == (0, 2 * (12 + 3))
+    first, *_, end = rows(tmp_path / "whole", only(tmp_path / "whole"))
+    assert end["bad_images"] == 1 and round(end["train_acc"] * 23, 6).is_integer()
+    for k in (7, 12, 13, 14, 16, 28):
+        assert call(*flags, "--out", tmp_path / str(k), asked={k: STOP})[0] == 130
+        assert call(*flags, "--out", tmp_path / str(k))[0] == 0
+        same(tmp_path / str(k), tmp_path / "whole")
 
 
 def test_a_run_that_is_stopped_again_and_again_is_the_unbroken_one(tmp_path):
@@ -321,11 +354,12 @@ def test_a_checkpoint_of_another_network_names_the_layer(tmp_path, capsys):
     assert "(width 7 then, 16 now)" in refused(settings=json.dumps({**settings, "width": 7}))
 
 
-def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rule", ["agd", "spectral"])
+def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch, capsys):
     """From the 5th step on; the checkpoint before stays, and the log says which images."""
     from architecture.fcn import FCN
 
-    forward, calls = FCN.forward, [0]
+    forward, calls = FCN.forward, [-1 if rule == "spectral" else 0]  # which reads its paths first
 
     def spoiled(net, x):
         calls[0] += net.training
@@ -333,9 +367,10 @@ def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, caps
         return y * float("nan") if net.training and calls[0] > 4 else y
 
     monkeypatch.setattr(FCN, "forward", spoiled)
-    flags = [*QUICK, "--save_every", 3, "--out", tmp_path]
+    flags = [*QUICK, "--save_every", 3, "--optimizer", rule, "--out", tmp_path]
     assert call(*flags)[0] == 1
-    end = rows(tmp_path)[-1]
+    name = only(tmp_path)
+    end = rows(tmp_path, name)[-1]
     assert end["stopped"].startswith(
         "20 steps in a row had no finite gradient, the last of them epoch 2, step 12: the first "
         "that is not finite is "
@@ -348,9 +383,10 @@ def test_twenty_steps_without_a_gradient_end_the_run(tmp_path, monkeypatch, caps
         train.set_epoch(x["epoch"])
         first = 128 * (x["step"] - 1)
         assert x["indices"] == train.order()[first : first + 128].tolist()
-    epoch = rows(tmp_path)[1]
+    epoch = rows(tmp_path, name)[1]
     assert epoch["skipped_steps"] == 8 and epoch["train_loss"] is None
-    assert all(x.isfinite().all() for x in weights(tmp_path).values())
+    assert epoch.get("turn") is None and ("length" in epoch) == (rule == "spectral")
+    assert all(x.isfinite().all() for x in weights(tmp_path, name).values())
     said = capsys.readouterr().out
     assert "Stopped: 20 steps in a row" in said and "20 steps were skipped" in said
     assert call(*flags)[0] == 1 and "Already ended: 20 steps" in capsys.readouterr().out

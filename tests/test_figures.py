@@ -11,7 +11,7 @@ from agd import AGD, init_weights
 from architecture import build
 from run import RunError
 from scripts import figures, majorise, report, verdicts
-from scripts.experiments import FIGURES, SCALES, Experiment, experiments
+from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
 from scripts.results import Result, Results, data_name, log_name, tuned
 from tests.conftest import ROOT
 
@@ -75,7 +75,8 @@ def test_published_logs_are_runs_of_the_table_and_small():
 def row(epoch, **values):
     fields = {"train_loss": 1 / epoch, "test_loss": 1.0, "train_acc": 0.5, "test_acc": 0.4}
     spread = {f"{k}_{s}": 0.1 for k in ("eta", "update") for s in ("min", "mean", "max")}
-    return {"kind": "epoch", "epoch": epoch, **fields, **spread, "seconds": 1.0, **values}
+    clock = {"length": 1.0 + epoch, "turn": 0.1 / epoch}
+    return {"kind": "epoch", "epoch": epoch, **fields, **spread, **clock, "seconds": 2.0, **values}
 
 
 class Made(Results):
@@ -92,7 +93,7 @@ class Made(Results):
             self.change(x, rows[-1])
         x = x._replace(epochs=min(x.epochs, 12))
         first = {"name": x.panel, "settings": {"dataset": x.flag("--dataset")}, "data": {},
-                 "device": "cpu",
+                 "device": "cpu", "train_examples": 1000, "layers": 8,
                  "device_name": "a processor", "threads": 1, "torch": "2", "date": "2026-01-01"}
         steps = [{"kind": "step", "epoch": 1, "step": i, "loss": 1.0, "acc": 0.1, "eta": 0.2}
                  for i in range(1, 9)]
@@ -104,7 +105,8 @@ class Made(Results):
 def test_figures_are_drawn_at_both_scales(figure, scale):
     made = Made(scale)
     picture = figures.draw(figure, made)
-    panels = {"fig1": 2 if scale == "quick" else 3, "fig2": 3, "fig5": 3, "fig8": 2, "phases": 2,
+    panels = {"fig1": 2 if scale == "quick" else 3, "fig2": 3, "fig5": 3, "fig8": 4, "phases": 2,
+              "fig11": 3,
               "fig4": 6 if scale == "quick" else 8, "fig6": 40 if scale == "quick" else 60,
               "fig7": 8}  # fmt: skip
     assert len(picture.axes) == panels[figure]
@@ -136,15 +138,50 @@ def test_figure_8_leaves_out_what_has_diverged():
     made = Made(change=by(lambda x, n: {"train_loss": None} if x.curve == "Prodigy" else {}))
     picture = figures.draw("fig8", made)
     words = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert "Prodigy: not finished" in words and len(picture.axes[0].lines) == 5
+    assert "Prodigy: not finished" in words and len(picture.axes[0].lines) == 6
     figures.plt.close(picture)
+
+
+def test_figure_8_counts_epochs_and_seconds():
+    made = Made(change=by(lambda x, n: {"seconds": 7.0} if x.curve == SPECTRAL else {}))
+    picture = figures.draw("fig8", made)
+    words = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert words[:2] == ["AGD", SPECTRAL]
+    epochs, seconds = ([line.get_xdata()[-1] for line in ax.lines] for ax in picture.axes[:2])
+    assert epochs == [12, 12, 12, 12, 12, 60, 60]
+    assert seconds == [24, 84, 24, 24, 24, 120, 120]
+    figures.plt.close(picture)
+
+
+def test_figure_11_draws_the_clock_beside_what_is_predicted():
+    """8 steps an epoch, η 0.1, 8 layers: 1 / 80 of a weight a step."""
+    picture = figures.draw("fig11", Made())
+    length, turn, eta = picture.axes
+    measured, predicted = (line.get_ydata() for line in length.lines)
+    assert list(measured) == [2.0 + n for n in range(12)]
+    assert predicted[4] == pytest.approx(math.sqrt(1 + 3 * 40 / 80**2))
+    measured, predicted = (line.get_ydata() for line in turn.lines)
+    assert measured[4] == pytest.approx(0.02) and predicted[4] == pytest.approx(120**-0.5)
+    assert len(eta.lines) == 1 and len(eta.collections) == 1
+    assert "8 steps an epoch" in picture._supxlabel.get_text()
+    figures.plt.close(picture)
+
+
+def test_a_figure_without_the_spectral_runs_is_drawn_as_before():
+    made = Made(cut=lambda x: 0 if x.curve == SPECTRAL else 99)
+    for figure in ("fig1", "fig5", "fig8"):
+        picture = figures.draw(figure, made)
+        words = [text.get_text() for text in picture.legends[0].get_texts()]
+        assert "AGD" in words and not any(SPECTRAL in x for x in words)
+        figures.plt.close(picture)
+    assert figures.draw("fig11", made) is None
 
 
 def test_a_search_under_way_is_not_drawn_as_tuned():
     made = Made(cut=lambda x: 3 if x.flag("--lr") == "1e-3" else 99)
     picture = figures.draw("fig5", made)
     words = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert words[:3] == ["AGD", "Adam: search not finished", "SGD: search not finished"]
+    assert words[:4] == ["AGD", SPECTRAL, "Adam: search not finished", "SGD: search not finished"]
     figures.plt.close(picture)
 
 
@@ -155,7 +192,7 @@ def test_figure_5_shows_the_tuned_rates():
 
     picture = figures.draw("fig5", Made(change=change))
     words = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert words[:3] == ["AGD", "Adam, rate 1e-4", "SGD, rate 1e-1"]
+    assert words[:4] == ["AGD", SPECTRAL, "Adam, rate 1e-4", "SGD, rate 1e-1"]
     figures.plt.close(picture)
 
 
@@ -184,10 +221,10 @@ def test_nothing_is_tuned_while_the_search_is_under_way():
 
 def test_a_search_pays_for_all_its_points():
     spent = list(figures.searched(grid_of([3, 2, 1], [1, 4, 4], [2], stopped=2)))
-    assert [(n, r["train_loss"]) for n, r in spent] == [(3, 1), (5, 2), (7, 1)]
+    assert [(n, s, r["train_loss"]) for n, s, r in spent] == [(3, 6, 1), (5, 10, 2), (7, 14, 1)]
     # As far as all go that did not break off; and past epochs in which none was finite.
     assert len(list(figures.searched(grid_of([3, 2, 1], [1])))) == 1
-    assert [n for n, _ in figures.searched(grid_of([None, 2]))] == [2]
+    assert [n for n, *_ in figures.searched(grid_of([None, 2]))] == [2]
     assert list(figures.searched(grid_of([None]))) == []
 
 

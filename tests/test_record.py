@@ -454,6 +454,13 @@ def test_a_replay_has_the_same_bits(finished, tmp_path, capsys):
     assert "The same bits" in capsys.readouterr().out
 
 
+def test_a_spectral_replay_has_the_same_bits(tmp_path, capsys):
+    assert call(*QUICK, "--optimizer", "spectral", "--bias", "--out", tmp_path / "first") == 0
+    (path,) = (tmp_path / "first" / "logs").glob("*.run.json")
+    assert call("--replay", path, "--out", tmp_path / "again") == 0
+    assert "The same bits" in capsys.readouterr().out
+
+
 def test_other_data_is_named_and_nothing_is_run(finished, tmp_path, capsys):
     path, file = finished
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as copy, zipfile.ZipFile(file) as archive:

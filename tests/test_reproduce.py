@@ -13,7 +13,7 @@ import pytest
 import main as program
 from run import read_rows
 from scripts import experiments, reproduce, results, runner
-from scripts.experiments import FIGURES, PEERS, SCALES, Experiment
+from scripts.experiments import FIGURES, PEERS, RULES, SCALES, SPECTRAL, Experiment
 from scripts.results import Results, log_name
 from tests.conftest import ROOT
 
@@ -69,7 +69,7 @@ def test_every_row_of_the_table_parses():
             assert row.figure in FIGURES and row.epochs >= 1
             argv = [*row.flags, "--epochs", str(row.epochs), "--device", "cpu"]
             args = program.parse(argv, check=row.curve not in PEERS)
-            expected = PEERS.get(row.curve, row.curve.lower())
+            expected = {**RULES, **PEERS}.get(row.curve, row.curve.lower())
             assert args.optimizer == expected and args.epochs == row.epochs
             if row.curve in ("Adam", "SGD"):
                 assert args.lr == float(row.flag("--lr"))
@@ -93,6 +93,9 @@ def test_the_table_is_the_papers():
     for figure, panel, curve in (("fig5", "fcn", "SGD"), ("fig4", "resnet18", "Adam")):
         grid = [row for row in table if row[:3] == (figure, panel, curve)]
         assert [float(row.flag("--lr")) for row in grid] == [10.0**k for k in range(-5, 0)]
+    for figure, seeds in (("fig5", 3), ("fig8", 3), ("fig11", 1)):
+        spectral = [row for row in table if row[:3] == (figure, "fcn", SPECTRAL)]
+        assert len(spectral) == seeds
     batches = {row.flag("--train_bs") for row in table if row.figure == "fig7"}
     assert batches == {"32", "128", "1024", "4096"}
 
@@ -327,7 +330,7 @@ def test_duration(text, seconds):
         (["fig5", "--time_limit", "0s"], "no time"),
         (["fig5", "--scale", "ful"], "did you mean full"),
         (["fig5", "--jobs", "0"], "whole number"),
-        (["fig5", "--runs", "99"], "the numbers 0 to 12"),
+        (["fig5", "--runs", "99"], "the numbers 0 to 15"),
         (["fig5", "--runs", "0,-"], "'0,-' are no numbers"),
         (["fig5", "--runs", "resnet"], "no run of that name"),
         (["fig5", "--runs", ""], "no numbers"),
@@ -409,7 +412,7 @@ def test_a_run_gets_its_share_of_the_cores_and_a_session_of_its_own(monkeypatch,
 def test_the_time_left_is_that_of_the_work_left(monkeypatch, tmp_path):
     there = Results(tmp_path, "quick")
     some = runner.Runner(there, 1, [], None, "fig5")
-    some.todo = runner.tasks(there, ["fig5"])[:4]  # equally long
+    some.todo = runner.tasks(there, ["fig5"])[-4:]  # equally long
     done = dict.fromkeys(some.todo, 0)
     monkeypatch.setattr(some, "_epochs", done.__getitem__)
     some.at_start = dict(done)

@@ -34,6 +34,7 @@ def make_cases(workers, images):
         *cases,
         Case("digits", (*small, *digits), 40, 12),
         Case("digits, adam", (*small, *digits, "--optimizer", "adam"), 40, 12),
+        Case("digits, spectral", (*small, *digits, "--optimizer", "spectral"), 40, 12),
         Case("digits, batch norm", ("--arch", "resnet18", "--dataset", "digits", *few), 3, 4),
     ]
 
