@@ -1,5 +1,6 @@
-"""AGD inside other programs' training loops: the loss falls, and a run that is resumed from their
-checkpoint gives the weights of the one that was not interrupted."""
+"""AGD and SpectralAGD inside other programs' training loops: the loss falls, a run that is resumed
+from their checkpoint gives the weights of the one that was not interrupted, and the average is what
+is evaluated."""
 
 import argparse
 import importlib
@@ -11,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from agd import AGD
+from agd import AGD, SpectralAGD
 from tests.stock import assert_falls, characters, digits
 from tests.test_any_library import gpt2
 
@@ -22,6 +23,11 @@ pytestmark = [
     for message in ("AGD could not read", "the norm of all gradients", "the gradient summary",
                     "a scheduler has changed")
 ]  # fmt: skip
+
+
+@pytest.fixture(params=[AGD, SpectralAGD])
+def rule(request):
+    return request.param
 
 
 def small(seed=0):
@@ -48,10 +54,16 @@ def assert_same(net, other):
 def assert_same_optimiser(optimizer, other):
     assert torch.equal(optimizer.eta, other.eta) and torch.equal(optimizer.G, other.G)
     assert optimizer.L == other.L
-    assert optimizer.state_dict()["state"] == other.state_dict()["state"]
+    ours, theirs = (x.state_dict()["state"] for x in (optimizer, other))
+    assert ours.keys() == theirs.keys()
+    for i, entries in ours.items():
+        assert entries.keys() == theirs[i].keys()
+        for key, x in entries.items():
+            same = torch.equal(x, theirs[i][key]) if torch.is_tensor(x) else x == theirs[i][key]
+            assert same, (i, key)
 
 
-def test_torch_resumes_from_a_state_dict(tmp_path):
+def test_torch_resumes_from_a_state_dict(rule, tmp_path):
     """A network of another draw has other scales: those that training began with are saved."""
     batches = list(loader())
 
@@ -62,15 +74,15 @@ def test_torch_resumes_from_a_state_dict(tmp_path):
             optimizer.step()
 
     whole = small()
-    reference = AGD(whole)
+    reference = rule(whole)
     steps(whole, reference, batches)
 
     net = small()
-    optimizer = AGD(net)
+    optimizer = rule(net)
     steps(net, optimizer, batches[:2])
     torch.save({"net": net.state_dict(), "agd": optimizer.state_dict()}, tmp_path / "saved.pt")
     net = small(seed=1)
-    optimizer, saved = AGD(net), torch.load(tmp_path / "saved.pt", weights_only=True)
+    optimizer, saved = rule(net), torch.load(tmp_path / "saved.pt", weights_only=True)
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["agd"])
     steps(net, optimizer, batches[2:])
@@ -78,7 +90,7 @@ def test_torch_resumes_from_a_state_dict(tmp_path):
     assert_same_optimiser(optimizer, reference)
 
 
-def test_lightning(tmp_path):
+def test_lightning(rule, tmp_path):
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
@@ -92,7 +104,7 @@ def test_lightning(tmp_path):
             return loss
 
         def configure_optimizers(self):
-            return AGD(self.net)
+            return rule(self.net)
 
     def fit(seed, epochs, resume=None):
         module = Module(seed)
@@ -111,13 +123,13 @@ def test_lightning(tmp_path):
     assert_same_optimiser(optimizer, reference)
 
 
-def test_accelerate(tmp_path):
+def test_accelerate(rule, tmp_path):
     accelerate = pytest.importorskip("accelerate")
 
     def prepare(seed):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         net = small(seed)
-        agd = AGD(net)
+        agd = rule(net)
         net, optimizer, batches = accelerator.prepare(net, agd, loader())
         return accelerator, net, optimizer, batches, agd
 
@@ -145,14 +157,14 @@ def test_accelerate(tmp_path):
     assert_same_optimiser(resumed[4], run[4])
 
 
-def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches():
+def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches(rule):
     accelerate = pytest.importorskip("accelerate")
 
     def train(parts):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts)
         net = nn.Sequential(nn.Flatten(), small()[-1], nn.ReLU(), nn.Linear(10, 10))
         images, labels = digits(16, 16, channels=1)
-        agd = AGD(net)
+        agd = rule(net)
         net, optimizer = accelerator.prepare(net, agd)
         for part in zip(images.chunk(parts), labels.chunk(parts)):
             with accelerator.accumulate(net):
@@ -165,7 +177,7 @@ def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches():
     assert parts.eta.item() == pytest.approx(whole.eta.item(), rel=1e-5)
 
 
-def test_the_trainer_of_transformers(tmp_path):
+def test_the_trainer_of_transformers(rule, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     texts = [{"input_ids": x, "labels": x} for x in characters(32, 24)]
@@ -173,7 +185,7 @@ def test_the_trainer_of_transformers(tmp_path):
     def trainer(seed):
         torch.manual_seed(seed)
         net = gpt2()
-        optimizer = AGD(net)
+        optimizer = rule(net)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=20, save_steps=10, logging_steps=1, max_grad_norm=0,
@@ -194,7 +206,7 @@ def test_the_trainer_of_transformers(tmp_path):
     assert_same_optimiser(optimizer, reference)
 
 
-def test_timm(tmp_path):
+def test_timm(rule, tmp_path):
     """Its scaler, its checkpoints, and its loop: scaled gradients are unscaled before the step."""
     timm = pytest.importorskip("timm")
     from timm.models import resume_checkpoint
@@ -206,7 +218,7 @@ def test_timm(tmp_path):
     def prepare(seed):
         torch.manual_seed(seed)
         net = timm.create_model("test_resnet", in_chans=1, num_classes=10)
-        optimizer, scaler = AGD(net), NativeScaler(device="cpu")
+        optimizer, scaler = rule(net), NativeScaler(device="cpu")
         scheduler, _ = create_scheduler_v2(optimizer, sched="none", num_epochs=4)
         assert scheduler is None
         return net, optimizer, scaler
@@ -242,14 +254,14 @@ def test_timm(tmp_path):
     assert_same_optimiser(its_optimizer, optimizer)
 
 
-def test_a_scaled_gradient_is_unscaled_before_the_step():
+def test_a_scaled_gradient_is_unscaled_before_the_step(rule):
     timm_utils = pytest.importorskip("timm.utils")
     scaler = timm_utils.NativeScaler(device="cpu")
 
     etas = []
     for scaled in (False, True):
         net = small()
-        optimizer, (images, labels) = AGD(net), digits(8, channels=1)
+        optimizer, (images, labels) = rule(net), digits(8, channels=1)
         loss = F.cross_entropy(net(images), labels)
         if scaled:
             scaler(loss, optimizer)
@@ -258,6 +270,148 @@ def test_a_scaled_gradient_is_unscaled_before_the_step():
             optimizer.step()
         etas.append(optimizer.eta.item())
     assert etas[1] == pytest.approx(etas[0], rel=1e-5)
+
+
+def loss_of(net, batches):
+    """The mean loss in evaluation mode, the network's mode left as it is."""
+    mode = net.training
+    net.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(net(images), labels).item() for images, labels in batches]
+    net.train(mode)
+    return sum(losses) / len(losses)
+
+
+def assert_is_of_the_average(loss, net, optimizer, batches):
+    """Not of the weights that training holds."""
+    optimizer.train()
+    held = loss_of(net, batches)
+    optimizer.eval()
+    average = loss_of(net, batches)
+    assert loss == pytest.approx(average, rel=1e-5) and loss != pytest.approx(held, rel=1e-4)
+
+
+def test_lightning_evaluates_the_average_by_a_callback(tmp_path):
+    """Lightning calls no optimiser's eval() and train() by itself: README's callback does."""
+    lightning = pytest.importorskip("lightning")
+
+    class Average(lightning.Callback):
+        def on_validation_start(self, trainer, module):
+            for optimizer in trainer.optimizers:
+                optimizer.eval()
+
+        def on_validation_end(self, trainer, module):
+            for optimizer in trainer.optimizers:
+                optimizer.train()
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+            self.tested = []
+
+        def training_step(self, batch):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch):
+            self.tested.append(F.cross_entropy(self.net(batch[0]), batch[1]).item())
+
+        def configure_optimizers(self):
+            return SpectralAGD(self.net)
+
+    def fit(epochs, average, resume=None):
+        torch.manual_seed(0)
+        module = Module()
+        saver = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / str(average), "{epoch}", save_top_k=-1)  # fmt: skip
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+            callbacks=[saver] + [Average()] * average, enable_model_summary=False)  # fmt: skip
+        trainer.fit(module, loader(), loader(), ckpt_path=resume, weights_only=False)
+        return module, trainer.optimizers[0]
+
+    module, optimizer = fit(4, True)
+    batches = list(loader())
+    last = sum(module.tested[-4:]) / 4
+    assert_is_of_the_average(last, module.net, optimizer, batches)
+    resumed, its = fit(4, True, tmp_path / "True" / "epoch=1.ckpt")
+    its.eval()
+    assert resumed.tested[-4:] == module.tested[-4:]
+    assert_same(resumed, module)
+    assert_same_optimiser(its, optimizer)
+    plain, optimizer = fit(4, False)
+    assert sum(plain.tested[-4:]) / 4 == pytest.approx(loss_of(plain.net, batches), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_accelerate_has_the_modes(mode, tmp_path):
+    """It does not call them, and hands on who does; a checkpoint of either mode goes on."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepare(seed):
+        accelerator = accelerate.Accelerator(cpu=True)
+        net = small(seed)
+        own = SpectralAGD(net)
+        net, optimizer, batches = accelerator.prepare(net, own, loader())
+        return accelerator, net, optimizer, batches, own
+
+    def epochs(count, accelerator, net, optimizer, batches, own):
+        optimizer.train()
+        for _ in range(count):
+            for images, labels in batches:
+                optimizer.zero_grad()
+                accelerator.backward(F.cross_entropy(net(images), labels))
+                optimizer.step()
+
+    run = prepare(0)
+    epochs(2, *run)
+    _, net, optimizer, batches, own = run
+    optimizer.eval()
+    assert_is_of_the_average(loss_of(net, batches), net, own, batches)
+    getattr(optimizer, mode)()
+    run[0].save_state(tmp_path)
+    resumed = prepare(1)
+    resumed[0].load_state(tmp_path)
+    assert_same(resumed[1], net)
+    epochs(2, *run), epochs(2, *resumed)
+    assert_same(resumed[1], net)
+    assert_same_optimiser(resumed[4], own)
+
+
+def test_the_trainer_of_transformers_evaluates_the_average(tmp_path):
+    """It calls eval() and train() by itself, and saves in either mode."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    texts = [{"input_ids": x, "labels": x} for x in characters(32, 24)]
+
+    def trainer(seed, best=False):
+        torch.manual_seed(seed)
+        net = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        optimizer = SpectralAGD(net)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=20, save_steps=10, eval_steps=5, eval_strategy="steps",
+            max_grad_norm=0, per_device_train_batch_size=8, per_device_eval_batch_size=8,
+            use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        return transformers.Trainer(net, arguments, train_dataset=texts, eval_dataset=texts,
+                                    optimizers=(optimizer, constant)), optimizer  # fmt: skip
+
+    whole, reference = trainer(0)
+    whole.train()
+    tested = [row["eval_loss"] for row in whole.state.log_history if "eval_loss" in row]
+    assert len(tested) == 4 and tested[-1] < tested[0]
+    assert reference.param_groups[0]["train_mode"] is False  # the last of all was an evaluation
+    assert whole.evaluate()["eval_loss"] == pytest.approx(tested[-1], rel=1e-6)
+    resumed, optimizer = trainer(1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert_same(resumed.model, whole.model)
+    assert_same_optimiser(optimizer, reference)
+    reference.train()
+    held = [p.detach().clone() for p in whole.model.parameters()]
+    loss = whole.evaluate()["eval_loss"]
+    assert loss == pytest.approx(tested[-1], rel=1e-6)
+    assert not all(torch.equal(p, q) for p, q in zip(held, whole.model.parameters()))
 
 
 @pytest.mark.parametrize(
