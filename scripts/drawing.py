@@ -72,7 +72,7 @@ def log_values(ax):
     """A log axis of values: decimal labels where it spans less than two decades."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    if high / low < 30:
+    if high / low < 100:
         ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9) if high / low < 4 else [1, 2, 5]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
