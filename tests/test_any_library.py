@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 import agd
-from agd import AGD, init_weights
+from agd import AGD, SpectralAGD, init_weights
 from tests.stock import VOCABULARY, assert_all_taken, assert_trains, characters, digits, train
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
@@ -55,8 +55,15 @@ TIMM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_a_network_of_timm_trains_as_it_is(name):
+# Families with which the spectral rule is tried as well.
+SPECTRAL = ["convnext_atto", "efficientnet_b0", "mlp_mixer.MlpMixer", "resnet18", "rexnet_100",
+            "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, rule", [*((name, AGD) for name in TIMM), *((name, SpectralAGD) for name in SPECTRAL)]
+)
+def test_a_network_of_timm_trains_as_it_is(name, rule):
     timm = pytest.importorskip("timm")
     arguments = dict(TIMM[name])
     side, steps = arguments.pop("side", 32), arguments.pop("steps", 20)
@@ -66,7 +73,7 @@ def test_a_network_of_timm_trains_as_it_is(name):
         net = getattr(getattr(timm.models, module), kind)(num_classes=10, **arguments)
     else:
         net = timm.create_model(name, num_classes=10, **arguments)
-    assert_trains(net, AGD(net), digits(side), steps=steps)
+    assert_trains(net, rule(net), digits(side), steps=steps)
 
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -117,10 +124,11 @@ def language(net, codes):
 
 
 @pytest.mark.parametrize("build", [gpt2, bert, llama, t5])
-def test_a_language_model_of_transformers_trains_as_it_is(build):
+@pytest.mark.parametrize("rule", [AGD, SpectralAGD])
+def test_a_language_model_of_transformers_trains_as_it_is(build, rule):
     torch.manual_seed(0)
     net = build()
-    assert_trains(net, AGD(net), characters(), language)
+    assert_trains(net, rule(net), characters(), language)
 
 
 def test_a_vision_transformer_of_transformers_trains_as_it_is():
@@ -185,7 +193,8 @@ def test_init_weights_draws_a_language_model_that_trains():
     assert_trains(net, AGD(net), characters(), language)
 
 
-def test_adapters_of_peft_train_on_a_frozen_network():
+@pytest.mark.parametrize("rule", [AGD, SpectralAGD])
+def test_adapters_of_peft_train_on_a_frozen_network(rule):
     """To write every character as the next one of the alphabet."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -195,4 +204,4 @@ def test_adapters_of_peft_train_on_a_frozen_network():
     net = peft.get_peft_model(base, config)
     names = {name for name, p in net.named_parameters() if p.requires_grad}
     assert len(names) == 2 * 3 * 2 and all("lora_" in name for name in names)
-    assert_trains(net, AGD(net), characters() + 1, language)
+    assert_trains(net, rule(net), characters() + 1, language)

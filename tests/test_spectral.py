@@ -54,7 +54,9 @@ class Every(nn.Module):
         self.slope = nn.PReLU()
         self.zero = nn.Linear(8, 8)
         self.last = nn.Linear(8, 5)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
         nn.init.zeros_(self.zero.weight)
+        self.tall.weight.data = self.tall.weight.data.mT.contiguous().mT
         self.to(memory_format=torch.channels_last)
 
     def forward(self, i):
@@ -63,7 +65,7 @@ class Every(nn.Module):
         x = self.wide(self.tall(self.lstm(self.norm(x))[0]).relu())
         x = self.depthwise(self.last_conv(self.conv(x.view(-1, 2, 6, 6)).relu()))
         x = self.slope(self.batch_norm(self.up(x))).mean((2, 3))
-        return self.last(x + self.zero(x))
+        return self.last(x + self.zero(x)) * self.temperature
 
 
 INPUTS = torch.arange(24).view(4, 6) * 5 % 17
@@ -735,6 +737,59 @@ def test_the_network_changes_its_dtype_under_the_optimizer(mode):
     assert optimizer.skipped == 0 and all(p.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_torchs_distributed_checkpoints(flat, mode, tmp_path):
+    """They load what a fresh optimiser has a place for: of eval mode that is one in eval mode."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as of
+
+    options = of.StateDictOptions(flatten_optimizer_state_dict=flat)
+    (net, optimizer), (twin, other) = every(), every()
+    stepped(net, optimizer)
+    getattr(optimizer, mode)()
+    saved = dict(zip(("net", "agd"), of.get_state_dict(net, optimizer, options=options)))
+    checkpoint.save(saved, checkpoint_id=tmp_path)
+
+    def load():
+        state = dict(zip(("net", "agd"), of.get_state_dict(twin, other, options=options)))
+        checkpoint.load(state, checkpoint_id=tmp_path)
+        of.set_state_dict(twin, other, model_state_dict=state["net"],
+                          optim_state_dict=state["agd"], options=options)  # fmt: skip
+        other.train()
+
+    if mode == "eval":
+        with pytest.raises((RuntimeError, ValueError), match=r"eval\(\)"):
+            load()
+        twin, other = every()
+        stepped(twin, other, 1)
+        other.eval()
+    load()
+    optimizer.train()
+    assert not changed(everything(net, optimizer), everything(twin, other))
+    stepped(net, optimizer, 2, seed=6), stepped(twin, other, 2, seed=6)
+    assert not changed(everything(net, optimizer), everything(twin, other))
+
+
+def test_modes_within_inference_mode():
+    """Where Lightning calls its hooks of validation."""
+    net, optimizer = every()
+    stepped(net, optimizer)
+    before = everything(net, optimizer)
+    with torch.inference_mode():
+        optimizer.eval()
+    twin, other = copy.deepcopy((net, optimizer))
+    for pair in ((net, optimizer), (twin, other)):
+        pair[1].train()
+        assert not changed(before, everything(*pair))
+    with torch.inference_mode():
+        optimizer.eval()
+        optimizer.train()
+    optimizer.load_state_dict(optimizer.state_dict())
+    stepped(net, optimizer, 2, seed=6), stepped(twin, other, 2, seed=6)
+    assert not changed(everything(net, optimizer), everything(twin, other))
+
+
 OTHERS = {
     "AGD": AGD,
     "Adam": torch.optim.Adam,
@@ -1028,6 +1083,38 @@ def test_a_step_reads_nothing():
         optimizer.step()
     assert reads.count == 0 and reads.kernels > 20
     assert optimizer.eta.is_meta
+
+
+def test_a_compiled_step_agrees_and_compiles_twice_at_most():
+    """The first step, which makes the state, and the others."""
+    net, optimizer = every()
+    twin, other = every()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(other.step, backend=backend, fullgraph=True)
+    for i in range(4):
+        put_gradients(net, torch.Generator().manual_seed(i))
+        put_gradients(twin, torch.Generator().manual_seed(i))
+        optimizer.step()
+        step()
+        assert torch.allclose(optimizer.eta, other.eta, rtol=1e-5, atol=0)
+    assert len(graphs) <= 2
+    assert all(relative(p, q) < 1e-4 for p, q in zip(twin.parameters(), net.parameters()))
+    torch._dynamo.reset()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = SpectralAGD(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"weight of shape \(5, 3\) is sparse"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_a_grad_scaler_finds_the_overflow():
