@@ -225,5 +225,5 @@ def test_no_case_begins_when_the_time_is_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(crashtest, "Lab", begins)
     assert crashtest.main(["--seconds", "0", "--out", str(tmp_path / "told.json")]) == 0
     reports = json.loads((tmp_path / "told.json").read_text())["reports"]
-    assert len(reports) == 6 and {x["note"] for x in reports} == {"the time was up"}
+    assert len(reports) == 7 and {x["note"] for x in reports} == {"the time was up"}
     assert "0 hits, 0 of 0 ends equal" in capsys.readouterr().out

@@ -93,7 +93,7 @@ class Made(Results):
             self.change(x, rows[-1])
         x = x._replace(epochs=min(x.epochs, 12))
         first = {"name": x.panel, "settings": {"dataset": x.flag("--dataset")}, "data": {},
-                 "device": "cpu", "train_examples": 1000, "layers": 8,
+                 "device": "cpu", "train_examples": 1000, "paths": 8.0,
                  "device_name": "a processor", "threads": 1, "torch": "2", "date": "2026-01-01"}
         steps = [{"kind": "step", "epoch": 1, "step": i, "loss": 1.0, "acc": 0.1, "eta": 0.2}
                  for i in range(1, 9)]

@@ -284,7 +284,8 @@ def test_agd_trains_it(rule, flags, tmp_path):
     assert call(*flags, "--optimizer", rule, out=tmp_path) == 0
     first, epoch, end = rows(tmp_path)
     assert end["stopped"] is None and end["skipped_steps"] == 0 and 0 < epoch["eta_min"]
-    assert ("paths" in first) == ("paths" in flags or "timm:resnet18" in flags)
+    paths = rule == "spectral" or "paths" in flags or "timm:resnet18" in flags
+    assert ("paths" in first) == paths
     if "--log_updates" in flags:
         assert 0 < epoch["update_min"] <= epoch["update_max"] < 1
     moved = [x for key, x in weights(tmp_path).items() if key.endswith(".bias")]
