@@ -468,8 +468,9 @@ class SpectralAGD(AGD):
     gradient that is not finite, or over 1e18, changes nothing.
 
     `state` holds for a weight Z ("z") and m ("m"), together 8 bytes a number, as AdamW's: X follows
-    from P, Z and rho(Y). Weights of 16 bits have a float32 copy ("weights"); between `eval()` and
-    `train()` all have one. A step takes 4 more bytes a number for the directions.
+    from P, Z and rho(Y). Weights of 16 bits have a float32 copy ("weights"), from which a step
+    starts whatever was written into them since; between `eval()` and `train()` all have a copy. A
+    step takes 4 more bytes a number for the directions.
 
     Raises:
         ValueError: as `AGD`.
@@ -593,6 +594,11 @@ class SpectralAGD(AGD):
             raise ValueError("this is the state of another optimiser"
                              + (f": it has {min(foreign)}, and SpectralAGD has nothing of the kind"
                                 if foreign else "") + "; start without it")  # fmt: skip
+        averaged = not state_dict["param_groups"][0]["train_mode"]
+        if averaged and any("z" in x and "weights" not in x for x in state_dict["state"].values()):
+            raise ValueError("the state was taken between eval() and train(), and the weights to "
+                             "train are missing: take it after optimizer.train(), or call "
+                             "optimizer.eval() before it is loaded into a template")
         skipped = self.skipped
         torch.optim.Optimizer.load_state_dict(self, state_dict)
         skipped.copy_(self.param_groups[0]["skipped"])
@@ -899,8 +905,11 @@ class _MatrixView:
                 self.split, first = (cut, (rule.parts, -1)), [cut]
                 p = p.unflatten(*self.split)
             row, *cols = [i for i in range(p.ndim) if i not in first]
-            self.order = [*first, row, *sorted(cols, key=lambda i: -p.stride(i))]
             self.size = rule.parts, p.shape[row], math.prod([p.shape[i] for i in cols])
+            # In the order of memory, but where columns are cut into pieces.
+            cut_columns = self.size[1] > self.size[2]
+            by_stride = cols if cut_columns else sorted(cols, key=lambda i: -p.stride(i))
+            self.order = [*first, row, *by_stride]
             self.dense = self._views(p)
             if not self.dense:
                 self.order = [*first, row, *cols]
