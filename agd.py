@@ -613,6 +613,10 @@ class SpectralAGD(AGD):
             self._read = self._read or "share" in found
             found["s"] = found.pop("scale", rules[i].s)
             rules[i] = rules[i]._replace(**found)
+            whole = [entries[key] for key in ("z", "m", "weights") if key in entries]
+            if ("z" in entries) != ("m" in entries) or any(x.shape != p.shape for x in whole):
+                raise ValueError(f"the state is not of these parameters: number {number} has shape "
+                                 f"{tuple(p.shape)}, and z and m {[tuple(x.shape) for x in whole]}")
             wide = p.dtype.itemsize >= 4 and self.param_groups[0]["train_mode"]
             tensors = {key: x.detach().to(p.device, copy=True) for key, x in entries.items()
                        if key in STATE and not (wide and key == "weights")}  # fmt: skip

@@ -1231,3 +1231,19 @@ def test_it_beats_its_tuned_elders_on_digits():
     adam = [run(lambda net, lr=lr: torch.optim.Adam(net.parameters(), lr=lr))
             for lr in (1e-3, 3e-3, 1e-2)]  # fmt: skip
     assert run(SpectralAGD) < min(adam)
+
+
+@pytest.mark.parametrize("broken", ["shape", "missing"])
+def test_a_state_of_other_shapes_is_refused(broken):
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = SpectralAGD(net, depth=2)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if broken == "shape":
+        state["state"][0]["z"] = state["state"][0]["z"].T.contiguous()
+    else:
+        del state["state"][0]["m"]
+    with pytest.raises(ValueError, match="not of these parameters"):
+        SpectralAGD(net, depth=2).load_state_dict(state)
