@@ -28,6 +28,7 @@ A step is two sweeps over memory, by `TorchBackend` or the compiled ones of agd_
 beside this file, with the mathematics in between: `_middle`.
 """
 
+import copy
 import fnmatch
 import importlib
 import math
@@ -101,6 +102,7 @@ class AGD(torch.optim.Optimizer):
     _key = _parts = None  # the parts of the last step, and the key that they depend on
     _net = _known = None  # a weak reference to the network; its parameters' names and rules
     _hook = None  # which waits for its first forward pass
+    _outputs = False  # whether the output layers have been read
     _spectral = False  # whether a kernel is one matrix a group, and output layers are told apart
 
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
@@ -208,6 +210,7 @@ class AGD(torch.optim.Optimizer):
                 raise ValueError(f"depth= has shares of {', '.join(sorted(unknown)[:5])}, and no "
                                  "parameter has that name")  # fmt: skip
             outputs = [_unwrapped(name) for name in getattr(self.depth, "outputs", ())]
+            self._outputs = hasattr(self.depth, "outputs")
             self._set_shares(Depth({named[name]: x for name, x in shares.items() if name in named},
                                    {named[name] for name in outputs if name in named}))
         elif self._reads and (net := self._net and self._net()) is not None:
@@ -216,11 +219,13 @@ class AGD(torch.optim.Optimizer):
                 self._hook = _FirstForward(self, net)
 
     def _set_shares(self, shares):
-        """Take shares of L, a Depth by ids of parameters; a weight that is not there has none."""
+        """Take shares of L, a Depth by ids of parameters; a weight that is not there has none, and
+        is free as an output layer is: the pass did not reach it."""
         for group, rules in zip(self.param_groups, self.rules):
             rules[:] = [x if x.role in VECTORS else x._replace(
                             share=float(shares.get(id(p), 0)),
-                            output=self._spectral and id(p) in shares.outputs)
+                            output=self._outputs and (id(p) in shares.outputs
+                                                      or id(p) not in shares))
                         for p, x in zip(group["params"], rules)]  # fmt: skip
         self._read = True
         self._changed()
@@ -383,7 +388,8 @@ class AGD(torch.optim.Optimizer):
         self._changed()
 
     def __getstate__(self):
-        kept = ("eta", "G", "fused", "rules", "roles", "depth", "_paths", "_read", "_said")
+        kept = ("eta", "G", "fused", "rules", "roles", "depth", "_paths", "_read", "_said",
+                "_outputs")  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state):
@@ -434,9 +440,9 @@ TINY = 1e-36  # squares of the numbers of a block that add up to less are no gra
 class SpectralAGD(AGD):
     """AGD with the spectral norm, averaged: a faster rule that has nothing to set either.
 
-    Of each hidden block, a matrix W_k with RMS singular value rho(W_k) = |W_k|_F / sqrt(rank), s_k
-    is rho(W_k) at the start. The network holds P; at first Z = X = P, m = 0. At step t, with g the
-    gradient at P, and with |.|_F in the place of the polar factor for vectors and rows:
+    Of each hidden block, a matrix W_k with RMS singular value rho(W_k) = |W_k|_F / sqrt(rank), the
+    rank being its smaller side, s_k is rho(W_k) at the start. The network holds P; at first Z = X =
+    P, m = 0. At step t, with g the gradient at P, and m / |m|_F for polar(m) of vectors and rows:
 
         g   <- g - P <g, P> / <P, P>                 no change of length is asked for
         m   <- (m + g) / 2
@@ -459,9 +465,9 @@ class SpectralAGD(AGD):
         params, gain, depth, roles: as of `AGD`. s is always measured, of each block. The output
             layers are read from the network's first forward pass, or are the `outputs` of what
             `agd.depth` returns; else the last weight is the one.
-        process_group: of torch.distributed, whose ranks hold the same weights and gradients: each
-            computes a share of the polar factors, and all gather them. A DistributedDataParallel
-            network brings its own.
+        process_group: of torch.distributed, whose ranks hold the same weights and gradients, None
+            where one has None: each computes a share of the polar factors, and all gather them. A
+            DistributedDataParallel network brings its own. Copies of the optimiser have none.
 
     Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero, such as
     a row of an embedding that a batch does not touch, keeps P, Z, X and m bit for bit, and a
@@ -470,7 +476,7 @@ class SpectralAGD(AGD):
     `state` holds for a weight Z ("z") and m ("m"), together 8 bytes a number, as AdamW's: X follows
     from P, Z and rho(Y). Weights of 16 bits have a float32 copy ("weights"), from which a step
     starts whatever was written into them since; between `eval()` and `train()` all have a copy. A
-    step takes 4 more bytes a number for the directions.
+    step takes 4 more bytes a number for the directions, and up to 8 where most have one shape.
 
     Raises:
         ValueError: as `AGD`.
@@ -499,10 +505,13 @@ class SpectralAGD(AGD):
                 loss = closure()
         parts = self._prepare()
         norms = [part.read() for part in parts]
-        zero = torch.zeros_like(self.G)
+        device = parts[0].s.device if parts else self.G.device  # the network may have moved
+        zero = torch.zeros((), dtype=_wide(device), device=device)
         finite = sum((x.sum().to(zero) for x in norms), zero).isfinite()
         known = _on_host(finite)
         if known and not finite:
+            for part in parts:
+                part.forget()
             self._finish(zero * math.nan, zero * math.nan, norms)
             return loss
         for part in parts:
@@ -534,10 +543,10 @@ class SpectralAGD(AGD):
     def _whole(self):
         """The _MatrixParts of all parameters; made anew if these have moved or changed dtype."""
         listed = [p for group in self.param_groups for p in group["params"]]
-        key = [(p.device, p.dtype, p.requires_grad) for p in listed]
+        key = [(p.device, p.dtype, p.requires_grad, _local(p).stride()) for p in listed]
         if self._parts is None or key != self._key:
             rules = [rule for rules in self.rules for rule in rules]
-            if not any(x.output for x in rules):  # no graph was read
+            if not self._outputs:  # no graph was read
                 last = max((i for i, x in enumerate(rules) if x.role not in VECTORS), default=-1)
                 rules = [x._replace(output=i == last) for i, x in enumerate(rules)]
             with torch.inference_mode(False):
@@ -552,17 +561,17 @@ class SpectralAGD(AGD):
     def eval(self):
         """Have the network hold the average X."""
         if self.param_groups[0]["train_mode"]:
-            self.param_groups[0]["train_mode"] = False
             for part in self._whole():
                 part.show_average(self.state)
+            self.param_groups[0]["train_mode"] = False
 
     @torch.no_grad()
     def train(self):
         """Have the network hold P again, bit for bit."""
         if not self.param_groups[0]["train_mode"]:
-            self.param_groups[0]["train_mode"] = True
             for part in self._whole():
                 part.show_weights(self.state)
+            self.param_groups[0]["train_mode"] = True
 
     @torch.no_grad()
     def clock(self):
@@ -599,13 +608,19 @@ class SpectralAGD(AGD):
             raise ValueError("the state was taken between eval() and train(), and the weights to "
                              "train are missing: take it after optimizer.train(), or call "
                              "optimizer.eval() before it is loaded into a template")
+        saved = [x for group in state_dict["param_groups"] for x in group["params"]]
+        own = [(rules, i, p) for group, rules in zip(self.param_groups, self.rules)
+               for i, p in enumerate(group["params"])]  # fmt: skip
+        for number, (_, _, p) in zip(saved, own):
+            x = state_dict["state"].get(number, {})
+            shapes = [tuple(x[key].shape) for key in ("z", "m", "weights") if key in x]
+            if ("z" in x) != ("m" in x) or any(shape != p.shape for shape in shapes):
+                raise ValueError(f"the state is not of these parameters: number {number} has shape "
+                                 f"{tuple(p.shape)}, and its z and m {shapes}")
         skipped = self.skipped
         torch.optim.Optimizer.load_state_dict(self, state_dict)
         skipped.copy_(self.param_groups[0]["skipped"])
         self.param_groups[0]["skipped"] = skipped
-        saved = [x for group in state_dict["param_groups"] for x in group["params"]]
-        own = [(rules, i, p) for group, rules in zip(self.param_groups, self.rules)
-               for i, p in enumerate(group["params"])]  # fmt: skip
         self.state.clear()
         for number, (rules, i, p) in zip(saved, own):
             entries = state_dict["state"].get(number, {})
@@ -613,12 +628,9 @@ class SpectralAGD(AGD):
             self._read = self._read or "share" in found
             found["s"] = found.pop("scale", rules[i].s)
             rules[i] = rules[i]._replace(**found)
-            whole = [entries[key] for key in ("z", "m", "weights") if key in entries]
-            if ("z" in entries) != ("m" in entries) or any(x.shape != p.shape for x in whole):
-                raise ValueError(f"the state is not of these parameters: number {number} has shape "
-                                 f"{tuple(p.shape)}, and z and m {[tuple(x.shape) for x in whole]}")
             wide = p.dtype.itemsize >= 4 and self.param_groups[0]["train_mode"]
-            tensors = {key: x.detach().to(p.device, copy=True) for key, x in entries.items()
+            tensors = {key: x.detach().to(p.device, copy=True) if isinstance(x, Tensor) else x
+                       for key, x in entries.items()
                        if key in STATE and not (wide and key == "weights")}  # fmt: skip
             if tensors:
                 self.state[p] = tensors
@@ -628,7 +640,8 @@ class SpectralAGD(AGD):
         return {**super().__getstate__(), "process_group": None}
 
 
-STATE, RULE = {"z", "m", "weights", "s", "held", "t", "length"}, {"scale", "share", "output"}
+STATE = {"z", "m", "weights", "s", "held", "t", "length", "fixed"}
+RULE = {"scale", "share", "output"}
 
 
 class _MatrixPart:
@@ -645,10 +658,11 @@ class _MatrixPart:
         for p, rule, place in zip(listed, rules, places):
             shards = (p.device_mesh, p.placements) if _is_dtensor(p) else None
             alike.setdefault((p.device, shards), []).append(_Matrices(p, rule, *place))
-        return [cls(optimizer.state, *key, weights) for key, weights in alike.items()]
+        training = optimizer.param_groups[0].get("train_mode", True)
+        return [cls(optimizer.state, training, *key, xs) for key, xs in alike.items()]
 
-    def __init__(self, state, device, shards, weights):
-        self.weights, self.shards = weights, shards
+    def __init__(self, state, training, device, shards, weights):
+        self.weights, self.shards, self.training = weights, shards, training
         wide = {"dtype": _wide(device), "device": device}
         end = 0
         for x in weights:
@@ -665,7 +679,7 @@ class _MatrixPart:
 
     def begin(self, state):
         """Start the weights that have their first gradient; `active` are those that have one."""
-        self.active = [x for x in self.weights if x.grad is not None]
+        self.active, self.training = [x for x in self.weights if x.grad is not None], True
         new = [x for x in self.active if "z" not in state[x.p]]
         if not new:
             return
@@ -772,9 +786,15 @@ class _MatrixPart:
                 x.W.div_(n)
             if x.copy is not None or not x.view.dense:
                 x.view.write(_local(x.p).detach(), x.W)
+        self.forget()
+
+    def forget(self):
+        """Let go of what a step has made, and of its gradients."""
+        for x in self.active:
             x.g = x.M = x.D = x.W = x.grad = None
 
     def show_average(self, state):
+        self.training = False
         self.active = [x for x in self.weights if "z" in state[x.p]]
         lengths = zip(self.active, self.each(self.length / BETA))
         averages = [(x.weights() * a).sub_(x.z, alpha=(1 - BETA) / BETA) for x, a in lengths]
@@ -829,6 +849,7 @@ class _Matrices:
             by_rows = 0 in rule.numbering(p.shape)
             self.index = _block_indices(p, rule) if by_rows else None
         self.view = _MatrixView(local, rule, by_rows)
+        self.form = torch.preserve_format if self.view.dense else torch.contiguous_format
         if self.polar:
             n, rows, cols = (self.whole if sharded else self.view).size
             rows, cols = min(rows, cols), max(rows, cols)
@@ -839,8 +860,7 @@ class _Matrices:
     def start(self, state):
         """Z = P and m = 0."""
         p = self.p.detach()
-        form = torch.preserve_format if self.view.dense else torch.contiguous_format
-        state["z"] = p.to(self.dtype, copy=True, memory_format=form)
+        state["z"] = p.to(self.dtype, copy=True, memory_format=self.form)
         state["m"] = torch.zeros_like(state["z"], dtype=self.moment)
         if p.dtype != self.dtype:
             state["weights"] = state["z"].clone()
@@ -854,10 +874,16 @@ class _Matrices:
             if key in state:
                 of_all[self.blocks] = state[key].to(of_all)
             state[key] = of_all[self.blocks]
-        device = self.p.device
+        if part.training and self.p.dtype == self.dtype:
+            state.pop("weights", None)  # of a time when the parameter had 16 bits
+        self.fixed = state["fixed"] = state.get("fixed", self.fixed)  # whatever L is read again
+        like = torch.empty_like(_local(self.p), device="meta", memory_format=self.form).stride()
         for key, dtype in (("z", self.dtype), ("m", self.moment), ("weights", self.dtype)):
             if key in state:
-                state[key] = state[key].to(device, dtype)
+                x = state[key].to(self.p.device, dtype)
+                if _local(x).stride() != like:  # of another memory format
+                    x = torch.empty_like(self.p, dtype=dtype, memory_format=self.form).copy_(x)
+                state[key] = x.detach()
         if self.p.dtype != self.dtype and "weights" not in state:
             state["weights"] = self.p.detach().to(self.dtype)
         self.z, self.m = (self.matrices(_local(state[key])) for key in ("z", "m"))
@@ -971,7 +997,7 @@ def _directions(parts, group=None):
     if group is not None and torch.distributed.get_world_size(group) > 1:
         share = _Share(group)
     for members in sizes.values():
-        if share:
+        if share and not any(_is_dtensor(x.p) for x in members):
             share.compute(members)
         else:
             pieces = torch.cat([x.cut(_gathered(x)) for x in members])
@@ -1148,6 +1174,7 @@ class _FirstForward:
             if shares == {}:
                 return  # no gradient in it: the next one, then
             if shares is not None:
+                optimizer._outputs = True
                 optimizer._set_shares(shares)
         if optimizer is not None:
             optimizer._hook = None
@@ -1825,6 +1852,7 @@ def _shares(net, output, roles):
                 units[node] = max((units[n] for n, _ in signals), default=1.0)
     flow, shares, outputs = dict.fromkeys(units, 0.0), {}, set()
     last = {root for root in roots if root in flow}  # nodes that no weight follows on some path
+    some_frozen = any(p.ndim > 1 and not p.requires_grad for p in net.parameters())
     for root in roots:
         if root in flow:
             flow[root] += 1.0 / len(roots)
@@ -1844,7 +1872,7 @@ def _shares(net, output, roles):
             shares[id(p)] = shares.get(id(p), 0.0) + share
         if node in last:
             outputs.update(map(id, matrices))
-            frozen = kind in LAYERS and len(signals) == 1  # its weight has no node
+            frozen = some_frozen and kind in LAYERS and len(signals) == 1  # its weight: no node
             if kind in ADD | {"Cat", "Stack"} or not (matrices or frozen):
                 last.update(n for n, _ in signals)
         for (n, _), part in zip(signals, parts):
@@ -1916,12 +1944,26 @@ def _inputs_first(roots):
 
 
 def recalibrate(net, batches):
-    """Recompute the running statistics of a network's batch norms, as means over `batches`: of
-    inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with."""
+    """Recompute the running statistics of all batch norms of a network, as means over `batches`: of
+    inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with.
+    Raises ValueError where a network with batch norm gets no batch."""
     device = next((p.device for p in net.parameters()), None)
     kept = [(x, x.training, getattr(x, "momentum", None)) for x in net.modules()]
+    seen = []
+
+    def counted():
+        for batch in batches:
+            seen.append(1)
+            yield batch
+
+    norms = [x for x in net.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    before = [(x, copy.deepcopy(x._buffers)) for x in norms]
     try:
-        torch.optim.swa_utils.update_bn(batches, net, device)
+        torch.optim.swa_utils.update_bn(counted(), net, device)
+        if norms and not seen:
+            for x, buffers in before:
+                x._buffers.update(buffers)
+            raise ValueError("recalibrate got no batch: batch norm takes its statistics from some")
     finally:
         for module, training, momentum in kept:
             module.training = training

@@ -23,8 +23,7 @@ BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  #
 def make_optimizer(args, net, shape=None, draw=True, process_group=None):
     """The optimiser of what is not frozen, of a network for images of `shape`. For AUTOMATIC ones
     the weights of the paper's networks are drawn anew, if any are; those of a file, of libraries,
-    and of baselines stay as they are. Ranks of a `process_group` share the work of a step, where
-    there is enough of it."""
+    and of baselines stay as they are. Ranks of a `process_group` share the work of a step."""
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if args.optimizer in AUTOMATIC:
         return automatic(args, net, trained, shape, draw, process_group)

@@ -1246,3 +1246,100 @@ def test_a_state_of_other_shapes_is_refused(broken):
         del state["state"][0]["m"]
     with pytest.raises(ValueError, match="not of these parameters"):
         SpectralAGD(net, depth=2).load_state_dict(state)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                         nn.Linear(128, 5))  # fmt: skip
+
+
+def steps_of(net, optimizer, count, x):
+    for _ in range(count):
+        optimizer.zero_grad()
+        (net(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("through", ["network", "state"])
+def test_another_memory_format_goes_on(through):
+    """Of a network that changes it between steps, or that a state of the other one is loaded to."""
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    net, twin = convolutional(), convolutional()
+    optimizer, other = SpectralAGD(net), SpectralAGD(twin)
+    steps_of(net, optimizer, 3, x)
+    if through == "network":
+        steps_of(twin, other, 3, x)
+        twin.to(memory_format=torch.channels_last)
+    else:
+        twin.to(memory_format=torch.channels_last).load_state_dict(net.state_dict())
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = twin[2].weight.detach().clone()
+    steps_of(net, optimizer, 5, x), steps_of(twin, other, 5, x)
+    assert not torch.equal(twin[2].weight, before)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert torch.allclose(p, q, atol=1e-5)
+        for key in ("z", "m"):
+            assert torch.allclose(optimizer.state[p][key], other.state[q][key], atol=1e-5)
+
+
+def test_a_frozen_head_leaves_the_layers_before_it_held():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    net[4].requires_grad_(False)
+    optimizer = SpectralAGD(net)
+    steps_of(net, optimizer, 2, torch.randn(4, 6))
+    assert all(optimizer.state[net[i].weight]["held"].all() for i in (0, 2))
+
+
+def test_a_product_with_a_constant_is_no_layer():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(16, 4), nn.Linear(8, 16)
+            self.register_buffer("D", torch.eye(4))
+
+        def forward(self, x):
+            return self.head(self.body(x).relu()) @ self.D
+
+    net = Fixed()
+    optimizer = SpectralAGD(net)
+    steps_of(net, optimizer, 1, torch.randn(4, 8))
+    assert not optimizer.state[net.head.weight]["held"].any()
+    assert optimizer.state[net.body.weight]["held"].all()
+
+
+def test_a_head_that_the_first_pass_does_not_reach_is_free():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x, head="a"):
+            return getattr(self, head)(self.body(x).relu())
+
+    net = Heads()
+    optimizer = SpectralAGD(net)
+    steps_of(net, optimizer, 1, torch.randn(4, 8))
+    net(torch.randn(4, 8), "b").square().mean().backward()
+    optimizer.step()
+    assert not optimizer.state[net.b.weight]["held"].any()
+
+
+def test_the_copy_of_16_bits_goes_with_them():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
+    optimizer, x = SpectralAGD(net, depth=2), torch.randn(4, 8)
+    steps_of(net, optimizer, 2, x.bfloat16())
+    steps_of(net.float(), optimizer, 20, x)
+    assert "weights" not in optimizer.state[net[0].weight]
+    before = net.bfloat16()[0].weight.detach().clone()
+    steps_of(net, optimizer, 1, x.bfloat16())
+    assert (net[0].weight - before).abs().max() < 0.05
+
+
+def test_without_a_batch_nothing_is_recalibrated():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net(torch.randn(8, 4))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="no batch"):
+        agd.recalibrate(net, [])
+    assert all(torch.equal(x, before[key]) for key, x in net.state_dict().items())
