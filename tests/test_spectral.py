@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import agd
 from agd import AGD, SpectralAGD
+from data import load
 from tests import spectral_reference as reference
 from tests.spectral_reference import SpectralReference, rho
 from tests.test_agd import Reads
@@ -217,7 +218,7 @@ def test_eta_of_the_gradients_of_a_network():
     net, optimizer = every()
     twin = twin_of(net, optimizer)
     torch.manual_seed(1)
-    for _ in range(30):
+    for _ in range(10):
         optimizer.zero_grad()
         F.cross_entropy(net(torch.randint(17, (16, 6))), torch.arange(16) % 5).backward()
         optimizer.step()
@@ -944,7 +945,8 @@ class Stream(nn.Module):
 
 
 def resnet():
-    return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+    resnet = pytest.importorskip("torchvision").models.resnet
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
 
 
 def gpt2(**changes):
@@ -967,7 +969,7 @@ def gpt2(**changes):
         (Scaled, torch.randn(2, 8), {"body.2.weight"}),
         (Stream, torch.randn(2, 8), {"first.weight", "branch.weight"}),
     ],
-    ids=["chain", "one layer", "resnet18", "gpt2 tied", "gpt2 untied", "two heads", "lstm",
+    ids=["chain", "one layer", "resnet", "gpt2 tied", "gpt2 untied", "two heads", "lstm",
          "a norm behind", "stream"],
 )  # fmt: skip
 def test_output_layers_are_read_off_the_graph(build, x, outputs):
@@ -1165,8 +1167,8 @@ def test_guards():
     said, losses = warned(lambda net: None, lambda y, t: 1e5 * F.cross_entropy(y, t))
     assert len(said) == 1 and "over 1,000" in said[0]
     assert losses[-1] < 0.9 * losses[0] and math.isfinite(losses[-1])
-    said, _ = warned(lambda net: None, lambda y, t: F.cross_entropy(y, t) / 1e5)
-    assert len(said) == 1
+    said, _ = warned(lambda net: None, lambda y, t: F.cross_entropy(y, t) / 1e3)
+    assert len(said) == 1 and "divided by more" in said[0]
     said, _ = warned(lambda net: nn.utils.clip_grad_norm_(net.parameters(), 0.05))
     assert len(said) == 1 and "clipped" in said[0]
 
@@ -1205,10 +1207,8 @@ def test_a_network_without_batch_norm_is_not_run():
 # It trains
 
 
-def test_it_beats_its_tuned_elders_on_digits():
-    """Loss at X after 60 steps against Adam's at the better of two rates, on the same batches."""
-    from data import load
-
+def test_its_average_beats_adam_on_digits():
+    """Loss at X after three epochs, and Adam's at the better of two rates on the same batches."""
     data = load("digits", None, 64, 400, torch.device("cpu"))
     (images, labels), *_ = data.test
 
@@ -1216,7 +1216,6 @@ def test_it_beats_its_tuned_elders_on_digits():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), *chain(64, 64, 64, 64, 10))
         optimizer = make(net)
-        data.train.set_epoch(1)
         for epoch in (1, 2, 3):
             data.train.set_epoch(epoch)
             for x, y in data.train:
@@ -1229,7 +1228,7 @@ def test_it_beats_its_tuned_elders_on_digits():
             return F.cross_entropy(net(images), labels).item()
 
     adam = [run(lambda net, lr=lr: torch.optim.Adam(net.parameters(), lr=lr))
-            for lr in (1e-3, 3e-3, 1e-2)]  # fmt: skip
+            for lr in (3e-3, 1e-2)]  # fmt: skip
     assert run(SpectralAGD) < min(adam)
 
 
