@@ -224,8 +224,8 @@ class AGD(torch.optim.Optimizer):
         for group, rules in zip(self.param_groups, self.rules):
             rules[:] = [x if x.role in VECTORS else x._replace(
                             share=float(shares.get(id(p), 0)),
-                            output=self._outputs and (id(p) in shares.outputs
-                                                      or id(p) not in shares))
+                            output=self._spectral and self._outputs
+                            and (id(p) in shares.outputs or id(p) not in shares))
                         for p, x in zip(group["params"], rules)]  # fmt: skip
         self._read = True
         self._changed()
