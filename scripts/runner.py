@@ -114,7 +114,8 @@ def cost(task):
         work = {"vgg": 3.1e8, "resnet18": 5.6e8, "resnet50": 4.1e9}[arch]
     steps = examples / int(flag.get("--train_bs", 128))
     # Polar factors of 128 rows at most; of an FCN as many multiplications are weights.
-    polar = 600 * work if flag["--optimizer"] == "spectral" and arch == "fcn" else 0
+    spectral = flag.get("--optimizer") == "spectral"
+    polar = 600 * work if spectral and arch == "fcn" else 0
     return examples * (work + 4e5) + steps * (3e7 + polar)
 
 
