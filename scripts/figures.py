@@ -447,7 +447,8 @@ def fig11(results):
     batch = int(result.experiment.flag("--train_bs", 128))
     steps = math.ceil(result.first["train_examples"] / batch)
     epochs = np.arange(1, len(result.epochs) + 1)
-    relative = np.array(result.column("eta_mean")) / result.first["paths"]  # which is L
+    L = result.first["paths" if "paths" in result.first else "layers"]
+    relative = np.array(result.column("eta_mean")) / L
     predicted = {"color": BLACK, "linestyle": DASHED, "linewidth": 1.0}
     colour = OPTIMIZERS[SPECTRAL][0]
     curve(length, result, "length", colour)
