@@ -1107,8 +1107,10 @@ def test_a_compiled_step_agrees_and_compiles_twice_at_most():
         optimizer.step()
         try:
             step()
-        except torch._dynamo.exc.Unsupported as error:
-            pytest.skip(f"a graph of this torch does not set what the optimiser keeps: {error}")
+        except Exception as error:
+            if "setattr" not in str(error):
+                raise
+            pytest.skip("a graph of this torch sets no attribute of an optimiser")
         assert torch.allclose(optimizer.eta, other.eta, rtol=1e-5, atol=0)
     assert len(graphs) <= 2
     assert all(relative(p, q) < 1e-4 for p, q in zip(twin.parameters(), net.parameters()))
