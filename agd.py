@@ -483,13 +483,13 @@ class SpectralAGD(AGD):
         RuntimeError: from `step` between `eval()` and `train()`.
     """
 
-    _spectral, _depth = True, None
+    _spectral = True
 
     def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
         if isinstance(params, nn.parallel.DistributedDataParallel):
             process_group = process_group or params.process_group
             params = params.module
-        self.process_group = process_group
+        self.process_group, self._made = process_group, {}
         super().__init__(params, gain=gain, fused=False, depth=depth, roles=roles, **foreign)
         self.param_groups[0]["train_mode"] = True
 
@@ -518,10 +518,10 @@ class SpectralAGD(AGD):
             part.average(None if known else finite.to(part.s.device))
         _directions(parts, self.process_group)
         G = sum((part.slopes().sum().to(zero) for part in parts), zero)
-        G = (G / self._depth).clamp_min(0)
+        G = (G / self._made["L"]).clamp_min(0)
         eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
         for part in parts:
-            part.move(eta / self._depth, self.param_groups)
+            part.move(eta / self._made["L"], self.param_groups)
         if not known:
             G, eta = (torch.where(finite, x, math.nan) for x in (G, eta))
         self._finish(G, eta, norms)
@@ -532,7 +532,7 @@ class SpectralAGD(AGD):
         self._check_gains()
         if self._listening and not torch.compiler.is_compiling() and self.depth is None:
             self._warn("depth", UNREAD, 6)
-        parts, self._depth = self._whole(), self._depth or self.L
+        parts = self._whole()
         for part in parts:
             for x in part.weights:
                 p, group = x.p, self.param_groups[x.group]
@@ -544,18 +544,19 @@ class SpectralAGD(AGD):
         """The _MatrixParts of all parameters; made anew if these have moved or changed dtype."""
         listed = [p for group in self.param_groups for p in group["params"]]
         key = [(p.device, p.dtype, p.requires_grad, _local(p).stride()) for p in listed]
-        if self._parts is None or key != self._key:
+        if self._made.get("key") != key:
             rules = [rule for rules in self.rules for rule in rules]
             if not self._outputs:  # no graph was read
                 last = max((i for i, x in enumerate(rules) if x.role not in VECTORS), default=-1)
                 rules = [x._replace(output=i == last) for i, x in enumerate(rules)]
             with torch.inference_mode(False):
-                self._parts, self._key = _MatrixPart.split(self, listed, rules), key
-            self._depth = None
-        return self._parts
+                parts = _MatrixPart.split(self, listed, rules)
+            # A dict that is filled: torch.compile before 2.14 sets no attribute of an optimiser.
+            self._made.update({"parts": parts, "key": key, "L": self.L})
+        return self._made["parts"]
 
     def _changed(self):
-        self._key = self._parts = self._depth = None
+        self._made.clear()
 
     @torch.no_grad()
     def eval(self):
@@ -637,7 +638,7 @@ class SpectralAGD(AGD):
         self._changed()
 
     def __getstate__(self):
-        return {**super().__getstate__(), "process_group": None}
+        return {**super().__getstate__(), "process_group": None, "_made": {}}
 
 
 STATE = {"z", "m", "weights", "s", "held", "t", "length", "fixed"}
