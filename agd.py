@@ -515,11 +515,11 @@ class SpectralAGD(AGD):
             self._finish(zero * math.nan, zero * math.nan, norms)
             return loss
         for part in parts:
-            part.average(None if known else finite.to(part.s.device))
+            part.update_momentum(None if known else finite.to(part.s.device))
         _directions(parts, self.process_group)
         G = sum((part.slopes().sum().to(zero) for part in parts), zero)
         G = (G / self._made["L"]).clamp_min(0)
-        eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+        eta = _eta(G)
         for part in parts:
             part.move(eta / self._made["L"], self.param_groups)
         if not known:
@@ -685,7 +685,7 @@ class _MatrixPart:
         if not new:
             return
         kept, self.active = self.active, new
-        rho = (self.total([x.squares(x.matrices(_local(x.p))) for x in new]) / self.rank).sqrt()
+        rho = (self.total([x.squares(x.view(_local(x.p))) for x in new]) / self.rank).sqrt()
         for x in new:
             own, s = rho[x.blocks], x.rule.s or x.rule.blocks(x.p.shape)[2]
             there = (own > s / 500) & own.isfinite() & (x.rule.role not in VECTORS)
@@ -727,14 +727,14 @@ class _MatrixPart:
     def read(self):
         """Take the gradients in. Returns their norms, (blocks,)."""
         for x in self.active:
-            x.g = x.matrices(x.grad).to(x.dtype)
+            x.g = x.view(x.grad).to(x.dtype)
         squares = self.total([x.squares(x.g) for x in self.active])
         dots = self.total([_dots(x.g, x.weights()) if x.fixed else None for x in self.active])
         self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
         self.moves = squares > TINY
         return squares.sqrt()  # infinite where float32 has no square of an element
 
-    def average(self, finite):
+    def update_momentum(self, finite):
         """Average the gradients, without their parts along the weights, into the momentum."""
         if finite is not None:
             self.moves, self.along = self.moves & finite, torch.where(finite, self.along, 0)
@@ -887,11 +887,8 @@ class _Matrices:
                 state[key] = x.detach()
         if self.p.dtype != self.dtype and "weights" not in state:
             state["weights"] = self.p.detach().to(self.dtype)
-        self.z, self.m = (self.matrices(_local(state[key])) for key in ("z", "m"))
+        self.z, self.m = (self.view(_local(state[key])) for key in ("z", "m"))
         self.copy = state.get("weights") if self.p.dtype != self.dtype else None
-
-    def matrices(self, x):
-        return self.view(x)
 
     def weights(self):
         """P in full precision."""
@@ -1046,7 +1043,7 @@ class _Share:
     def gather(self):
         if not self.sizes:
             return
-        loads, owners = [0] * self.number, []
+        loads = [0] * self.number
         order = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i][1][0].numel())
         owners = [None] * len(self.sizes)
         for i in order:  # the largest first, each to the rank that has the least
@@ -1243,6 +1240,11 @@ def _capturing(x):
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _eta(G):
+    """log((1 + sqrt(1 + 4 G)) / 2), without cancellation or overflow; NaN for an infinite G."""
+    return (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+
+
 def _middle(scales, norms):
     """The mathematics between the sweeps. From s / L and the norm of each block, (blocks,) of each
     part, follow G, eta and the factors of the update, infinite or NaN for a zero gradient."""
@@ -1250,8 +1252,7 @@ def _middle(scales, norms):
     G = slopes[0]
     for x in slopes[1:]:
         G = G + x.to(G)
-    # log((1 + sqrt(1 + 4 G)) / 2), without cancellation or overflow; NaN for an infinite G
-    eta = (G / (G + 0.25).sqrt_().add_(0.5)).log1p_()
+    eta = _eta(G)
     return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
 
