@@ -1,122 +1,29 @@
-"""The command line: flags, their defaults, a suggestion where one is mistyped, and the name of the
-run that they describe."""
+"""The command line of main.py: its table of flags, and the settings that they stand for."""
 
 import argparse
-import difflib
-import math
 import os
 import sys
-import zlib
-from decimal import Decimal
-from pathlib import Path
 
+import torch
+
+from architecture import NETWORKS, Unfit, is_library, libraries
 from architecture.libraries import PREFIXES as LIBRARIES
+from architecture.weights import SUFFIXES
+from cli import Joined, Parser, all_or, checked, every, near, number, one_of
+from data import DATASETS, default_data_dir, is_folder
 from distributed.launch import is_first
-from provenance import data_sha256
-from record import RecordError, read, shown
-from run import run_name
-
-LONGEST = 250  # characters of a message, whatever was given
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that suggests what was meant."""
-
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            what = "flag" if flag.startswith("-") else "place for"
-            self.error(f"there is no {what} {flag}{near(flag, self._option_string_actions)}")
-        return args
-
-    def error(self, message):
-        if len(message) > LONGEST:
-            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
-        if "--distribute" in sys.argv and not is_first():  # the first rank says it
-            self.exit(2)
-        self.exit(2, f"error: {message}\n       {self.prog} --help lists the flags\n")
-
-
-def near(word, words):
-    """A suggestion, or nothing."""
-    by_lower = {x.lower(): x for x in words}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
-
-
-def one_of(names, *prefixes, rest="PATH"):
-    """An argument type: one of `names`, or one of `prefixes` with `rest` behind it."""
-
-    def check(value):
-        if value in names or any(value.startswith(x) and value != x for x in prefixes):
-            return value
-        listed = ", ".join([*names, *(f"{prefix}{rest}" for prefix in prefixes)])
-        near_one = near(value, [*names, *prefixes])
-        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near_one}")
-
-    return check
-
-
-def number(kind, least, most=None):
-    """An argument type: an int that fits in 63 bits or a finite float, from `least` to `most`."""
-    what = "a whole number" if kind is int else "a finite number"
-    what += f" from {least}" + ("" if most is None else f" to {most}")
-    if most is None:
-        most = 2**63 - 1 if kind is int else sys.float_info.max
-
-    def check(value):
-        try:
-            x = abs(kind(value)) if kind(value) == 0 else kind(value)  # -0.0 is 0.0
-        except ValueError:
-            x = math.nan
-        if not least <= x <= most:
-            raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
-        return x
-
-    return check
-
-
-def every(value):
-    """An argument type: 500 steps, or 90s, 10m, 2h; returns ("steps", n) or ("seconds", s)."""
-    unit = {"s": 1, "m": 60, "h": 3600}.get(value[-1:])
-    try:
-        least = float(value[:-1]) * unit if unit else int(value)
-    except ValueError:
-        least = 0
-    if not 0 < least < 2**31:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is neither a number of steps, as 500, nor a time, as 90s, 10m or 2h"
-        )
-    return ("seconds", least) if unit else ("steps", least)
-
-
-def checked(kind):
-    """An argument type: the text itself, where `kind` takes it."""
-    return lambda value: (kind(value), value)[1]
-
-
-class Joined(argparse.Action):
-    """A flag that may be given several times: one text, the parts separated by commas, so that it
-    stands in logs and records as any other value."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        before = getattr(namespace, self.dest)
-        parts = [*(before.split(",") if isinstance(before, str) else []), *value.split(",")]
-        setattr(namespace, self.dest, ",".join(dict.fromkeys(filter(None, parts))) or None)
-
+from runs.record import RecordError, read, shown
+from training.losses import LOSSES
+from training.optimizers import AUTOMATIC, BASELINES, optimizer_class
+from training.precision import PRECISIONS, lacks_tf32
 
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
 
 
-def all_or(kind):
-    """An argument type: the word all, or what `kind` takes."""
-    return lambda value: value if value == "all" else kind(value)
-
-
-def parser(networks, datasets, losses, optimizers, precisions, data_dir):
-    """The command line, given the names to choose from and the default data directory."""
+def parser():
+    """The command line: every flag with its type, default and help."""
+    optimizers = [*AUTOMATIC, *BASELINES]
 
     def optimizer(value):
         return value if "." in value else one_of(optimizers)(value)
@@ -129,20 +36,20 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
         "from a finished run.",
     )
     add = p.add_argument_group("what to train").add_argument
-    add("--arch", type=one_of(networks, *LIBRARIES, rest="NAME"), default="fcn", metavar="NET",
-        help=f"{', '.join(networks)}; torchvision:NAME or timm:NAME, a classifier of theirs, with "
+    add("--arch", type=one_of(NETWORKS, *LIBRARIES, rest="NAME"), default="fcn", metavar="NET",
+        help=f"{', '.join(NETWORKS)}; torchvision:NAME or timm:NAME, a classifier of theirs, with "
         "their start of the weights (default: %(default)s)")
-    add("--dataset", type=one_of(datasets, "folder:", "npz:"), default="cifar10", metavar="SET",
-        help=f"{', '.join(datasets)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
+    add("--dataset", type=one_of(DATASETS, "folder:", "npz:"), default="cifar10", metavar="SET",
+        help=f"{', '.join(DATASETS)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
         "arrays as data.prepare writes them (default: %(default)s)")
-    add("--loss", type=one_of(losses), default="mse", metavar="LOSS",
+    add("--loss", type=one_of(LOSSES), default="mse", metavar="LOSS",
         help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
     add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
     add("--width", type=number(int, 1, 1_000_000), default=256,
         help="width of the fcn (default: 256)")
     # None, not False, where they are off: what earlier runs have logged of them.
     add("--bias", action="store_true", default=None,
-        help=f"biases in the layers of {', '.join(networks)}")
+        help=f"biases in the layers of {', '.join(NETWORKS)}")
     add("--affine", action="store_true", default=None,
         help="gains and biases in their norms")
     add("--weights", metavar="FILE", help="weights to start from: .safetensors, .pt or .pth; those "
@@ -171,7 +78,7 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
-    add("--precision", type=one_of(precisions), default="fp32", metavar="P",
+    add("--precision", type=one_of(PRECISIONS), default="fp32", metavar="P",
         help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "
         "and optimiser stay float32) (default: fp32)")
     add("--deterministic", action="store_true", help="the same bits each time on GPUs too "
@@ -185,7 +92,7 @@ def parser(networks, datasets, losses, optimizers, precisions, data_dir):
         "fp32, whose kernels are slower so), on, off (default: auto)")
     add("--profile", action="store_true", help="a table and traces of where the time goes")
     add = p.add_argument_group("where").add_argument
-    add("--data_dir", default=data_dir,
+    add("--data_dir", default=default_data_dir(),
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
     add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
     add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="time or "
@@ -262,16 +169,12 @@ def layers(args):
     return args.layers or ("count" if paper else "paths")
 
 
-def is_folder(args):
-    return args.dataset == "imagenet" or args.dataset.startswith("folder:")
-
-
 def test_batch(args):
     """Images at a time in testing that are about as fast as any number, as measured: on a CPU the
     activations stay in its caches; on a GPU a batch keeps all of it at work."""
     if not args.device.startswith("cuda"):
         return 1000 if args.arch == "fcn" else 64
-    return 4 * args.train_bs if is_folder(args) else 10_000
+    return 4 * args.train_bs if is_folder(args.dataset) else 10_000
 
 
 def no_graph(args):
@@ -280,7 +183,7 @@ def no_graph(args):
         return "it takes a CUDA device"
     if args.distribute:
         return "it takes a single process"
-    if is_folder(args):
+    if is_folder(args.dataset):
         return "it takes a data set of arrays"
     if args.micro_bs is not None:
         return "it takes whole batches, without --micro_bs"
@@ -289,55 +192,85 @@ def no_graph(args):
     return None
 
 
-def name_and_settings(args):
-    """The run's name, and the settings that shape its result: runs that agree in them have the same
-    weights after the same epoch, up to rounding, and, where there is batch norm without --sync_bn,
-    up to the number of ranks and micro-batches."""
-    keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
-    keys += ["train_examples", "test_examples", "skip_bad_images"]
-    keys += (["depth", "width"] if args.arch == "fcn" else [])
-    settings = {key: getattr(args, key) for key in keys}
-    if args.sync_bn:
-        settings["sync_bn"] = True
-    if args.precision != "fp32":
-        settings["precision"] = args.precision
-    for key in ("bias", "affine", "layers", "freeze"):
-        if getattr(args, key) is not None:
-            settings[key] = getattr(args, key)
-    if args.weights is not None:  # wherever they lie
-        settings["weights"] = data_sha256(args.weights)["sha256"]
-    arch, dataset = args.arch, args.dataset
-    if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
-        dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
-    if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
-        file = os.path.basename(dataset[len("npz:") :])
-        settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
-    name = run_name(
-        f"{arch}{args.depth}x{args.width}" if arch == "fcn" else arch.replace(":", "_"),
-        "bias" if args.bias else None,
-        "affine" if args.affine else None,
-        None if args.weights is None else f"from_{Path(args.weights).stem}",
-        None if args.freeze is None else f"freeze_{args.freeze}",
-        dataset,
-        args.image_size,
-        None if args.train_examples is None else f"train{args.train_examples}",
-        None if args.test_examples is None else f"test{args.test_examples}",
-        args.loss,
-        f"bs{args.train_bs}",
-        args.optimizer,
-        args.layers,
-        None if args.gain == 1 else f"gain{decimal(args.gain)}",
-        None if args.lr is None else f"lr{decimal(args.lr)}",
-        f"seed{args.seed}",
-        "skip" if args.skip_bad_images else None,
-        "syncbn" if args.sync_bn else None,
-        None if args.precision == "fp32" else args.precision,
-        {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
-        "updates" if args.log_updates else None,
-    )
-    return name, settings
+def parse(argv=None, check=True):
+    """The settings, complete and consistent; without `check`, whether or not the device and the
+    optimiser's package are there."""
+    p = parser()
+    p.silent = "--distribute" in sys.argv and not is_first()  # rank 0 prints
+    args = p.parse_args(argv)
+    if args.replay is not None:
+        args = replayed(p, args, argv)
+    if args.cpu:
+        if args.device not in (None, "cpu"):
+            p.error(f"--cpu contradicts --device {args.device}")
+        args.device = "cpu"
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Of several ranks each has a GPU of its own, found later; this would touch the first one.
+    probe = check and not (args.distribute and args.device == "cuda" and torch.cuda.is_available())
+    try:
+        torch.empty(0, device=args.device if probe else "cpu").cpu()
+    except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
+        p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
+    if args.optimizer in AUTOMATIC and args.lr is not None:
+        own = AUTOMATIC[args.optimizer].__name__
+        p.error(f"{own} has no learning rate; --lr is for the baselines (--gain scales its update)")
+    if args.optimizer not in AUTOMATIC and args.gain != 1:
+        p.error(f"--gain is AGD's; {args.optimizer} has --lr")
+    if args.optimizer in BASELINES and args.lr is None:
+        args.lr = BASELINES[args.optimizer][1]
+    if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
+        try:
+            optimizer_class(args.optimizer)
+        except ValueError as error:
+            p.error(str(error))
+    network_flags(p, args, check)
+    folder = is_folder(args.dataset)
+    for part in ("train", "test"):
+        if folder and getattr(args, f"{part}_examples") is not None:
+            p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
+    if args.dataset.startswith("folder:"):
+        path = os.path.abspath(os.path.expanduser(args.dataset[len("folder:") :]))
+        home = os.path.expanduser("~") + os.sep  # a name that holds for every account
+        args.dataset = "folder:" + ("~/" + path[len(home) :] if path.startswith(home) else path)
+    if folder:
+        args.image_size = args.image_size or 224
+    elif args.image_size is not None:
+        p.error(f"--image_size is for imagenet and folder:PATH, not {args.dataset}")
+    if args.test_bs is None:
+        args.test_bs = test_batch(args)
+    if check and args.cuda_graph == "on" and no_graph(args):
+        p.error(f"--cuda_graph on: {no_graph(args)}")
+    if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
+        p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
+    return args
 
 
-def decimal(x):
-    """A float without an exponent: 1e-05 as 0.00001."""
-    return format(Decimal(repr(x)), "f")
+def network_flags(p, args, check):
+    """Refuse what contradicts itself about the network, and, with `check`, what is not there."""
+    library, _, name = args.arch.partition(":")
+    for key, what in (("bias", "biases"), ("affine", "norms")):
+        if is_library(args.arch) and getattr(args, key):
+            p.error(f"--{key} is for {', '.join(NETWORKS)}; {args.arch} has {what} of its own")
+    if args.arch == "fcn" and args.affine:
+        p.error("--affine is for networks with norms, and the fcn has none")
+    if args.layers is not None and args.optimizer not in AUTOMATIC:
+        p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
+    asked, args.layers = args.layers, None
+    if asked != layers(args):  # the default has one name, whether or not it is given
+        args.layers = asked
+    if args.weights is not None:
+        args.weights = os.path.expanduser(args.weights)
+        if not args.weights.endswith(SUFFIXES):
+            p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
+    if not check:
+        return
+    if args.weights is not None and not os.path.isfile(args.weights):
+        p.error(f"--weights: there is no file {args.weights}")
+    if is_library(args.arch):
+        try:
+            names = libraries.names(library)
+        except Unfit as error:
+            p.error(f"--arch {error}")
+        if name not in names:
+            p.error(f"{library} has no classifier {name!r}{near(name, names)}")

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from interrupt import Requests, ignore
+from training.control import Requests, ignore
 
 if __name__ == "__main__":
     REQUESTS = Requests()
@@ -19,130 +19,29 @@ from datetime import datetime, timezone
 
 import torch
 
-import display
 import distributed
 import flags
-from architecture import NETWORKS, Unfit, build, is_library, libraries
-from architecture.weights import SUFFIXES, start
-from arithmetic import (
-    PRECISIONS,
-    NotDeterministic,
-    lacks_tf32,
-    refused,
-    set_channels_last,
-    set_deterministic,
-    set_precision,
-)
-from course import SEEDING, Course, Ended
-from data import DATASETS, DataError, default_data_dir, load
-from distributed.queue import restarted
-from epochs import Epochs
-from flags import name_and_settings
-from gradient import CompileError, Gradient, LoneImage, OutOfMemory, is_out_of_memory
-from optimizers import AUTOMATIC, BASELINES, make_optimizer, optimizer_class, set_capturable
-from provenance import environment
-from record import Record, deviation
-from replay import RecordingError, Replay
-from run import Run, RunError, as_logged
-from train import LOSSES, Step
+from architecture import build, is_library
+from architecture.weights import start
+from cli import UserError
+from data import load
+from distributed.slurm import restarted
+from runs.log import RunError, RunLog, as_logged
+from runs.name import name_and_settings
+from runs.provenance import environment
+from runs.record import Record, deviation
+from training import display
+from training.course import SEEDING, Course, Ended
+from training.cuda_graph import GraphedSteps
+from training.epochs import Epochs
+from training.gradient import Gradient, is_out_of_memory
+from training.losses import LOSSES
+from training.optimizers import AUTOMATIC, make_optimizer, set_capturable
+from training.precision import refused, set_channels_last, set_deterministic, set_precision
+from training.step import Step
 
 BAD = 2  # the exit code for what nothing can be done with, as that for flags
-BAD_INPUT = (DataError, RunError, Unfit, distributed.LaunchError)
-# Errors whose message says all that is to be known.
-EXPECTED = (
-    DataError, RunError, Unfit, OutOfMemory, LoneImage, CompileError, RecordingError,
-    NotDeterministic,
-)  # fmt: skip
 IDLE_STREAMS = {}  # by device: those in which no run of this process works
-
-
-def command_line():
-    """The parser of the flags."""
-    optimizers = [*AUTOMATIC, *BASELINES]
-    return flags.parser(NETWORKS, DATASETS, LOSSES, optimizers, PRECISIONS, default_data_dir())
-
-
-def parse(argv=None, check=True):
-    """The settings, complete and consistent; without `check`, whether or not the device and the
-    optimiser's package are there."""
-    p = command_line()
-    args = p.parse_args(argv)
-    if args.replay is not None:
-        args = flags.replayed(p, args, argv)
-    if args.cpu:
-        if args.device not in (None, "cpu"):
-            p.error(f"--cpu contradicts --device {args.device}")
-        args.device = "cpu"
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Of several ranks each has a GPU of its own, found later; this would touch the first one.
-    probe = check and not (args.distribute and args.device == "cuda" and torch.cuda.is_available())
-    try:
-        torch.empty(0, device=args.device if probe else "cpu").cpu()
-    except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
-        p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
-    if args.optimizer in AUTOMATIC and args.lr is not None:
-        own = AUTOMATIC[args.optimizer].__name__
-        p.error(f"{own} has no learning rate; --lr is for the baselines (--gain scales its update)")
-    if args.optimizer not in AUTOMATIC and args.gain != 1:
-        p.error(f"--gain is AGD's; {args.optimizer} has --lr")
-    if args.optimizer in BASELINES and args.lr is None:
-        args.lr = BASELINES[args.optimizer][1]
-    if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
-        try:
-            optimizer_class(args.optimizer)
-        except ValueError as error:
-            p.error(str(error))
-    network_flags(p, args, check)
-    folder = flags.is_folder(args)
-    for part in ("train", "test"):
-        if folder and getattr(args, f"{part}_examples") is not None:
-            p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
-    if args.dataset.startswith("folder:"):
-        path = os.path.abspath(os.path.expanduser(args.dataset[len("folder:") :]))
-        home = os.path.expanduser("~") + os.sep  # a name that holds for every account
-        args.dataset = "folder:" + ("~/" + path[len(home) :] if path.startswith(home) else path)
-    if folder:
-        args.image_size = args.image_size or 224
-    elif args.image_size is not None:
-        p.error(f"--image_size is for imagenet and folder:PATH, not {args.dataset}")
-    if args.test_bs is None:
-        args.test_bs = flags.test_batch(args)
-    if check and args.cuda_graph == "on" and flags.no_graph(args):
-        p.error(f"--cuda_graph on: {flags.no_graph(args)}")
-    if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
-        p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
-    return args
-
-
-def network_flags(p, args, check):
-    """Refuse what contradicts itself about the network, and, with `check`, what is not there."""
-    library, _, name = args.arch.partition(":")
-    for key, what in (("bias", "biases"), ("affine", "norms")):
-        if is_library(args.arch) and getattr(args, key):
-            p.error(f"--{key} is for {', '.join(NETWORKS)}; {args.arch} has {what} of its own")
-    if args.arch == "fcn" and args.affine:
-        p.error("--affine is for networks with norms, and the fcn has none")
-    if args.layers is not None and args.optimizer not in AUTOMATIC:
-        p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
-    asked, args.layers = args.layers, None
-    if asked != flags.layers(args):  # the default has one name, whether or not it is given
-        args.layers = asked
-    if args.weights is not None:
-        args.weights = os.path.expanduser(args.weights)
-        if not args.weights.endswith(SUFFIXES):
-            p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
-    if not check:
-        return
-    if args.weights is not None and not os.path.isfile(args.weights):
-        p.error(f"--weights: there is no file {args.weights}")
-    if is_library(args.arch):
-        try:
-            names = libraries.names(library)
-        except Unfit as error:
-            p.error(f"--arch {error}")
-        if name not in names:
-            p.error(f"{library} has no classifier {name!r}{flags.near(name, names)}")
 
 
 def main(argv=None, requests=None):
@@ -151,7 +50,7 @@ def main(argv=None, requests=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args = parse(argv)
+    args = flags.parse(argv)
     if args.check:
         import check  # what a run does not need
 
@@ -166,11 +65,11 @@ def main(argv=None, requests=None):
         with stream_of_its_own(world):
             code = train(args, world, requests)
     except (Exception, KeyboardInterrupt) as error:
-        reason, trace = world.failed(error, EXPECTED)
+        reason, trace = world.failed(error)
         if trace and world.size == 1:
             raise
         code = say(reason, trace) if world.speaks else exit_code(reason)
-        code = BAD if isinstance(error, BAD_INPUT) else code
+        code = BAD if exit_code_of(error) == BAD else code
     return world.leave(code)
 
 
@@ -213,14 +112,14 @@ def set_up(args, world):
         settings = [(key, value) for key, value in vars(args).items() if value is not None]
         display.table(("Setting", "Value"), settings)
     else:
-        world.agree()  # the first rank prepares the data
+        world.broadcast_object()  # the first rank prepares the data
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, world.device, args.seed,
         args.workers, args.image_size, args.skip_bad_images, world.rank, world.size,
         args.train_examples, args.test_examples,
     )  # fmt: skip
     if first:
-        world.agree()
+        world.broadcast_object()
 
     with SEEDING:
         torch.manual_seed(args.seed)
@@ -238,7 +137,11 @@ def set_up(args, world):
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     try:
         group = torch.distributed.group.WORLD if world.size > 1 else None
-        optimizer = make_optimizer(args, net, data.shape, process_group=group)
+        optimizer = make_optimizer(
+            args.optimizer, net, data.shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
+            drawn=not is_library(args.arch) and args.weights is None, seed=args.seed,
+            process_group=group,
+        )  # fmt: skip
     except (TypeError, ValueError) as error:  # of a class that someone else has written
         said = f"does not take these weights: {' '.join(str(error).split())}"
         raise RunError(f"--optimizer {args.optimizer} {said}") from error
@@ -280,8 +183,8 @@ def train(args, world, requests):
     name, settings = name_and_settings(args)
     run = finished = begun = record = promised = None
     if first:
-        run = Run(args.out, name, {**settings, "data": data.source})
-        command = flags.words(command_line(), vars(args))
+        run = RunLog(args.out, name, {**settings, "data": data.source})
+        command = flags.words(flags.parser(), vars(args))
         record = Record(run.record_path, args, command, run.settings, data, facts, world)
         if args.replay is not None:
             promised = record.promised(args.replay, display.table)
@@ -291,7 +194,7 @@ def train(args, world, requests):
             run.lock_or_fail()
             run.discard()
         finished = run.finished(args.epochs)
-    finished = world.agree(finished)
+    finished = world.broadcast_object(finished)
     if finished is not None:
         if first:
             display.already(run, *finished)
@@ -304,8 +207,8 @@ def train(args, world, requests):
              "date": now},
         )  # fmt: skip
         record.begin(begun[0]["epoch"] if begun[0] else None)
-    checkpoint, warning = world.agree(begun or (None, None))
-    rows = world.agree(run.epochs() if first else None)
+    checkpoint, warning = world.broadcast_object(begun or (None, None))
+    rows = world.broadcast_object(run.epochs() if first else None)
     done, progress = len(rows), display.Progress(args.epochs, len(data.train), quiet=not first)
     course = Course(
         world, run, data, net, optimizer, LOSSES[args.loss], requests,
@@ -349,7 +252,7 @@ def train(args, world, requests):
         step = Step(model, course.loss_fn, optimizer, course.gradient, args.log_updates)
         eager = profile.last if profile else 0  # which are profiled as they are
         required = args.cuda_graph == "on" or requests.shared
-        replay = Replay(step, data.train, required, after=eager)
+        replay = GraphedSteps(step, data.train, required, after=eager)
     if profile and replay:
         progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
     stopped, final, own, began = None, True, {}, time.perf_counter()
@@ -358,15 +261,15 @@ def train(args, world, requests):
     try:
         requests.listening = True
         stopped = Epochs(args, course, model, rows, progress, replay, profile).run()
-        bad = sorted(set().union(*world.gather(bad_images(data))))
+        bad = sorted(set().union(*world.all_gather_object(bad_images(data))))
     except Ended as ended:
         stopped, final, own = ended.reason, ended.final, ended.facts
     except (Exception, KeyboardInterrupt) as error:
         failed = True
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
             ignore()
-        (stopped, trace), final = world.failed(refused(error) or error, EXPECTED), False
-        code = BAD if isinstance(error, BAD_INPUT) else None
+        (stopped, trace), final = world.failed(refused(error) or error), False
+        code = BAD if exit_code_of(error) == BAD else None
         if trace and first:
             print(trace, end="", file=sys.stderr)
     finally:
@@ -416,7 +319,7 @@ def train(args, world, requests):
     elif world.speaks:
         say(stopped)
     if not failed:
-        world.agree()  # launchers end the others when a rank has gone: none goes before all is said
+        world.broadcast_object()  # launchers end all when one rank ends: none does before all print
     return code
 
 
@@ -436,7 +339,7 @@ def make_profile(args, name, world, steps):
     if not args.profile:
         return None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of devices it cannot find
-    from profiling import Profile  # what a run does not need
+    from training.profile import Profile  # what a run does not need
 
     try:
         return Profile(os.path.join(args.out, "profiles"), name, world.device, steps)
@@ -447,6 +350,10 @@ def make_profile(args, name, world, steps):
 def bad_images(data):
     """The paths of the images that could not be decoded on this rank."""
     return sorted(set().union(*(getattr(part, "bad_images", ()) for part in data[:2])))
+
+
+def exit_code_of(error):
+    return error.exit_code if isinstance(error, UserError) else 1
 
 
 def exit_code(stopped):

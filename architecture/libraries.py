@@ -7,11 +7,13 @@ import importlib
 
 import torch
 
+from cli import UserError
+
 PREFIXES = ("torchvision:", "timm:")
 SIDES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 299, 384, 448)  # tried for a message
 
 
-class Unfit(ValueError):
+class Unfit(UserError):
     """A network, or its weights, cannot be had for these images; the message says why."""
 
 

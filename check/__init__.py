@@ -9,11 +9,11 @@ import torch
 
 import distributed
 from architecture import Unfit
-from check import cost, place
+from check import resources, surroundings
 from check.common import Fault, Finding
+from cli import printable
 from data import DataError
-from data.common import printable
-from run import RunError
+from runs.log import RunError
 
 MEETING = 60  # seconds for the ranks to meet: torch is imported at different speeds
 
@@ -24,7 +24,7 @@ def main(args):
     launched = any(name in os.environ for name in distributed.VARIABLES)
     world, findings = distributed.World(torch.device(args.device)), []
     if args.distribute and not launched:
-        watched("ranks", place.no_launcher, findings)
+        watched("ranks", surroundings.no_launcher, findings)
     elif args.distribute:
         try:
             world = distributed.start(world.device, True, MEETING)
@@ -36,7 +36,7 @@ def main(args):
                 return 1
             findings.append(Finding("fault", "ranks", str(error)))
         else:
-            watched("ranks", lambda: place.ranks(args, world), findings)
+            watched("ranks", lambda: surroundings.ranks(args, world), findings)
     try:
         if world.size > 1 or not findings or findings[-1].kind != "fault":
             on_this_rank(args, world, findings)
@@ -52,20 +52,20 @@ def main(args):
 
 def on_this_rank(args, world, found):
     """Add the findings of everything but the ranks' meeting."""
-    facts = watched("data", lambda: place.images(args), found)
-    shape, classes = (facts.shape, facts.classes) if facts else place.fixed(args)
-    net, nodes = None, world.gather(socket.gethostname())
+    facts = watched("data", lambda: surroundings.images(args), found)
+    shape, classes = (facts.shape, facts.classes) if facts else surroundings.fixed(args)
+    net, nodes = None, world.all_gather_object(socket.gethostname())
     neighbours = nodes.count(nodes[world.rank])
     if shape is not None:
-        net = watched("network", lambda: cost.network(args, shape, classes), found)
+        net = watched("network", lambda: resources.network(args, shape, classes), found)
     if world.rank == 0:  # which alone writes
-        watched("results", lambda: place.results(args, net, facts), found)
+        watched("results", lambda: surroundings.results(args, net, facts), found)
     if facts is not None and net is not None:
-        watched("memory", lambda: cost.memory(args, world, neighbours, net, facts), found)
-        watched("workers", lambda: place.workers(args, world, neighbours, facts), found)
-    faults = sum(world.gather(sum(x.kind == "fault" for x in found)))
+        watched("memory", lambda: resources.memory(args, world, neighbours, net, facts), found)
+        watched("workers", lambda: surroundings.workers(args, world, neighbours, facts), found)
+    faults = sum(world.all_gather_object(sum(x.kind == "fault" for x in found)))
     if not faults:
-        watched("time", lambda: cost.seconds_an_epoch(args, world, facts), found)
+        watched("time", lambda: resources.seconds_an_epoch(args, world, facts), found)
 
 
 def watched(what, check, found):
@@ -91,7 +91,7 @@ def watched(what, check, found):
 
 def report(findings, world, seconds):
     """Print the findings of this rank, and the faults of the others; returns the exit code."""
-    every = world.gather((socket.gethostname(), findings))
+    every = world.all_gather_object((socket.gethostname(), findings))
     faults = [x for _, of_rank in every for x in of_rank if x.kind == "fault"]
     if world.rank == 0:
         lines, seen = list(findings), {(x.what, x.text) for x in findings}

@@ -8,7 +8,7 @@ import numpy as np
 from data.arrays import ArrayBatches, load_arrays
 from data.common import DataError, default_data_dir
 
-__all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "load"]
+__all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "is_folder", "load"]
 
 
 class Spec(NamedTuple):
@@ -62,7 +62,7 @@ def load(
     Raises DataError, with what to do about it, where the images cannot be had.
     """
     shard = {"device": device, "rank": rank, "size": size}
-    if name == "imagenet" or name.startswith("folder:"):
+    if is_folder(name):
         from data.folders import folder_batches  # torchvision takes a second to import
         from data.imagenet import find
 
@@ -115,6 +115,11 @@ def load(
     )
     height, side, channels = images.shape[1:]
     return Data(train, test, (channels, height, side), spec.classes, source, (path,))
+
+
+def is_folder(name):
+    """Whether the data set `name` is a folder of images, and not arrays."""
+    return name == "imagenet" or name.startswith("folder:")
 
 
 def channel_statistics(images):

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.common import DataError, printable
-from data.layout import entries_of, few, is_image
+from cli import printable
+from data.common import DataError
+from data.imagenet_layout import entries_of, few, is_image
 from data.resize import open_image, read_image, reason
-from interrupt import held_back, ignore_all
+from training.control import held_back, ignore_all
 
 LONG = 16  # how often the longer side of a test image may hold the shorter one
 

@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 
 from data.common import DataError
-from data.jobs import GO_ON, Progress, usable_cores, work
-from data.layout import CLASSES, OFFICIAL, few, read_layout
+from data.imagenet_layout import CLASSES, OFFICIAL, few, read_layout
+from data.workers import GO_ON, Progress, usable_cores, work
 
 FLAGS = ("resize", "jobs", "shard", "val_labels")
 

@@ -307,7 +307,7 @@ def _advice(name, dataset, error, data_dir):
 
 
 def main(argv=None):
-    from flags import Parser  # what the data themselves do without
+    from cli import Parser  # what the data themselves do without
 
     parser = Parser(
         prog="python -m data.prepare",

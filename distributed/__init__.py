@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cli import UserError
 from distributed.launch import LAUNCHERS, LaunchError, is_first, read, siblings
 from distributed.meet import meet
-from distributed.norm import SyncBatchNorm
+from distributed.sync_bn import SyncBatchNorm
 from distributed.watch import Watch
 
 __all__ = ["LaunchError", "RankError", "World", "is_first", "fingerprint", "start"]
@@ -28,8 +29,10 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 MEETING = 600  # seconds within which every rank has to come: nodes start one after the other
 
 
-class RankError(RuntimeError):
+class RankError(UserError):
     """What every rank finds at once, and each of them raises; the message says it all."""
+
+    exit_code = 1
 
 
 class World:
@@ -80,12 +83,12 @@ class World:
                 net.forward = forward
             net.zero_grad()
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """Add `tensor` up over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def sum_in_order(self, tensor):
+    def all_reduce_in_order(self, tensor):
         """The same, each element of a small tensor in the same way, wherever in it that stands."""
         if self.size > 1:
             parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -94,26 +97,26 @@ class World:
             for part in parts:
                 tensor += part
 
-    def sum_later(self, tensor):
+    def all_reduce_async(self, tensor):
         """Begin to; returns a function that has to be called before the tensor is used."""
         return dist.all_reduce(tensor, async_op=True).wait if self.size > 1 else lambda: None
 
-    def most(self, tensor):
+    def all_reduce_max(self, tensor):
         """The greatest of the ranks' `tensor`s, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def most_later(self, tensor):
+    def all_reduce_max_async(self, tensor):
         """Begin to take the greatest; returns a function to be called before the tensor is used."""
         return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True).wait
 
-    def share(self, tensors):
+    def broadcast(self, tensors):
         """Give every rank the tensors of rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def agree(self, value=None):
+    def broadcast_object(self, value=None):
         """`value`, any picklable object, of rank 0. Waits for all the ranks."""
         if self.size == 1:
             return value
@@ -121,7 +124,7 @@ class World:
         dist.broadcast_object_list(box, 0, device=self._objects())
         return box[0]
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         """The `value`, any picklable object, of each rank, in a list that every rank gets."""
         if self.size == 1:
             return [value]
@@ -129,7 +132,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def drifted(self, tensors):
+    def ranks_that_differ(self, tensors):
         """The ranks whose `tensors` differ, in any bit, from those that most ranks hold."""
         if self.size == 1:
             return []
@@ -140,14 +143,13 @@ class World:
         usual = next(x for x in prints if prints.count(x) == most)  # of equals, the lowest rank's
         return [rank for rank, x in enumerate(prints) if x != usual]
 
-    def failed(self, error, expected=()):
+    def failed(self, error):
         """(reason, traceback or None) of what ended this run, after `error` was raised here: either
-        that, and then every other rank is told, or what another rank failed of before. The message
-        of one of the `expected` types says it all."""
+        that, and then every other rank is told, or what another rank failed of before."""
         reason, trace = f"{type(error).__name__}: {error}", None
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted"
-        elif isinstance(error, (LaunchError, RankError, *expected)):
+        elif isinstance(error, UserError):
             reason = str(error)
         else:
             trace = "".join(traceback.format_exception(error))

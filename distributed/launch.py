@@ -5,6 +5,8 @@ import re
 import zlib
 from typing import NamedTuple
 
+from cli import UserError
+
 # launcher -> the variables that give (rank, size, local rank, ranks on this node); of several names
 # the first that is set counts. torchrun sets its own within a batch job, mpirun and mpiexec theirs,
 # and SLURM's are there whatever starts the processes: so srun comes last.
@@ -34,7 +36,7 @@ FIRST_PORT, PORTS = 20000, 10000  # below those that systems hand out themselves
 TRIES = 16
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError):
     """The launcher's variables do not describe a run; the message names them."""
 
 

@@ -35,9 +35,10 @@ from architecture import build, with_vectors
 from data import DATASETS, default_data_dir, load
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
-from provenance import environment
+from runs.provenance import environment
 from scripts import any_model_report
-from train import evaluate, mse, train_epoch, xent
+from training.losses import mse, xent
+from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
 IMAGES = {"images": 10_000, "test": 2000, "batch": 128, "seeds": (0, 1)}

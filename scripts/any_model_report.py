@@ -71,20 +71,20 @@ def draw(folder, cases):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MultipleLocator
 
-    from scripts import drawing
+    from scripts import style
 
     found = read(folder, cases)
-    adam = {"color": drawing.ORANGE, "marker": "o", "markevery": 3, "markersize": 3.2,
+    adam = {"color": style.ORANGE, "marker": "o", "markevery": 3, "markersize": 3.2,
             "markerfacecolor": "white"}  # fmt: skip
-    with plt.style.context([drawing.STYLE]):
-        figure, axes = plt.subplots(2, 4, figsize=(drawing.WIDTH, 3.5))
+    with plt.style.context([style.STYLE]):
+        figure, axes = plt.subplots(2, 4, figsize=(style.WIDTH, 3.5))
         titles = {"biases": "FCN, biases", "affine": "Conv net, gains and biases"}
         for ax, (case, title) in zip(axes[:, 0], titles.items()):
-            for run, style in ("off", {"linestyle": drawing.DOTTED}), ("on", {}):
+            for run, look in ("off", {"linestyle": style.DOTTED}), ("on", {}):
                 for x in found[case]["rows"]:
                     if x["run"] == f"{case} {run}":
-                        ax.plot(range(1, len(x["curve"]) + 1), x["curve"], color=drawing.BLUE,
-                                linewidth=1, label=None if x["seed"] else run, **style)
+                        ax.plot(range(1, len(x["curve"]) + 1), x["curve"], color=style.BLUE,
+                                linewidth=1, label=None if x["seed"] else run, **look)
             ax.set_title(title)
             ax.set_xlabel("epochs")
             ax.xaxis.set_major_locator(MultipleLocator(2))
@@ -94,11 +94,11 @@ def draw(folder, cases):
         names = list(dict.fromkeys(x["run"].rpartition(", ")[0] for x in rows))
         for ax, name in zip(axes[:, 1:].flat, names):
             best = best_adam(rows, name)
-            for run, style in ("AGD", {"color": drawing.BLACK}), (best, adam):
+            for run, look in ("AGD", {"color": style.BLACK}), (best, adam):
                 for x in rows:
                     if x["run"] == f"{name}, {run}":
                         steps = [10 * (i + 1) for i in range(len(x["curve"]))]
-                        ax.plot(steps, x["curve"], **style)
+                        ax.plot(steps, x["curve"], **look)
             ax.set_title(name)
             ax.set_xlabel("steps")
             ax.text(0.04, 0.05, best, transform=ax.transAxes, fontsize=7)
@@ -108,7 +108,7 @@ def draw(folder, cases):
             ax.set_ylim(min(losses) - 0.4, max(losses) + 0.05)
         key = axes[1, 3]
         key.set_axis_off()
-        key.legend(handles=[drawing.optimizer_key("AGD"), drawing.optimizer_key(
+        key.legend(handles=[style.optimizer_key("AGD"), style.optimizer_key(
             "Adam", "Adam, best of 3 rates")], loc="center")  # fmt: skip
         figure.savefig(folder / "fig9.png")
     plt.close(figure)

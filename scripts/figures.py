@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-from scripts.drawing import (
+from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
+from scripts.results import data_name, network_name, read_measurement
+from scripts.style import (
     BLACK,
     BLUE,
     DASHED,
@@ -46,8 +48,6 @@ from scripts.drawing import (
     title,
     train_and_test,
 )  # fmt: skip
-from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
-from scripts.results import data_name, network_name, read_measurement
 
 
 def draw(figure, results):

@@ -143,11 +143,11 @@ def reader(target, scratch):
         from data.arrays import load_arrays as function
         from data.common import DataError as documented
     elif target == "jsonl":
-        from run import RunError as documented
-        from run import read_rows as function
+        from runs.log import RunError as documented
+        from runs.log import read_rows as function
     elif target == "checkpoint":
-        from checkpoint import Damaged as documented
-        from checkpoint import unpack
+        from runs.checkpoint import Damaged as documented
+        from runs.checkpoint import unpack
 
         def function(path):
             return unpack(path.read_bytes())
@@ -167,7 +167,7 @@ def reader(target, scratch):
 def _folder_reader(scratch):
     from data.common import DataError
     from data.folders import _Images, list_images
-    from data.layout import read_layout
+    from data.imagenet_layout import read_layout
 
     image, root = mutations.seeds("folder")[0][1:], scratch / "folder"
 

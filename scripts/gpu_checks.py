@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 from torch.cuda import device_count
 
+from cli import Parser, number
 from data import default_data_dir
-from flags import Parser, number
 from scripts.results import findings
 
 LEAST, GRACE, ARCHIVE = 20, 10, 15e6  # seconds of any check; to stop in; bytes at most

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from agd import AGD, init_weights
 from architecture import build
 from data.folders import FolderBatches
-from provenance import environment
+from runs.provenance import environment
 from scripts.costs import Cluster, Work, network, step
 
 SMALL_NET = {"arch": "fcn", "image_size": 32, "classes": 10, "depth": 10, "width": 1024}

@@ -168,7 +168,7 @@ def _jsonl():
 def _checkpoints():
     import torch
 
-    from checkpoint import pack
+    from runs.checkpoint import pack
 
     net = {"0.weight": torch.ones(3, 4), "1.running_mean": torch.zeros(3),
            "1.num_batches_tracked": torch.tensor(5), "2.weight": torch.ones(2, 2).bfloat16()}

@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from flags import Parser
-from run import RunError, read_rows, reason
+from cli import Parser
+from runs.log import RunError, read_rows, reason
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the lightest one is left out.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

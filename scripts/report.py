@@ -4,10 +4,10 @@ import math
 import os
 from pathlib import Path
 
-from run import RunError
+from runs.log import RunError
+from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.results import Results, data_name, network_name
-from scripts.verdicts import CLAIMS, judge
 
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.

@@ -28,9 +28,9 @@ import sys
 from pathlib import Path
 
 import flags
-import main as program
+from cli import Parser, number, one_of
 from data import DataError, default_data_dir
-from run import RunError
+from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done
 from scripts.runner import Availability, Runner, cores, is_finished, tasks
@@ -123,24 +123,24 @@ def show(args, every, results, available):
 
 
 def parse(argv):
-    parser = flags.Parser(
+    parser = Parser(
         prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
     )  # fmt: skip
     add = parser.add_argument
-    add("figures", nargs="+", metavar="FIGURE", type=flags.one_of([*FIGURES, "all"]),
+    add("figures", nargs="+", metavar="FIGURE", type=one_of([*FIGURES, "all"]),
         help="fig1 to fig8, fig11, phases, or all")
-    add("--scale", type=flags.one_of(SCALES), default="quick", metavar="quick|full",
+    add("--scale", type=one_of(SCALES), default="quick", metavar="quick|full",
         help="(default: quick)")
-    add("--jobs", type=flags.number(int, 1), metavar="K",
+    add("--jobs", type=number(int, 1), metavar="K",
         help="runs at once (default: one a core, 8 at most; 1 on a GPU)")
     add("--together", choices=["auto", "on", "off"], default="auto",
         help="whether runs at once share a process, on a GPU each in a stream of its own "
         "(default: auto, on a GPU)")
     add("--time_limit", type=duration, metavar="TIME",
         help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
-    add("--epochs", type=flags.number(int, 1), metavar="N",
+    add("--epochs", type=number(int, 1), metavar="N",
         help="stop every run at N epochs at most; a later command goes on from there")
     add("--out", default="reproduced", type=Path,
         help="(default: %(default)s; results holds the published ones)")
@@ -166,7 +166,7 @@ def parse(argv):
     if args.fresh and args.submit:
         parser.error("--fresh would start a run over whenever the queue does; leave it out")
     if args.device and not (args.submit or args.draw or args.list):
-        program.parse(["--device", args.device])  # ends with a sentence where there is none
+        flags.parse(["--device", args.device])  # ends with a sentence where there is none
     return parser, args
 
 
@@ -275,7 +275,7 @@ def on_cpu(device):
 def draw(args, results):
     """Draw the figures for which there is something, and write the page that shows them; returns
     the exit code."""
-    from scripts import figures, majorise, report
+    from scripts import figures, majorisation, report
 
     code = 0
     if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
@@ -287,7 +287,7 @@ def draw(args, results):
 
     if "fig3" in args.figures:
         try:
-            majorise.measure(results, args.data_dir, in_time)
+            majorisation.measure(results, args.data_dir, in_time)
         except (RunError, DataError, TimeoutError) as error:
             print(f"fig3: not measured, {error}", flush=True)
             code = TIME_IS_UP if isinstance(error, TimeoutError) else 0

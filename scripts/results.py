@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import main as program
-from run import Run, RunError, read_rows
+from runs.log import RunError, read_rows
+from runs.name import name_and_settings
 from scripts.experiments import experiments
 
 
@@ -69,7 +69,7 @@ class Results:
         if not path.exists() or path.stat().st_size == 0:
             return None
         rows = self._read(path)
-        Run.compare(settings, rows[0]["settings"], path)
+        RunLog.compare(settings, rows[0]["settings"], path)
         epochs = [row for row in rows if row["kind"] == "epoch"]
         if not epochs:
             return None
@@ -126,7 +126,7 @@ def tuned(grid, planned):
 @cache
 def identity(flags):
     """Name and settings of the run that these flags of main.py make."""
-    return program.name_and_settings(program.parse([*flags, "--device", "cpu"], check=False))
+    return name_and_settings(flags.parse([*flags, "--device", "cpu"], check=False))
 
 
 def log_name(flags):
@@ -143,7 +143,7 @@ def epochs_done(path):
 
 
 def read_measurement(path):
-    """What scripts.majorise wrote for figure 3; RunError where that is damaged."""
+    """What scripts.majorisation wrote for figure 3; RunError where that is damaged."""
     try:
         what = json.loads(path.read_text(encoding="utf-8"))
         what["run"]["epochs"], what["states"].items()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import DataError
 from data.imagenet import find
-from run import RunError, read_rows
+from runs.log import RunError, read_rows
 from scripts.results import epochs_done, log_name
 from scripts.worker import UNRECORDED
 

@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from architecture import NETWORKS
+from cli import Parser
 from data import DataError
-from flags import Parser
 from scripts import links
 from scripts.costs import known
-from scripts.drawing import BLACK, BLUE, DASHED, GREEN, ORANGE, RED, STYLE, WIDTH, legend
 from scripts.figures import fingerprint
 from scripts.plan import GPUS, Plan, tables
+from scripts.style import BLACK, BLUE, DASHED, GREEN, ORANGE, RED, STYLE, WIDTH, legend
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 START, END = "<!-- tables: python -m scripts.scaling --write -->", "<!-- end of the tables -->"

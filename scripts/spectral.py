@@ -40,7 +40,8 @@ from data import load
 from scripts import any_model, any_model_report, spectral_report
 from scripts.any_model import CPU, Characters, adamw, cifar, row, score, text_loss, texts
 from scripts.spectral_report import Limit
-from train import LOSSES, mse, train_epoch, xent
+from training.losses import LOSSES, mse, xent
+from training.step import train_epoch
 
 OURS = "SpectralAGD"
 # Of networks: {seed: epochs, or steps, at which its run is read}; {horizon of AdamW: its seeds}.

@@ -43,24 +43,24 @@ def draw(folder, cases):
     """The figure: both rules over epochs, steps and seconds, and the norms of free weights."""
     import matplotlib.pyplot as plt
 
-    from scripts import drawing
+    from scripts import style
 
     found = any_model_report.read(folder, cases)
-    with plt.style.context([drawing.STYLE]):
-        figure, axes = plt.subplots(2, 2, figsize=(drawing.WIDTH, 4.4))
+    with plt.style.context([style.STYLE]):
+        figure, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 4.4))
         for ax, (case, x, y, title) in zip(axes.flat, PANELS):
             lines = {}
             for row in found[case]["rows"]:
                 ours, history = row["run"].startswith("SpectralAGD"), row.get("history")
                 if not history or (y == "free" and not ours):
                     continue
-                style = {"color": drawing.RED if ours else drawing.ORANGE,
+                look = {"color": style.RED if ours else style.ORANGE,
                          "linewidth": 1.2 if ours else 0.8}  # fmt: skip
                 name = "SpectralAGD" if ours else "AdamW, each rate and horizon"
                 for key in FREE if y == "free" else (y,):
-                    dots = {"linestyle": drawing.DOTTED} if key == FREE[1] else {}
+                    dots = {"linestyle": style.DOTTED} if key == FREE[1] else {}
                     (lines[key if y == "free" else name],) = ax.plot(
-                        history[x], history[key], **style, **dots)  # fmt: skip
+                        history[x], history[key], **look, **dots)  # fmt: skip
             ax.set(title=title, xlabel=x, ylabel="norm" if y == "free" else y, xlim=0)
             ax.legend(lines.values(), lines)
         values = [y for row in found["gpt"]["rows"] if "history" in row

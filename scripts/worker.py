@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 
-from interrupt import ANNOUNCING, Requests
+from training.control import ANNOUNCING, Requests
 
 UNRECORDED = 3  # torch before 2.12 replays no other graph after a recording that failed
 
@@ -62,7 +62,7 @@ def several():
     alive, requests, unfinished, lock = {}, {}, set(), threading.Lock()
     sys.stdout, sys.stderr = PerThread(sys.stderr), PerThread(sys.stderr)
     import main as program  # once, before threads would do so at the same time
-    import replay
+    import training.cuda_graph as replay
 
     def run(order):
         code = 1

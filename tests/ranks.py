@@ -11,12 +11,15 @@ import torch.nn as nn
 
 import agd
 import distributed
-import epochs
 import main as program
 from agd import AGD, depth, init_weights
 from data import load
-from interrupt import Requests
-from train import Gradient, evaluate, mse, train_epoch
+from runs.name import name_and_settings
+from training import epochs
+from training.control import Requests
+from training.gradient import Gradient
+from training.losses import mse
+from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -60,16 +63,16 @@ def train(world, net, gradient, epochs, train_bs=100):
     for epoch in range(1, epochs + 1):
         batches.batches.set_epoch(epoch)
         totals = train_epoch(gradient.net, batches, mse, optimizer, gradient)
-        losses += totals.read(world.sum)["steps"]["loss"]
-    world.share(net.buffers())
-    tested = evaluate(net, test, mse).read(world.sum)
+        losses += totals.read(world.all_reduce)["steps"]["loss"]
+    world.broadcast(net.buffers())
+    tested = evaluate(net, test, mse).read(world.all_reduce)
     return {
         "weights": [p.detach().clone() for p in net.parameters()],
         "buffers": dict(net.named_buffers()),
         "loss": losses,
         "examples": tested["examples"],
         "correct": round(tested["acc"] * tested["examples"]),
-        "drifted": world.drifted(net.parameters()),
+        "drifted": world.ranks_that_differ(net.parameters()),
     }
 
 
@@ -158,16 +161,16 @@ def runs(world, several, norms=False):
     """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
     after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
-    found, log = [], program.Run.log
+    found, log = [], program.RunLog.log
     if world.rank == 0:
-        program.Run.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
+        program.RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:
         program.build = lambda *args: net_of(norms=True, dtype=torch.float32)
     for flags, numbers in several:
         requests = Signalled(numbers.get(str(world.rank), {}))
-        args = program.parse(["--cpu", "--distribute", *flags])
+        args = flags.parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
-        path = program.Run(args.out, program.name_and_settings(args)[0], {}).log_path
+        path = program.RunLog(args.out, name_and_settings(args)[0], {}).log_path
         found.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
     return found
 
@@ -175,16 +178,16 @@ def runs(world, several, norms=False):
 def drift(world, rank):
     net = net_of()
     world.wrap(net)
-    before = world.drifted(net.parameters())
+    before = world.ranks_that_differ(net.parameters())
     if world.rank == rank:
         with torch.no_grad():
             w = next(net.parameters()).view(-1)
             w[3] = torch.nextafter(w[3], torch.tensor(9.0, dtype=w.dtype))
-    return [before, world.drifted(net.parameters())]
+    return [before, world.ranks_that_differ(net.parameters())]
 
 
 def meeting(world):
-    return world.gather(world.rank)
+    return world.all_gather_object(world.rank)
 
 
 def hang(world):
@@ -194,7 +197,7 @@ def hang(world):
         time.sleep(1)
         os._exit(1)
     try:
-        world.agree()
+        world.broadcast_object()
     except RuntimeError as error:
         return world.failed(error)[0]
 
@@ -310,7 +313,7 @@ def spectral(world, how, rows=4, steps=8):
             own = slice(world.rank, None, world.size)
             (model(batch[own]) - y[own]).square().mean().backward()
             for p in net.parameters() if how == "group" else ():
-                world.sum(p.grad)
+                world.all_reduce(p.grad)
                 p.grad /= world.size
         else:
             for p, q in zip(twin.parameters(), net.parameters()):
@@ -340,7 +343,7 @@ def spectral(world, how, rows=4, steps=8):
     optimizer.eval()
     return {"names": names, "weights": weights, "average": [whole(p) for p in net.parameters()],
             "eta": etas, "clock": clock, "L": optimizer.L,
-            "drifted": [] if how in ("fsdp", "rows") else world.drifted(net.parameters())}
+            "drifted": [] if how in ("fsdp", "rows") else world.ranks_that_differ(net.parameters())}
 
 
 def outcome(optimizer, names, weights, etas):
@@ -389,7 +392,7 @@ def sharded(world, how, steps=10):
             mse(net(x), y).mean().backward()
             if how == "dense":
                 for p in net.parameters():
-                    world.sum(p.grad)
+                    world.all_reduce(p.grad)
                     p.grad /= world.size
         else:  # gradients from a dense copy: what is tested is the step
             dense = Net().double()

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-import arithmetic
+import training.precision as arithmetic
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 import main as program
-from checkpoint import pack, unpack
 from data import prepare
+from runs.checkpoint import pack, unpack
 from scripts import experiments, plot, reproduce, scaling
 from scripts.benchmark import __main__ as benchmark
 from tests.conftest import ROOT

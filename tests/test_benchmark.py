@@ -14,7 +14,7 @@ from PIL import Image
 from agd import AGD, init_weights
 from architecture import build
 from data import DataError
-from run import Run, RunError
+from runs.log import RunError
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import checkpoint, draw, epoch, many, measure, program, step
 from scripts.figures import fingerprint
@@ -347,8 +347,8 @@ def test_the_share_of_checkpoints_counts_those_between_two_epochs():
 
 def test_checkpoints_are_timed_as_main_writes_them(tmp_path, monkeypatch):
     images(tmp_path, 96, 40)
-    written, save = [], Run.save
-    monkeypatch.setattr(Run, "save", lambda run, found: written.append(found) or save(run, found))
+    written, save = [], RunLog.save
+    monkeypatch.setattr(RunLog, "save", lambda run, found: written.append(found) or save(run, found))
     monkeypatch.setattr(checkpoint, "RUNS", {
         "all of it": ("fcn", "agd", None, None), "a part": ("fcn", "adam", 1, 20),
     })  # fmt: skip
@@ -364,7 +364,7 @@ def test_checkpoints_are_timed_as_main_writes_them(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "benchmark") == ["checkpoint.json"]
     assert sorted(os.listdir(tmp_path)) == ["benchmark", "cifar10.npz"]
 
-    monkeypatch.setattr(Run, "save", lambda run, found: "the disk is full")
+    monkeypatch.setattr(RunLog, "save", lambda run, found: "the disk is full")
     assert benchmark.main(flags) == 1
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from distributed.votes import Later
+from distributed.delayed import DelayedReads
 from tests.conftest import ROOT
 from tests.test_course import LOOKS, SMALL, call, only, same
 from tests.test_distributed import (  # noqa: F401 (a fixture)
@@ -168,7 +168,7 @@ def test_what_an_evaluation_has_read_training_reads_again(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *x, pin_memory, **options: empty(*x, **options))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    later = Later(torch.device("cuda"), lag=0)
+    later = DelayedReads(torch.device("cuda"), lag=0)
     with torch.inference_mode():
         assert later.put(torch.tensor(3)) == [3]
     assert later.put(torch.tensor(4)) == [4]

@@ -32,7 +32,7 @@ Usage = namedtuple("Usage", "total used free")
 def quick(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(check.cost, "TIMING", 0.1)
+    monkeypatch.setattr(check.resources, "TIMING", 0.1)
     monkeypatch.setattr(check, "MEETING", 2)
 
 
@@ -146,7 +146,7 @@ def full_disk(tmp_path, monkeypatch):
 
 def no_shared_memory(tmp_path, monkeypatch):
     images(tmp_path / "set")
-    monkeypatch.setattr(check.place, "SHM", str(tmp_path))
+    monkeypatch.setattr(check.surroundings, "SHM", str(tmp_path))
     real = shutil.disk_usage
     monkeypatch.setattr(
         shutil, "disk_usage", lambda p: Usage(1, 1, 10) if p == str(tmp_path) else real(p)
@@ -156,13 +156,13 @@ def no_shared_memory(tmp_path, monkeypatch):
 
 
 def no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(check.cost, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(check.resources, "free_memory", lambda device: 2_000_000)
     flags = ["--dataset", "digits", "--arch", "vgg"]
     return flags, ["2.0 MB that are free", "not even one image"]
 
 
 def no_memory_for_the_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(check.cost, "free_memory", lambda device: 400_000_000)
+    monkeypatch.setattr(check.resources, "free_memory", lambda device: 400_000_000)
     flags = ["--dataset", "digits", "--arch", "vgg", "--train_bs", 1000]
     return flags, ["400 MB that are free", "--micro_bs"]
 
@@ -310,10 +310,10 @@ def test_what_an_optimiser_keeps_is_counted(optimizer, disk, memory, look, monke
     for free, code in spaces.items():
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(1, 1, free))
         assert look(*DIGITS, "--optimizer", optimizer)[0] == code
-    monkeypatch.setattr(check.cost, "bytes_an_image", lambda *args: 0.0)
+    monkeypatch.setattr(check.resources, "bytes_an_image", lambda *args: 0.0)
     pixels = (1437 + 360) * 16 * 16
     for free, code in {memory * numbers + pixels - 1: 1, memory * numbers + pixels: 0}.items():
-        monkeypatch.setattr(check.cost, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(check.resources, "free_memory", lambda device, free=free: free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 10**9))
         assert look(*DIGITS, "--optimizer", optimizer)[0] == code
 
@@ -322,7 +322,7 @@ def test_the_bytes_of_an_image_are_those_that_backward_keeps():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000, bias=False), nn.ReLU(),
                         nn.Linear(1000, 10, bias=False)).to("meta")  # fmt: skip
     # the inputs, the activations (once: relu keeps its result), the outputs' difference
-    assert check.cost.bytes_an_image(net, "mse", (1, 8, 8)) == 1.25 * 4 * (64 + 1000 + 10)
+    assert check.resources.bytes_an_image(net, "mse", (1, 8, 8)) == 1.25 * 4 * (64 + 1000 + 10)
 
 
 def test_control_groups_of_both_versions_limit_memory(tmp_path):
@@ -338,6 +338,6 @@ def test_control_groups_of_both_versions_limit_memory(tmp_path):
         (at / "memory.stat").write_text(f"anon 3\n{names[2]} {cache}\n")
     groups = tmp_path / "cgroup"
     groups.write_text("0::/job/step\n")
-    assert list(check.cost._group_limits(tmp_path, groups)) == [900 - 500 + 100]
+    assert list(check.resources._group_limits(tmp_path, groups)) == [900 - 500 + 100]
     groups.write_text("3:cpu:/x\n5:memory:/job\n")
-    assert list(check.cost._group_limits(tmp_path, groups)) == [80 - 50 + 7]
+    assert list(check.resources._group_limits(tmp_path, groups)) == [80 - 50 + 7]

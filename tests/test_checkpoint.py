@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import Checkpoints, Damaged, pack, plain, unpack
-from run import Run, RunError
+from runs import checkpoint
+from runs.checkpoint import Checkpoints, Damaged, pack, plain, unpack
+from runs.log import RunError, RunLog
 from tests.test_run import epoch_row
 
 
@@ -148,7 +148,7 @@ def test_plain_types_alone_and_nothing_but_the_elements():
 
 
 def test_what_cannot_be_a_checkpoint_is_said(tmp_path):
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {}})
     with pytest.raises(RunError, match=r"the state\['optimizer'\] is a function, which"):
         run.save({"epoch": 1, "net": {}, "optimizer": lambda: 0})
@@ -157,7 +157,7 @@ def test_what_cannot_be_a_checkpoint_is_said(tmp_path):
 
 def test_no_checkpoint_is_ahead_of_the_log(tmp_path):
     """What a full disk does not take waits, and no half line is left of it."""
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {}})
     file, state = run.file, {"epoch": 1, "net": {}, "optimizer": {}}
 

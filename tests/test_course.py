@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-import course
 import main as program
 from agd import init_weights
 from architecture import build
-from checkpoint import unpack
-from finite import culprit
-from interrupt import ANNOUNCED, NOTHING, SAVE, STOP, Requests
+from data import load
+from runs.checkpoint import unpack
 from tests.conftest import ROOT, with_norms
 from tests.test_main import QUICK, comparable, rows, weights
-from train import mse
+from training import course
+from training.control import ANNOUNCED, NOTHING, SAVE, STOP, Requests
+from training.losses import mse
+from training.nonfinite import first_nonfinite
 
 STEPS = 12  # an epoch of the digits
 SMALL = ["--dataset", "digits", "--train_examples", "90", "--test_examples", "60", "--train_bs",
@@ -140,7 +141,7 @@ def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
     flags = [*QUICK, "--epochs", 2, "--log_steps", "--log_updates", "--optimizer", optimizer]
     assert call(*flags, "--out", tmp_path / "whole")[0] == 0
     monkeypatch.setattr("flags.no_graph", lambda args: None)
-    monkeypatch.setattr("replay.cuda_recorder", lambda: lambda work: work)
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", lambda: lambda work: work)
     monkeypatch.setattr(program, "set_capturable", lambda *args: None)
     for k in (1, 7, STEPS, STEPS + 3):
         out = tmp_path / str(k)
@@ -378,7 +379,7 @@ def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch
     assert end["final"] and end["skipped_steps"] == 20
     places = [(x["epoch"], x["step"]) for x in end["not_finite"]["steps"]]
     assert places == [(1, i) for i in range(5, 13)] + [(2, i) for i in range(1, 13)]
-    train = program.load("digits", "", 128, 128, torch.device("cpu")).train
+    train = load("digits", "", 128, 128, torch.device("cpu")).train
     for x in end["not_finite"]["steps"]:
         train.set_epoch(x["epoch"])
         first = 128 * (x["step"] - 1)
@@ -420,8 +421,8 @@ def test_the_culprit_is_named(arch):
     x, y = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
     net.train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    assert culprit(net, mse, x, y) is None
-    assert culprit(net, mse, x, y, micro_bs=5) is None
+    assert first_nonfinite(net, mse, x, y) is None
+    assert first_nonfinite(net, mse, x, y, micro_bs=5) is None
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
     assert all(p.grad is None for p in net.parameters())
     (name, weight), (after, other) = list(net.named_parameters())[-2:]
@@ -429,10 +430,10 @@ def test_the_culprit_is_named(arch):
         weight.mul_(1e25 if arch == "fcn" else 1)  # batch norm would take it back
         other.mul_(1e25)
     found = f"the output of {after.removesuffix('.weight')}"
-    assert culprit(net, mse, x, y) == ("the loss" if arch == "vgg" else found)
+    assert first_nonfinite(net, mse, x, y) == ("the loss" if arch == "vgg" else found)
     with torch.no_grad():
         weight[0, 0] = float("nan")
-    assert culprit(net, mse, x, y) == f"the weights of {name}"
+    assert first_nonfinite(net, mse, x, y) == f"the weights of {name}"
     net.load_state_dict(before)
-    large = culprit(net, lambda outputs, labels: mse(outputs, labels) * 1e38 * 1e3, x, y)
+    large = first_nonfinite(net, lambda outputs, labels: mse(outputs, labels) * 1e38 * 1e3, x, y)
     assert large == "the loss"

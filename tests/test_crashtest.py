@@ -114,7 +114,7 @@ runpy.run_path({root!r} + "/main.py", run_name="__main__")
         # The weights that a checkpoint holds are not those that the run goes on with.
         ("import torch; torch.nn.Module.load_state_dict = lambda *a, **k: None", "net.layers"),
         # The log keeps what was written after the checkpoint.
-        ("import run; run.os.replace = lambda a, b, f=os.replace: "
+        ("import runs.log as run; run.os.replace = lambda a, b, f=os.replace: "
          "None if str(b).endswith('.jsonl') and os.path.exists(b) else f(a, b)", "rows, not"),
     ],
 )  # fmt: skip

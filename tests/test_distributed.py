@@ -490,12 +490,12 @@ def test_one_process_needs_no_launcher():
     world = start(torch.device("cpu"))
     assert (world.rank, world.size) == (0, 1)
     x = torch.ones(2)
-    world.sum(x)
-    world.most(x)
-    world.sum_later(x)()
+    world.all_reduce(x)
+    world.all_reduce_max(x)
+    world.all_reduce_async(x)()
     assert x.tolist() == [1, 1]
-    assert world.agree({"a": 1}) == {"a": 1} and world.gather(3) == [3]
-    assert world.drifted([x]) == [] and world.speaks
+    assert world.broadcast_object({"a": 1}) == {"a": 1} and world.all_gather_object(3) == [3]
+    assert world.ranks_that_differ([x]) == [] and world.speaks
 
 
 @pytest.mark.parametrize("case, how, size", [

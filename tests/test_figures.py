@@ -9,8 +9,8 @@ from PIL import Image
 
 from agd import AGD, init_weights
 from architecture import build
-from run import RunError
-from scripts import figures, majorise, report, verdicts
+from runs.log import RunError
+from scripts import claims, figures, majorisation, report
 from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
 from scripts.results import Result, Results, data_name, log_name, tuned
 from tests.conftest import ROOT
@@ -290,68 +290,68 @@ def rise_and_fall(x, n):
 
 
 HOLDS = [
-    (verdicts.deep, chance, lambda x, n: {"train_acc": 0.4}),
-    (verdicts.deep, chance, failed_in_the_end),
-    (verdicts.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}),
+    (claims.deep, chance, lambda x, n: {"train_acc": 0.4}),
+    (claims.deep, chance, failed_in_the_end),
+    (claims.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}),
      rates({"Adam": "1e-3", "SGD": "1e-1"})),
-    (verdicts.smaller_objective, rates({"Adam": "1e-4", "SGD": "1e-1"}),
+    (claims.smaller_objective, rates({"Adam": "1e-4", "SGD": "1e-1"}),
      lambda x, n: {"train_loss": 0.5}),
-    (verdicts.wider, size, lambda x, n: {"train_loss": 0.5}),
-    (verdicts.depth_32, size, lambda x, n: {"train_loss": 0.5}),
-    (verdicts.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}), edge),
-    (verdicts.batches, lambda x, n: {}, lambda x, n: {"train_loss": float(n)}),
-    (verdicts.batches, lambda x, n: {}, lambda x, n: {"train_loss": 1 - n / 1e5, "train_acc": 0.1}),
-    (verdicts.batches, lambda x, n: {},
+    (claims.wider, size, lambda x, n: {"train_loss": 0.5}),
+    (claims.depth_32, size, lambda x, n: {"train_loss": 0.5}),
+    (claims.best_rates, rates({"Adam": "1e-4", "SGD": "1e-1"}), edge),
+    (claims.batches, lambda x, n: {}, lambda x, n: {"train_loss": float(n)}),
+    (claims.batches, lambda x, n: {}, lambda x, n: {"train_loss": 1 - n / 1e5, "train_acc": 0.1}),
+    (claims.batches, lambda x, n: {},
      lambda x, n: {"train_loss": float(n)} if x.flag("--seed") == "2" else {}),
-    (verdicts.larger_batches, batch, lambda x, n: {}),
-    (verdicts.two_phases, rise_and_fall, lambda x, n: {"train_acc": n / 12}),
-    (verdicts.two_phases, rise_and_fall,
+    (claims.larger_batches, batch, lambda x, n: {}),
+    (claims.two_phases, rise_and_fall, lambda x, n: {"train_acc": n / 12}),
+    (claims.two_phases, rise_and_fall,
      lambda x, n: {**rise_and_fall(x, n), "train_acc": 0.2 if n < 12 else 1.0}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("claim, good, bad", HOLDS, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_verdict_is_what_the_runs_say(claim, good, bad):
-    assert verdicts.judge(claim, Made(change=by(good)))[0] == "holds"
-    verdict, said = verdicts.judge(claim, Made(change=by(bad)))
+    assert claims.judge(claim, Made(change=by(good)))[0] == "holds"
+    verdict, said = claims.judge(claim, Made(change=by(bad)))
     assert verdict == "does not hold" and said
-    assert verdicts.judge(claim, Made(cut=lambda x: 0)) == ("not run", "")
+    assert claims.judge(claim, Made(cut=lambda x: 0)) == ("not run", "")
 
 
 def test_comparable_is_judged_on_resnet_18():
-    claim = verdicts.comparable
-    assert verdicts.judge(claim, Made("quick"))[0] == "not run"  # there it is another network
-    assert verdicts.judge(claim, Made("full"))[0] == "holds"
+    claim = claims.comparable
+    assert claims.judge(claim, Made("quick"))[0] == "not run"  # there it is another network
+    assert claims.judge(claim, Made("full"))[0] == "holds"
     far = by(lambda x, n: {"test_acc": 0.9 if x.curve == "AGD" else 0.93})
-    assert verdicts.judge(claim, Made("full", far))[0] == "does not hold"
+    assert claims.judge(claim, Made("full", far))[0] == "does not hold"
 
 
 def test_runs_under_way_judge_nothing_and_tell_how_it_stands():
     made = Made(change=by(size), cut=lambda x: 3)
-    verdict, said = verdicts.judge(verdicts.wider, made)
+    verdict, said = claims.judge(claims.wider, made)
     assert verdict == "not run" and said.startswith("so far, 3 of 6 epochs: 15 of 15")
     made.cut = lambda x: 3 if x.panel == "2x64" else 4
-    assert verdicts.judge(verdicts.wider, made) == ("not run", "")
+    assert claims.judge(claims.wider, made) == ("not run", "")
 
 
 def test_a_run_that_was_looked_at_and_left_aside_does_not_count():
     made = Made("full", by(rise_and_fall), cut=lambda x: 3 if x.figure == "phases" else 12)
-    assert verdicts.judge(verdicts.two_phases, made)[0] == "holds"
+    assert claims.judge(claims.two_phases, made)[0] == "holds"
 
 
 def test_phases_that_were_not_fitted_are_no_evidence():
     low = by(lambda x, n: {"train_acc": 0.9})
-    assert verdicts.judge(verdicts.two_phases, Made(change=low))[0] == "not run"
+    assert claims.judge(claims.two_phases, Made(change=low))[0] == "not run"
 
 
 def bound_at(tmp_path, loss, epochs=14, states=("before", "after")):
     made = Made(out=tmp_path)
     made.folder.mkdir()
-    bound = majorise.majorisation(1.0, 0.5, [0, 0.4])
+    bound = majorisation.majorisation(1.0, 0.5, [0, 0.4])
     state = {"L": 1.0, "G": 0.5, "eta": 0.4, "t": [0, 0.4], "loss": [1.0, loss], "bound": bound}
     what = {"run": {"epochs": epochs}, "states": dict.fromkeys(states, state)}
     (made.folder / "fig3.json").write_text(json.dumps(what))
-    return verdicts.judge(verdicts.bound, made)
+    return claims.judge(claims.bound, made)
 
 
 @pytest.mark.parametrize("loss, verdict", [(0.8, "holds"), (0.95, "does not hold")])
@@ -414,7 +414,7 @@ def test_runs_on_different_images_are_not_put_together():
     with pytest.raises(RunError, match="different images"):
         made.of("fig5")
     with pytest.raises(RunError, match="different images"):
-        verdicts.judge(verdicts.larger_batches, made)
+        claims.judge(claims.larger_batches, made)
 
 
 def test_hardware_that_a_run_went_on_with_is_named():
@@ -459,7 +459,7 @@ def test_the_curve_starts_at_the_objective_with_slope_minus_G_and_ends_where_AGD
     net = build("fcn", (3, 2, 2), 4, depth=3, width=16).double()
     init_weights(net.parameters(), torch.Generator().manual_seed(0))
     start = [p.detach().clone() for p in net.parameters()]
-    state = majorise.along(net, chunks())
+    state = majorisation.along(net, chunks())
     for p, w in zip(net.parameters(), start):
         p.data.copy_(w)
     x, y = (torch.cat(parts) for parts in zip(*chunks()))
@@ -485,7 +485,7 @@ def test_the_majorisation_is_least_at_eta():
     G = 0.7
     eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
     ts = [eta * i / 100 for i in range(250)]
-    bound = majorise.majorisation(1.0, G, ts)
+    bound = majorisation.majorisation(1.0, G, ts)
     assert bound[0] == 1.0 and bound.index(min(bound)) == 100
 
 
@@ -499,7 +499,7 @@ def test_a_damaged_measurement_is_named(tmp_path):
 
 def test_measuring_wants_the_trained_weights(tmp_path):
     with pytest.raises(RunError, match="there is no"):
-        majorise.measure(Results(tmp_path, "quick"), tmp_path)
+        majorisation.measure(Results(tmp_path, "quick"), tmp_path)
 
 
 def test_measuring_is_done_once(samples, tmp_path, monkeypatch):
@@ -512,17 +512,17 @@ def test_measuring_is_done_once(samples, tmp_path, monkeypatch):
     table = [Experiment("fig3", "majorisation", "AGD", 1, tuple(words.split()))]
     there = Results(tmp_path, "quick")
     there.table = table
-    monkeypatch.setattr(majorise, "IMAGES", 500)
+    monkeypatch.setattr(majorisation, "IMAGES", 500)
     out = str(there.folder)
     program.main([*words.split(), "--epochs", "1", "--out", out, "--device", "cpu",
                   "--data_dir", str(data_dir)])
-    path = majorise.measure(there, data_dir)
+    path = majorisation.measure(there, data_dir)
     what = json.loads(path.read_text())
     assert what["images"] == 500 and list(what["states"]) == ["at initialisation", "after 1 epochs"]
     at_start, later = what["states"].values()
     assert at_start["L"] != later["L"] and len(at_start["t"]) == len(at_start["loss"])
     stamp = path.stat().st_mtime_ns
-    assert majorise.measure(there, data_dir) == path and path.stat().st_mtime_ns == stamp
+    assert majorisation.measure(there, data_dir) == path and path.stat().st_mtime_ns == stamp
     picture = figures.draw("fig3", there)
     assert len(picture.axes) == 3
     figures.plt.close(picture)

@@ -20,17 +20,18 @@ import agd_kernels
 from agd import AGD, Layout, Rule, SpectralAGD, TorchBackend, init_weights
 from agd_kernels import cuda
 from architecture import build
-from arithmetic import set_precision
 from data import default_data_dir, load
 from distributed import World
-from gradient import Gradient
-from provenance import environment
-from replay import Replay
-from run import read_rows
+from runs.log import read_rows
+from runs.provenance import environment
 from scripts.links import rates
 from tests.conftest import ROOT, interpreter_fails
 from tests.test_replay import Graph
-from train import Step, evaluate, mse, train_epoch
+from training.cuda_graph import GraphedSteps
+from training.gradient import Gradient
+from training.losses import mse
+from training.precision import set_precision
+from training.step import Step, evaluate, train_epoch
 
 CPU = torch.device("cpu")
 WANTED = os.environ.get("AGD_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
@@ -178,7 +179,7 @@ def test_graphs_are_the_loop(rule, arch, epochs, part, found):
             graph.optimizer = optimizer
             step = Step(net, mse, optimizer, gradient)
             record = None if GPU else graph.record
-            replay = Replay(step, data.train, required=True, record=record) if by_graph else None
+            replay = GraphedSteps(step, data.train, required=True, record=record) if by_graph else None
             for epoch in range(1, epochs + 1):
                 data.train.set_epoch(epoch)
                 wait_for_the_device()

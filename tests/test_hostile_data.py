@@ -23,11 +23,11 @@ from PIL import Image
 
 import data.arrays
 import data.prepare
+from cli import printable
 from data import DataError, load
 from data.arrays import KEYS, load_arrays
-from data.common import printable
 from data.folders import LONG, centre_crop, decode, list_images
-from data.layout import labels_of
+from data.imagenet_layout import labels_of
 from data.prepare import MNIST_MD5, prepare, unpickle
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import data.imagenet
-import data.layout
+import data.imagenet_layout
 from data import DataError, load
 from data.prepare import main
 from data.resize import is_alive, reason, shrink

@@ -13,8 +13,9 @@ import main as program
 from architecture import NETWORKS, Unfit, build, libraries
 from architecture.weights import freeze, load_weights, start
 from distributed import RankError, World
+from runs.name import name_and_settings
 from tests.test_distributed import TORCHRUN
-from train import Step
+from training.step import Step
 
 DIGITS = ["--dataset", "digits", "--train_examples", 24, "--test_examples", 8, "--train_bs", 8,
           "--epochs", 1, "--cpu"]  # fmt: skip
@@ -24,11 +25,11 @@ pytest.importorskip("torchvision")
 
 
 def parse(*flags, check=True):
-    return program.parse([*map(str, flags), "--cpu"], check=check)
+    return flags.parse([*map(str, flags), "--cpu"], check=check)
 
 
 def name_of(*flags):
-    return program.name_and_settings(parse(*flags))[0]
+    return name_and_settings(parse(*flags))[0]
 
 
 def call(*flags, out):
@@ -67,7 +68,7 @@ def drawn(arch, classes=10, shape=(1, 8, 8), seed=0, **options):
 
 def test_a_run_without_these_flags_is_named_set_and_logged_as_before():
     args = parse()
-    name, settings = program.name_and_settings(args)
+    name, settings = name_and_settings(args)
     assert name == "fcn10x256-cifar10-mse-bs128-agd-seed0"
     assert sorted(settings) == [
         "arch", "dataset", "depth", "gain", "image_size", "loss", "lr", "optimizer", "seed",
@@ -88,7 +89,7 @@ def test_a_run_without_these_flags_is_named_set_and_logged_as_before():
     (["--freeze", "a", "--freeze", "b,a"], "-freeze_a_b-", {"freeze": "a,b"}),
 ])  # fmt: skip
 def test_what_shapes_a_run_is_in_its_name_and_settings(flags, words, settings):
-    name, found = program.name_and_settings(parse(*flags))
+    name, found = name_and_settings(parse(*flags))
     assert words in f"{name}-" and ":" not in name
     assert {key: found[key] for key in settings} == settings
 
@@ -375,7 +376,7 @@ def test_a_single_image_left_over_is_said(tmp_path, capsys):
     (["--arch", SMALL, "--freeze", "features.*"], "which agd takes"),
 ])  # fmt: skip
 def test_the_check_knows_these_networks(flags, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("check.cost.TIMING", 0.1)
+    monkeypatch.setattr("check.resources.TIMING", 0.1)
     assert call(*flags, "--check", out=tmp_path) == 0
     said = capsys.readouterr().out
     assert words in said and "fault" not in said.replace("No fault", "")

@@ -18,8 +18,11 @@ import distributed
 import main as program
 from architecture.fcn import FCN
 from data import load
+from flags import no_graph, parse
+from runs.name import name_and_settings
 from tests.conftest import ROOT, with_norms
-from train import evaluate, mse
+from training.losses import mse
+from training.step import evaluate
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
 NAME = "fcn3x32-digits-mse-bs128-agd-seed0"
@@ -128,16 +131,15 @@ def test_augmented_images_and_batch_norm_go_on_bit_for_bit(samples, tmp_path):
 
 
 def test_an_interrupt_before_the_checkpoint_counts_what_is_saved(tmp_path, monkeypatch, capsys):
-    from run import Run
 
-    save = Run.save
+    save = RunLog.save
 
     def interrupted(run, checkpoint):
         if checkpoint["epoch"] == 3:
             raise KeyboardInterrupt
         return save(run, checkpoint)
 
-    monkeypatch.setattr(Run, "save", interrupted)
+    monkeypatch.setattr(RunLog, "save", interrupted)
     assert call(*QUICK, "--out", tmp_path) == 130
     assert "Interrupted after 3 whole epochs" in capsys.readouterr().out
     monkeypatch.undo()
@@ -150,7 +152,7 @@ def test_an_interrupt_before_the_checkpoint_counts_what_is_saved(tmp_path, monke
 def test_a_full_disk_is_said_and_the_run_goes_on_now_and_later(
     full_from, tmp_path, monkeypatch, capsys
 ):
-    from checkpoint import Checkpoints
+    from runs.checkpoint import Checkpoints
 
     write, last = Checkpoints.write, tmp_path / "checkpoints" / f"{NAME}.pt"
 
@@ -442,8 +444,8 @@ def test_an_optimiser_with_two_sets_of_weights_is_saved_and_goes_on(tmp_path):
 
 def test_names_have_rates_without_exponents_and_say_what_part_was_trained_on():
     def name(*flags):
-        args = program.parse([*map(str, flags), "--cpu"])
-        return program.name_and_settings(args)[0]
+        args = parse([*map(str, flags), "--cpu"])
+        return name_and_settings(args)[0]
 
     assert name("--optimizer", "adam", "--lr", "1e-7").endswith("-adam-lr0.0000001-seed0")
     assert name("--optimizer", "sgd", "--lr", "10").endswith("-sgd-lr10.0-seed0")
@@ -463,14 +465,14 @@ def test_a_part_of_an_image_folder_is_refused(flag, capsys):
 
 def test_a_log_names_no_home(monkeypatch):
     monkeypatch.delenv("AGD_DATA", raising=False)
-    assert program.parse(["--cpu"]).data_dir == "~/.cache/agd"
+    assert parse(["--cpu"]).data_dir == "~/.cache/agd"
 
 
 def test_what_depends_on_the_machine_can_be_left_unchecked():
     flags = ["--optimizer", "no_such_package.Optimizer", "--device", "cuda:99"]
     with pytest.raises(SystemExit):
-        program.parse(flags)
-    assert program.parse(flags, check=False).optimizer == "no_such_package.Optimizer"
+        parse(flags)
+    assert parse(flags, check=False).optimizer == "no_such_package.Optimizer"
 
 
 def test_fresh_does_not_touch_a_run_that_is_going_on(tmp_path, run_main):
@@ -552,7 +554,7 @@ def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
         return lambda work: lambda: (replayed.append(1), work())
 
     monkeypatch.setattr("flags.no_graph", lambda args: None)
-    monkeypatch.setattr("replay.cuda_recorder", recorder)
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", recorder)
     # Adam counts on the device in a graph, and not on a CPU.
     monkeypatch.setattr(program, "set_capturable", lambda *args: None)
     assert call(*flags, "--out", graphs) == 0
@@ -576,7 +578,7 @@ def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(tmp_path, monkeypa
 
     assert call(*QUICK, "--out", tmp_path / "plain") == 0
     monkeypatch.setattr("flags.no_graph", lambda args: None)
-    monkeypatch.setattr("replay.cuda_recorder", broken)
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", broken)
     assert call(*QUICK, "--out", tmp_path) == 0
     assert capsys.readouterr().out.count("No CUDA graph of a step: operation not permitted") == 1
     expected = [row["train_loss"] for row in rows(tmp_path / "plain")[1:-1]]
@@ -660,7 +662,7 @@ def test_graphs_begin_after_the_steps_of_a_profile(tmp_path, monkeypatch, capsys
     replayed = []
     monkeypatch.setattr("flags.no_graph", lambda args: None)
     monkeypatch.setattr(
-        "replay.cuda_recorder", lambda: lambda work: lambda: (replayed.append(1), work())
+        "training.cuda_graph.cuda_recorder", lambda: lambda work: lambda: (replayed.append(1), work())
     )
     flags = [*QUICK, "--train_bs", 14, "--epochs", 1, "--profile", "--out", tmp_path]
     assert call(*flags) == 0
@@ -674,7 +676,7 @@ def test_graphs_begin_after_the_steps_of_a_profile(tmp_path, monkeypatch, capsys
 ])  # fmt: skip
 def test_the_batch_of_a_test_is_what_pays_on_the_device(device, flags, expected):
     args = ["--device", device, *map(str, flags)]
-    assert program.parse(args, check=False).test_bs == expected
+    assert parse(args, check=False).test_bs == expected
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -684,7 +686,7 @@ def test_the_batch_of_a_test_is_what_pays_on_the_device(device, flags, expected)
 ])  # fmt: skip
 def test_where_a_graph_is_possible(flags, words):
     device = [] if "--cpu" in flags else ["--device", "cuda"]
-    found = program.flags.no_graph(program.parse([*device, *flags], check=False))
+    found = no_graph(parse([*device, *flags], check=False))
     assert found is None if words is None else words in found
 
 

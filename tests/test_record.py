@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import main as program
-import provenance
-import record
 from data import default_data_dir
+from flags import parse, parser
 from flags import words as flag_words
-from provenance import code, data_sha256, tilde, variables
-from record import RecordError, comparable, deviation, log_sha256, read, result, weights_sha256
-from run import read_rows
+from runs import provenance, record
+from runs.log import read_rows
+from runs.provenance import code, data_sha256, tilde, variables
+from runs.record import RecordError, comparable, deviation, log_sha256, read, result, weights_sha256
 from tests.conftest import ROOT
-from train import LOSSES
+from training.losses import LOSSES
 
 RESULT = {"epochs": 2, "weights_sha256": "a", "log_sha256": "b", "epoch_crc32": ["c", "d"],
           "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
@@ -353,9 +353,9 @@ def test_a_record_that_cannot_be_made_or_written_is_a_remark(tmp_path):
     ],
 )
 def test_the_command_of_a_record_gives_its_flags_again(flags):
-    args = program.parse([*flags.split(), "--out", "o", "--fresh"], check=False)
-    words = flag_words(program.command_line(), vars(args))
-    again = program.parse([*words, "--out", "o", "--fresh"], check=False)
+    args = parse([*flags.split(), "--out", "o", "--fresh"], check=False)
+    words = flag_words(parser(), vars(args))
+    again = parse([*words, "--out", "o", "--fresh"], check=False)
     assert {**vars(again), "cpu": args.cpu} == vars(args)
     assert not {"--out=o", "--fresh"} & set(words)
 
@@ -365,7 +365,7 @@ def refusal(path, *flags):
     with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()
         patch.setattr(sys, "stderr", said)
-        program.parse(["--replay", str(path), *map(str, flags)])
+        parse(["--replay", str(path), *map(str, flags)])
     assert end.value.code == 2
     return said.getvalue().splitlines()[0]
 
@@ -373,12 +373,12 @@ def refusal(path, *flags):
 def test_what_cannot_be_replayed_is_said_at_once(tmp_path):
     path = tmp_path / "a.run.json"
     path.write_text(json.dumps(RECORD))
-    taken = program.parse(["--replay", str(path), "--out", "o"], check=False)
+    taken = parse(["--replay", str(path), "--out", "o"], check=False)
     assert (taken.seed, taken.epochs, taken.out, taken.fresh) == (0, 2, "o", True)
-    assert program.parse(["--replay", str(path)], check=False).out == "replayed"
+    assert parse(["--replay", str(path)], check=False).out == "replayed"
     for there, expected in ((str(tmp_path), str(tmp_path)), ("/nowhere", default_data_dir())):
         path.write_text(json.dumps(changed(flags={"data_dir": there})))
-        assert program.parse(["--replay", str(path)], check=False).data_dir == expected
+        assert parse(["--replay", str(path)], check=False).data_dir == expected
     path.write_text(json.dumps(RECORD))
     assert refusal(path, "--seed", 1).endswith("from its record: leave out --seed")
     assert refusal(path, "--epochs", 200).endswith("leave out --epochs")  # the default, but given

@@ -8,9 +8,11 @@ import torch
 from agd import AGD, SpectralAGD, init_weights
 from architecture import build
 from data import load
-from replay import RecordingError, Replay, cuda_recorder
 from tests.test_agd import Reads
-from train import Gradient, Step, evaluate, mse, train_epoch
+from training.cuda_graph import GraphedSteps, RecordingError, cuda_recorder
+from training.gradient import Gradient
+from training.losses import mse
+from training.step import Step, evaluate, train_epoch
 
 CPU = torch.device("cpu")
 SIZES = [128] * 11 + [29]  # of the batches of the digits
@@ -61,7 +63,7 @@ def run(data, net, optimizer, epochs, graph=None, log_updates=False, **options):
     step = Step(net, mse, optimizer, gradient, log_updates)
     if graph:
         graph.optimizer = optimizer
-    replay = graph and Replay(step, data.train, record=graph.record, **options)
+    replay = graph and GraphedSteps(step, data.train, record=graph.record, **options)
     found = []
     for epoch in epochs:
         data.train.set_epoch(epoch)
@@ -147,7 +149,7 @@ def test_memory_that_runs_out_in_a_recording_leaves_the_batch_whole():
         finally:
             net.forward = forward
 
-    replay = Replay(Step(net, mse, optimizer), data.train, record=record)
+    replay = GraphedSteps(Step(net, mse, optimizer), data.train, record=record)
     totals = replay.epoch()
     assert replay.failure == "CUDA out of memory" and replay.step.gradient.micro_bs is None
     assert totals.read()["examples"] == 1437
@@ -173,7 +175,7 @@ def test_replays_read_nothing_back():
     optimizer.fused = False  # a CPU's fast step reads what is its own
     graph = Graph()
     graph.optimizer = optimizer
-    replay = Replay(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
+    replay = GraphedSteps(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
     for epoch in (1, 2):
         data.train.set_epoch(epoch)
         with Reads() as reads:
@@ -207,7 +209,7 @@ def graphs(monkeypatch):
 
 def test_no_graph_is_replayed_or_dropped_while_another_thread_records_one(graphs):
     data, net, optimizer = start()
-    replay = Replay(Step(net, mse, optimizer), data.train, record=cuda_recorder())
+    replay = GraphedSteps(Step(net, mse, optimizer), data.train, record=cuda_recorder())
     replay.graphs = {i: replay.record(lambda: None) for i in range(2)}
     graphs.clear()
     inside, finish = threading.Event(), threading.Event()
@@ -237,7 +239,7 @@ def test_a_graph_writes_to_the_same_places_whatever_the_epoch(optimizer):
     data, net, optimizer = start(optimizer=optimizer)
     graph = Graph()
     graph.optimizer = optimizer
-    replay = Replay(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
+    replay = GraphedSteps(Step(net, mse, optimizer), data.train, record=graph.record, eager=1)
     places = set()
     for epoch in (1, 2, 3):
         data.train.set_epoch(epoch)

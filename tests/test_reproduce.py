@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import main as program
-from run import read_rows
+from flags import parse
+from runs.log import read_rows
 from scripts import experiments, reproduce, results, runner
 from scripts.experiments import FIGURES, PEERS, RULES, SCALES, SPECTRAL, Experiment
 from scripts.results import Results, log_name
@@ -68,7 +69,7 @@ def test_every_row_of_the_table_parses():
         for row in experiments.experiments(scale):
             assert row.figure in FIGURES and row.epochs >= 1
             argv = [*row.flags, "--epochs", str(row.epochs), "--device", "cpu"]
-            args = program.parse(argv, check=row.curve not in PEERS)
+            args = parse(argv, check=row.curve not in PEERS)
             expected = {**RULES, **PEERS}.get(row.curve, row.curve.lower())
             assert args.optimizer == expected and args.epochs == row.epochs
             if row.curve in ("Adam", "SGD"):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from agd import AGD, depth, init_weights
 from architecture import build
 from tests.test_backends import BACKENDS, DTYPES, bits, near, relative, select
-from train import mse
+from training.losses import mse
 
 
 class Every(nn.Module):

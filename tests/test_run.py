@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from run import Run, RunError, run_name
+from runs.log import RunError, RunLog
+from runs.name import run_name
 
 
 def state(epoch):
@@ -30,10 +31,10 @@ def written(run, epochs):
 
 
 def test_a_cut_log_is_mended_at_the_checkpoint(tmp_path):
-    written(Run(tmp_path, "a", {"seed": 0}), [1, 2])
+    written(RunLog(tmp_path, "a", {"seed": 0}), [1, 2])
     with open(tmp_path / "logs" / "a.jsonl", "a") as file:
         file.write(json.dumps(epoch_row(3)) + '\n{"kind": "epoch", "epo')
-    run = Run(tmp_path, "a", {"seed": 0})
+    run = RunLog(tmp_path, "a", {"seed": 0})
     checkpoint, _ = run.start({"kind": "run", "flags": {"epochs": 20}})
     assert checkpoint["epoch"] == 2 and checkpoint["net"]["w"].tolist() == [2, 2]
     first, *epochs = run.rows()
@@ -42,41 +43,41 @@ def test_a_cut_log_is_mended_at_the_checkpoint(tmp_path):
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
-    written(Run(tmp_path, "a", {"seed": 0}), [1])
+    written(RunLog(tmp_path, "a", {"seed": 0}), [1])
     with pytest.raises(RunError, match="seed 0 then, 1 now"):
-        Run(tmp_path, "a", {"seed": 1}).start({"kind": "run", "flags": {}})
+        RunLog(tmp_path, "a", {"seed": 1}).start({"kind": "run", "flags": {}})
 
 
 def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
     """One epoch may have been logged before its checkpoint; more are not thrown away."""
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     written(run, [1])
     run.checkpoints.discard()
-    assert Run(tmp_path, "a", {}).start({"kind": "run", "flags": {}}) == (None, None)
+    assert RunLog(tmp_path, "a", {}).start({"kind": "run", "flags": {}}) == (None, None)
     assert [row["kind"] for row in run.rows()] == ["run"]
-    run = Run(tmp_path, "b", {})
+    run = RunLog(tmp_path, "b", {})
     written(run, [1, 2])
     run.checkpoints.discard()
     before = run.log_path.read_bytes()
     with pytest.raises(RunError, match=r"2 epochs.*--fresh"):
-        Run(tmp_path, "b", {}).start({"kind": "run", "flags": {}})
+        RunLog(tmp_path, "b", {}).start({"kind": "run", "flags": {}})
     assert run.log_path.read_bytes() == before
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
-    run = Run(tmp_path, "a", {"dataset": "x"})
+    run = RunLog(tmp_path, "a", {"dataset": "x"})
     written(run, [1, 2])
     run.log({"kind": "end", "epochs": 2, "stopped": None, "final": True})
-    assert Run(tmp_path, "a", {"dataset": "x"}).finished(2)[0] == 2
+    assert RunLog(tmp_path, "a", {"dataset": "x"}).finished(2)[0] == 2
     run.log({"kind": "end"})  # cut down by somebody's hand
-    assert Run(tmp_path, "a", {"dataset": "x"}).finished(2) is None
+    assert RunLog(tmp_path, "a", {"dataset": "x"}).finished(2) is None
     with pytest.raises(RunError, match="dataset x then, y now"):
-        Run(tmp_path, "a", {"dataset": "y"}).finished(2)
+        RunLog(tmp_path, "a", {"dataset": "y"}).finished(2)
 
 
 @pytest.mark.parametrize("fault", ["foreign checkpoint", "binary log", "list", "folder"])
 def test_foreign_files_are_named(fault, tmp_path):
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     if fault == "foreign checkpoint":
         torch.save({"model": 1}, run.checkpoint_path)
     elif fault == "folder":
@@ -88,12 +89,12 @@ def test_foreign_files_are_named(fault, tmp_path):
 
 
 def test_another_environment_is_noted_on_resuming(tmp_path):
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {}, "torch": "1", "date": "then"})
     run.log(epoch_row(1))
     run.save(state(1))
     run.release()
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {}, "torch": "2", "date": "now"})
     first = run.rows()[0]
     assert (first["torch"], first["date"]) == ("1", "then")
@@ -102,18 +103,18 @@ def test_another_environment_is_noted_on_resuming(tmp_path):
 
 def test_a_run_is_made_by_one_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
-    run, other = Run(tmp_path, "a", {}), Run(tmp_path, "a", {})
+    run, other = RunLog(tmp_path, "a", {}), RunLog(tmp_path, "a", {})
     first = {"kind": "run", "flags": {}}
     run.start(first)
     with pytest.raises(RunError, match="another process is making"):
         other.start(first)
-    Run(tmp_path, "b", {}).start(first)
+    RunLog(tmp_path, "b", {}).start(first)
     run.release()
     other.start(first)
 
 
 def test_rows_are_strict_json(tmp_path):
-    run = Run(tmp_path, "a", {})
+    run = RunLog(tmp_path, "a", {})
     run.start({"kind": "run", "flags": {"lr": math.inf}})
     row = {**epoch_row(1), "train_loss": math.nan, "list": [1.0, -math.inf]}
     run.log(row)

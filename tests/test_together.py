@@ -54,7 +54,7 @@ def test_runs_that_share_a_process_come_out_as_alone(one_thread, monkeypatch, tm
 UNRECORDABLE = """
 import sys
 sys.path.insert(0, ROOT)
-import flags, replay
+import training.cuda_graph as replay
 from importlib.util import module_from_spec, spec_from_file_location
 
 recorded, broken = [], []

@@ -7,10 +7,12 @@ import torch
 from agd import AGD, init_weights
 from architecture import build
 from data import load
-from gradient import OutOfMemory, is_out_of_memory
 from tests.reference import Averaging
 from tests.test_agd import Reads
-from train import LOSSES, Totals, evaluate, mse, train_epoch, xent
+from training.gradient import OutOfMemory, is_out_of_memory
+from training.losses import LOSSES, mse, xent
+from training.metrics import Totals
+from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
 

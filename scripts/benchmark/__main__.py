@@ -43,15 +43,15 @@ from pathlib import Path
 
 import torch
 
-import main as program
+import flags
 from architecture import NETWORKS
+from cli import Parser, number
 from data import DataError, default_data_dir
-from display import table
-from flags import Parser, number
-from provenance import environment, processor
-from run import RunError
+from runs.log import RunError
+from runs.provenance import environment, processor
 from scripts.benchmark import checkpoint, draw, epoch, folders, many, spectral, step
 from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
+from training.display import table
 
 CASES = {  # name -> module, rounds, rounds of --quick
     "step": (step, 40, 5),
@@ -93,7 +93,7 @@ def parse(argv=None):
     add("--data_dir", default=default_data_dir())
     add("--out", help="(default: results; with --quick: reproduced)")
     args = parser.parse_args(argv)
-    program.parse(["--device", args.device])  # ends with a sentence where there is none
+    flags.parse(["--device", args.device])  # ends with a sentence where there is none
     args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import torch
 
-import flags
-import main as program
+import cli
 from architecture import build
-from course import Course
 from data import load
 from distributed import World
-from gradient import Gradient
-from interrupt import Requests
-from optimizers import make_optimizer
-from run import Run
+from flags import parse, test_batch
+from runs.log import RunLog
 from scripts.benchmark.measure import by_clock, medians, note, quartiles, spread, take_turns
-from train import evaluate, mse, train_epoch
+from training.control import Requests
+from training.course import Course
+from training.gradient import Gradient
+from training.losses import mse
+from training.optimizers import make_optimizer
+from training.step import evaluate, train_epoch
 
 RUNS = {  # network, optimiser, steps and images of the test that stand for an epoch (None: all)
     "FCN 10×256, AGD": ("fcn", "agd", None, None),
@@ -34,7 +35,7 @@ class Failed(OSError):
 def works(args, device, arch, optimizer, steps, test_examples, out):
     """({"training", "test", "checkpoint": functions} of a run as main.py makes it; the part of an
     epoch's images that the first two go through, {name: part}; the Run)."""
-    test_bs = flags.test_batch(Namespace(device=args.device, arch=arch, dataset=args.dataset,
+    test_bs = test_batch(Namespace(device=args.device, arch=arch, dataset=args.dataset,
                                          train_bs=args.batch_size))  # fmt: skip
     sizes = args.dataset, args.data_dir, args.batch_size, test_bs, device
     whole = load(*sizes)
@@ -43,10 +44,9 @@ def works(args, device, arch, optimizer, steps, test_examples, out):
     torch.manual_seed(0)
     net = build(arch, data.shape, data.classes, args.depth, args.width).to(device)
     optimizer = make_optimizer(
-        Namespace(optimizer=optimizer, seed=0, gain=1.0, lr=1e-3, arch=arch, layers=None,
-                  weights=None), net,
-    )  # fmt: skip
-    run = Run(out, "run", {})
+        optimizer, net, lr=1e-3, seed=0
+    )
+    run = RunLog(out, "run", {})
     run.start({"kind": "run", "flags": {}})
     course = Course(World(device), run, data, net, optimizer, mse, Requests(),
                     ("seconds", every()), note)  # fmt: skip
@@ -71,7 +71,7 @@ def works(args, device, arch, optimizer, steps, test_examples, out):
 
 def every():
     """The seconds between two checkpoints that main.py takes by itself, beside one an epoch."""
-    return flags.every(program.parse(["--cpu"]).save_every)[1]
+    return cli.every(parse(["--cpu"]).save_every)[1]
 
 
 def shares(seconds, parts):

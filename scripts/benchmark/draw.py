@@ -10,7 +10,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from scripts.benchmark.checkpoint import PERCENT
 from scripts.benchmark.step import GRAPH, GROWING, NETS, YARDSTICK
-from scripts.drawing import (
+from scripts.figures import fingerprint
+from scripts.results import data_name
+from scripts.style import (
     BLACK,
     BLUE,
     GREEN,
@@ -22,8 +24,6 @@ from scripts.drawing import (
     legend,
     log_values,
 )
-from scripts.figures import fingerprint
-from scripts.results import data_name
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- benchmark: python -m scripts.benchmark draw -->", "<!-- end of the benchmark -->"

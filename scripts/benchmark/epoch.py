@@ -6,12 +6,11 @@ from argparse import Namespace
 import numpy as np
 import torch
 
-import flags
 from agd import AGD, init_weights
 from architecture import build
 from data import DATASETS, load
 from data.prepare import prepare
-from replay import Replay
+from flags import test_batch
 from scripts.benchmark import program
 from scripts.benchmark.measure import (
     by_clock,
@@ -22,7 +21,9 @@ from scripts.benchmark.measure import (
     spread,
     take_turns,
 )
-from train import Step, evaluate, mse, train_epoch
+from training.cuda_graph import GraphedSteps
+from training.losses import mse
+from training.step import Step, evaluate, train_epoch
 
 GROWTH = {  # one at a time, the others as in the default network
     "width": (64, 128, 256, 512, 1024),
@@ -65,7 +66,7 @@ def ours(args, data, device):
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
-            replay = Replay(Step(net, mse, optimizer), data.train)
+            replay = GraphedSteps(Step(net, mse, optimizer), data.train)
 
     def training():
         data.train.set_epoch(next(epochs))
@@ -185,7 +186,7 @@ def growth(args, device):
 
 def case(args, device):
     few = {"train_examples": 1024, "test_examples": 256} if args.quick else {}
-    test_bs = flags.test_batch(Namespace(**vars(args), train_bs=args.batch_size))
+    test_bs = test_batch(Namespace(**vars(args), train_bs=args.batch_size))
     data = load(args.dataset, args.data_dir, args.batch_size, test_bs, device, **few)
     training, test = ours(args, data, device)
     net = network(args, data, device)

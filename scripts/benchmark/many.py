@@ -9,8 +9,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from check.cost import free_memory
-from run import RunError, read_rows
+from check.resources import free_memory
+from runs.log import RunError, read_rows
 from scripts import reproduce
 from scripts.benchmark.measure import (
     medians,

@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run import RunError
+from runs.log import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 

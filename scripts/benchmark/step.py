@@ -10,7 +10,7 @@ import torchvision
 
 from agd import AGD
 from architecture import build
-from check.cost import free_memory
+from check.resources import free_memory
 from scripts.benchmark.measure import (
     by_clock,
     by_graph,

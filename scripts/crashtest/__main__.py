@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
-from display import table
-from provenance import environment
+from runs.provenance import environment
 from scripts.crashtest import disk
 from scripts.crashtest.breaking import SIGNALS, Lab, Report, break_runs, draw
 from scripts.crashtest.cases import SAVE_EVERY, make_cases, make_images
 from scripts.crashtest.child import ROOT, end_all
+from training.display import table
 
 
 def parse(argv=None):

@@ -3,7 +3,7 @@
 import torch
 
 
-def culprit(net, loss_fn, inputs, labels, micro_bs=None):
+def first_nonfinite(net, loss_fn, inputs, labels, micro_bs=None):
     """What is first not finite in the passes of a batch, in words, or None where all is finite:
     weights, the output of a layer, the loss or, from the last layer on, a gradient.
 

@@ -6,9 +6,8 @@ import inspect
 import torch
 
 import agd
-import flags
 from agd import AGD, SpectralAGD, init_weights
-from architecture import is_library
+from cli import near
 
 # The first call of some methods that AGD inherits imports torch's compiler, only to say that they
 # are not to be compiled: more than a second of every start. They run as they are instead.
@@ -20,42 +19,48 @@ AUTOMATIC = {"agd": AGD, "spectral": SpectralAGD}  # they have no learning rate,
 BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
 
 
-def make_optimizer(args, net, shape=None, draw=True, process_group=None):
-    """The optimiser of what is not frozen, of a network for images of `shape`. For AUTOMATIC ones
-    the weights of the paper's networks are drawn anew, if any are; those of a file, of libraries,
-    and of baselines stay as they are. Ranks of a `process_group` share the work of a step."""
+def make_optimizer(
+    name, net, shape=None, *, lr=None, gain=1.0, layers="count", drawn=True, seed=None,
+    process_group=None,
+):  # fmt: skip
+    """The optimiser `name` of what is not frozen in `net`, a network for images of `shape`.
+
+    lr: of a baseline; None is the class's own. gain: of an AUTOMATIC one. `layers`: "count" for
+    the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: whether
+    the start of the weights is the method's, whose norms are known, and not a file's or a
+    library's. `seed`: that of the draw; None draws nothing. Ranks of a `process_group` share the
+    work of a step.
+    """
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    if args.optimizer in AUTOMATIC:
-        return automatic(args, net, trained, shape, draw, process_group)
+    if name in AUTOMATIC:
+        if drawn and seed is not None:
+            init_weights(net.named_parameters(), torch.Generator().manual_seed(seed))
+        return automatic(name, net, trained, shape, gain, layers, drawn, process_group)
     parameters = [p for _, p in trained]
-    if args.optimizer in BASELINES:
-        return BASELINES[args.optimizer][0](parameters, lr=args.lr)
-    rate = {} if args.lr is None else {"lr": args.lr}
-    return optimizer_class(args.optimizer)(parameters, **rate)
+    if name in BASELINES:
+        own, rate = BASELINES[name]
+        return own(parameters, lr=rate if lr is None else lr)
+    return optimizer_class(name)(parameters, **({} if lr is None else {"lr": lr}))
 
 
-def automatic(args, net, trained, shape, draw, process_group=None):
+def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group=None):
     """One of AUTOMATIC, of `trained`, the (name, parameter) pairs of `net` that are not frozen.
 
     Weights that are drawn here have the sizes of the method's table; AGD measures those of others,
     and the spectral rule all. The paths through the network are read here: its first forward pass
     may be that of a compiler, or of a rank without images.
     """
-    drawn = not is_library(args.arch) and args.weights is None
-    count = flags.layers(args) == "count"
-    if drawn and draw:
-        init_weights(net.named_parameters(), torch.Generator().manual_seed(args.seed))
-    spectral = args.optimizer == "spectral"
-    if drawn and count and not spectral:
-        return AGD(trained, gain=args.gain)
+    count, spectral = layers == "count", optimizer == "spectral"
     if count and not spectral:
-        return AGD(net, gain=args.gain, depth=max(1, sum(p.ndim > 1 for _, p in trained)))
+        if drawn:
+            return AGD(trained, gain=gain)
+        return AGD(net, gain=gain, depth=max(1, sum(p.ndim > 1 for _, p in trained)))
     depth = agd.depth(net, torch.zeros(2, *shape, device=trained[0][1].device))
     if not spectral:
-        return AGD(net, gain=args.gain, depth=depth)
+        return AGD(net, gain=gain, depth=depth)
     if count:  # what else was read, the output layers, stays
         depth.update({name: 1.0 for name, p in trained if p.ndim > 1})
-    return SpectralAGD(net, gain=args.gain, depth=depth, process_group=process_group)
+    return SpectralAGD(net, gain=gain, depth=depth, process_group=process_group)
 
 
 def set_capturable(optimizer, yes, device):
@@ -81,8 +86,8 @@ def optimizer_class(dotted):
         raise ValueError(f"no optimiser {dotted}: {error}") from error
     found = getattr(package, name, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        near = flags.near(name, [x for x in dir(package) if x[:1].isupper()])
-        raise ValueError(f"{dotted} is no optimiser{near}")
+        meant = near(name, [x for x in dir(package) if x[:1].isupper()])
+        raise ValueError(f"{dotted} is no optimiser{meant}")
     _, *takes = inspect.signature(found.step).parameters.values()
     if any(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in takes):
         raise ValueError(f"{dotted} wants to make several passes a step, and gets one")

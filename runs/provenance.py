@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-PACKAGES = ("architecture", "data", "distributed")  # which a run imports, beside the files here
+HERE = Path(__file__).resolve().parent.parent
+# which a run imports, beside the files at the root
+PACKAGES = ("agd_kernels", "architecture", "data", "distributed", "runs", "training")
 DIFF = 2**18  # bytes of a diff that are kept
 CONTENTS = 2**30  # bytes of images up to which their contents are read
 

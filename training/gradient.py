@@ -6,18 +6,26 @@ from contextlib import nullcontext
 
 import torch
 
+from cli import UserError
 
-class OutOfMemory(RuntimeError):
+
+class OutOfMemory(UserError):
     """A batch does not fit, and nothing can be done about it here; the message says what can."""
 
+    exit_code = 1
 
-class LoneImage(RuntimeError):
+
+class LoneImage(UserError):
     """A single image at a time, where batch norm has no other number; the message says what to do.
     """
 
+    exit_code = 1
 
-class CompileError(RuntimeError):
+
+class CompileError(UserError):
     """torch.compile cannot work here; the message says why."""
+
+    exit_code = 1
 
 
 class Gradient:
@@ -64,7 +72,7 @@ class Gradient:
         count, counted = float(len(labels)), None
         if self.world is not None:
             count = torch.full((), count, device=labels.device)
-            done = self.world.sum_later(count)
+            done = self.world.all_reduce_async(count)
 
             def counted():
                 nonlocal done
@@ -85,7 +93,7 @@ class Gradient:
             if self.trials:
                 # One that did not fit, on any rank, has all of them start again.
                 vote = torch.full((), too_large, device=labels.device)
-                self.world.most(vote)
+                self.world.all_reduce_max(vote)
                 too_large = vote.item()
             if not too_large:
                 break
@@ -98,7 +106,7 @@ class Gradient:
             self.trials -= 1
             for p in self.net.parameters():
                 if p.grad is not None:
-                    self.world.sum(p.grad)
+                    self.world.all_reduce(p.grad)
                     p.grad /= self.world.size
         return found
 

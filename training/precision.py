@@ -5,11 +5,15 @@ import os
 
 import torch
 
+from cli import UserError
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-class NotDeterministic(RuntimeError):
+class NotDeterministic(UserError):
     """An operation has no form that gives the same bits each time; the message names it."""
+
+    exit_code = 1
 
 
 def set_precision(net, precision, device):

@@ -8,7 +8,7 @@ import torch
 LAG = 4  # steps after which a GPU's are read: so far ahead is what the host has it do
 
 
-class Later:
+class DelayedReads:
     """The values of 0-dim tensors of a device, in the order in which they were put, each read when
     `lag` others have been put after it. On a CPU they are there at once."""
 
@@ -47,19 +47,19 @@ class Later:
         return values
 
 
-class Votes:
+class DelayedMax:
     """The greatest of the ranks' votes, small whole numbers, which every rank gets in the same
     step: of one rank at once, of several a step or a few after they were cast."""
 
     def __init__(self, world):
-        self.world, self.sent, self.later = world, deque(), Later(world.device)
+        self.world, self.sent, self.later = world, deque(), DelayedReads(world.device)
 
     def cast(self, vote):
         """This rank's vote in this step; returns what has been agreed on by now, 0 for nothing."""
         if self.world.size == 1:
             return vote
         tensor = torch.full((), vote, dtype=torch.int32, device=self.world.device)
-        self.sent.append((tensor, self.world.most_later(tensor)))
+        self.sent.append((tensor, self.world.all_reduce_max_async(tensor)))
         values = []
         while len(self.sent) > 1:
             tensor, done = self.sent.popleft()

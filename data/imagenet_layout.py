@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from data.common import DataError, printable
+from cli import printable
+from data.common import DataError
 
 # ILSVRC 2012: what the official archives hold
 CLASSES = 1000

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-import main as program
 from agd import AGD
 from architecture import build
 from data import DATASETS
 from data.arrays import ArrayBatches, load_arrays
-from run import RunError
+from flags import parse
+from runs.log import RunError
 from scripts.results import log_name, read_measurement
-from train import mse
+from training.losses import mse
+from training.optimizers import make_optimizer
 
 IMAGES = 10_000  # the first of the training set, as they are
 CHUNK = 1000
@@ -116,14 +117,14 @@ def measure(results, data_dir, on_point=lambda: None):
     if path.exists() and read_measurement(path)["run"] == run:
         return path
     on_point()
-    args = program.parse([*row.flags, "--device", "cpu"])
+    args = parse([*row.flags, "--device", "cpu"])
     (chunks, source), states = normalised(args.dataset, data_dir), {}
     if source != settings["data"]:
         raise RunError(f"{weights} was trained on other images than those of {data_dir}")
     height, side, channels = DATASETS[args.dataset].shape
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
     net = build(args.arch, shape, classes, args.depth, args.width)
-    program.make_optimizer(args, net)  # draws the weights
+    make_optimizer(args.optimizer, net, seed=args.seed)  # draws the weights
     states["at initialisation"] = along(net.double(), chunks, on_point)
     net.load_state_dict(checkpoint["net"])
     states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks, on_point)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
+import flags
 from architecture import build, is_library
 from architecture.weights import start
-from arithmetic import set_channels_last, set_precision
 from check.common import Fault, duration, size
-from data.jobs import usable_cores
-from gradient import Gradient, OutOfMemory
-from optimizers import make_optimizer
-from train import LOSSES
+from data.workers import usable_cores
+from training.gradient import Gradient, OutOfMemory
+from training.losses import LOSSES
+from training.optimizers import make_optimizer
+from training.precision import set_channels_last, set_precision
 
 TIMING = 2.0  # seconds of passes and steps
 
@@ -26,7 +27,7 @@ def network(args, shape, classes):
     with torch.device("cpu" if of_numbers else "meta"):
         net = made(args, shape, classes)
     try:
-        make_optimizer(args, net, shape, draw=False)
+        optimizer_of(args, net, shape)
     except (TypeError, ValueError) as error:
         raise Fault(f"the optimiser refuses the network: {error}") from error
     weights = list(net.parameters())
@@ -41,6 +42,14 @@ def made(args, shape, classes):
     net = build(args.arch, shape, classes, args.depth, args.width, args.bias, args.affine)
     start(net, args.weights, args.freeze)
     return net
+
+
+def optimizer_of(args, net, shape):
+    """The optimiser that the flags describe; the weights are not drawn."""
+    return make_optimizer(
+        args.optimizer, net, shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
+        drawn=not is_library(args.arch) and args.weights is None,
+    )  # fmt: skip
 
 
 def memory(args, world, neighbours, net, facts):
@@ -152,7 +161,7 @@ def seconds_an_epoch(args, world, facts):
     net = made(args, facts.shape, facts.classes).to(device)
     set_precision(net, args.precision, device)
     set_channels_last(net, args.channels_last, args.precision, device)
-    optimizer = make_optimizer(args, net.train(), facts.shape, draw=False)
+    optimizer = optimizer_of(args, net.train(), facts.shape)
     gradient = Gradient(net, LOSSES[args.loss])
     images, end, times = min(2, share), time.perf_counter() + TIMING, []
 

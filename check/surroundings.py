@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from check.common import Facts, Fault, size
-from data import DATASETS, load
+from data import DATASETS, is_folder, load
 from data.imagenet import find
-from data.jobs import usable_cores
-from data.layout import read_layout
-from flags import name_and_settings
-from run import Run
+from data.imagenet_layout import read_layout
+from data.workers import usable_cores
+from runs.log import RunLog
+from runs.name import name_and_settings
 
 IMAGES = 64  # of a folder that are decoded, or as many as can be in
 DECODING = 1.5  # seconds
@@ -37,7 +37,7 @@ def no_launcher():
 
 def ranks(args, world):
     """The ranks of the group, and the cores of this node."""
-    here = world.gather(socket.gethostname()).count(socket.gethostname())
+    here = world.all_gather_object(socket.gethostname()).count(socket.gethostname())
     yield "ok", f"{world.size} ranks, started by {world.launcher}, {here} of them on this node"
     if args.train_bs < world.size:
         yield "note", (f"--train_bs {args.train_bs} is the batch of all the {world.size} ranks, "
@@ -50,7 +50,7 @@ def ranks(args, world):
 
 def images(args):
     """The Facts of the data set; the files of an array set are read whole."""
-    if args.dataset == "imagenet" or args.dataset.startswith("folder:"):
+    if is_folder(args.dataset):
         return (yield from folder(args))
     path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
     if args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
@@ -150,7 +150,7 @@ def results(args, net, facts):
     if facts is None:
         yield "note", f"{log} is there, of images that could not be compared"
         return
-    run = Run(args.out, name, {**settings, "data": facts.source})
+    run = RunLog(args.out, name, {**settings, "data": facts.source})
     run.lock_or_fail()
     run.release()
     if args.fresh:

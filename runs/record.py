@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from provenance import code, data_sha256, hardware, tilde, variables, versions
-from run import RunError
+from runs.log import RunError
+from runs.provenance import code, data_sha256, hardware, tilde, variables, versions
 
 LARGEST = 2**26  # bytes of a record, in reading
 

@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import agd
 from distributed import RankError
-from distributed.norm import average_statistics
-from optimizers import AUTOMATIC
-from train import evaluate, largest_share, train_epoch
+from distributed.sync_bn import average_statistics
+from training.optimizers import AUTOMATIC
+from training.step import evaluate, largest_share, train_epoch
 
 RECALIBRATING = 8  # batches from which batch norm takes statistics for other weights than trained
 
@@ -24,7 +24,7 @@ class Epochs:
     Args:
         model: what trains; `course.net`, wrapped for many devices or not.
         rows: the epoch rows of the log so far, to which this adds.
-        replay, profile: a Replay and a Profile, or None.
+        replay, profile: a GraphedSteps and a Profile, or None.
     """
 
     def __init__(self, args, course, model, rows, progress, replay=None, profile=None):
@@ -51,10 +51,10 @@ class Epochs:
         with profile.evaluation() if profile else nullcontext():
             if isinstance(course.optimizer, agd.SpectralAGD):
                 recalibrate(course, epoch)
-            world.share(net.buffers())  # batch-norm statistics: those of the first rank
+            world.broadcast(net.buffers())  # batch-norm statistics: those of the first rank
             tested = evaluate(
                 net, data.test, course.loss_fn, course.gradient.micro_bs, course.after_test_batch
-            ).read(world.sum_in_order)
+            ).read(world.all_reduce_in_order)
         complete(tested, data.test, world)
         together(net, epoch, world)
         seconds = before + time.perf_counter() - began
@@ -106,7 +106,7 @@ class Epochs:
             self.progress.note(
                 f"Memory ran out: {gradient.micro_bs} images at a time from now on"
             )
-        return totals.read(course.world.sum_in_order)
+        return totals.read(course.world.all_reduce_in_order)
 
 
 def recalibrate(course, epoch):
@@ -199,7 +199,7 @@ def not_finite(args, epoch, losses):
 def complete(figures, batches, world, missing=0):
     """Raises where an epoch did not see every image once, over all the ranks; `missing` of them
     could not be decoded before the batches began."""
-    missing += sum(world.gather(batches.missing))
+    missing += sum(world.all_gather_object(batches.missing))
     if figures["examples"] + missing != batches.examples:
         raise RankError(
             f"{figures['examples']} images went through the network and {missing} could not be "
@@ -211,7 +211,7 @@ def complete(figures, batches, world, missing=0):
 
 def together(net, epoch, world):
     """Raises where the ranks do not hold the same weights, to the bit."""
-    drifted = world.drifted(net.parameters())
+    drifted = world.ranks_that_differ(net.parameters())
     if drifted:
         ranks = f"rank {drifted[0]} holds other weights than the rest"
         if len(drifted) > 1:

@@ -9,12 +9,12 @@ from collections import deque
 
 import torch
 
-from distributed.queue import in_a_job, requeue
-from distributed.votes import Later, Votes
-from finite import culprit
-from interrupt import ANNOUNCED, NOTHING, SAVE, STOP
-from run import RunError
-from train import Totals
+from distributed.delayed import DelayedMax, DelayedReads
+from distributed.slurm import in_a_job, requeue
+from runs.log import RunError
+from training.control import ANNOUNCED, NOTHING, SAVE, STOP
+from training.metrics import Totals
+from training.nonfinite import first_nonfinite
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
 SEEDING = threading.Lock()  # the global generator is that of all the threads
@@ -68,7 +68,7 @@ class Course:
         self.totals, self.before, self.tried = None, 0.0, 0
         self.asked = self.micro_bs = micro_bs
         self.draws, self.saved, self.refused, self.seed = draws, False, False, seed
-        self.votes, self.etas, self.places = Votes(world), Later(world.device), deque()
+        self.votes, self.etas, self.places = DelayedMax(world), DelayedReads(world.device), deque()
         self.not_finite = []  # (epoch, step) of the last steps in a row without a finite gradient
         self.so_far = self.seconds_before = None  # set as an epoch goes on
         self.failure, self.saving = None, 0.0  # why the last checkpoint failed; seconds for all
@@ -189,7 +189,7 @@ class Course:
         if decided == STOP:
             raise Ended("interrupted")
         if decided == ANNOUNCED and in_a_job() and not self.refused:
-            refusal = self.world.agree(requeue() if self.run else None)
+            refusal = self.world.broadcast_object(requeue() if self.run else None)
             if refusal is None:
                 raise Ended("requeued")
             self.note(f"SLURM does not take the job back ({refusal}): going on")
@@ -200,12 +200,12 @@ class Course:
     def save(self, totals):
         """Write a checkpoint of this moment; `totals` are those of the epoch under way."""
         self._count(self.etas.rest())
-        state = None if totals is None else totals.state(self.world.sum_in_order)
+        state = None if totals is None else totals.state(self.world.all_reduce_in_order)
         seconds = 0.0 if totals is None else self.seconds_of_epoch()
         missing, bad = self.missing, [set(), set()]
         if hasattr(self.data.train, "bad_images"):
             found = [(part.missing, part.bad_images) for part in self.data[:2]]
-            found = self.world.gather(found)
+            found = self.world.all_gather_object(found)
             bad = [sorted(set().union(*(rank[i][1] for rank in found))) for i in range(2)]
             if totals is not None:
                 missing += sum(rank[0][0] for rank in found)
@@ -255,8 +255,8 @@ class Course:
         batch = next(iter(train))
         if self.gradient.sync_bn:
             self.net.eval()  # where the ranks do not wait for one another
-        found = culprit(self.net, self.loss_fn, *batch, self.gradient.micro_bs)
-        found = next((x for x in self.world.gather(found) if x is not None), None)
+        found = first_nonfinite(self.net, self.loss_fn, *batch, self.gradient.micro_bs)
+        found = next((x for x in self.world.all_gather_object(found) if x is not None), None)
         raise Ended(
             f"{IN_A_ROW} steps in a row had no finite gradient, the last of them epoch {epoch}, "
             f"step {step}" + (f": the first that is not finite is {found}" if found else ""),

@@ -73,11 +73,11 @@ def average_statistics(net, world):
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
             weight = norm.num_batches_tracked.to(norm.running_mean)
             total = weight.clone()
-            world.sum_in_order(total)
+            world.all_reduce_in_order(total)
             weight = torch.where(total > 0, weight / total, 1 / world.size)
             for x in (norm.running_mean, norm.running_var):
                 x *= weight
-                world.sum_in_order(x)
+                world.all_reduce_in_order(x)
 
 
 class _Sum(torch.autograd.Function):

@@ -10,18 +10,21 @@ from contextlib import suppress
 
 import torch
 
-from gradient import RECORDING
-from train import Totals, sums
+from cli import UserError
+from training.gradient import RECORDING
+from training.metrics import Totals, sums
 
 FAILURES = []  # why recordings in this process have failed
 EAGER = 3  # steps of a size before it is recorded, in which libraries and optimisers set up
 
 
-class RecordingError(RuntimeError):
+class RecordingError(UserError):
     """A step cannot be recorded; the message says why."""
 
+    exit_code = 1
 
-class Replay:
+
+class GraphedSteps:
     """The steps of an epoch of array batches, by the graphs of one `step` for each size of batch.
 
     Every step is the next one of the training: the first `eager` of a size run as they are, and
@@ -141,8 +144,8 @@ class Replay:
 
 
 def cuda_recorder():
-    """record(work) of Replay, with CUDA graphs that share their memory: each is replayed from its
-    first kernel to its last, and only what Replay holds outlives that."""
+    """record(work) of GraphedSteps, with CUDA graphs that share their memory: each is replayed from its
+    first kernel to its last, and only what GraphedSteps holds outlives that."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(work):
@@ -164,7 +167,7 @@ def cuda_recorder():
 
 
 def replayed(graph):
-    """Replay a graph while no other thread records one: torch before 2.12 counts a replay's random
+    """GraphedSteps a graph while no other thread records one: torch before 2.12 counts a replay's random
     numbers, of which there are none, in the generator that a recording has taken for itself."""
     with RECORDING:
         graph.replay()

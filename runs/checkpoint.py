@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from data.common import printable
+from cli import printable
+from runs.files import sync_folder
 
 
 class Damaged(ValueError):
@@ -151,16 +152,6 @@ def plain(value, name="it"):
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
         return value.item()
     raise TypeError(f"{name} is a {type(value).__name__}")
-
-
-def sync_folder(folder):
-    """Have the names in a folder outlive a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _holds(path, data):

@@ -9,13 +9,13 @@ import contextlib
 import json
 import math
 import os
-import re
 import stat
 import weakref
-import zlib
 from pathlib import Path
 
-from checkpoint import Checkpoints, Damaged, plain, sync_folder
+from cli import UserError
+from runs.checkpoint import Checkpoints, Damaged, plain
+from runs.files import sync_folder
 
 KEYS = {"epoch", "settings", "net", "optimizer"}  # of a checkpoint
 FIGURES = {  # of rows, numbers or null
@@ -34,7 +34,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(LOCKS)])
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """The run cannot begin, or go on from what lies on disk; the message says what to do about it.
     """
 
@@ -93,7 +93,7 @@ def _check(row, line):
             raise ValueError(f"line {line} has no {key}")
 
 
-class Run:
+class RunLog:
     """The files of one run. `settings` is what shapes its result: what lies there of a run of the
     same name counts only if it has the same settings.
 
@@ -311,17 +311,6 @@ class Run:
             self.checkpoints.discard()
         except OSError as error:
             raise RunError(f"{error.filename} cannot be removed: {error.strerror}") from error
-
-
-def run_name(*parts):
-    """A file name for every system from words and numbers; None is left out."""
-    parts = [str(part) for part in parts if part is not None]
-    words = [re.sub(r"[^A-Za-z0-9.+]+", "_", part).strip("_.") for part in parts]
-    name = "-".join(words)
-    # What was replaced or cut still tells runs apart; systems allow 255 bytes with the suffix.
-    if words != parts or len(name) > 120:
-        name = f"{name[:110]}-{zlib.crc32(repr(parts).encode()):08x}"
-    return name
 
 
 def _resumed(then, now, checkpoint):
