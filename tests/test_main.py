@@ -19,9 +19,11 @@ import main as program
 from architecture.fcn import FCN
 from data import load
 from flags import no_graph, parse
+from runs.log import RunLog
 from runs.name import name_and_settings
 from tests.conftest import ROOT, with_norms
 from training.losses import mse
+from training.optimizers import set_capturable
 from training.step import evaluate
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
@@ -515,7 +517,7 @@ DIGITS = ["--dataset", "digits", "--depth", "3", "--width", "16", "--cpu"]
 
 def test_a_start_does_not_import_the_compiler():
     command = (
-        "import sys, torch, optimizers; from agd import AGD\n"
+        "import sys, torch; from training import optimizers; from agd import AGD\n"
         "net = torch.nn.Linear(2, 2, bias=False)\n"
         "optimizer = AGD(net.parameters())\n"
         "net(torch.ones(1, 2)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n"
@@ -556,7 +558,7 @@ def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr("flags.no_graph", lambda args: None)
     monkeypatch.setattr("training.cuda_graph.cuda_recorder", recorder)
     # Adam counts on the device in a graph, and not on a CPU.
-    monkeypatch.setattr(program, "set_capturable", lambda *args: None)
+    monkeypatch.setattr("training.trainer.set_capturable", lambda *args: None)
     assert call(*flags, "--out", graphs) == 0
     assert len(replayed) == 4 * 12 - 2 * 3
     assert call(*flags, "--out", parts) == 0
@@ -696,16 +698,16 @@ def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
     weight.grad = torch.ones(2)
     optimizer = torch.optim.Adam([weight])
     optimizer.step()
-    program.set_capturable(optimizer, True, "meta")
+    set_capturable(optimizer, True, "meta")
     assert optimizer.param_groups[0]["capturable"]
     assert optimizer.state[weight]["step"].device.type == "meta"
     optimizer.state[weight]["step"] = torch.ones(())
     with pytest.raises(AssertionError):
         optimizer.step()
-    program.set_capturable(optimizer, False, "meta")
+    set_capturable(optimizer, False, "meta")
     optimizer.step()
     assert optimizer.state[weight]["step"] == 2
-    program.set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing
+    set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing
 
 
 def test_runs_at_once_have_streams_of_their_own_that_later_ones_take_over(monkeypatch):

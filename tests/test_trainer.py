@@ -18,10 +18,10 @@ from data import load
 from runs.checkpoint import unpack
 from tests.conftest import ROOT, with_norms
 from tests.test_main import QUICK, comparable, rows, weights
-from training import course
 from training.control import ANNOUNCED, NOTHING, SAVE, STOP, Requests
 from training.losses import mse
 from training.nonfinite import first_nonfinite
+from training.trainer import Trainer
 
 STEPS = 12  # an epoch of the digits
 SMALL = ["--dataset", "digits", "--train_examples", "90", "--test_examples", "60", "--train_bs",
@@ -142,7 +142,7 @@ def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
     assert call(*flags, "--out", tmp_path / "whole")[0] == 0
     monkeypatch.setattr("flags.no_graph", lambda args: None)
     monkeypatch.setattr("training.cuda_graph.cuda_recorder", lambda: lambda work: work)
-    monkeypatch.setattr(program, "set_capturable", lambda *args: None)
+    monkeypatch.setattr("training.trainer.set_capturable", lambda *args: None)
     for k in (1, 7, STEPS, STEPS + 3):
         out = tmp_path / str(k)
         assert call(*flags, "--out", out, asked={k: STOP})[0] == 130
@@ -201,13 +201,13 @@ def test_what_memory_allowed_stays_unless_something_else_is_asked(flags, tmp_pat
 
 
 def test_checkpoints_come_as_often_as_is_asked(tmp_path, monkeypatch):
-    written, write = [], course.Course.save
+    written, write = [], Trainer.save
 
     def save(self, totals):
         write(self, totals)
         written.append((self.epoch, self.step))
 
-    monkeypatch.setattr(course.Course, "save", save)
+    monkeypatch.setattr(Trainer, "save", save)
     assert call(*SMALL, "--out", tmp_path / "a")[0] == 0
     assert written == [(1, 0), (2, 0)]
     written.clear()
