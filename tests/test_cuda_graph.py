@@ -12,6 +12,7 @@ from tests.test_agd import Reads
 from training.cuda_graph import GraphedSteps, RecordingError, cuda_recorder
 from training.losses import mse
 from training.metrics import Totals
+from training.optimizers import set_capturable
 from training.step import Step, evaluate, set_training, show_average, steps
 
 CPU = torch.device("cpu")
@@ -262,3 +263,21 @@ def test_a_graph_writes_to_the_same_places_whatever_the_epoch(optimizer):
         places.add(tuple(x.data_ptr() for x in fixed))
         assert all(p.grad is None for p in net.parameters())
     assert len(places) == 1
+
+
+def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
+    """Adam counts its steps on the device in a graph, and refuses to do so on a CPU."""
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight])
+    optimizer.step()
+    set_capturable(optimizer, True, "meta")
+    assert optimizer.param_groups[0]["capturable"]
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    optimizer.state[weight]["step"] = torch.ones(())
+    with pytest.raises(AssertionError):
+        optimizer.step()
+    set_capturable(optimizer, False, "meta")
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing
