@@ -1,403 +1,229 @@
-"""Feeds hostile inputs to the readers of a user's files: `python -m scripts.fuzz`.
+"""Feed hostile files to the readers of a user's files: `python -m tests.fuzz` (Linux).
 
-    --target npz          data.arrays.load_arrays
-             jsonl        run.read_rows
-             checkpoint   checkpoint.unpack
-             folder       data.folders: the list of images, and every image; data.layout
-    --engine mutate       files that were damaged or forged, a function of --seed and its index
-             hypothesis   the same changes, drawn by hypothesis (pip install hypothesis)
-             atheris      guided by what the inputs reach (pip install atheris; Linux)
-
-A finding is an input that makes a reader raise anything but its documented error, or run code,
-write, start a process, take more than 5 seconds or some hundred megabytes, or end the process.
-Every target is read in a process of its own, which is started again where an input ended it. Exit
-code: 0 without findings, 1 with some, 2 a wrong flag.
+Hypothesis damages and forges whole files: prepared data sets, a log, a record and a checkpoint of
+main.py, images. A finding is an input that makes its reader raise anything but the documented
+error, run code, write, start a process, take more than SECONDS or MEMORY, or end the process: it
+ends the fuzzing of that reader, and its file is kept. Inputs are a function of --seed. Exit code:
+0 without findings, 1 with one.
 """
 
 import argparse
-import base64
-import contextlib
-import importlib.util
+import faulthandler
+import io
 import json
 import multiprocessing
 import os
-import platform
-import random
-import shlex
+import pickle
+import resource
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import warnings
+import zipfile
 from pathlib import Path
 
-from scripts import mutations
+import hypothesis
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
 
-TARGETS = ("npz", "jsonl", "checkpoint", "folder")
-ENGINES = ("mutate", "hypothesis", "atheris")
+from cli import UserError
+from data import load
+from data.arrays import load_arrays
+from runs import record
+from runs.checkpoint import Damaged, unpack
+from runs.log import read_rows
+
+BATCH = 1000  # inputs for which hypothesis remembers what it has drawn
 SECONDS = 5  # for an input
-STUCK = 60  # without a new input, in code that no alarm of Python's reaches
-ADDRESSES = 4 * 2**30  # bytes that a process may reserve beside what it has at the start
-# Bytes that an input may add to the most memory used so far. PIL decodes up to 179 million pixels.
-MEMORY = {"npz": 2**28, "jsonl": 2**28, "checkpoint": 2**28, "folder": 2**30}
-FORBIDDEN = {
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile",
-    "subprocess.Popen", "pty.spawn", "socket.connect", "socket.bind", "ctypes.dlopen", "os.remove",
-    "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
-    "os.truncate", "os.putenv", "shutil.rmtree", "shutil.move", "pickle.find_class",
-}  # fmt: skip
+MEMORY = {"images": 2**30}  # bytes for an input, else 2**28. PIL decodes up to 179 million pixels
+EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "pickle.find_class", "ctypes.dlopen", "pty.")
+HARMLESS = ("os.listdir", "os.scandir")
+LENGTHS = (0, 1, 1, 2, 4, 8, 30, 200, 2000, 2**20)
+# Words of the formats, and what other readers have fallen over.
+TOKENS = [
+    b"",
+    *(n.to_bytes(8, order) for n in (1, 2**31, 2**63, 2**64 - 1) for order in ("little", "big")),
+    b"'|O'", b"'<i8'", b"True", b"(9999999999, 9, 9, 3)", b"PK\1\2", b"PK\3\4", b"PK\5\6", b"-1",
+    b"\x93NUMPY\2\0", b"[" * 3000, b'{"a":' * 3000, b"9" * 4400, b"null", b"NaN", b"1e999", b"{",
+    b'"\\ud800"', b'"kind"', b"}", b"]", b",", b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b")R",
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nTensor\n", b"ctorch\nFloatStorage\n", b"]2a",
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"\x8e" + b"\xff" * 8, b"r\xff\xff\xff\x7f", b"IHDR",
+    b"IDAT", b"\xff\xd8", b"\xff\xda", b"\xff\xc2", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+]  # fmt: skip
 
 
-class Hang(BaseException):  # so that no reader takes it for an error in its file
-    pass
+class Harm:
+    def __reduce__(self):
+        return os.system, ("true",)
 
 
-class Forbidden(BaseException):
-    pass
-
-
-class Guard:
-    """Runs a reader on an input and tells what it did."""
-
-    def __init__(self, memory, seconds=SECONDS):
-        self.memory, self.seconds, self.watching, self.heard = memory, seconds, False, []
-        sys.addaudithook(self._hear)  # which stays for as long as the process
-
-    def __call__(self, read, path):
-        """(True, None) if the file was accepted, (False, None) if it was refused as documented,
-        (False, what happened) for a finding."""
-        forget_peak()
-        self.heard, before, accepted, said = [], peak_memory(), False, None
-        alarm = signal.signal(signal.SIGALRM, _ring)
-        try:
-            self.watching = True
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            accepted = read(path)
-        except Hang:
-            said = f"it took more than {self.seconds} s"
-        except Forbidden:
-            pass  # and was heard
-        except BaseException as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            said = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.watching = False
-            signal.signal(signal.SIGALRM, alarm)
-        more = peak_memory() - before
-        if more > self.memory:
-            said = f"it took {more // 2**20:,} MB"
-        if self.heard or mutations.RAN:
-            said = f"it ran: {', '.join(self.heard) or 'a pickle'}"
-            mutations.RAN.clear()
-        return (False, said[:500]) if said else (accepted, None)
-
-    def _hear(self, event, args):
-        if not self.watching:
-            return
-        if event == "open":
-            _, mode, flags = args
-            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if not writes and not (mode and set(mode) & set("wax+")):
-                return
-        elif event in ("compile", "exec"):  # not of a module that is imported
-            code = args[1] if event == "compile" else getattr(args[0], "co_filename", None)
-            if code != "<string>":
-                return
-        elif event not in FORBIDDEN:
-            return
-        self.heard.append(event)
-        raise Forbidden(event)
-
-
-def _ring(*_):
-    raise Hang
-
-
-def forget_peak():
-    """Have the peak of memory be that of now, where the system can: on Linux."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def peak_memory():
-    """Bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reader(target, scratch):
-    """(lay, read): lay(data) makes a file or a folder of an input; read(path) is True where the
-    reader accepts it, False where it refuses, and otherwise raises."""
-    scratch = Path(scratch)
-    path = scratch / f"input.{target}"
-
-    def lay(data):
-        path.write_bytes(data)
-        return path
-
-    if target == "npz":
-        from data.arrays import load_arrays as function
-        from data.common import DataError as documented
-    elif target == "jsonl":
-        from runs.log import RunError as documented
-        from runs.log import read_rows as function
-    elif target == "checkpoint":
-        from runs.checkpoint import Damaged as documented
-        from runs.checkpoint import unpack
-
-        def function(path):
-            return unpack(path.read_bytes())
-    else:
-        return _folder_reader(scratch)
-
-    def read(path):
-        try:
-            function(path)
-        except documented:
-            return False
-        return True
-
-    return lay, read
-
-
-def _folder_reader(scratch):
-    from data.common import DataError
-    from data.folders import _Images, list_images
-    from data.imagenet_layout import read_layout
-
-    image, root = mutations.seeds("folder")[0][1:], scratch / "folder"
-
-    def lay(data):
-        if data[:1] != b"T":
-            path = scratch / "input.jpg"
-            path.write_bytes(data[1:])
-            return path
-        if root.exists():
-            shutil.rmtree(root)
-        mutations.lay_out(data[1:], root, image)
-        return root
-
-    def read(path):
-        if path != root:
-            return _Images([(str(path), 0)], 16, True, 0)[0, 0][2] is None
-        try:
-            _, samples = list_images(root / "train")
-            images = _Images(samples, 16, False, 0)
-            bad = [images[0, i][2] for i in range(len(samples))]
-            "".join(text for found in bad if found for text in found).encode()  # can be printed
-            read_layout(root)
-        except DataError as error:
-            str(error).encode()
-            return False
-        return not any(bad)
-
-    return lay, read
-
-
-def rng_of(seed, target, index):
-    return random.Random(f"{seed} {target} {index}")
-
-
-def work(target, engine, seed, first, inputs, seconds, scratch, counts):
-    """Feeds inputs `first` to `inputs`; runs in a process of its own. `counts`, shared, is inputs
-    begun, refused, accepted; findings are lines of scratch/findings."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 2)  # libtiff and libjpeg print what they think of a file
-    os.dup2(sink, 1)
-    warnings.simplefilter("ignore")
-    try:
-        if engine == "atheris":
-            import atheris
-            import torch._weights_only_unpickler as unpickler
-            import torchvision  # noqa: F401, all of torch would take minutes to instrument
-
-            atheris.instrument_func(unpickler.Unpickler.load)
-            with atheris.instrument_imports(include=["data", "run", "checkpoint"]):
-                lay, read = reader(target, scratch)
-        else:
-            lay, read = reader(target, scratch)
-        known = mutations.seeds(target)
-        for data in known:  # what is imported at first use is no finding
-            read(lay(data))
-        mutations.RAN.clear()
-        limit_addresses()
-        guard, until = Guard(MEMORY[target]), time.monotonic() + seconds
-
-        def feed(data, index):
-            path = lay(data)
-            counts[0] = index + 1
-            accepted, said = guard(read, path)
-            if said is None:
-                counts[2 if accepted else 1] += 1
-            else:
-                note(scratch, index, said, data)
-            return time.monotonic() < until
-
-        ENGINE[engine](feed, target, known, seed, first, inputs)
-    except Exception:
-        note(scratch, counts[0], traceback.format_exc(), b"")
-
-
-def note(scratch, index, said, data):
-    line = {"index": index, "said": said, "input": base64.b64encode(data[:20000]).decode()}
-    with open(Path(scratch, "findings"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def limit_addresses():
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + ADDRESSES
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def by_mutation(feed, target, known, seed, first, inputs):
-    for index in range(first, inputs):
-        if not feed(mutations.mutated(rng_of(seed, target, index), target, known), index):
-            return
-
-
-def by_hypothesis(feed, target, known, seed, first, inputs):
-    import hypothesis
-    from hypothesis import strategies
-
-    count, going = first, True
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=inputs - first, deadline=None, database=None,
-                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
-    @hypothesis.given(strategies.randoms(use_true_random=False))
-    def search(rng):
-        nonlocal count, going
-        if going and count < inputs:
-            going = feed(mutations.mutated(rng, target, known), count)
-            count += 1
-
-    search()
-
-
-def by_atheris(feed, target, known, seed, first, inputs):
-    import atheris
-
-    count = first
-
-    def one(data):
-        nonlocal count
-        going = feed(bytes(data), count)
-        count += 1
-        if count >= inputs or not going:
-            os._exit(0)
-
-    def change(data, size, number):
-        rng = random.Random(number)
-        if rng.random() < 0.5:
-            return atheris.Mutate(data, len(data))
-        return mutations.mutated(rng, target, [bytes(data) or b"\0", *known])[:size]
-
-    corpus = Path(tempfile.mkdtemp(prefix="corpus"))
-    for i, data in enumerate(known):
-        (corpus / str(i)).write_bytes(data)
-    flags = [f"-seed={seed + 1}", "-timeout=0", "-rss_limit_mb=0", "-max_len=20000"]
-    atheris.Setup([sys.argv[0], *flags, str(corpus)], one, custom_mutator=change)
-    atheris.Fuzz()
-
-
-ENGINE = {"mutate": by_mutation, "hypothesis": by_hypothesis, "atheris": by_atheris}
-
-
-def fuzz(target, engine, seed, first, inputs, seconds, task=work):
-    """A row of the table: counts, findings, seconds. `task` is what each process runs."""
-    context, began = multiprocessing.get_context("spawn"), time.monotonic()
-    counts, findings = context.Array("q", [first, 0, 0], lock=False), []
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        while counts[0] < inputs and (left := seconds - (time.monotonic() - began)) > 0:
-            start = counts[0]
-            process = context.Process(
-                target=task, args=(target, engine, seed, start, inputs, left, scratch, counts)
-            )
-            process.start()
-            ended = _wait(process, counts)
-            file = Path(scratch, "findings")
-            if file.exists():
-                findings += [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-                file.unlink()
-            if ended is None:
-                break
-            # The last input begun; none at all is a fault of this script's.
-            begun = counts[0] - 1 if counts[0] > start else None
-            findings.append({"index": begun, "said": ended})
-            if begun is None:
-                break
+def make_seeds(folder):
+    """{reader: [whole files of its kind, and some that would run code]}; uses an empty folder."""
+    flags = "--arch fcn --depth 2 --width 4 --dataset digits --epochs 1 --log_steps --out".split()
+    subprocess.run([sys.executable, "main.py", *flags, folder], check=True, capture_output=True)
+    (log,), (checkpoint,) = Path(folder).rglob("*.jsonl"), Path(folder).rglob("*.pt")
+    facts = json.loads(log.with_suffix(".run.json").read_text())
+    facts["code"]["diff"] = None
+    pixels = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
+    arrays = {f"{split}_{key}": x for split in ("train", "test")
+              for key, x in (("images", pixels), ("labels", np.arange(6) % 3))}  # fmt: skip
+    objects = {**arrays, "train_images": np.array([Harm()] * 6, dtype=object)}
+    y, x = np.mgrid[:20, :30]
+    image = Image.fromarray(np.stack([8 * x, 12 * y, x * y % 256], 2).astype(np.uint8))
+    kinds = ("RGB JPEG", "L JPEG", "CMYK JPEG", "RGB PNG", "P PNG", "RGBA PNG", "P GIF", "RGB BMP",
+             "RGB PPM", "RGB WEBP", "RGB TIFF", "1 TIFF", "RGB EPS")  # fmt: skip
+    images = [made(image.convert(mode).save, kind) for mode, kind in map(str.split, kinds)]
+    images += [made(image.save, "JPEG", progressive=True), made(image.save, "MPO", save_all=True),
+               made(image.save, "TIFF", compression="tiff_lzw")]  # fmt: skip
+    harmful = [pickle.dumps({"epoch": 1, "net": Harm()}), made(lambda f: torch.save(Harm(), f))]
     return {
-        "target": target, "engine": engine, "inputs": counts[0] - first, "refused": counts[1],
-        "accepted": counts[2], "findings": findings, "seconds": time.monotonic() - began,
+        "npz": [made(np.savez, **arrays), made(np.savez_compressed, **arrays),
+                made(np.savez, **objects)],
+        "log": [log.read_bytes(), log.read_bytes()[:-5]],
+        "record": [json.dumps(facts, indent=1).encode()],
+        "checkpoint": [*[checkpoint.read_bytes()] * 4, *harmful],
+        "images": images,
     }  # fmt: skip
 
 
-def _wait(process, counts):
-    """How a process was ended by an input, None where it came to its own end."""
-    seen, since = counts[0], time.monotonic()
-    while process.is_alive():
-        process.join(0.2)
-        if counts[0] != seen:
-            seen, since = counts[0], time.monotonic()
-        elif time.monotonic() - since > STUCK + 60 * (seen == 0):  # torch is slow to import
-            process.kill()
-            process.join()
-            return f"it hung for {STUCK} s"
-    code = process.exitcode
-    if not code:
-        return None
-    return f"it ended the process, {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+def made(write, *args, **options):
+    file = io.BytesIO()
+    write(file, *args, **options)
+    return file.getvalue()
+
+
+def read_images(path):
+    """Go through folders in which each image is `path`."""
+    root = path.with_name("images")
+    for name in () if root.exists() else ("train/a", "train/b", "val/a", "val/b"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.jpg").symlink_to(path)
+    for batches in load(f"folder:{root}", None, 4, 4, torch.device("cpu"), image_size=16)[:2]:
+        for _ in batches:
+            pass
+
+
+READERS = {"npz": load_arrays, "log": read_rows, "record": record.read,
+           "checkpoint": lambda path: unpack(path.read_bytes()), "images": read_images}  # fmt: skip
+
+
+def mutated(data, program):
+    """`data` with a change for every five bytes of `program`: in which record of an archive, whose
+    checksum is made right again, from which byte on, of how many, and what replaces them."""
+    records = [("", data)]
+    if archive := data[:2] == b"PK" and program[0] % 4:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            records = [(name, file.read(name)) for name in file.namelist()]
+    for which, high, low, length, new in zip(*[iter(program)] * 5):
+        i = which * (which % 2) % len(records)  # half of all in the first: a checkpoint's pickle
+        name, content = records[i]
+        at = (low if high % 2 else 256 * high + low) % (len(content) + 1)  # often in the header
+        end = at + LENGTHS[length % len(LENGTHS)]
+        new = [*TOKENS, content[at:end] * 3, bytes([new])][min(new, len(TOKENS) + 1)]
+        if high > 250:
+            records[i] = f"{name}{new.decode('latin-1')}"[:99], records[-1][1]
+        else:
+            records[i] = name, content[:at] + new + content[end:]
+    if not archive:
+        return records[0][1]
+    return made(write_archive, records)
+
+
+def write_archive(file, records):
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in records:
+            archive.writestr(zipfile.ZipInfo(name), content)  # without the time of day
+
+
+def fuzz(read, files, inputs, folder, seed=0, memory=2**28, seconds=SECONDS):
+    """Feed `inputs` made of `files` to read(path) in a process of its own; returns [begun, refused,
+    accepted], and the finding or ""."""
+    context = multiprocessing.get_context("fork")
+    counts = context.Array("q", 3, lock=False)
+    args = (read, files, inputs, folder, seed, memory, seconds, counts)
+    process = context.Process(target=feed, args=args)
+    process.start()
+    process.join()
+    message = Path(folder, "stderr").read_text(errors="replace")[-2000:]
+    return counts[:], f"exit code {process.exitcode}: {message}" if process.exitcode else ""
+
+
+def feed(read, files, inputs, folder, seed, memory, seconds, counts):
+    """Feed `inputs` in this process, which a finding ends."""
+    path, watching = Path(folder, "input"), False
+    with open(Path(folder, "stderr"), "wb") as file:
+        os.dup2(file.fileno(), 1)  # libtiff and libjpeg print
+        os.dup2(file.fileno(), 2)
+
+    def end(message):
+        os.write(2, message.encode())
+        os._exit(1)
+
+    def audit(event, args):
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        runs = event == "compile" and args[1] == "<string>"
+        if watching and (writes or runs or event.startswith(EVENTS) and event not in HARMLESS):
+            end(f"it ran {event}")
+
+    def attempt(data, program):
+        nonlocal watching
+        path.write_bytes(mutated(data, program))
+        counts[0] += 1
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        watching = True
+        try:
+            read(path)
+            outcome = 2
+        except (UserError, Damaged):
+            outcome = 1
+        except BaseException:
+            watching = False
+            end(traceback.format_exc())
+        watching = False
+        faulthandler.cancel_dump_traceback_later()
+        counts[outcome] += 1
+
+    for data in files:  # what is imported at first use is no finding
+        attempt(data, b"\0")
+    counts[:] = 0, 0, 0
+    sys.addaudithook(audit)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + memory] * 2)
+    for first in range(0, inputs, BATCH):
+        limits = hypothesis.settings(
+            max_examples=min(BATCH, inputs - first), deadline=None, database=None,
+            phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        given = hypothesis.given(st.sampled_from(files), st.binary(min_size=5, max_size=20))
+        hypothesis.seed(f"{seed} {first}")(limits(given(attempt)))()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.fuzz", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--inputs", type=int, default=100_000, help="of all the targets together")
-    add("--first", type=int, default=0, metavar="INDEX", help="of mutate: the index to begin at")
-    add("--seconds", type=float, default=float("inf"), help="for each target, at most")
-    add("--target", choices=[*TARGETS, "all"], default="all")
-    add("--engine", choices=ENGINES, default="mutate")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, metavar="FILE", help="write the table as JSON, too")
-    args = parser.parse_args(argv)
-    if args.engine != "mutate" and importlib.util.find_spec(args.engine) is None:
-        parser.error(f"--engine {args.engine}: pip install {args.engine}")
-    targets = TARGETS if args.target == "all" else (args.target,)
-    print("target      engine        inputs   refused  accepted  findings  seconds")
-    rows = []
-    for target in targets:
-        end = args.first + args.inputs // len(targets)
-        row = fuzz(target, args.engine, args.seed, args.first, end, args.seconds)
-        rows.append(row)
-        print(f"{target:<10}  {args.engine:<10} {row['inputs']:>9,} {row['refused']:>9,} "
-              f"{row['accepted']:>9,} {len(row['findings']):>9,} {row['seconds']:>8,.0f}",
-              flush=True)  # fmt: skip
-        for finding in row["findings"][:5]:
-            print(f"  {finding['index']}: {finding['said']}")
-    if args.out:
-        given = sys.argv[1:] if argv is None else argv
-        write(args.out, rows, shlex.join(["python", "-m", "scripts.fuzz", *given]))
-    return int(any(row["findings"] for row in rows))
-
-
-def write(path, rows, command):
-    from importlib.metadata import version
-
-    packages = ["torch", "torchvision", "numpy", "pillow"]
-    packages += [row["engine"] for row in rows[:1] if row["engine"] != "mutate"]
-    versions = {"python": platform.python_version(), **{x: version(x) for x in packages}}
-    content = {"command": command, "versions": versions, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Print a table in Markdown; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=100_000, help="of all readers together")
+    parser.add_argument("--seed", type=int, default=0)
+    args, code, folder = parser.parse_args(argv), 0, tempfile.mkdtemp(prefix="fuzz-")
+    seeds, inputs = make_seeds(folder), args.inputs // len(READERS)
+    print("| reader | inputs | refused | accepted | finding | seconds |\n" + "| --- " * 6 + "|")
+    for name, read in READERS.items():
+        began, memory = time.monotonic(), MEMORY.get(name, 2**28)
+        counts, finding = fuzz(read, seeds[name], inputs, folder, args.seed, memory)
+        kept = f"{folder}/{name}" if finding else "none"
+        cells = [name, *(f"{n:,}" for n in counts), kept, round(time.monotonic() - began)]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        if finding:
+            code = 1
+            shutil.copy(Path(folder, "input"), kept)
+            print(finding)
+    if not code:
+        shutil.rmtree(folder)
+    return code
 
 
 if __name__ == "__main__":

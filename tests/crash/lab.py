@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300  # seconds after which a process hangs
 GRACE = 20  # seconds to save and end in; SLURM's KillWait is 30 by default
 ALIVE = set()  # the process groups that `end_all` kills
+
+
+say = partial(print, flush=True)
 
 
 class Case(NamedTuple):
@@ -116,7 +120,7 @@ class Lab:
     kind, `seconds` how long it took, `start` of them before the first step, `size` a checkpoint's
     bytes, `bytes` those of all its files."""
 
-    def __init__(self, case, folder, program=ROOT / "main.py", say=print, device="cpu"):
+    def __init__(self, case, folder, program=ROOT / "main.py", say=say, device="cpu"):
         self.case, self.program, self.say, self.device = case, str(program), say, device
         self.folder, self.disk = Path(folder), Path(folder, "disk")
         self.out = self.disk / "out"

@@ -87,6 +87,8 @@ class Victim:
 
     def install(self):
         import torch
+        from torch.nn.modules.module import register_module_forward_pre_hook
+        from torch.optim.optimizer import register_optimizer_step_post_hook
 
         fsync = os.fsync
 
@@ -101,8 +103,8 @@ class Victim:
 
         os.fsync = counted_fsync
         sys.addaudithook(self.audit)
-        torch.nn.modules.module.register_module_forward_pre_hook(before_module)
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: self.moment("step"))
+        register_module_forward_pre_hook(before_module)
+        register_optimizer_step_post_hook(lambda *_: self.moment("step"))
 
 
 def main():
