@@ -149,7 +149,7 @@ def fuzz(read, files, inputs, folder, seed=0, memory=2**28, seconds=SECONDS):
     process = context.Process(target=feed, args=args)
     process.start()
     process.join()
-    message = Path(folder, "stderr").read_text(errors="replace")[-2000:]
+    message = Path(folder, "stderr").read_text(errors="replace")[-8000:]
     return counts[:], f"exit code {process.exitcode}: {message}" if process.exitcode else ""
 
 

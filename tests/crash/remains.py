@@ -11,12 +11,14 @@ APART = {"seconds", "saving_seconds", "images_per_second", "date", "resumed"}
 
 
 def snapshot(out):
-    """{place: value} of the newest checkpoint, the log's rows and the files' names below `out`.
-    Raises torch's error where the newest checkpoint is damaged."""
+    """{place: value} of the newest checkpoint, the log's rows and the files' names below `out`."""
     paths = (path for path in Path(out).rglob("*") if path.is_file())
     names = [str(x.relative_to(out)) for x in paths if x.suffix not in (".lock", ".damaged")]
     rows = [{k: x for k, x in row.items() if k not in APART} for row in read_rows(out)]
-    checkpoint = good_checkpoint(out, ("*.pt",))
+    try:
+        checkpoint = good_checkpoint(out, ("*.pt",))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        checkpoint = repr(error)
     files = dict.fromkeys(names, "there")
     return dict(leaves({"file": files, "checkpoint": checkpoint, "row": rows}))
 

@@ -26,6 +26,7 @@ from tests.crash.lab import PATIENCE, Case, Child, Report, end_all
 from tests.crash.victim import KINDS, MOMENT
 
 SIGNALS = {name: getattr(signal, f"SIG{name}") for name in ("KILL", "TERM", "INT", "USR1")}
+SOFT = (signal.SIGTERM, signal.SIGINT)  # of which a run saves and ends with 130
 DISKS = ("full", "errors", "limit", "damaged")
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LEAST = 20_000  # bytes of a limit: the run's output goes to a file, too
@@ -60,15 +61,14 @@ def make_images(root, seed):
 
 
 def draw(lab, name, rng, rest):
-    """A plan of victim.py, or {"kind": "time", "at": seconds, ...} for a signal from outside."""
-    # A limit on files kills, so it stands in for SIGKILL only.
-    kinds = [kind for kind in KINDS if lab.census.get(MOMENT.get(kind, kind))
-             and (name == "KILL" or kind not in MOMENT)]  # fmt: skip
+    """A plan of victim.py, or {"at": seconds, ...} for a signal from outside."""
     rest *= rng.choice((1, 0.25))  # sometimes soon, so that a run is hit many times
     plan = {"signal": int(SIGNALS[name]), "group": rng.random() < 0.5}
     if rng.random() < 0.3:
         return {**plan, "kind": "time", "at": draw_time(lab, rng, rest)}
-    kind = rng.choice(kinds)
+    # A limit on files kills, so it stands in for SIGKILL only.
+    kind = rng.choice([kind for kind in KINDS if lab.census.get(MOMENT.get(kind, kind))
+                       and (name == "KILL" or kind not in MOMENT)])  # fmt: skip
     number = lab.census[MOMENT.get(kind, kind)]
     # The log is opened, truncated and renamed at the start, once more when a run is resumed.
     most = number + 4 if kind == "log" else max(1, math.ceil(number * rest))
@@ -77,60 +77,65 @@ def draw(lab, name, rng, rest):
 
 
 def draw_time(lab, rng, rest):
-    """Seconds after which to strike: one in five while the process starts."""
-    if rng.random() < 0.2:
-        return rng.uniform(0, lab.start)
-    return lab.start + rng.uniform(0, rest * (lab.seconds - lab.start))
+    """Seconds after which to strike a run of which the part `rest` is left."""
+    return rng.uniform(0, lab.start + rest * (lab.seconds - lab.start))
 
 
 def strike(lab, plan):
-    """Run a process that meets `plan`; returns its Blow."""
-    number = plan["signal"]
+    """Run a process that meets `plan`; returns the Child."""
+    number, at = plan["signal"], plan.get("at")
     # Before main.py takes over, a signal does what it does.
-    facts = {"allowed": {-number, -signal.SIGXFSZ}, "kind": plan["kind"]}
-    if number in (signal.SIGINT, signal.SIGTERM):
-        facts["allowed"].add(130)
-    whom = "all its processes" if plan["group"] else "the process"
-    if plan["kind"] == "time":
-        child = Child(lab)
-        if not child.wait(plan["at"]):
-            child.strike(number, plan["group"])
-        blow = child.end(f"after {plan['at']:.2f} s, {whom}", **facts)
-    else:
-        facts["step"] = plan["k"] if plan["kind"] == "step" else 0
-        blow = Child(lab, plan).end(f"{plan['kind']} {plan['k']}, {whom}", **facts)
-    return blow if blow.lived_on is not None else blow._replace(kind=None, allowed=(), step=0)
+    codes = (-number, -signal.SIGXFSZ, *([130] if number in SOFT else []))
+    child = Child(lab, None if at is not None else plan, plan["kind"], codes)
+    child.plan = plan
+    if at is not None and not child.wait(at):
+        child.strike(number, plan["group"])
+    when = f"{plan['kind']} {plan['k']}" if at is None else f"after {at:.2f} s"
+    child.end(f"{when}, {'all processes' if plan['group'] else 'one process'}")
+    if child.struck is None:  # it ended before that moment
+        child.kind, child.codes = None, ()
+    return child
 
 
 def strike_disk(lab, way, rng, rest):
-    """Run a process on a disk that breaks; returns its Blow."""
-    facts = {"kind": way, "allowed": {1, 2, -signal.SIGKILL}}
-    if way == "errors":
-        number, k = rng.choice(ERRORS), rng.randint(1, 60)
-        until = k + rng.choice((1, 2, 5, 1000))
-        what = f"{errno.errorcode[number]} from change {k} to {until - 1}"
-        return Child(lab, {"errno": number, "k": k, "until": until}).end(what, **facts)
-    if way == "limit":
-        limit = rng.randint(LEAST, max(lab.size, LEAST))
-        return Child(lab, {"limit": limit}).end(f"{limit:,} bytes a file", **facts)
-    at, lasts, child = draw_time(lab, rng, rest), rng.choice((0.1, 0.5, 2.0, PATIENCE)), Child(lab)
-    child.wait(at)
+    """Run a process on a disk that breaks; returns the Child."""
+    plan, codes = None, (1, 2, -signal.SIGKILL)
+    at, lasts = draw_time(lab, rng, rest), rng.choice((0.1, 0.5, 2.0, PATIENCE))
     what = f"{way} after {at:.2f} s"
+    if way == "errors":
+        k, number = rng.randint(1, 60), rng.choice(ERRORS)
+        plan = {"errno": number, "k": k, "until": k + rng.choice((1, 2, 5, 1000))}
+        what = f"{errno.errorcode[number]} from change {k} to {plan['until'] - 1}"
+    elif way == "limit":
+        plan = {"limit": rng.randint(LEAST, max(lab.size, LEAST))}
+        what = f"{plan['limit']:,} bytes a file"
+    child = Child(lab, plan, way, codes)
+    if plan is not None:
+        return child.end(what)
+    child.wait(at)
     if way == "full":
         left = rng.choice((0, rng.randint(0, 4096), rng.randint(0, lab.size)))
         fill(lab.disk, left)
         what += f" for {lasts} s, {left:,} bytes left"
         if not child.wait(lasts) and rng.random() < 0.7:
             mend(lab.disk)
-            return child.end(what, **facts)
-    child.strike(signal.SIGKILL, group=True)
-    blow = child.end(what, **facts)
-    for path in lab.out.glob("checkpoints/*.pt") if way == "damaged" else ():
+            return child.end(what)
+    child.strike(signal.SIGKILL)
+    child.end(what)
+    if way == "damaged" and (child.code == 0 or not damage(lab.out, rng)):
+        child.kind = None
+    return child
+
+
+def damage(out, rng):
+    """Flip a bit of the newest checkpoint, or cut it off there, if another one is left; returns
+    whether it did."""
+    for path in out.glob("checkpoints/*.pt"):
         if path.with_name(f"{path.name}.previous").exists():
             content, at = bytearray(path.read_bytes()), rng.randrange(path.stat().st_size)
             content[at] ^= 1 << rng.randrange(8)
-            path.write_bytes(content[: rng.choice((at, None))])
-    return blow
+            return path.write_bytes(content[: rng.choice((at, None))]) >= 0
+    return False
 
 
 def fill(disk, left):
