@@ -1,7 +1,7 @@
 """main.py in this process, struck at a chosen moment: `python -m tests.crash.victim PLAN FLAGS`.
 
-The program is unchanged: an audit hook, a wrapper of os.fsync and torch's global hooks see the
-moments, which are of these kinds:
+The program is unchanged: an audit hook, torch's hook of all optimizers and wrappers of os.fsync and
+Module.eval see the moments, which are of these kinds:
 
     create, read  a checkpoint's file is opened for writing, or for reading
     write         as create; the kernel ends the process within the file, after `bytes` of it
@@ -9,7 +9,7 @@ moments, which are of these kinds:
     rename, sync  before each rename of a checkpoint, and before the folder is flushed
     log           the log or the record is opened, truncated or renamed
     step          after a step of the optimizer
-    evaluation    before a module runs in an evaluation
+    evaluation    before an evaluation
     row           as evaluation; the kernel ends the process within the log's next rows
 
 PLAN is JSON. {"kind", "k": the moment's number within its kind, "signal": sent to this process,
@@ -87,23 +87,22 @@ class Victim:
 
     def install(self):
         import torch
-        from torch.nn.modules.module import register_module_forward_pre_hook
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        fsync = os.fsync
+        fsync, evaluate = os.fsync, torch.nn.Module.eval
 
         def counted_fsync(file):
             self.moment("fsync")
             self.change()
             fsync(file)
 
-        def before_module(module, _):
-            if torch.is_inference_mode_enabled() and not module.training:
-                self.moment("evaluation")
+        # A hook of all modules would not do: with it the weights' last digits are others.
+        def counted_eval(net):
+            self.moment("evaluation")
+            return evaluate(net)
 
-        os.fsync = counted_fsync
+        os.fsync, torch.nn.Module.eval = counted_fsync, counted_eval
         sys.addaudithook(self.audit)
-        register_module_forward_pre_hook(before_module)
         register_optimizer_step_post_hook(lambda *_: self.moment("step"))
 
 
