@@ -3,14 +3,11 @@
 import os
 import pickle
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cli import UserError
 from tests.fuzz import MEMORY, READERS, Harm, fuzz, main, make_seeds
 
 
@@ -45,13 +42,10 @@ def forever(path):
     (lambda path: pickle.loads(pickle.dumps(Harm())), "it ran pickle.find_class"),
     (lambda path: np.ones(2**29, np.uint8), "MemoryError"),
     (lambda path: {}[path], "KeyError"),
-    (lambda path: os.system("true"), "it ran os.system"),
     (lambda path: subprocess.run(["true"]), "it ran subprocess.Popen"),
     (lambda path: open(f"{path}.new", "w"), "it ran open"),
     (lambda path: os.remove(path), "it ran os.remove"),
     (lambda path: eval("1 + 1"), "it ran compile"),
-    (lambda path: sys.exit(0), "SystemExit"),
-    (lambda path: os._exit(7), "exit code 7"),
     (lambda path: os.abort(), "exit code -6"),
 ])  # fmt: skip
 def test_what_a_reader_must_not_do_is_found(read, message, tmp_path):
@@ -62,14 +56,3 @@ def test_what_a_reader_must_not_do_is_found(read, message, tmp_path):
     counts, finding = fuzz(reader, [b"whole"], 50, tmp_path, seconds=1)
     assert message in finding and 0 < counts[0] < 50
     assert not (tmp_path / "input.new").exists() and (tmp_path / "input").exists()
-
-
-def test_inputs_are_a_function_of_the_seed(tmp_path):
-    def reader(path):
-        if hash(path.read_bytes()) % 2:
-            raise UserError("odd")
-
-    def run(seed):
-        return fuzz(reader, [Path(__file__).read_bytes()], 100, tmp_path, seed=seed)
-
-    assert run(0) == run(0) != run(1)
