@@ -1,1 +1,0 @@
-"""Breaking runs of main.py at chosen and at random moments, and comparing what they end with."""
