@@ -180,12 +180,12 @@ def train(args, world, requests):
     """Data, network, optimiser, epochs; returns the exit code."""
     data, net, optimizer, facts = set_up(args, world)
     first, graphs = world.rank == 0, facts["cuda_graph"]
-    name, settings = name_and_settings(args)
+    name, settings = name_and_settings(vars(args))
     run = finished = begun = record = promised = None
     if first:
         run = RunLog(args.out, name, {**settings, "data": data.source})
         command = flags.words(flags.parser(), vars(args))
-        record = Record(run.record_path, args, command, run.settings, data, facts, world)
+        record = Record(run.record_path, vars(args), command, run.settings, data, facts, world)
         if args.replay is not None:
             promised = record.promised(args.replay, display.table)
         # A replay that was broken goes on; one that came to its end is made again.

@@ -126,7 +126,7 @@ def tuned(grid, planned):
 @cache
 def identity(flags):
     """Name and settings of the run that these flags of main.py make."""
-    return name_and_settings(flags.parse([*flags, "--device", "cpu"], check=False))
+    return name_and_settings(vars(flags.parse([*flags, "--device", "cpu"], check=False)))
 
 
 def log_name(flags):

@@ -445,7 +445,7 @@ def test_an_optimiser_with_two_sets_of_weights_is_saved_and_goes_on(tmp_path):
 def test_names_have_rates_without_exponents_and_say_what_part_was_trained_on():
     def name(*flags):
         args = parse([*map(str, flags), "--cpu"])
-        return name_and_settings(args)[0]
+        return name_and_settings(vars(args))[0]
 
     assert name("--optimizer", "adam", "--lr", "1e-7").endswith("-adam-lr0.0000001-seed0")
     assert name("--optimizer", "sgd", "--lr", "10").endswith("-sgd-lr10.0-seed0")

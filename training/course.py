@@ -1,7 +1,6 @@
 """How far a run is: when a checkpoint is written, what is in it, and when the run has to end."""
 
 import json
-import math
 import random
 import threading
 import time
@@ -11,6 +10,7 @@ import torch
 
 from distributed.delayed import DelayedMax, DelayedReads
 from distributed.slurm import in_a_job, requeue
+from runs.checkpoint import validate
 from runs.log import RunError
 from training.control import ANNOUNCED, NOTHING, SAVE, STOP
 from training.metrics import Totals
@@ -18,10 +18,6 @@ from training.nonfinite import first_nonfinite
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
 SEEDING = threading.Lock()  # the global generator is that of all the threads
-EMPTY = {  # what a checkpoint has beside the states, at the end of an epoch
-    "step": 0, "totals": None, "missing": 0, "seconds": 0.0, "not_finite": [],
-    "micro_bs": [None, None], "here": None, "generators": [], "bad_images": "[]",
-}  # fmt: skip
 
 
 class Ended(Exception):
@@ -90,7 +86,7 @@ class Course:
             if rates[0] != rates[1]:
                 raise ValueError(f"lr {rates[1]} there, and {rates[0]} here")
             steps = len(self.data.train)
-            rest = _checked({**EMPTY, **checkpoint}, steps)
+            rest = validate(checkpoint, steps)
             self.net.load_state_dict(then)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.epoch, self.step, state = checkpoint["epoch"], rest["step"], rest["totals"]
@@ -262,42 +258,6 @@ class Course:
             f"step {step}" + (f": the first that is not finite is {found}" if found else ""),
             final=True, not_finite={"where": found, "steps": steps},
         )  # fmt: skip
-
-
-def _checked(rest, steps):
-    """What a checkpoint has by the names of EMPTY, in an epoch of so many steps. ValueError where a
-    value is not what a run writes."""
-    def counts(x, least=0):
-        return type(x) is int and least <= x < 2**53
-
-    state, seconds = rest["totals"], rest["seconds"]
-    if not (counts(rest["step"]) and rest["step"] <= steps):
-        raise ValueError(f"step {rest['step']} of {steps}")
-    if (rest["step"] > 0) != (state is not None):
-        raise ValueError(f"step {rest['step']} and {'no ' if state is None else ''}totals")
-    if state is not None:
-        columns = [x for key, x in state.items() if key != "counts"]
-        lengths = {x.shape for x in columns}
-        if (
-            not {"losses", "correct", "counts"} <= set(state) <= TOTALS
-            or lengths != {torch.Size([len(state["counts"])])}
-            or not all(x.dtype.is_floating_point for x in columns if x is not state["correct"])
-            or state["correct"].dtype != torch.int64
-            or not all(map(counts, state["counts"]))
-        ):
-            raise ValueError("its totals are others")
-    whole = all(type(x) in (list, tuple) and len(x) == 2 and all(map(counts, x))
-                for x in rest["not_finite"])  # fmt: skip
-    micro = len(rest["micro_bs"]) == 2 and all(
-        x is None or counts(x, 1) for x in rest["micro_bs"]
-    )
-    if not (whole and micro and counts(rest["missing"]) and type(seconds) is float
-            and 0 <= seconds < math.inf):  # fmt: skip
-        raise ValueError("its counts are others")
-    return rest
-
-
-TOTALS = {"losses", "correct", "counts", "eta", "update"}
 
 
 def _generators(device):
