@@ -65,7 +65,7 @@ def main(argv=None, requests=None):
         with stream_of_its_own(world):
             code = train(args, world, requests)
     except (Exception, KeyboardInterrupt) as error:
-        reason, trace = world.failed(error)
+        reason, trace, _ = world.failed(error)
         if trace and world.size == 1:
             raise
         code = say(reason, trace) if world.speaks else exit_code(reason)
@@ -268,7 +268,7 @@ def train(args, world, requests):
         failed = True
         if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
             ignore()
-        (stopped, trace), final = world.failed(refused(error) or error), False
+        (stopped, trace, _), final = world.failed(refused(error) or error), False
         code = BAD if exit_code_of(error) == BAD else None
         if trace and first:
             print(trace, end="", file=sys.stderr)
