@@ -124,9 +124,9 @@ def tuned(grid, planned):
 
 
 @cache
-def identity(flags):
+def identity(words):
     """Name and settings of the run that these flags of main.py make."""
-    return name_and_settings(vars(flags.parse([*flags, "--device", "cpu"], check=False)))
+    return name_and_settings(vars(flags.parse([*words, "--device", "cpu"], check=False)))
 
 
 def log_name(flags):
