@@ -85,9 +85,8 @@ def collect(what, check, findings):
 def report(findings, world, seconds):
     """Print the findings of rank 0 and the faults of the others. Returns the exit code."""
     lines = {(x.what, x.text): x for x in findings}
-    for rank, (node, theirs) in enumerate(
-        world.all_gather_object((socket.gethostname(), findings))
-    ):
+    ranks = world.all_gather_object((socket.gethostname(), findings))
+    for rank, (node, theirs) in enumerate(ranks):
         for x in theirs:
             if x.kind == "fault":
                 fault = x._replace(text=f"rank {rank} on {node}: {x.text}")
@@ -96,8 +95,7 @@ def report(findings, world, seconds):
     if world.rank == 0:
         for x in lines.values():
             print(f"{x.kind:<6} {x.what:<8} {printable(x.text)}")
-        if faults:
-            print(f"\n{faults} fault{'s' if faults > 1 else ''} in {seconds:.1f} s", flush=True)
-        else:
-            print(f"\nNo fault found in {seconds:.1f} s; nothing was trained", flush=True)
+        count = f"{faults or 'No'} fault{'s' if faults > 1 else ''}"
+        more = "" if faults else "; nothing was trained"
+        print(f"\n{count} found in {seconds:.1f} s{more}", flush=True)
     return 1 if faults else 0

@@ -30,10 +30,9 @@ def network(args, shape, classes):
         make(args, net, shape)
     except (TypeError, ValueError) as error:
         raise Fault(f"the optimiser refuses the network: {error}") from error
-    weights = list(net.parameters())
-    layers = sum(p.ndim > 1 for p in weights)
-    yield "ok", (f"{args.arch}, {sum(p.numel() for p in weights):,} weights in {layers} layers, "
-                 f"which {args.optimizer} takes")  # fmt: skip
+    numbers, layers = (sum(x) for x in zip(*((p.numel(), p.ndim > 1) for p in net.parameters())))
+    yield "ok", (f"{args.arch}, {numbers:,} weights in {layers} layers, which {args.optimizer} "
+                 "takes")  # fmt: skip
     return net.to("meta")
 
 

@@ -43,11 +43,9 @@ class Facts(NamedTuple):
 
 def size(n):
     """Bytes in words."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while n >= 1000 and len(units) > 1:
-        n /= 1000
-        units.pop(0)
-    return f"{n:.0f} {units[0]}" if n >= 10 or units[0] == "B" else f"{n:.1f} {units[0]}"
+    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
+    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 
 
 def no_launcher():
@@ -78,6 +76,7 @@ def ranks(args, seconds):
 
 def images(args):
     """The Facts of the data set: arrays are read whole; of a folder some images are decoded."""
+    path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
     if args.dataset == "imagenet":
         root = find(args.data_dir)
         splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
@@ -85,24 +84,19 @@ def images(args):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
             raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` makes it "
                         "ready")  # fmt: skip
-    path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
-    if args.dataset in DATASETS and args.dataset not in ("digits", "imagenet"):
-        if not path.exists():
-            raise Fault(
-                f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
-                f"{args.dataset} --data_dir {args.data_dir}`, where there is a network"
-            )
+    elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
+        raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
+                    f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
         image_size=args.image_size, train_examples=args.train_examples,
         test_examples=args.test_examples,
     )  # fmt: skip
     rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
-    facts = Facts(data.shape, data.classes, data.train.examples, data.test.examples, data.source,
-                  rate)  # fmt: skip
-    yield "ok", (f"{facts.train:,} training and {facts.test:,} test images in {facts.classes:,} "
-                 "classes" + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
-    return facts
+    train, test = data.train.examples, data.test.examples
+    yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"
+                 + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
+    return Facts(data.shape, data.classes, train, test, data.source, rate)
 
 
 def decoding_rate(data, skip_bad_images):
@@ -119,10 +113,8 @@ def decoding_rate(data, skip_bad_images):
             break
     if bad and not skip_bad_images:
         path, reason = bad[0]
-        raise Fault(
-            f"{len(bad)} of {done} images that were tried cannot be decoded, {path} among them "
-            f"({reason}): replace them, or leave such images out with --skip_bad_images"
-        )
+        raise Fault(f"{len(bad)} of {done} images that were tried cannot be decoded, {path} among "
+                    f"them ({reason}): replace them, or leave them out with --skip_bad_images")
     return done / (time.perf_counter() - began)
 
 
@@ -143,13 +135,10 @@ def results(args, net, facts):
         while not path.exists():
             path = path.parent
         try:
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise Fault(
-                f"{Path(args.out, part)} cannot be written: {error.strerror or error}; choose "
-                "another --out"
-            ) from error
+            raise Fault(f"{Path(args.out, part)} cannot be written: {error.strerror or error}; "
+                        "choose another --out") from error  # fmt: skip
     if net is not None:  # three checkpoints: the new one beside the last two
         numbers = sum(p.numel() for p in net.parameters())
         need = 3 * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
@@ -182,11 +171,10 @@ def workers(args, world, neighbours, facts):
     channels, height, width = facts.shape
     batch = -(-max(args.train_bs, args.test_bs) // world.size) * channels * height * width
     need, cores = 2 * args.workers * batch * neighbours, usable_cores()
-    if Path(SHM).is_dir() and shutil.disk_usage(SHM).free < need:
-        raise Fault(
-            f"{SHM} has {size(shutil.disk_usage(SHM).free)} free, and {args.workers} workers may "
-            f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size"
-        )
+    free = shutil.disk_usage(SHM).free if Path(SHM).is_dir() else need
+    if free < need:
+        raise Fault(f"{SHM} has {size(free)} free, and {args.workers} workers may fill {size(need)}: "
+                    "fewer --workers, or a container with a larger --shm-size")
     yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
     if args.workers > cores:
         yield "note", f"{args.workers} workers share {cores} cores: --workers {cores}"

@@ -1,9 +1,5 @@
-"""The checkpoints of a run on disk, and the keys that a checkpoint has.
-
-    <name>.pt             the newest
-    <name>.pt.previous    the one before
-    <name>.pt.partial     the next one, while it is written
-    <name>.pt.damaged     a newest one that could not be read
+"""The checkpoints of a run on disk: <name>.pt, the newest; .pt.previous, the one before;
+.pt.partial, the next one, while it is written; .pt.damaged, a newest one that could not be read.
 
 A file is what torch.save makes of a dict of plain types and of tensors on the CPU: "epoch", the
 number of completed epochs; "settings", the run's, as JSON; "net" and "optimizer", their state
@@ -19,6 +15,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,14 +75,11 @@ class Checkpoints:
 
     def _set_aside(self, good, damage):
         """Rename the damaged checkpoint that is newer than `good`. Returns the warning, or None."""
-        if not damage:
-            return None
-        (bad, error), aside = damage.popitem(), self.damaged
-        try:
-            os.replace(bad, aside)
-        except OSError:
-            aside = bad
-        return f"{bad} is damaged ({error}): set aside as {aside.name}, and {good.name} is used"
+        for bad, error in damage.items():
+            with suppress(OSError):
+                os.replace(bad, self.damaged)
+            return (f"{bad} is damaged ({error}): set aside as {self.damaged.name}, and "
+                    f"{good.name} is used")  # fmt: skip
 
     def discard(self):
         for path in (self.path, self.previous, self.partial):
@@ -98,9 +92,7 @@ def _count(x):
 
 def _all(valid, length=None):
     """A predicate: a list or tuple of valid items, of this length where it is given."""
-    return lambda x: (
-        type(x) in (list, tuple) and length in (None, len(x)) and all(map(valid, x))
-    )
+    return lambda x: type(x) in (list, tuple) and length in (None, len(x)) and all(map(valid, x))
 
 
 def _totals(x):

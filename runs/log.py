@@ -1,17 +1,14 @@
-"""What a run leaves under <out>: its log in JSON lines, its checkpoints, and a lock.
-
-    logs/<name>.jsonl           a row {"kind": "run"}, a row an epoch, a row {"kind": "end"}
-    logs/<name>.run.json        what it was made with; see record.py
-    checkpoints/<name>.pt       weights, optimiser and progress; see checkpoint.py
-"""
+"""The files of a run: <out>/logs/<name>.jsonl, a row {"kind": "run"}, a row an epoch, and a row
+{"kind": "end"}; <name>.run.json beside it, see record.py; <out>/checkpoints/<name>.pt."""
 
 import json
 import os
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 from cli import UserError
-from runs.checkpoint import Checkpoints, Damaged, Resumed, plain, settings_of
+from runs.checkpoint import Checkpoints, Damaged, plain, settings_of
 from runs.files import write_whole
 
 # The keys that readers of a row rely on, by its kind, and the types of other keys, where a row has
@@ -41,6 +38,15 @@ if hasattr(os, "register_at_fork"):
 
 class RunError(UserError):
     """The run cannot begin, or go on from the files on disk; the message says what to do."""
+
+
+@contextmanager
+def disk_errors(path, what, advice=""):
+    """A context in which an OSError becomes RunError: `path` cannot be `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be {what}: {reason(error)}{advice}") from error
 
 
 def reason(error):
@@ -91,17 +97,15 @@ def _check(row, line):
     if not isinstance(kind, str):
         raise ValueError(f"line {line} is no row")
     required = REQUIRED.get(kind, {})
-    for key, types in {**required, **OPTIONAL}.items():
-        if key not in row:
-            if key in required:
-                raise ValueError(f"line {line} has no {key}")
-        elif not isinstance(row[key], types) or types is int and not row[key] >= 1:
+    for key, types in (required | OPTIONAL).items():
+        if key in required and key not in row:
+            raise ValueError(f"line {line} has no {key}")
+        if key in row and (not isinstance(row[key], types) or types is int and row[key] < 1):
             raise ValueError(f"line {line} has {repr(row[key])[:50]} for {key}")
 
 
 class RunLog:
-    """The files of one run. Files of the same name count only if their `settings`, which shape the
-    result, are the same.
+    """The log and the checkpoints of the run with these `settings`, which shape its result.
 
     Rows that a full disk refuses wait in `pending`, and no checkpoint is written before them.
     `saved` is the (epoch, step) of the newest checkpoint. `changed` has, after `start`, the
@@ -117,12 +121,8 @@ class RunLog:
         self.lock = self.file = self.saved = None
         self.pending, self.length, self.changed = b"", 0, {}
         for path in (self.log_path, self.checkpoint_path):
-            try:
+            with disk_errors(path.parent, "made", "; choose --out"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(
-                    f"{path.parent} cannot be made: {reason(error)}; choose --out"
-                ) from error
 
     def rows(self):
         """The rows of the log, none where there is no log. RunError where it is another run's."""
@@ -141,7 +141,7 @@ class RunLog:
         return [row for row in self.rows() if row["kind"] == "epoch"]
 
     def finished(self, epochs):
-        """(completed epochs, test accuracy, reason for stopping early) where nothing is left to do
+        """(completed epochs, test accuracy, reason for stopping) of a run with nothing left to do
         up to `epochs`, else None."""
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
@@ -155,8 +155,8 @@ class RunLog:
     def start(self, first_row):
         """Open the log, truncated to the last checkpoint, and lock the run. Returns Resumed.
 
-        A new log begins with `first_row`; a run that goes on keeps its own, in which "resumed"
-        lists what has changed. Raises RunError, and then the run is not locked.
+        A run that goes on keeps its own first row, in which "resumed" lists what has changed.
+        Raises RunError, and then the run is not locked.
         """
         self.lock_or_fail()
         try:
@@ -167,55 +167,48 @@ class RunLog:
 
     def _start(self, first_row):
         rows = self.rows()
-        checkpoint, warning = self._read_checkpoint()
+        checkpoint, warning = resumed = self._read_checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
         if len(epochs) < done or epochs[:done] != list(range(1, done + 1)):
-            raise RunError(
-                f"{self.log_path} lacks epochs that {self.checkpoint_path} counts; --fresh starts "
-                "over"
-            )
+            raise RunError(f"{self.log_path} lacks epochs of {self.checkpoint_path}; --fresh "
+                           "starts over")  # fmt: skip
         # One epoch may be logged before its checkpoint, and more where the disk was full.
         if checkpoint is None and len(epochs) > 1 and not any(r["kind"] == "unsaved" for r in rows):
-            raise RunError(
-                f"{self.log_path} holds {len(epochs)} epochs, and there is no checkpoint to go on "
-                "from; --fresh starts over, another --out keeps it"
-            )
+            raise RunError(f"{self.log_path} holds {len(epochs)} epochs, and there is no "
+                           "checkpoint to go on from; --fresh starts over, another --out keeps it")
         if checkpoint:
             self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
             first_row = self._resume(rows[0], first_row)
         rows = [r for r in rows if r["kind"] in ("epoch", "step") and r["epoch"] <= done]
-        try:
+        with disk_errors(self.log_path, "written", "; choose --out"):
             write_whole(self.log_path, b"".join(map(json_line, [first_row, *rows])))
             self.file = open(self.log_path, "ab", buffering=0)
             self.length = self.log_path.stat().st_size
-        except OSError as error:
-            raise RunError(
-                f"{self.log_path} cannot be written: {reason(error)}; choose --out"
-            ) from error
-        return Resumed(checkpoint, warning)
+        return resumed
 
     def _resume(self, then, now):
         """The first row `then` of a run that goes on, with the flags of `now`, and with what has
         changed, where anything has."""
-        self.changed = {k: now.get(k) for k in ENVIRONMENT if now.get(k) != then.get(k)}
-        old, new = then["flags"], now["flags"]
-        flags = {key: new.get(key) for key in BATCH_FLAGS if new.get(key) != old.get(key)}
+        def changed(keys, old, new):
+            return {key: new.get(key) for key in keys if new.get(key) != old.get(key)}
+
+        self.changed = changed(ENVIRONMENT, then, now)
+        flags = changed(BATCH_FLAGS, then["flags"], now["flags"])
         self.changed |= {"flags": flags} if flags else {}
-        row, (epoch, step) = {**then, "flags": new}, self.saved
+        row, (epoch, step) = {**then, "flags": now["flags"]}, self.saved
         if self.changed:
-            place = {"after_epoch": epoch, "step": step} if step else {"after_epoch": epoch}
+            place = {"after_epoch": epoch} | ({"step": step} if step else {})
             resumed = {**place, "date": now.get("date"), **self.changed}
             row["resumed"] = [*then.get("resumed", []), resumed]
         return row
 
     def _read_checkpoint(self):
-        try:
-            resumed = self.checkpoints.read()
-        except OSError as error:
-            raise RunError(f"{error.filename} cannot be read: {error.strerror}") from error
-        except Damaged as error:
-            raise RunError(f"{error}; --fresh starts over") from error
+        with disk_errors(self.checkpoint_path, "read"):
+            try:
+                resumed = self.checkpoints.read()
+            except Damaged as error:
+                raise RunError(f"{error}; --fresh starts over") from error
         if resumed.checkpoint is not None:
             settings = settings_of(resumed.checkpoint)
             if settings is None:
@@ -237,9 +230,8 @@ class RunLog:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()  # so that a later call does not take it for locked
-            raise RunError(
-                f"another process is making {self.log_path}; wait for it, or choose another --out"
-            ) from None
+            raise RunError(f"another process is making {self.log_path}; wait for it, or choose "
+                           "another --out") from None  # fmt: skip
         except OSError:  # a file system without locks, or a read-only one: noticed elsewhere
             return
 
@@ -256,10 +248,8 @@ class RunLog:
         odd = [k for k in now if then.get(k) != now[k]]
         if odd:
             was = ", ".join(f"{k} {then.get(k)} then, {now[k]} now" for k in odd)
-            raise RunError(
-                f"{path} is of another run of this name ({was}); use another --out, or --fresh to "
-                "start over"
-            )
+            raise RunError(f"{path} is of another run of this name ({was}); use another --out, or "
+                           "--fresh to start over")  # fmt: skip
 
     def log(self, *rows):
         """Append rows. Returns None, or the reason why they wait in memory."""
@@ -285,8 +275,8 @@ class RunLog:
         failure = self.log() if self.pending else None
         if failure is not None:
             return failure
+        content = self.plain({**checkpoint, "settings": json.dumps(self.settings)})
         try:
-            content = self.plain({**checkpoint, "settings": json.dumps(self.settings)})
             self.checkpoints.write(content)
         except OSError as error:
             return f"{self.checkpoint_path} cannot be written: {reason(error)}"
@@ -303,9 +293,7 @@ class RunLog:
 
     def discard(self):
         """Delete the log, the record and the checkpoints of an earlier run of this name."""
-        try:
+        with disk_errors(self.log_path, "removed"):
             for path in (self.log_path, self.record_path):
                 path.unlink(missing_ok=True)
             self.checkpoints.discard()
-        except OSError as error:
-            raise RunError(f"{error.filename} cannot be removed: {error.strerror}") from error

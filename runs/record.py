@@ -1,14 +1,9 @@
 """The record of a run, <out>/logs/<name>.run.json: what its result was made with, and the result's
 hashes, for `python main.py --replay` and for people.
 
-    flags, settings, command              what was asked for
-    code, data, versions,
-    hardware, environment                 the inputs: what can change the bits of a result
-    counts                                images, weights, layers, steps an epoch
-    resumed                               after which epochs the run went on with other inputs
-    results                               {"epochs", "weights_sha256", ...} of each end of the run
-
-Paths below the home directory are written with ~.
+The inputs are what can change the bits of a result: code, data, versions, hardware, environment,
+weights to start from. "resumed" has the epochs after which the run went on with other inputs,
+"results" an entry for each end of the run. Paths below the home directory are written with ~.
 """
 
 import hashlib
@@ -18,6 +13,7 @@ import shlex
 import threading
 import zlib
 from datetime import datetime, timezone
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -43,18 +39,11 @@ HASHES = ("code", "data", "weights")  # inputs
 
 TEXT, SCALAR = (str, type(None)), (str, int, float, bool, type(None))
 FORM = {  # of the file; see _check
-    "format": int,
-    "name": str,
-    "command": [str],
-    "flags": {str: SCALAR},
-    "settings": dict,
+    "format": int, "name": str, "command": [str], "flags": {str: SCALAR}, "settings": dict,
     "code": {"sha256": str, "commit": TEXT, "diff": TEXT, "untracked": [str]},
     "data": {"sha256": str, "files": int, "bytes": int, "contents": bool},
-    "versions": {str: TEXT},
-    "hardware": {str: SCALAR},
-    "environment": {str: str},
-    "counts": {str: int},
-    "resumed": [{"after_epoch": int, "changed": {str: [SCALAR]}}],
+    "versions": {str: TEXT}, "hardware": {str: SCALAR}, "environment": {str: str},
+    "counts": {str: int}, "resumed": [{"after_epoch": int, "changed": {str: [SCALAR]}}],
     "results": [{"epochs": int, "weights_sha256": str, "log_sha256": str, "epoch_crc32": [str],
                  "date": str}],
 }  # fmt: skip
@@ -106,12 +95,12 @@ class Record:
         if not odd:
             return then["results"][-1]
         table(("Input", "Then", "Now"), [tuple(map(shown, row)) for row in odd])
-        if odd[0][0] == "code" and then["code"]["commit"] is None:
+        commit, diff = then["code"]["commit"], then["code"]["diff"]
+        if odd[0][0] == "code" and commit is None:
             print("The code that made it was no checkout of git.")
         elif odd[0][0] == "code":
-            diff = " and apply the diff that the record holds (code, diff)" * bool(
-                then["code"]["diff"])  # fmt: skip
-            print(f"To have its code: git checkout {shown(then['code']['commit'])}{diff}.")
+            more = " and apply the diff that the record holds (code, diff)" if diff else ""
+            print(f"To have its code: git checkout {shown(commit)}{more}.")
         anyway = shlex.join([*self.content["command"], f"--out={self.path.parent.parent}"])
         print(f"To run it all the same: {anyway}")
         names = ", ".join(shown(key) for key, *_ in odd)
@@ -180,21 +169,16 @@ def read(path):
     try:
         if not Path(path).is_file():  # a pipe would be waited for
             raise ValueError("there is no such file")
-        with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
+        if Path(path).stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST >> 20} MiB")
-        content = json.loads(content.decode("utf-8"), parse_constant=_no_number)
+        # int() refuses NaN and Infinity, which JSON has not
+        content = json.loads(Path(path).read_bytes().decode(), parse_constant=int)
         if isinstance(content, dict) and content.get("format", 1) != 1:
             raise ValueError(f"its format is {shown(content['format'])}, and this program reads 1")
         _check(content, FORM, "it")
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is no record of a run: {error}") from error
     return content
-
-
-def _no_number(name):
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check(value, form, where):
@@ -218,11 +202,10 @@ def _changes(then, now, flags=False):
     """[(name, then, now)] of the inputs in which two records differ, and of the flags."""
 
     def inputs(content):
-        parts = {"code": content["code"]["sha256"], "data": content["data"]["sha256"]}
-        parts["weights"] = content["settings"].get("weights")
-        parts |= content["versions"] | {key: content["hardware"].get(key) for key in HARDWARE}
-        variables = content["environment"].items()
-        parts |= {key: x for key, x in variables if key not in THREAD_VARIABLES}
+        parts = {"code": content["code"]["sha256"], "data": content["data"]["sha256"],
+                 "weights": content["settings"].get("weights"), **content["versions"]}  # fmt: skip
+        parts |= {key: content["hardware"].get(key) for key in HARDWARE}
+        parts |= {k: x for k, x in content["environment"].items() if k not in THREAD_VARIABLES}
         asked = content["flags"].items() if flags else ()
         return parts | {f"--{key}": x for key, x in asked if key not in PLACEMENT_FLAGS}
 
@@ -253,9 +236,9 @@ def deviation(then, now):
     parts = [words[key] for key in words if then[key] != now[key]]
     if not parts:
         return None
-    a, b = then["epoch_crc32"], now["epoch_crc32"]
-    epochs = [i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]]
-    since = f"from epoch {epochs[0] + 1} on" if epochs else "with the same rows of all epochs"
+    pairs = enumerate(zip_longest(then["epoch_crc32"], now["epoch_crc32"]), 1)
+    epoch = next((epoch for epoch, (a, b) in pairs if a != b), None)
+    since = f"from epoch {epoch} on" if epoch else "with the same rows of all epochs"
     return f"{' and '.join(parts)} than the record's, {since}"
 
 
@@ -275,17 +258,17 @@ def weights_sha256(net):
 def comparable(rows):
     """The rows of a log without what differs between runs of the same bits: VOLATILE_KEYS, the rows
     about a full disk, and PLACEMENT_FLAGS."""
-    rows = [row for row in rows if row["kind"] != "unsaved"]
-    rows = [{key: x for key, x in row.items() if key not in VOLATILE_KEYS} for row in rows]
-    for row in rows:
-        if "flags" in row:
-            row["flags"] = {k: x for k, x in row["flags"].items() if k not in PLACEMENT_FLAGS}
-    return rows
+    def without(row, keys):
+        return {key: x for key, x in row.items() if key not in keys}
+
+    rows = [without(row, VOLATILE_KEYS) for row in rows if row["kind"] != "unsaved"]
+    return [row | {"flags": without(row["flags"], PLACEMENT_FLAGS)} if "flags" in row else row
+            for row in rows]  # fmt: skip
 
 
 def log_sha256(rows):
     """SHA-256 of the comparable rows of a log, a line of JSON each, its keys sorted."""
-    lines = [json_line(row, sort_keys=True) for row in comparable(rows)]
+    lines = (json_line(row, sort_keys=True) for row in comparable(rows))
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 

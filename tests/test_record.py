@@ -130,7 +130,7 @@ def test_a_deviation_names_its_first_epoch():
     ("[]", "it is of the wrong type"),
     ("{}", "it has not the right entries (code, command, counts,"),
     ({"flags": {"seed": [1]}}, "it.flags.seed is of the wrong type"),
-    ({"flags": {"seed": float("nan")}}, "NaN is no number of JSON"),
+    ({"flags": {"seed": float("nan")}}, "'NaN'"),
     ({"command": [1]}, "it.command[0] is of the wrong type"),
     ({"results": [{**RESULT, "epochs": True}]}, "it.results[0].epochs is of"),
     ({"results": [{**RESULT, "more": 1}]}, "entries (more)"),
