@@ -173,8 +173,8 @@ def workers(args, world, neighbours, facts):
     need, cores = 2 * args.workers * batch * neighbours, usable_cores()
     free = shutil.disk_usage(SHM).free if Path(SHM).is_dir() else need
     if free < need:
-        raise Fault(f"{SHM} has {size(free)} free, and {args.workers} workers may fill {size(need)}: "
-                    "fewer --workers, or a container with a larger --shm-size")
+        raise Fault(f"{SHM} has {size(free)} free, and {args.workers} workers may "
+                    f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size")
     yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
     if args.workers > cores:
         yield "note", f"{args.workers} workers share {cores} cores: --workers {cores}"
