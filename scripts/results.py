@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from runs.log import RunError, read_rows
+import flags
+from runs.log import RunError, RunLog, read_rows
 from runs.name import name_and_settings
 from scripts.experiments import experiments
 
