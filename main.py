@@ -214,10 +214,10 @@ def open_log(args, world, data, facts):
     ranks None each."""
     if world.rank > 0:
         return None, None, None
-    name, settings = name_and_settings(args)
+    name, settings = name_and_settings(vars(args))
     log = RunLog(args.out, name, {**settings, "data": data.source})
     command = flags.words(flags.parser(), vars(args))
-    record = Record(log.record_path, args, command, log.settings, data, facts, world)
+    record = Record(log.record_path, vars(args), command, log.settings, data, facts, world)
     promised = None
     if args.replay is not None:
         promised = record.promised(args.replay, display.table)

@@ -1,4 +1,4 @@
-"""What is around a run: its images, its folders, its ranks and processes."""
+"""Check the surroundings of a run: its images, folders, ranks and worker processes."""
 
 import os
 import random
@@ -7,10 +7,12 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from check.common import Facts, Fault, size
+import distributed
+from cli import UserError
 from data import DATASETS, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
@@ -18,14 +20,36 @@ from data.workers import usable_cores
 from runs.log import RunLog
 from runs.name import name_and_settings
 
-IMAGES = 64  # of a folder that are decoded, or as many as can be in
-DECODING = 1.5  # seconds
+IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow
+DECODING = 1.5
 SHM = "/dev/shm"  # where worker processes leave their batches
+STATE = {"agd": 0, "spectral": 3}  # numbers a weight in a checkpoint; 2 of other optimisers
+
+
+class Fault(UserError):
+    """A check has found what would stop the run; the message has the remedy."""
+
+
+class Facts(NamedTuple):
+    """The images of a run."""
+
+    shape: tuple  # (channels, height, width)
+    classes: int
+    train: int
+    test: int
+    source: dict
+    decoding: float | None  # images a second of one process; None for arrays
+
+
+def size(n):
+    """Bytes in words."""
+    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
+    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 
 
 def no_launcher():
-    yield "note", ("no launcher has started this check: what differs between ranks and nodes was "
-                   "not looked at")  # fmt: skip
+    yield "note", "no launcher has started this check: ranks and nodes were not compared"
     port = os.environ.get("MASTER_PORT")
     if port is not None:
         try:
@@ -35,8 +59,9 @@ def no_launcher():
         yield "ok", f"port {port} is free"
 
 
-def ranks(args, world):
-    """The ranks of the group, and the cores of this node."""
+def ranks(args, seconds):
+    """The World of the ranks that meet within `seconds`; the cores of this node."""
+    world = distributed.start(torch.device(args.device), True, seconds)
     here = world.all_gather_object(socket.gethostname()).count(socket.gethostname())
     yield "ok", f"{world.size} ranks, started by {world.launcher}, {here} of them on this node"
     if args.train_bs < world.size:
@@ -46,30 +71,12 @@ def ranks(args, world):
     if world.device.type == "cpu" and here * threads > cores:
         yield "note", (f"{here} ranks of {threads} threads share {cores} cores: "
                        f"OMP_NUM_THREADS={max(1, cores // here)}")  # fmt: skip
+    return world
 
 
 def images(args):
-    """The Facts of the data set; the files of an array set are read whole."""
-    if is_folder(args.dataset):
-        return (yield from folder(args))
+    """The Facts of the data set: arrays are read whole; of a folder some images are decoded."""
     path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
-    if args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
-        raise Fault(
-            f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
-            f"{args.dataset} --data_dir {args.data_dir}`, where there is a network"
-        )
-    data = load(
-        args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
-        train_examples=args.train_examples, test_examples=args.test_examples,
-    )  # fmt: skip
-    facts = Facts(data.shape, data.classes, data.train.examples, data.test.examples, None,
-                  data.source)  # fmt: skip
-    yield "ok", counted(facts)
-    return facts
-
-
-def folder(args):
-    """The images as training lists them, and some of them decoded."""
     if args.dataset == "imagenet":
         root = find(args.data_dir)
         splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
@@ -77,72 +84,68 @@ def folder(args):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
             raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` makes it "
                         "ready")  # fmt: skip
+    elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
+        raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
+                    f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
-        image_size=args.image_size,
+        image_size=args.image_size, train_examples=args.train_examples,
+        test_examples=args.test_examples,
     )  # fmt: skip
-    images = [part.loader.dataset for part in (data.train, data.test)]
-    paths = [(part, i) for part in images for i in range(len(part.samples))]
-    chosen = random.Random(0).sample(paths, min(IMAGES, len(paths)))
+    rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
+    train, test = data.train.examples, data.test.examples
+    yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"
+                 + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
+    return Facts(data.shape, data.classes, train, test, data.source, rate)
+
+
+def decoding_rate(data, skip_bad_images):
+    """Images a second that one process decodes. Raises Fault where some cannot be decoded."""
+    parts = [part.loader.dataset for part in (data.train, data.test)]
+    places = [(part, i) for part in parts for i in range(len(part.samples))]
+    chosen = random.Random(0).sample(places, min(IMAGES, len(places)))
     chosen[0][0][0, chosen[0][1]]  # the first one takes longer
     bad, done, began = [], 0, time.perf_counter()
     for part, i in chosen:
-        bad += [found for found in [part[0, i][2]] if found]
+        bad += filter(None, [part[0, i][2]])
         done += 1
         if time.perf_counter() - began > DECODING:
             break
-    rate = done / (time.perf_counter() - began)
-    if bad and not args.skip_bad_images:
+    if bad and not skip_bad_images:
         path, reason = bad[0]
-        raise Fault(
-            f"{len(bad)} of {done} images that were tried cannot be decoded, {path} among them "
-            f"({reason}): replace them, or leave such images out with --skip_bad_images"
-        )
-    facts = Facts(data.shape, data.classes, data.train.examples, data.test.examples, rate,
-                  data.source)  # fmt: skip
-    yield "ok", f"{counted(facts)}, {rate:.0f} a second decoded"
-    return facts
-
-
-def counted(facts):
-    return (f"{facts.train:,} training and {facts.test:,} test images in {facts.classes:,} "
-            "classes")  # fmt: skip
+        raise Fault(f"{len(bad)} of {done} images that were tried cannot be decoded, {path} among "
+                    f"them ({reason}): replace them, or leave them out with --skip_bad_images")
+    return done / (time.perf_counter() - began)
 
 
 def fixed(args):
-    """(shape, classes) of a set that cannot be had, as far as they are fixed."""
+    """(shape, classes) of a data set that cannot be loaded, None where they are not known."""
     spec = DATASETS.get(args.dataset)
     if spec is None:
         return None, None
     height, width, channels = spec.shape
-    side = args.image_size
-    return (channels, height or side, width or side), spec.classes
+    return (channels, height or args.image_size, width or args.image_size), spec.classes
 
 
 def results(args, net, facts):
-    """Folders that can be written to, with room; and what a run of this name has left there."""
-    name, settings = name_and_settings(args)
+    """Whether the run's folders can be written and have room; what a run of this name has left."""
+    name, settings = name_and_settings(vars(args))
     for part in ("logs", "checkpoints"):
         path = Path(args.out, part)
         while not path.exists():
             path = path.parent
         try:
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise Fault(
-                f"{Path(args.out, part)} cannot be written: {error.strerror or error}; choose "
-                "another --out"
-            ) from error
-        if net is not None and part == "checkpoints":
-            # The new one beside the last two; baselines keep two numbers a weight, the spectral
-            # rule three: at the end of an epoch the weights that it trains, too.
-            numbers = sum(p.numel() for p in net.parameters())
-            need = 3 * 4 * numbers * (1 + {"agd": 0, "spectral": 3}.get(args.optimizer, 2))
-            free = shutil.disk_usage(path).free
-            if free < need:
-                raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "
-                            "make room, or choose another --out")  # fmt: skip
+            raise Fault(f"{Path(args.out, part)} cannot be written: {error.strerror or error}; "
+                        "choose another --out") from error  # fmt: skip
+    if net is not None:  # three checkpoints: the new one beside the last two
+        numbers = sum(p.numel() for p in net.parameters())
+        need = 3 * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
+        free = shutil.disk_usage(path).free
+        if free < need:
+            raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "
+                        "make room, or choose another --out")  # fmt: skip
     log = Path(args.out, "logs", f"{name}.jsonl")
     if not log.exists():
         yield "ok", f"{log}, a new run"
@@ -155,27 +158,23 @@ def results(args, net, facts):
     run.release()
     if args.fresh:
         yield "ok", f"{log}, which --fresh forgets"
-        return
-    finished = run.finished(args.epochs)
-    if finished is not None:
+    elif run.finished(args.epochs) is not None:
         yield "note", f"{log} is finished: nothing would be done without --fresh or more --epochs"
     else:
         yield "ok", f"{log}, which goes on after {len(run.epochs())} epochs"
 
 
 def workers(args, world, neighbours, facts):
-    """The batches that worker processes hand over lie in shared memory."""
+    """Whether the batches of worker processes fit in shared memory, and the workers the cores."""
     if facts.decoding is None or not args.workers:
         return
     channels, height, width = facts.shape
     batch = -(-max(args.train_bs, args.test_bs) // world.size) * channels * height * width
-    need = 2 * args.workers * batch * neighbours
-    if Path(SHM).is_dir() and shutil.disk_usage(SHM).free < need:
-        raise Fault(
-            f"{SHM} has {size(shutil.disk_usage(SHM).free)} free, and {args.workers} workers may "
-            f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size"
-        )
+    need, cores = 2 * args.workers * batch * neighbours, usable_cores()
+    free = shutil.disk_usage(SHM).free if Path(SHM).is_dir() else need
+    if free < need:
+        raise Fault(f"{SHM} has {size(free)} free, and {args.workers} workers may "
+                    f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size")
     yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
-    cores = usable_cores()
     if args.workers > cores:
         yield "note", f"{args.workers} workers share {cores} cores: --workers {cores}"

@@ -1,32 +1,39 @@
-"""Checkpoints on disk: at every moment there is a good one, and a bad one does no harm.
+"""The checkpoints of a run on disk: <name>.pt, the newest; .pt.previous, the one before;
+.pt.partial, the next one, while it is written; .pt.damaged, a newest one that could not be read.
 
-    <name>.pt             the newest
-    <name>.pt.previous    the one before
-    <name>.pt.partial     the next one, while it is written
-    <name>.pt.damaged     a newest one that could not be read
-
-A file is what torch.save makes of plain types and of tensors on the CPU.
+A file is what torch.save makes of a dict of plain types and of tensors on the CPU: "epoch", the
+number of completed epochs; "settings", the run's, as JSON; "net" and "optimizer", their state
+dicts; and the keys of PROGRESS.
 """
 
-import contextlib
 import errno
 import io
+import json
 import math
 import numbers
 import os
 import pickle
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from cli import printable
-from runs.files import sync_folder
+from runs.files import write_whole
 
 
 class Damaged(ValueError):
     """These bytes are no checkpoint; the message says what is wrong with them."""
+
+
+class Resumed(NamedTuple):
+    """What a run goes on from."""
+
+    checkpoint: dict = None  # None at the start of a run
+    warning: str = None  # of a newer checkpoint that is damaged
 
 
 class Checkpoints:
@@ -34,68 +41,123 @@ class Checkpoints:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.previous = self._beside("previous")
-        self.partial = self._beside("partial")
-
-    def _beside(self, what):
-        return self.path.with_name(f"{self.path.name}.{what}")
+        self.previous, self.partial, self.damaged = (
+            self.path.with_name(f"{self.path.name}.{what}")
+            for what in ("previous", "partial", "damaged")
+        )
 
     def write(self, content):
-        """Make `content`, of what `plain` takes, the newest checkpoint. OSError where it cannot be
-        written, and then those that were there are there still."""
-        data = pack(content)
-        try:
-            with open(self.partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if not _holds(self.partial, data):
-                raise OSError(errno.EIO, f"{self.partial} does not read as it was written")
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-            os.replace(self.partial, self.path)
-            sync_folder(self.path.parent)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.partial.unlink()
-            raise
+        """Make `content`, a dict from `plain`, the newest checkpoint. Raises OSError where it
+        cannot be written; the earlier checkpoints stay."""
+        write_whole(self.path, pack(content), self.previous)
 
     def read(self):
-        """(The newest checkpoint that is whole, or None where there is none; what is to be said of
-        a newer one, which is set aside, or None). Damaged where there are files and none is whole,
-        OSError where one cannot be read for another reason than damage.
+        """The newest whole checkpoint, as Resumed; a newer one that is damaged is set aside.
+
+        Raises Damaged where there are files and none is whole, OSError where one cannot be read
+        for another reason than damage.
         """
         damage = {}
         for path in (self.path, self.previous):
             try:
                 if path.exists() and not path.is_file():  # a pipe would be waited for
                     raise Damaged("it is no file")
-                content = unpack(path.read_bytes())
+                return Resumed(unpack(path.read_bytes()), self._set_aside(path, damage))
             except FileNotFoundError:
                 continue
             except (OSError, Damaged) as error:
                 if isinstance(error, OSError) and error.errno != errno.EIO:
                     raise
                 damage[path] = error
-                continue
-            return content, self._set_aside(path, damage)
         if damage:
             raise Damaged("; ".join(f"{path} is damaged: {x}" for path, x in damage.items()))
-        return None, None
+        return Resumed()
 
     def _set_aside(self, good, damage):
-        if not damage:
-            return None
-        (bad, error), aside = damage.popitem(), self._beside("damaged")
-        try:
-            os.replace(bad, aside)
-        except OSError:
-            aside = bad
-        return f"{bad} is damaged ({error}): set aside as {aside.name}, and {good.name} is used"
+        """Rename the damaged checkpoint that is newer than `good`. Returns the warning, or None."""
+        for bad, error in damage.items():
+            with suppress(OSError):
+                os.replace(bad, self.damaged)
+            return (f"{bad} is damaged ({error}): set aside as {self.damaged.name}, and "
+                    f"{good.name} is used")  # fmt: skip
 
     def discard(self):
         for path in (self.path, self.previous, self.partial):
             path.unlink(missing_ok=True)
+
+
+def _count(x):
+    return type(x) is int and 0 <= x < 2**53
+
+
+def _all(valid, length=None):
+    """A predicate: a list or tuple of valid items, of this length where it is given."""
+    return lambda x: type(x) in (list, tuple) and length in (None, len(x)) and all(map(valid, x))
+
+
+def _totals(x):
+    """Whether x is None, or columns of one length, a value a step."""
+    if x is None:
+        return True
+    if not isinstance(x, dict) or not _all(_count)(x.get("counts")):
+        return False
+    columns, shape = {key: t for key, t in x.items() if key != "counts"}, (len(x["counts"]),)
+    return {"losses", "correct"} <= set(columns) <= {"losses", "correct", "eta", "update"} and all(
+        isinstance(t, torch.Tensor) and t.shape == shape
+        and (t.dtype == torch.int64 if key == "correct" else t.is_floating_point())
+        for key, t in columns.items()
+    )  # fmt: skip
+
+
+def _parsed(text, kind):
+    """The value of JSON text, or None where it is none of this kind."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+# key -> (its value at the end of an epoch and in files that lack it, whether a value is valid)
+PROGRESS = {
+    "step": (0, _count),  # finished batches of the epoch under way
+    "totals": (None, _totals),  # the state of training.metrics.Totals after them
+    "missing": (0, _count),  # their images that could not be decoded
+    "seconds": (0.0, lambda x: type(x) is float and 0 <= x < math.inf),  # spent on them
+    # (epoch, step) of the last steps in a row without a finite gradient
+    "not_finite": ((), _all(_all(_count, 2))),
+    # the micro-batch that was asked for, and the one that memory allows
+    "micro_bs": ((None, None), _all(lambda n: n is None or _count(n) and n > 0, 2)),
+    "here": (None, lambda x: True),  # [ranks, device type, torch's version] of the writer
+    # torch's, of the CPU and the GPU, where the optimiser draws from them
+    "generators": ((), _all(lambda t: isinstance(t, torch.Tensor) and t.dtype == torch.uint8)),
+    # JSON: [paths in train/, paths in val/] of images that could not be decoded
+    "bad_images": ("[]", lambda x: _parsed(x, list) is not None),
+}
+
+
+def validate(checkpoint, steps):
+    """`checkpoint`, a dict, with the defaults of keys that it lacks; `steps`: batches an epoch.
+    Raises ValueError, with the reason, where it has a value that no run writes."""
+    checkpoint = {key: default for key, (default, _) in PROGRESS.items()} | checkpoint
+    for key, (_, valid) in PROGRESS.items():
+        if not valid(checkpoint[key]):
+            raise ValueError(f"its {key} cannot be used")
+    step, totals = checkpoint["step"], checkpoint["totals"]
+    if step > steps:
+        raise ValueError(f"step {step} of {steps}")
+    if (step > 0) != (totals is not None):
+        raise ValueError(f"step {step} and {'no ' if totals is None else ''}totals")
+    return checkpoint
+
+
+def settings_of(checkpoint):
+    """The settings of the run that wrote a checkpoint, or None where no run wrote it."""
+    if not isinstance(checkpoint, dict) or not {"net", "optimizer"} <= set(checkpoint):
+        return None
+    if not _count(checkpoint.get("epoch")) or not _count(checkpoint.get("step", 0)):
+        return None
+    return _parsed(checkpoint.get("settings"), dict)
 
 
 def pack(content):
@@ -106,8 +168,10 @@ def pack(content):
 
 
 def unpack(data):
-    """What `pack` made `data` of; nothing in it is run, and it takes no more memory than it has
-    bytes. Raises Damaged."""
+    """The content that `pack` made `data` of. Raises Damaged.
+
+    Nothing in the data is run, and it takes no more memory than it has bytes.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
@@ -121,13 +185,13 @@ def unpack(data):
         with warnings.catch_warnings():  # about pickles that it goes on to refuse
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (Damaged, MemoryError):  # for want of memory nothing is damaged
+    except (Damaged, MemoryError):  # a lack of memory is no damage
         raise
     except pickle.UnpicklingError as error:  # torch's message is how to load it all the same
         raise Damaged("it holds other things than numbers, strings and tensors") from error
     except Exception as error:  # both raise whatever they come upon
-        said = str(error).strip().splitlines()
-        raise Damaged(printable(said[0] if said else type(error).__name__)) from error
+        message = str(error).strip() or type(error).__name__
+        raise Damaged(printable(message.splitlines()[0])) from error
 
 
 def plain(value, name="it"):
@@ -140,69 +204,16 @@ def plain(value, name="it"):
         value = value.detach().cpu().as_subclass(torch.Tensor)
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if whole else value.clone()
-    if value is None:
-        return value
-    for kind in (bool, int, float, str, bytes):
-        if isinstance(value, kind):
-            return kind(value)
     if isinstance(value, dict):
         return {plain(k, name): plain(x, f"{name}[{k!r}]") for k, x in value.items()}
     if isinstance(value, (list, tuple)):
         items = [plain(x, f"{name}[{i}]") for i, x in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
+    for kind in (bool, int, float, str, bytes):  # plain types for their subclasses
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
         return value.item()
+    if value is None:
+        return value
     raise TypeError(f"{name} is a {type(value).__name__}")
-
-
-def _holds(path, data):
-    """Whether a file's content is `data`."""
-    with open(path, "rb") as file, memoryview(data) as view:
-        i, size = 0, 1 << 22
-        while part := file.read(size):
-            if part != view[i : i + len(part)]:
-                return False
-            i += len(part)
-    return i == len(data)
-
-
-EMPTY = {  # what a checkpoint has beside the states, at the end of an epoch
-    "step": 0, "totals": None, "missing": 0, "seconds": 0.0, "not_finite": [],
-    "micro_bs": [None, None], "here": None, "generators": [], "bad_images": "[]",
-}  # fmt: skip
-TOTALS = {"losses", "correct", "counts", "eta", "update"}
-
-
-def validate(checkpoint, steps):
-    """What a checkpoint has by the names of EMPTY, in an epoch of so many steps. ValueError where a
-    value is not what a run writes."""
-    rest = {**EMPTY, **checkpoint}
-
-    def counts(x, least=0):
-        return type(x) is int and least <= x < 2**53
-
-    state, seconds = rest["totals"], rest["seconds"]
-    if not (counts(rest["step"]) and rest["step"] <= steps):
-        raise ValueError(f"step {rest['step']} of {steps}")
-    if (rest["step"] > 0) != (state is not None):
-        raise ValueError(f"step {rest['step']} and {'no ' if state is None else ''}totals")
-    if state is not None:
-        columns = [x for key, x in state.items() if key != "counts"]
-        lengths = {x.shape for x in columns}
-        if (
-            not {"losses", "correct", "counts"} <= set(state) <= TOTALS
-            or lengths != {torch.Size([len(state["counts"])])}
-            or not all(x.dtype.is_floating_point for x in columns if x is not state["correct"])
-            or state["correct"].dtype != torch.int64
-            or not all(map(counts, state["counts"]))
-        ):
-            raise ValueError("its totals are others")
-    whole = all(type(x) in (list, tuple) and len(x) == 2 and all(map(counts, x))
-                for x in rest["not_finite"])  # fmt: skip
-    micro = len(rest["micro_bs"]) == 2 and all(
-        x is None or counts(x, 1) for x in rest["micro_bs"]
-    )
-    if not (whole and micro and counts(rest["missing"]) and type(seconds) is float
-            and 0 <= seconds < math.inf):  # fmt: skip
-        raise ValueError("its counts are others")
-    return rest

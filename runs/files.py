@@ -1,30 +1,50 @@
-"""Files that are whole at every moment, or not there."""
+"""Write files that are whole at every moment, or not there."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
+CHUNK = 1 << 22  # bytes that are compared at a time
 
-def write_whole(path, content):
-    """Write str (as UTF-8) or bytes to `path` by way of <path>.partial: what stood there before
-    stays until all of it is on the disk. Raises OSError, and leaves no partial file then."""
+
+def write_whole(path, content, previous=None):
+    """Write str (as UTF-8) or bytes to `path` by way of <path>.partial.
+
+    The new file is flushed, read back and renamed. The old one stays until then; it is renamed to
+    `previous` if that is given. Raises OSError, and then leaves no partial file.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
+    data = content.encode() if isinstance(content, str) else content
     try:
         with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if not _reads_as(partial, data):
+            raise OSError(errno.EIO, f"{partial} does not read as it was written")
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
         raise
 
 
+def _reads_as(path, data):
+    """Whether a file's content is `data`."""
+    with open(path, "rb") as file, memoryview(data) as view:
+        for start in range(0, len(data), CHUNK):
+            if file.read(CHUNK) != view[start : start + CHUNK]:
+                return False
+        return not file.read(1)
+
+
 def sync_folder(folder):
-    """Have the names in a folder outlive a power cut, where the system can."""
+    """Make the names in a folder outlive a power cut, where the system can."""
     with contextlib.suppress(OSError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -8,67 +8,57 @@ from pathlib import Path
 
 from runs.provenance import data_sha256
 
+SHAPING = ("arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size",
+           "train_examples", "test_examples", "skip_bad_images")  # fmt: skip
+# settings that a run without them does not have: they came later
+LATER = {"sync_bn": False, "precision": "fp32", "bias": None, "affine": None, "layers": None,
+         "freeze": None}  # fmt: skip
+# the parts of a name, in order: flag -> (its form, the value for which it is left out)
+PARTS = {
+    "arch": ("{}", ""), "bias": ("bias", None), "affine": ("affine", None),
+    "weights": ("from_{}", None), "freeze": ("freeze_{}", None), "dataset": ("{}", ""),
+    "image_size": ("{}", None), "train_examples": ("train{}", None),
+    "test_examples": ("test{}", None), "loss": ("{}", ""), "train_bs": ("bs{}", ""),
+    "optimizer": ("{}", ""), "layers": ("{}", None), "gain": ("gain{}", 1), "lr": ("lr{}", None),
+    "seed": ("seed{}", ""), "skip_bad_images": ("skip", False), "sync_bn": ("syncbn", False),
+    "precision": ("{}", "fp32"), "log_steps": ("steps{}", None), "log_updates": ("updates", False),
+}  # fmt: skip
 
-def name_and_settings(args):
-    """The run's name, and the settings that shape its result: runs that agree in them have the same
-    weights after the same epoch, up to rounding, and, where there is batch norm without --sync_bn,
-    up to the number of ranks and micro-batches."""
-    keys = ["arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size"]
-    keys += ["train_examples", "test_examples", "skip_bad_images"]
-    keys += (["depth", "width"] if args.arch == "fcn" else [])
-    settings = {key: getattr(args, key) for key in keys}
-    if args.sync_bn:
-        settings["sync_bn"] = True
-    if args.precision != "fp32":
-        settings["precision"] = args.precision
-    for key in ("bias", "affine", "layers", "freeze"):
-        if getattr(args, key) is not None:
-            settings[key] = getattr(args, key)
-    if args.weights is not None:  # wherever they lie
-        settings["weights"] = data_sha256(args.weights)["sha256"]
-    arch, dataset = args.arch, args.dataset
-    if dataset.startswith("folder:"):  # its last part, for people, and what tells paths apart
-        dataset = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
-    if dataset.startswith("npz:"):  # its checksums are settings, wherever it lies
+
+def name_and_settings(flags):
+    """(name, settings) of a run; `flags` is a dict of all of main.py's, by name.
+
+    Runs that agree in the settings have the same weights after the same epoch, up to rounding, and,
+    where there is batch norm without --sync_bn, up to the number of ranks and micro-batches.
+    """
+    keys = (*SHAPING, "depth", "width") if flags["arch"] == "fcn" else SHAPING
+    settings = {key: flags[key] for key in keys}
+    settings |= {key: flags[key] for key, off in LATER.items() if flags[key] != off}
+    words, dataset = dict(flags), flags["dataset"]
+    if flags["arch"] == "fcn":
+        words["arch"] = f"fcn{flags['depth']}x{flags['width']}"
+    words["arch"] = words["arch"].replace(":", "_")
+    if flags["weights"] is not None:  # wherever they are
+        settings["weights"] = data_sha256(flags["weights"])["sha256"]
+        words["weights"] = Path(flags["weights"]).stem
+    if dataset.startswith("folder:"):  # its last part, for people, and a sum that tells paths apart
+        words["dataset"] = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
+    if dataset.startswith("npz:"):  # its checksums are settings, wherever it is
         file = os.path.basename(dataset[len("npz:") :])
-        settings["dataset"], dataset = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
-    name = run_name(
-        f"{arch}{args.depth}x{args.width}" if arch == "fcn" else arch.replace(":", "_"),
-        "bias" if args.bias else None,
-        "affine" if args.affine else None,
-        None if args.weights is None else f"from_{Path(args.weights).stem}",
-        None if args.freeze is None else f"freeze_{args.freeze}",
-        dataset,
-        args.image_size,
-        None if args.train_examples is None else f"train{args.train_examples}",
-        None if args.test_examples is None else f"test{args.test_examples}",
-        args.loss,
-        f"bs{args.train_bs}",
-        args.optimizer,
-        args.layers,
-        None if args.gain == 1 else f"gain{decimal(args.gain)}",
-        None if args.lr is None else f"lr{decimal(args.lr)}",
-        f"seed{args.seed}",
-        "skip" if args.skip_bad_images else None,
-        "syncbn" if args.sync_bn else None,
-        None if args.precision == "fp32" else args.precision,
-        {None: None, "all": "steps"}.get(args.log_steps, f"steps{args.log_steps}"),
-        "updates" if args.log_updates else None,
-    )
-    return name, settings
-
-
-def decimal(x):
-    """A float without an exponent: 1e-05 as 0.00001."""
-    return format(Decimal(repr(x)), "f")
+        settings["dataset"], words["dataset"] = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
+    for key in ("gain", "lr"):  # without an exponent: 1e-05 as 0.00001
+        words[key] = words[key] if flags[key] is None else format(Decimal(repr(flags[key])), "f")
+    if flags["log_steps"] == "all":
+        words["log_steps"] = ""
+    parts = [form.format(words[key]) for key, (form, off) in PARTS.items() if flags[key] != off]
+    return run_name(*parts), settings
 
 
 def run_name(*parts):
-    """A file name for every system from words and numbers; None is left out."""
-    parts = [str(part) for part in parts if part is not None]
+    """A file name for every system from strings."""
     words = [re.sub(r"[^A-Za-z0-9.+]+", "_", part).strip("_.") for part in parts]
     name = "-".join(words)
     # What was replaced or cut still tells runs apart; systems allow 255 bytes with the suffix.
-    if words != parts or len(name) > 120:
-        name = f"{name[:110]}-{zlib.crc32(repr(parts).encode()):08x}"
+    if words != [*parts] or len(name) > 120:
+        name = f"{name[:110]}-{zlib.crc32(repr([*parts]).encode()):08x}"
     return name

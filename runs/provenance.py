@@ -18,7 +18,7 @@ PACKAGES = ("agd_kernels", "architecture", "data", "distributed", "runs", "train
 DIFF = 2**18  # bytes of a diff that are kept
 CONTENTS = 2**30  # bytes of images up to which their contents are read
 
-# Variables that change how something is computed, and not where something lies.
+# Environment variables that change how something is computed, and not where files are.
 VARIABLES = re.compile(
     "(OMP|KMP|GOMP|MKL|ONEDNN|DNNL|OPENBLAS|CUBLAS|CUBLASLT|CUDNN|TORCHINDUCTOR|TRITON)_.*"
     "|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|ATEN_CPU_CAPABILITY|AGD_NO_COMPILER"
@@ -27,47 +27,45 @@ VARIABLES = re.compile(
 
 
 def data_sha256(path, files=None):
-    """What identifies the images: the SHA-256 of the file `path`; or, of `files` below a folder
-    `path`, that of each one's name, size and content in the order of their names, and without the
-    contents where there are more than CONTENTS bytes of them. Raises OSError."""
-    found = hashlib.sha256()
+    """{"sha256", "files", "bytes", "contents"} of images, wherever they lie. Raises OSError.
+
+    The SHA-256 is that of the file `path`; or, for `files` below a folder `path`, of the name, size
+    and content of each in the order of their names, without contents ("contents" is False) where
+    these have more than CONTENTS bytes.
+    """
+    root, digest = os.path.join(path, ""), hashlib.sha256()
     if files is None:
-        _add(found, path)
-        return {"sha256": found.hexdigest(), "files": 1, "bytes": os.path.getsize(path),
-                "contents": True}  # fmt: skip
-    root = os.path.join(path, "")
-    names = [x[len(root) :] if x.startswith(root) else os.path.relpath(x, path) for x in files]
-    names = [os.fsencode(name.replace(os.sep, "/")) for name in names]
-    files = sorted((name, os.path.getsize(file), file) for name, file in zip(names, files))
-    total = sum(size for _, size, _ in files)
-    for name, size, file in files:
-        found.update(b"%s\0%d\n" % (name, size))
-        if total <= CONTENTS:
-            _add(found, file)
-    return {"sha256": found.hexdigest(), "files": len(files), "bytes": total,
-            "contents": total <= CONTENTS}  # fmt: skip
-
-
-def _add(found, path):
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            found.update(part)
+        named = [(b"", os.path.getsize(path), path)]
+    else:  # a slice is quicker than relpath, for a million of names
+        names = (x[len(root) :] if x.startswith(root) else os.path.relpath(x, path) for x in files)
+        named = sorted((os.fsencode(name.replace(os.sep, "/")), os.path.getsize(file), file)
+                       for name, file in zip(names, files))  # fmt: skip
+    total = sum(size for _, size, _ in named)
+    contents = files is None or total <= CONTENTS
+    for name, size, file in named:
+        digest.update(b"" if files is None else b"%s\0%d\n" % (name, size))
+        if contents:
+            with open(file, "rb") as content:
+                while part := content.read(2**20):
+                    digest.update(part)
+    return {"sha256": digest.hexdigest(), "files": len(named), "bytes": total,
+            "contents": contents}  # fmt: skip
 
 
 def code(root=HERE):
-    """The program's own files that a run imports, and where they come from."""
+    """{"sha256", "commit", "diff", "untracked"} of the program's own files that a run imports."""
     paths = [*root.glob("*.py"), *(x for name in PACKAGES for x in root.glob(f"{name}/**/*.py"))]
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
         content = path.read_bytes()
-        found.update(f"{name}\0{len(content)}\n".encode() + content)
+        digest.update(f"{name}\0{len(content)}\n".encode() + content)
     commit = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "--no-color", "--no-ext-diff", "HEAD")
     if diff is not None and len(diff) > DIFF:
         diff = diff[:DIFF] + f"\n[cut here: it has {len(diff)} bytes]\n".encode()
     names = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "*.py") or b""
     return {
-        "sha256": found.hexdigest(),
+        "sha256": digest.hexdigest(),
         "commit": commit and commit.decode().strip(),
         "diff": None if diff is None else diff.decode("utf-8", "replace"),
         "untracked": os.fsdecode(names).split("\0")[:-1],
@@ -75,7 +73,7 @@ def code(root=HERE):
 
 
 def _git(root, *words):
-    """What git answers, in bytes, or None where there is no git or no checkout."""
+    """The output of git, in bytes, or None where there is no git or no checkout."""
     try:
         return subprocess.run(
             ["git", "-C", str(root), *words], capture_output=True, check=True, timeout=20,
@@ -86,51 +84,46 @@ def _git(root, *words):
 
 
 def variables():
-    """The variables of the environment that change how something is computed."""
-    found = sorted(os.environ.items())
-    found = [(key, tilde(value)) for key, value in found if VARIABLES.fullmatch(key)]
-    return {key: value for key, value in found if os.sep not in value}
+    """The environment variables that change how something is computed."""
+    pairs = [(k, tilde(x)) for k, x in sorted(os.environ.items()) if VARIABLES.fullmatch(k)]
+    return {key: value for key, value in pairs if os.sep not in value}
 
 
-def versions(args, device):
-    """Versions of what computes: of the rest of what is installed, no bit depends."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    packages = {"numpy": "numpy"}
-    if args.dataset == "imagenet" or args.dataset.startswith("folder:"):
-        packages |= {"torchvision": "torchvision", "PIL": "pillow"}
-    library = args.arch.partition(":")[0]
-    if library != args.arch:
-        packages[library] = library
-    if args.compile or device.type == "cuda":
-        packages["triton"] = "triton"
-    if "." in args.optimizer:
-        packages.setdefault(*2 * [args.optimizer.split(".")[0]])
-    for name, package in packages.items():
+def versions(flags, device):
+    """Versions of the software that computes with `flags`, a dict; no bit depends on the rest."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    names, cuda = {"numpy"}, device.type == "cuda"
+    if flags["image_size"] is not None:  # folders of images alone have a size
+        names |= {"torchvision", "PIL"}
+    if flags["compile"] or cuda:
+        names.add("triton")
+    for module in (flags["arch"].rpartition(":")[0], flags["optimizer"].rpartition(".")[0]):
+        names.add(module.split(".")[0])
+    for name in sorted(names - {"", *versions}):
         try:
-            found.setdefault(name, metadata.version(package))
+            versions[name] = metadata.version({"PIL": "pillow"}.get(name, name))
         except metadata.PackageNotFoundError:  # a module of the user's own may have none
-            found[name] = getattr(sys.modules.get(name), "__version__", None)
-    if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = str(torch.backends.cudnn.version())
+            versions[name] = getattr(sys.modules.get(name), "__version__", None)
+    if cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = str(torch.backends.cudnn.version())
         with suppress(AttributeError, RuntimeError):
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         with suppress(OSError, AttributeError):
             text = Path("/proc/driver/nvidia/version").read_text()
-            found["driver"] = re.search(r"\d+\.\d+(\.\d+)?", text).group()
-    return found
+            versions["driver"] = re.search(r"\d+\.\d+(\.\d+)?", text).group()
+    return versions
 
 
 def hardware(device, ranks=1):
-    """What a rank runs on; "vectors" are the instructions that torch's CPU kernels use, "memory" is
-    the machine's, in bytes."""
+    """The hardware of a rank: "vectors" are the instructions of torch's CPU kernels, "memory" is in
+    bytes."""
     memory = None
     with suppress(AttributeError, ValueError, OSError):  # not on every system
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "processor": processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -141,36 +134,33 @@ def hardware(device, ranks=1):
 
 
 def environment(device):
-    """Versions, hardware and commit that a result was made with, in a few words."""
-    commit = _git(HERE, "rev-parse", "HEAD")
+    """Versions, hardware and commit that a result was made with, in short."""
+    commit, parts = _git(HERE, "rev-parse", "HEAD"), hardware(device)
     if commit is not None:
         changed = _git(HERE, "diff", "--quiet", "HEAD") is None
         commit = commit.decode().strip() + "-modified" * changed
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": sys.platform,
         "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "device_name": parts["device_name"] or parts["processor"],
+        "threads": parts["threads"],
+        "cores": parts["cores"],
         "commit": commit,
     }
 
 
 def processor():
-    """The processor's name, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except (OSError, IndexError):
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor's name, as far as the system has it."""
+    name = None
+    with suppress(OSError):
+        name = re.search(r"(?m)^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def tilde(value):
-    """A flag's value, or a word --flag=value, in which the path of the home directory is ~."""
+    """A flag's value, or a word --flag=value, with ~ for the path of the home directory."""
     if not isinstance(value, str):
         return value
     home = re.escape(os.path.expanduser("~").rstrip(os.sep))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from runs.log import RunError, read_rows
+import flags
+from runs.log import RunError, RunLog, read_rows
 from runs.name import name_and_settings
 from scripts.experiments import experiments
 
@@ -124,9 +125,9 @@ def tuned(grid, planned):
 
 
 @cache
-def identity(flags):
+def identity(words):
     """Name and settings of the run that these flags of main.py make."""
-    return name_and_settings(flags.parse([*flags, "--device", "cpu"], check=False))
+    return name_and_settings(vars(flags.parse([*words, "--device", "cpu"], check=False)))
 
 
 def log_name(flags):

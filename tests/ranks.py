@@ -170,7 +170,7 @@ def runs(world, several, norms=False):
         requests = Signalled(numbers.get(str(world.rank), {}))
         args = flags.parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
-        path = program.RunLog(args.out, name_and_settings(args)[0], {}).log_path
+        path = program.RunLog(args.out, name_and_settings(vars(args))[0], {}).log_path
         found.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
     return found
 

@@ -1,5 +1,6 @@
-"""What a user may get wrong, and what is said to it: a sentence, and the exit code 2."""
+"""What a user may get wrong: one sentence with the noun, and exit code 2."""
 
+import importlib
 import json
 import os
 import pickle
@@ -11,46 +12,172 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import main as program
-from data import prepare
 from runs.checkpoint import pack, unpack
-from scripts import experiments, plot, reproduce, scaling
-from scripts.benchmark import __main__ as benchmark
 from tests.conftest import ROOT
 
 PROGRAMS = {
-    "main": program.main, "plot": plot.main, "prepare": prepare.main, "reproduce": reproduce.main,
-    "scaling": scaling.main, "experiments": experiments.main, "benchmark": benchmark.main,
+    "main": "main", "prepare": "data.prepare", "benchmark": "scripts.benchmark.__main__",
+    **{name: f"scripts.{name}" for name in ("plot", "reproduce", "scaling", "experiments")},
 }  # fmt: skip
 SMALL = "--cpu --depth 2 --width 4 --epochs 1 --train_bs 2 --out {tmp}/out"
 DIGITS = f"main --dataset digits {SMALL} --train_bs 64 --train_examples 128 --test_examples 64"
 ON = f"{DIGITS} --epochs 3"  # goes on from `ran`
 FOLDER = f"main --dataset folder:{{tmp}}/images {SMALL} --image_size 32 --workers 0"
 NPZ = f"main --dataset npz:set.npz --data_dir {{tmp}} {SMALL}"
+REPLAY = "main --replay {tmp}/x.json"
 CLASSES = ("cat", "dog")
-held = []  # the locks of `locked`
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such files")
+no_root = pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="nothing is forbidden to root"
+)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
 
 
-class Case(NamedTuple):
-    command: str  # in which {tmp} is the folder that `prepare` is given
-    words: str  # of what is said
-    prepare: object = lambda tmp: None
-    code: int = 2
-    marks: object = ()
+def run(command, tmp):
+    """The exit code of a command, run in this process."""
+    name, *words = shlex.split(command.format(tmp=tmp))
+    try:
+        return importlib.import_module(PROGRAMS[name]).main(words) or 0
+    except SystemExit as end:
+        if isinstance(end.code, str):  # as the interpreter does
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code
 
 
-# What is prepared.
+@pytest.fixture
+def check(tmp_path, capfd, monkeypatch):
+    """f(command, noun, code=2): run it; it ends with that code and one sentence with the noun."""
+    monkeypatch.delenv("IMAGENET_PATH", raising=False)
+
+    def check(command, noun, code=2):
+        capfd.readouterr()
+        ended = run(command, tmp_path)
+        out, message = capfd.readouterr()
+        assert ended == code, message
+        assert "Traceback" not in out + message and not (tmp_path / "canary").exists()
+        if code == 0:
+            assert "error" not in message
+            return
+        message = re.sub(r"\n +python [\w. -]+ --help lists the flags\n$", "\n", message)
+        *before, sentence = message.replace(str(tmp_path), "TMP").strip().splitlines()
+        assert sentence.startswith("error: ") and len(sentence) <= 400, sentence
+        assert noun in sentence
+        assert all(line.startswith("Looking through") for line in before), message
+
+    return check
+
+
+def rows(cases, *marked):
+    """Parameters of cases and of (mark, case, ...); ids are their last words."""
+    cases = [(case, ()) for case in cases]
+    cases += [(case, mark) for mark, *more in marked for case in more]
+    return [pytest.param(*case, marks=mark, id=f"{i}: {case[1]}"[:60])
+            for i, (case, mark) in enumerate(cases)]  # fmt: skip
+
+
+FLAGS = f"""
+{DIGITS} --widht 3                              | did you mean --width
+{DIGITS} --epoch 3                              | did you mean --epochs
+{DIGITS} --trainbs=3                            | did you mean --train_bs
+main digits                                     | no place for digits
+main --epochs                                   | --epochs: expected one argument
+main --epochs 0                                 | '0' is not a whole number from 1
+main --epochs many                              | 'many' is not a whole number
+main --epochs {"9" * 5000}                      | --epochs
+main --train_bs 1.5                             | '1.5' is not a whole number
+main --test_bs -8                               | --test_bs: '-8' is not a whole number
+main --depth 1                                  | whole number from 2
+main --depth 1000000000                         | from 2 to 10000
+main --workers 1000000000                       | from 0 to 1024
+main --seed 10000000000000000000                | --seed
+main --gain nan                                 | finite
+main --gain -1                                  | from 0
+main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
+main --optimizer sgd --lr inf                   | finite
+main --arch resnet                              | did you mean resnet
+main --dataset cifar                            | did you mean cifar10
+main --dataset CIFAR-10                         | did you mean cifar10
+main --dataset folders:/x                       | did you mean folder:
+main --dataset folder:                          | folder:PATH
+main --loss mes                                 | did you mean mse
+main --optimizer adm                            | did you mean adam
+main --optimizer nowhere.Class --dataset digits | nowhere
+main --optimizer torch.optim.Adm --cpu          | mean Adam
+main --optimizer os.system --cpu                | no optimiser
+main --optimizer torch.optim.LBFGS --cpu        | several passes a step
+{DIGITS} --optimizer torch.optim.Optimizer      | does not take these weights
+main --optimizer .SGD --cpu                     | no optimiser
+main --optimizer agd.AGD --cpu                  | --optimizer agd
+main --optimizer agd.SpectralAGD                | --optimizer spectral
+main --precision fp16                           | fp32, tf32, bf16
+main --cpu --precision tf32                     | Ampere
+main --lr 0.1                                   | AGD has no learning rate
+main --optimizer spectral --lr 0.1              | SpectralAGD has no learning rate
+main --optimizer adam --gain 2                  | --lr
+main --cpu --device cuda                        | --cpu contradicts
+main --device gpu                               | gpu
+main --device cuda:99                           | cuda:99
+main --device meta                              | meta
+main --image_size 64                            | folder:PATH
+main --cpu --cuda_graph on                      | it takes a CUDA device
+main --cuda_graph yes                           | auto, on, off
+main --dataset folder:/x --train_examples 9     | prepared sets
+main --log_steps 0                              | --log_steps
+main --save_every 0                             | neither a number of steps
+main --save_every often                         | neither a number of steps
+main --save_every=-5m                           | neither a number of steps
+main --save_every nanm                          | neither a number of steps
+main --save_every 1e400h                        | neither a number of steps
+main --distribute --dataset digits              | torchrun
+{DIGITS} --train_examples 99999                 | not 99999
+{DIGITS} --depth 3 --width 1000000              | does not fit
+main --dataset imagenet --data_dir {{tmp}}/none | no
+{DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
+{FOLDER}                                        | there is no folder
+{NPZ}                                           | there is no
+main --replay {{tmp}}/no.json                   | no.json
+main --replay {{tmp}}                           | TMP
+plot                                            | required: RUN
+plot {{tmp}}/no.jsonl                           | no.jsonl is no log
+plot x.jsonl -o {{tmp}}/x.gif                   | .png, .pdf or .svg
+prepare                                         | required
+prepare cifar11                                 | cifar11
+prepare cifar10 --resize 64                     | --resize is for
+prepare cifar10 --data_dir {{tmp}} --from {{tmp}}/no.tar.gz | there is no
+prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
+reproduce                                       | required: FIGURE
+reproduce fig9                                  | fig9
+reproduce fig1 --time_limit soon                | 'soon' is no time
+reproduce fig1 --runs 1,-                       | are no numbers
+reproduce fig1 --runs a,b                       | no run of that name
+reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
+benchmark step --device gpu                     | no device 'gpu'
+benchmark step --repeats 0                      | whole number from 1
+experiments half                                | half
+"""
+FLAGS = [[x.strip() for x in line.split("|")] for line in FLAGS.strip().splitlines()]
+FLAGS += [(f"{name} nonsense --nonsense", "nonsense") for name in PROGRAMS]
+
+
+@pytest.mark.parametrize(("command", "noun"), rows(FLAGS))
+def test_bad_flags(command, noun, check):
+    check(command, noun)
+
+
+def test_batches_of_exabytes_are_no_fault(check):
+    check(f"{DIGITS} --train_bs {2**62} --test_bs {2**62}", "", 0)
+
+
+# Files and folders: what is laid there, f(tmp).
 
 
 def text(name, content="some text\n"):
-    """f(tmp) that writes a file."""
-
     def write(tmp):
         path = tmp / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +187,7 @@ def text(name, content="some text\n"):
 
 
 def both(*prepares):
-    def prepare_all(tmp):
-        for each in prepares:
-            each(tmp)
-
-    return prepare_all
+    return lambda tmp: [prepare(tmp) for prepare in prepares]
 
 
 def images(tmp, splits=("train", "val"), classes=CLASSES):
@@ -77,13 +200,8 @@ def images(tmp, splits=("train", "val"), classes=CLASSES):
 
 
 def changed(change):
-    """f(tmp) that lays out images and changes the folder of a class in train/."""
-
-    def prepare_images(tmp):
-        images(tmp)
-        change(tmp / "images" / "train" / "cat")
-
-    return prepare_images
+    """Images, after a change to the folder of a class in train/."""
+    return both(images, lambda tmp: change(tmp / "images" / "train" / "cat"))
 
 
 def bomb(folder):
@@ -98,44 +216,126 @@ def bomb(folder):
     (folder / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
 
 
-def circle(folder):
-    (folder / "again").symlink_to(folder, target_is_directory=True)
-
-
 def renamed(folder):
     return (folder / "0.jpg").rename(folder / os.fsdecode(b"\xff\xfe.jpg"))
 
 
-def unreadable(folder):
-    folder.chmod(0)
+def npz(without=(), **arrays):
+    """set.npz as it should be, but for some arrays."""
 
+    def write(tmp):
+        of = {}
+        for split, n in (("train", 8), ("test", 4)):
+            of[f"{split}_images"] = np.zeros((n, 8, 8, 1), np.uint8)
+            of[f"{split}_labels"] = np.arange(n) % 2
+        np.savez(tmp / "set.npz", **{k: x for k, x in (of | arrays).items() if k not in without})
 
-def arrays(tmp, **changes):
-    """set.npz as it should be, but for `changes`; None leaves a key out."""
-    of = {}
-    for split, n in (("train", 8), ("test", 4)):
-        of[f"{split}_images"] = np.zeros((n, 8, 8, 1), np.uint8)
-        of[f"{split}_labels"] = np.arange(n) % 2
-    np.savez(tmp / "set.npz", **{k: x for k, x in (of | changes).items() if x is not None})
-
-
-def npz(**changes):
-    return lambda tmp: arrays(tmp, **changes)
+    return write
 
 
 def cut(tmp):
-    arrays(tmp)
-    path = tmp / "set.npz"
-    path.write_bytes(path.read_bytes()[:-300])
+    npz()(tmp)
+    (tmp / "set.npz").write_bytes((tmp / "set.npz").read_bytes()[:-300])
 
 
 def huge(tmp):
     """An array of a few bytes whose header claims a terabyte."""
-    arrays(tmp, train_images=None)
+    npz(["train_images"])(tmp)
     shape = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**9}, 32, 32, 1), }}"
     head = b"\x93NUMPY\1\0" + struct.pack("<H", len(shape) + 1) + shape.encode() + b"\n"
     with zipfile.ZipFile(tmp / "set.npz", "a") as archive:
         archive.writestr("train_images.npy", head + bytes(64))
+
+
+def as_image(make):
+    """Images, of which one more is what `make(path)` puts there."""
+    return changed(lambda folder: make(folder / "x.jpg"))
+
+
+FIRST = b'{"kind": "run", "flags": {}, "settings": {}}\n'
+PLOT, PREPARE = "plot {tmp}/x.jsonl", "prepare cifar10 --data_dir {tmp} --from {tmp}/"
+NO_RECORD = ["some text\n", b"\xff\0" * 9, '{"name": [1, 2]}', "[1, 2]", "[" * 100_000]
+PLACES = rows(
+    [
+        ("main --dataset cifar10 --data_dir {tmp}/file", "cifar10", text("file")),
+        (f"{DIGITS} --out {{tmp}}/file", "choose --out", text("file")),
+        (f"{DIGITS} --out {{tmp}}/file/x", "choose --out", text("file")),
+        (DIGITS, "choose --out", text("out/logs")),
+        (f"{DIGITS} --profile", "--profile", text("out/profiles")),
+        (FOLDER, "there is no folder", text("images")),
+        (FOLDER, "train", lambda tmp: images(tmp, ["val"])),
+        (FOLDER, "val", lambda tmp: images(tmp, ["train"])),
+        (FOLDER, "ant", changed(lambda folder: (folder.parent / "ant").mkdir())),
+        (FOLDER, "only class", lambda tmp: images(tmp, classes=["cat"])),
+        (FOLDER, "no folders", both(lambda x: images(x, ["val"]), text("images/train/x.jpg"))),
+        (FOLDER, "cat, cow", changed(lambda folder: folder.rename(folder.with_name("cow")))),
+        (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.write_text("no image"))),
+        (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.write_text(""))),
+        (FOLDER, "x.jpg cannot be decoded",
+         as_image(lambda x: x.write_bytes(x.with_name("1.jpg").read_bytes()[:400]))),
+        (FOLDER, "0.png cannot be decoded", changed(bomb)),
+        (f"{FOLDER} --skip_bad_images", "none of the 4 images",
+         both(images, *(text(f"images/train/{c}/{i}.jpg") for c in CLASSES for i in range(2)))),
+        (NPZ, "set.npz is damaged", text("set.npz")),
+        (NPZ, "set.npz is damaged", text("set.npz", "")),
+        (NPZ, "set.npz is damaged", lambda tmp: (tmp / "set.npz").mkdir()),
+        (NPZ, "set.npz is damaged", cut),
+        (NPZ, "train_images", huge),
+        (NPZ, "train_labels", npz(["train_labels"])),
+        (NPZ, "train_labels", npz(train_labels=np.array([{}] * 8, object))),
+        (NPZ, "train_labels", npz(train_labels=np.arange(5) % 2)),
+        (NPZ, "train_labels", npz(train_labels=np.arange(8) % 2 - 1)),
+        (NPZ, "train_labels", npz(train_labels=np.zeros(8, np.int64))),
+        (NPZ, "test_labels", npz(test_labels=np.arange(4))),
+        (NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8, 1)))),
+        (NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8), np.uint8))),
+        (NPZ, "train_images", npz(train_images=np.zeros((0, 8, 8, 1), np.uint8),
+                                  train_labels=np.zeros(0, np.int64))),
+        (NPZ, "test_images", npz(test_images=np.zeros((4, 9, 9, 1), np.uint8))),
+        *((REPLAY, "x.json", text("x.json", content)) for content in NO_RECORD),
+        (PLOT, "no log", text("x.jsonl")),
+        (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
+        (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),
+        (f"{PREPARE}x.tar.gz", "is not the whole", text("x.tar.gz")),
+        (f"{PREPARE}set.npz", "damaged or another", npz()),
+        ("prepare cifar10 --data_dir {tmp}/file --from {tmp}/set.npz", "could not be prepared",
+         both(npz(), text("file"))),
+        ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images),
+        ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
+        ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
+    ],
+    (posix, (f"{DIGITS} --out {{tmp}}/link", "choose --out",
+             lambda tmp: (tmp / "link").symlink_to(tmp / "gone")),
+     (FOLDER, "again is a link",
+      changed(lambda folder: (folder / "again").symlink_to(folder, target_is_directory=True))),
+     (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.symlink_to("x.jpg"))),
+     (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.symlink_to("gone"))),
+     (FOLDER, "x.jpg cannot be decoded", as_image(os.mkfifo)),
+     (NPZ, "set.npz is damaged", lambda tmp: os.mkfifo(tmp / "set.npz")),
+     (REPLAY, "x.json", lambda tmp: os.mkfifo(tmp / "x.json"))),
+    (no_root, (f"{DIGITS} --out {{tmp}}/shut/out", "choose --out",
+               lambda tmp: (tmp / "shut").mkdir(0o500)),
+     (FOLDER, "cannot be read", changed(lambda folder: folder.chmod(0)))),
+    (linux, (FOLDER, "\\udcff\\udcfe.jpg cannot be decoded",
+             changed(lambda folder: renamed(folder).write_text("")))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "noun", "prepare"), PLACES)
+def test_bad_files_and_folders(command, noun, prepare, check, tmp_path):
+    prepare(tmp_path)
+    check(command, noun)
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: (folder / "x.jpg").mkdir(), pytest.param(renamed, marks=linux),
+], ids=["a folder called x.jpg", "a name that is not UTF-8"])  # fmt: skip
+def test_odd_names_are_no_fault(change, check, tmp_path):
+    changed(change)(tmp_path)
+    check(FOLDER, "", 0)
+
+
+# Files of an earlier run: `change` gets the content, or the path of the file.
 
 
 @pytest.fixture(scope="session")
@@ -146,63 +346,43 @@ def ran(tmp_path_factory):
     return tmp / "out"
 
 
-def log(out):
-    return next((out / "logs").glob("*.jsonl"))
+@pytest.fixture
+def out(ran, tmp_path):
+    return shutil.copytree(ran, tmp_path / "out")
 
 
-def checkpoint(out):
-    return next((out / "checkpoints").glob("*.pt"))
+def first(out, pattern):
+    return next(out.rglob(pattern))
 
 
-def relogged(change):
-    """f(tmp, ran) that changes the lines of the run's log."""
-
-    def prepare_log(tmp, ran):
-        out = shutil.copytree(ran, tmp / "out")
-        lines = log(out).read_bytes().splitlines(keepends=True)
-        log(out).write_bytes(b"".join(change(lines)))
-
-    return prepare_log
-
-
-def row(**changes):
-    """Of the log of a run, the row of the first epoch with `changes`; None takes a key out."""
-
-    def change(lines):
-        found = json.loads(lines[1]) | changes
-        found = {key: x for key, x in found.items() if x is not None}
-        return [lines[0], json.dumps(found).encode() + b"\n", *lines[2:]]
-
-    return relogged(change)
-
-
-def replaced(which, how):
-    """f(tmp, ran) that has `how(path)` put something in the place of the log or checkpoint."""
-
-    def prepare_file(tmp, ran):
-        path = which(shutil.copytree(ran, tmp / "out"))
-        path.unlink()
-        how(path)
-
-    return prepare_file
+CHECKPOINTS = rows([
+    (lambda x: x["net"], "no checkpoint"),
+    (lambda x: [1, 2], "no checkpoint"),
+    ({"epoch": -1}, "no checkpoint"),
+    ({"epoch": True}, "no checkpoint"),
+    ({"step": "3"}, "no checkpoint"),
+    ({"settings": "{"}, "no checkpoint"),
+    ({"settings": "[1]"}, "no checkpoint"),
+    ({"epoch": 10**18}, "no checkpoint"),
+    ({"epoch": 7}, "lacks epochs"),
+    ({"step": 9}, "step 9 of 2"),
+    ({"step": 1}, "step 1 and no totals"),
+    (lambda x: x | {"settings": x["settings"].replace('"seed": 0', '"seed": 7')},
+     "seed 7 then, 0 now"),
+    *(({key: value}, "another network or optimiser") for key, value in (
+        ("optimizer", {}), ("net", 3), ("seconds", "many"), ("seconds", float("nan")),
+        ("micro_bs", "x"), ("micro_bs", [None, 0]), ("missing", 1e400), ("generators", "x"),
+        ("not_finite", ["ab"]), ("totals", {}), ("bad_images", "["),
+    )),
+])  # fmt: skip
 
 
-def recheckpointed(change):
-    """f(tmp, ran) that changes the content of the checkpoints, in place or by what it returns."""
-
-    def prepare_checkpoints(tmp, ran):
-        newest = checkpoint(shutil.copytree(ran, tmp / "out"))
-        for path in newest.parent.glob("*.pt*"):
-            content = unpack(path.read_bytes())
-            path.write_bytes(pack(change(content) or content))
-
-    return prepare_checkpoints
-
-
-def torn(tmp, ran):
-    newest = checkpoint(shutil.copytree(ran, tmp / "out"))
-    for path in newest.parent.glob("*.pt*"):
-        path.write_bytes(path.read_bytes()[:-100])
+@pytest.mark.parametrize(("change", "noun"), CHECKPOINTS)
+def test_bad_checkpoints(change, noun, check, out):
+    for path in (out / "checkpoints").glob("*.pt*"):
+        content = unpack(path.read_bytes())
+        path.write_bytes(pack(change(content) if callable(change) else content | change))
+    check(ON, noun)
 
 
 class Canary:
@@ -215,409 +395,93 @@ class Canary:
         return os.mkdir, (self.path,)
 
 
-def forged(tmp, ran):
-    newest = checkpoint(shutil.copytree(ran, tmp / "out"))
-    newest.with_name(f"{newest.name}.previous").write_bytes(pickle.dumps(Canary(f"{tmp}/canary")))
-    newest.write_bytes(pack({"epoch": 1, "net": Canary(f"{tmp}/canary")}))
+def test_checkpoints_that_are_cut_or_programs(check, out, tmp_path):
+    paths, canary = list((out / "checkpoints").glob("*.pt*")), Canary(f"{tmp_path}/canary")
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-100])
+    check(ON, "--fresh")
+    for path, data in zip(paths, (pack({"epoch": 1, "net": canary}), pickle.dumps(canary))):
+        path.write_bytes(data)
+    check(ON, "--fresh")
 
 
-def of_another_network(tmp, ran):
-    shutil.copytree(ran, tmp / "out")
-    assert run(f"{DIGITS} --width 5 --out {{tmp}}/wide", tmp) == 0
-    # The settings are made to agree: what is left to differ is the network itself.
-    here, there = checkpoint(tmp / "out"), checkpoint(tmp / "wide")
-    content = unpack(there.read_bytes()) | {"settings": unpack(here.read_bytes())["settings"]}
-    for path in here.parent.glob("*.pt*"):
-        path.write_bytes(pack(content))
+def test_a_checkpoint_of_another_network(check, out, tmp_path):
+    """The settings are made to agree: what is left to differ is the network itself."""
+    assert run(f"{DIGITS} --width 5 --out {{tmp}}/wide", tmp_path) == 0
+    wide = unpack(first(tmp_path / "wide", "*.pt").read_bytes())
+    for path in (out / "checkpoints").glob("*.pt*"):
+        path.write_bytes(pack(wide | {"settings": unpack(path.read_bytes())["settings"]}))
+    check(ON, "another network")
 
 
-def locked(tmp):
-    import fcntl
-
-    assert run(DIGITS, tmp) == 0
-    (path,) = (tmp / "out" / "checkpoints").glob("*.lock")
-    held.append(open(path))
-    fcntl.flock(held[-1], fcntl.LOCK_EX)
-
-
-posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such files")
-no_root = pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() == 0, reason="nothing is forbidden to root"
-)
-linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
-
-CASES = {
-    # flags
-    "an unknown flag": Case(f"{DIGITS} --widht 3", "did you mean --width"),
-    "a flag cut short": Case(f"{DIGITS} --epoch 3", "did you mean --epochs"),
-    "a flag with =": Case(f"{DIGITS} --trainbs=3", "did you mean --train_bs"),
-    "a word": Case("main digits", "no place for digits"),
-    "a flag without its value": Case("main --epochs", "--epochs: expected one argument"),
-    "no epochs": Case("main --epochs 0", "'0' is not a whole number from 1"),
-    "epochs in words": Case("main --epochs many", "'many' is not a whole number"),
-    "half an image": Case("main --train_bs 1.5", "'1.5' is not a whole number"),
-    "a batch below nothing": Case("main --test_bs -8", "--test_bs: '-8' is not a whole number"),
-    "one layer": Case("main --depth 1", "whole number from 2"),
-    "a seed beyond 63 bits": Case(f"main --seed {10**19}", "--seed"),
-    "digits beyond int()": Case(f"main --epochs {'9' * 5000}", "--epochs"),
-    "more layers than anyone has": Case(f"main --depth {10**9}", "from 2 to 10000"),
-    "more workers than anyone has": Case(f"main --workers {10**9}", "from 0 to 1024"),
-    "a gain that is no number": Case("main --gain nan", "finite"),
-    "a gain below 0": Case("main --gain -1", "from 0"),
-    "a rate beyond float32": Case("main --optimizer sgd --lr 1e39", "from 0 to 1e+30"),
-    "a rate without end": Case("main --optimizer sgd --lr inf", "finite"),
-    "no such network": Case("main --arch resnet", "did you mean resnet"),
-    "no such set": Case("main --dataset cifar", "did you mean cifar10"),
-    "another spelling": Case("main --dataset CIFAR-10", "did you mean cifar10"),
-    "no such kind of set": Case("main --dataset folders:/x", "did you mean folder:"),
-    "a folder without a name": Case("main --dataset folder:", "folder:PATH"),
-    "no such loss": Case("main --loss mes", "did you mean mse"),
-    "no such optimiser": Case("main --optimizer adm", "did you mean adam"),
-    "no such package": Case("main --optimizer nowhere.Class --dataset digits", "nowhere"),
-    "no such class": Case("main --optimizer torch.optim.Adm --dataset digits", "mean Adam"),
-    "no optimiser": Case("main --optimizer os.system --dataset digits", "no optimiser"),
-    "an optimiser of several passes": Case(
-        "main --optimizer torch.optim.LBFGS --dataset digits", "several passes a step"
-    ),
-    "an optimiser that is none yet": Case(
-        f"{DIGITS} --optimizer torch.optim.Optimizer", "does not take these weights"
-    ),
-    "no module": Case("main --optimizer .SGD --dataset digits", "no optimiser"),
-    "AGD as a package": Case("main --optimizer agd.AGD --dataset digits", "--optimizer agd"),
-    "no such precision": Case("main --precision fp16", "fp32, tf32, bf16"),
-    "a precision of GPUs": Case("main --cpu --precision tf32", "Ampere"),
-    "a rate for AGD": Case("main --lr 0.1", "AGD has no learning rate"),
-    "a rate for its other rule": Case(
-        "main --optimizer spectral --lr 0.1", "SpectralAGD has no learning rate"
-    ),
-    "the rule by its class": Case(
-        "main --optimizer agd.SpectralAGD", "--optimizer spectral is SpectralAGD, with its own"
-    ),
-    "a gain for Adam": Case("main --optimizer adam --gain 2", "--lr"),
-    "two devices": Case("main --cpu --device cuda", "--cpu contradicts"),
-    "no such device": Case("main --device gpu", "gpu"),
-    "no such GPU": Case("main --device cuda:99", "cuda:99"),
-    "a device without memory": Case("main --device meta", "meta"),
-    "a side for arrays": Case("main --image_size 64", "folder:PATH"),
-    "a graph on a CPU": Case("main --cpu --cuda_graph on", "it takes a CUDA device"),
-    "no such mode": Case("main --cuda_graph yes", "auto, on, off"),
-    "a part of a folder": Case("main --dataset folder:/x --train_examples 9", "prepared sets"),
-    "steps of no epoch": Case("main --log_steps 0", "--log_steps"),
-    "saving after 0 steps": Case("main --save_every 0", "neither a number of steps"),
-    "saving in words": Case("main --save_every often", "neither a number of steps"),
-    "saving in the past": Case("main --save_every=-5m", "neither a number of steps"),
-    "saving after no number": Case("main --save_every nanm", "neither a number of steps"),
-    "saving after the end of time": Case("main --save_every 1e400h", "neither a number"),
-    "no launcher": Case("main --distribute --dataset digits", "torchrun"),
-    "more images than there are": Case(f"{DIGITS} --train_examples 99999", "not 99999"),
-    # beyond what the machine holds
-    "a network of terabytes": Case(f"{DIGITS} --depth 3 --width {10**6}", "does not fit"),
-    "batches of exabytes": Case(f"{DIGITS} --train_bs {2**62} --test_bs {2**62}", "", code=0),
-    # places
-    "data below a file": Case(
-        "main --dataset cifar10 --data_dir {tmp}/file", "cifar10", text("file")
-    ),
-    "no such folder": Case(FOLDER, "there is no folder"),
-    "no ImageNet": Case("main --dataset imagenet --data_dir {tmp}/nowhere", "no"),
-    "--out is a file": Case(f"{DIGITS} --out {{tmp}}/file", "choose --out", text("file")),
-    "--out below a file": Case(f"{DIGITS} --out {{tmp}}/file/x", "choose --out", text("file")),
-    "--out of a long name": Case(f"{DIGITS} --out {{tmp}}/{'x' * 256}", "choose --out"),
-    "--out behind a broken link": Case(
-        f"{DIGITS} --out {{tmp}}/link", "choose --out",
-        lambda tmp: (tmp / "link").symlink_to(tmp / "gone"), marks=posix,
-    ),
-    "--out that is forbidden": Case(
-        f"{DIGITS} --out {{tmp}}/shut/out", "choose --out",
-        lambda tmp: (tmp / "shut").mkdir(0o500), marks=no_root,
-    ),
-    "--out with a file called logs": Case(DIGITS, "choose --out", text("out/logs")),
-    "a profile below a file": Case(f"{DIGITS} --profile", "--profile", text("out/profiles")),
-    "a run that is going on": Case(f"{DIGITS} --epochs 2", "another process", locked, marks=posix),
-    # folders of images
-    "a file for a folder": Case(FOLDER, "there is no folder", text("images")),
-    "no train/": Case(FOLDER, "train", lambda tmp: images(tmp, ["val"])),
-    "no val/": Case(FOLDER, "val", lambda tmp: images(tmp, ["train"])),
-    "a class without images": Case(
-        FOLDER, "ant", changed(lambda folder: (folder.parent / "ant").mkdir())
-    ),
-    "a single class": Case(FOLDER, "only class", lambda tmp: images(tmp, classes=["cat"])),
-    "no class": Case(
-        FOLDER, "no folders", both(lambda tmp: images(tmp, ["val"]), text("images/train/x.jpg"))
-    ),
-    "classes that differ": Case(
-        FOLDER, "differ in their class folders: cat, cow",
-        changed(lambda folder: folder.rename(folder.with_name("cow"))),
-    ),
-    "text as an image": Case(
-        FOLDER, "0.jpg cannot be decoded",
-        changed(lambda folder: (folder / "0.jpg").write_text("not an image")),
-    ),
-    "an empty image": Case(
-        FOLDER, "0.jpg cannot be decoded", changed(lambda folder: (folder / "0.jpg").write_text(""))
-    ),
-    "half an image file": Case(
-        FOLDER, "0.jpg cannot be decoded",
-        changed(lambda f: (f / "0.jpg").write_bytes((f / "1.jpg").read_bytes()[:400])),
-    ),
-    "a PNG that is a bomb": Case(FOLDER, "0.png cannot be decoded", changed(bomb)),
-    "nothing but bad images": Case(
-        f"{FOLDER} --skip_bad_images", "none of the 4 images",
-        both(images, *(text(f"images/train/{c}/{i}.jpg") for c in CLASSES for i in range(2))),
-    ),
-    "links in a circle": Case(FOLDER, "again is a link", changed(circle), marks=posix),
-    "a link to itself": Case(
-        FOLDER, "x.jpg cannot be decoded",
-        changed(lambda folder: (folder / "x.jpg").symlink_to("x.jpg")), marks=posix,
-    ),
-    "a broken link": Case(
-        FOLDER, "x.jpg cannot be decoded",
-        changed(lambda folder: (folder / "x.jpg").symlink_to("gone")), marks=posix,
-    ),
-    "a pipe": Case(
-        FOLDER, "x.jpg cannot be decoded",
-        changed(lambda folder: os.mkfifo(folder / "x.jpg")), marks=posix,
-    ),
-    "a class that is forbidden": Case(FOLDER, "cannot be read", changed(unreadable), marks=no_root),
-    "a folder called x.jpg": Case(
-        FOLDER, "", changed(lambda folder: (folder / "x.jpg").mkdir()), code=0
-    ),
-    "a name that is not UTF-8": Case(FOLDER, "", changed(renamed), code=0, marks=linux),
-    "a bad image whose name is not UTF-8": Case(
-        FOLDER, "\\udcff\\udcfe.jpg cannot be decoded",
-        changed(lambda folder: renamed(folder).write_text("")), marks=linux,
-    ),
-    # arrays
-    "no file of arrays": Case(NPZ, "there is no"),
-    "text for arrays": Case(NPZ, "set.npz is damaged", text("set.npz")),
-    "nothing for arrays": Case(NPZ, "set.npz is damaged", text("set.npz", "")),
-    "a folder for arrays": Case(NPZ, "set.npz is damaged", lambda tmp: (tmp / "set.npz").mkdir()),
-    "a pipe for arrays": Case(
-        NPZ, "set.npz is damaged", lambda tmp: os.mkfifo(tmp / "set.npz"), marks=posix
-    ),
-    "arrays that are cut": Case(NPZ, "set.npz is damaged", cut),
-    "arrays without labels": Case(NPZ, "train_labels", npz(train_labels=None)),
-    "objects for labels": Case(NPZ, "train_labels", npz(train_labels=np.array([{}] * 8, object))),
-    "images of floats": Case(NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8, 1)))),
-    "images without channels": Case(
-        NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8), np.uint8))
-    ),
-    "test images of another side": Case(
-        NPZ, "test_images", npz(test_images=np.zeros((4, 9, 9, 1), np.uint8))
-    ),
-    "too few labels": Case(NPZ, "train_labels", npz(train_labels=np.arange(5) % 2)),
-    "labels below 0": Case(NPZ, "train_labels", npz(train_labels=np.arange(8) % 2 - 1)),
-    "labels beyond the classes": Case(NPZ, "test_labels", npz(test_labels=np.arange(4))),
-    "one label alone": Case(NPZ, "train_labels", npz(train_labels=np.zeros(8, np.int64))),
-    "no images in arrays": Case(
-        NPZ, "train_images", npz(train_images=np.zeros((0, 8, 8, 1), np.uint8),
-                                 train_labels=np.zeros(0, np.int64))
-    ),  # fmt: skip
-    "an array that claims a terabyte": Case(NPZ, "train_images", huge),
-    # checkpoints
-    "checkpoints that are cut": Case(ON, "--fresh", torn),
-    "a checkpoint that is a program": Case(ON, "--fresh", forged),
-    "a checkpoint of another network": Case(ON, "another network", of_another_network),
-    "a checkpoint of another seed": Case(
-        ON, "seed 7 then, 0 now",
-        recheckpointed(lambda x: x | {"settings": x["settings"].replace('"seed": 0', '"seed": 7')}),
-    ),
-    "a checkpoint of weights alone": Case(ON, "no checkpoint", recheckpointed(lambda x: x["net"])),
-    "a checkpoint of a list": Case(ON, "no checkpoint", recheckpointed(lambda x: [1, 2])),
-    "a checkpoint of epoch -1": Case(
-        ON, "no checkpoint", recheckpointed(lambda x: x | {"epoch": -1})
-    ),
-    "a checkpoint of too many steps": Case(
-        ON, "step 9 of 2", recheckpointed(lambda x: x | {"step": 9})
-    ),
-    "a checkpoint without its optimiser": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"optimizer": {}})
-    ),
-    "a checkpoint whose parts are of other types": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"net": 3})
-    ),
-    "a checkpoint with words for numbers": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"seconds": "many"})
-    ),
-    "a checkpoint with a batch of words": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"micro_bs": "x"})
-    ),
-    "a checkpoint with endless counts": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"missing": 1e400})
-    ),
-    "a checkpoint with a generator of another kind": Case(
-        ON, "another network or optimiser", recheckpointed(lambda x: x | {"generators": "x"})
-    ),
-    "a pipe for a checkpoint": Case(ON, "", replaced(checkpoint, os.mkfifo), code=0, marks=posix),
-    "a folder for a checkpoint": Case(
-        ON, "", replaced(checkpoint, lambda path: path.mkdir()), code=0
-    ),
-    # logs
-    "a log of bytes": Case(
-        ON, "--fresh", replaced(log, lambda path: path.write_bytes(bytes(range(256)) * 9))
-    ),
-    "a folder for a log": Case(ON, "no log of a run", replaced(log, lambda path: path.mkdir())),
-    "a pipe for a log": Case(ON, "no log", replaced(log, os.mkfifo), marks=posix),
-    "a log of something else": Case(
-        ON, "no log of a run", relogged(lambda lines: [b'{"level": "info"}\n'])
-    ),
-    "a log of numbers": Case(ON, "no log of a run", relogged(lambda lines: [b"1\n", b"2\n"])),
-    "a log as deep as the stack": Case(
-        ON, "no log of a run", relogged(lambda lines: [b"[" * 100_000 + b"\n"])
-    ),
-    "a log that is torn": Case(
-        ON, "line 2", relogged(lambda lines: [lines[0], lines[1][:20] + b"\n", *lines[2:]])
-    ),
-    "a log without an epoch's number": Case(ON, "line 2 has no epoch", row(epoch=None)),
-    "a log with words for numbers": Case(ON, "for train_loss", row(train_loss="small")),
-    "a log without a figure": Case(ON, "line 2 has no seconds", row(seconds=None)),
-    "a log that lacks an epoch": Case(
-        ON, "lacks epochs", relogged(lambda lines: [lines[0], *lines[2:]])
-    ),
-    "a log of another seed": Case(
-        ON, "seed 7 then, 0 now",
-        relogged(lambda lines: [lines[0].replace(b'"seed": 0', b'"seed": 7'), *lines[1:]]),
-    ),
-    "a log whose last line is torn": Case(
-        ON, "", relogged(lambda lines: [*lines[:-1], lines[-1][:20]]), code=0
-    ),
-    # records
-    "replay: no file": Case("main --replay {tmp}/no.json", "no.json"),
-    "replay: text": Case("main --replay {tmp}/x.json", "x.json", text("x.json")),
-    "replay: bytes": Case("main --replay {tmp}/x.json", "x.json", text("x.json", b"\xff\0" * 9)),
-    "replay: JSON of something else": Case(
-        "main --replay {tmp}/x.json", "x.json", text("x.json", '{"name": [1, 2]}')
-    ),
-    "replay: a list": Case("main --replay {tmp}/x.json", "x.json", text("x.json", "[1, 2]")),
-    "replay: as deep as the stack": Case(
-        "main --replay {tmp}/x.json", "x.json", text("x.json", "[" * 100_000)
-    ),
-    "replay: a folder": Case("main --replay {tmp}", "TMP"),
-    "replay: a pipe": Case(
-        "main --replay {tmp}/x.json", "x.json", lambda tmp: os.mkfifo(tmp / "x.json"), marks=posix
-    ),
-    "replay: a log": Case(
-        "main --replay {tmp}/x.jsonl", "x.jsonl",
-        lambda tmp, ran: shutil.copyfile(log(ran), tmp / "x.jsonl"),
-    ),
-    "replay: a record and another flag": Case(
-        "main --replay {tmp}/x.json --epochs 3", "--epochs",
-        lambda tmp, ran: shutil.copyfile(next(ran.rglob("*.run.json")), tmp / "x.json"),
-    ),
-    "replay: a record of flags that are none": Case(
-        "main --replay {tmp}/x.json", "argument --depth: 'two'",
-        lambda tmp, ran: (tmp / "x.json").write_text(
-            next(ran.rglob("*.run.json")).read_text().replace('"depth": 2', '"depth": "two"')),
-    ),  # fmt: skip
-    # the other programs
-    "plot: no log": Case("plot {tmp}/no.jsonl", "no.jsonl is no log"),
-    "plot: nothing": Case("plot", "required: RUN"),
-    "plot: an unknown flag": Case("plot x.jsonl --outptu y", "--outptu"),
-    "plot: no picture": Case("plot x.jsonl -o {tmp}/x.gif", ".png, .pdf or .svg"),
-    "plot: text": Case("plot {tmp}/x.jsonl", "no log", text("x.jsonl")),
-    "plot: a run without epochs": Case(
-        "plot {tmp}/x.jsonl", "no finished epoch",
-        text("x.jsonl", '{"kind": "run", "flags": {}, "settings": {}}\n'),
-    ),
-    "plot: a row without figures": Case(
-        "plot {tmp}/x.jsonl", "line 2 has no",
-        text("x.jsonl", '{"kind": "run", "flags": {}, "settings": {}}\n'
-                        '{"kind": "epoch", "epoch": 1}\n'),
-    ),  # fmt: skip
-    "plot: a run without flags": Case(
-        "plot {tmp}/x.jsonl", "does not say its --arch",
-        lambda tmp, ran: (tmp / "x.jsonl").write_bytes(b"".join(
-            [b'{"kind": "run", "flags": {}, "settings": {}}\n',
-             *log(ran).read_bytes().splitlines(keepends=True)[1:]])),
-    ),  # fmt: skip
-    "plot: nowhere to draw": Case(
-        "plot {tmp}/x.jsonl -o {tmp}/no/x.png", "x.png",
-        lambda tmp, ran: shutil.copyfile(log(ran), tmp / "x.jsonl"),
-    ),
-    "prepare: no such set": Case("prepare cifar11", "cifar11"),
-    "prepare: nothing": Case("prepare", "required"),
-    "prepare: a flag of ImageNet's": Case("prepare cifar10 --resize 64", "--resize is for"),
-    "prepare: no such copy": Case(
-        "prepare cifar10 --data_dir {tmp} --from {tmp}/no.tar.gz", "there is no"
-    ),
-    "prepare: text for an archive": Case(
-        "prepare cifar10 --data_dir {tmp} --from {tmp}/x.tar.gz", "is not the whole",
-        text("x.tar.gz"),
-    ),
-    "prepare: another set": Case(
-        "prepare cifar10 --data_dir {tmp} --from {tmp}/set.npz", "damaged or another", npz()
-    ),
-    "prepare: into a file": Case(
-        "prepare cifar10 --data_dir {tmp}/file --from {tmp}/set.npz", "could not be prepared",
-        both(npz(), text("file")),
-    ),
-    "prepare: no ImageNet": Case(
-        "prepare imagenet --data_dir {tmp} --from {tmp}/no", "there is no folder"
-    ),
-    "prepare: a folder that is not ImageNet": Case(
-        "prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders",
-        lambda tmp: images(tmp),
-    ),
-    "reproduce: no such figure": Case("reproduce fig9", "fig9"),
-    "reproduce: nothing": Case("reproduce", "required: FIGURE"),
-    "reproduce: no time": Case("reproduce fig1 --time_limit soon", "'soon' is no time"),
-    "reproduce: no numbers": Case("reproduce fig1 --runs 1,-", "are no numbers"),
-    "reproduce: no such name": Case("reproduce fig1 --runs a,b", "no run of that name"),
-    "reproduce: no such run": Case(
-        "reproduce fig1 --runs 99999 --out {tmp}", "the list has the numbers"
-    ),
-    "reproduce: into a file": Case("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
-    "reproduce: below a file": Case(
-        "reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")
-    ),
-    "scaling: no file": Case("scaling --from {tmp}/no.json", "no file"),
-    "scaling: a folder without classes": Case(
-        "scaling --measure --images {tmp}", "it has no folders", code=2
-    ),
-    "scaling: text": Case("scaling --from {tmp}/x.json", "x.json", text("x.json")),
-    "benchmark: no such case": Case("benchmark stpe", "invalid choice: 'stpe'"),
-    "benchmark: no rounds": Case("benchmark step --repeats 0", "whole number from 1"),
-    "benchmark: no such device": Case("benchmark step --device gpu", "no device 'gpu'"),
-    "benchmark: no such folder": Case(
-        "benchmark data --folder {tmp}/no --device cpu --out {tmp}", "train cannot be read"
-    ),
-    "experiments: no such scale": Case("experiments half", "half"),
-}  # fmt: skip
+@pytest.mark.parametrize("pattern, code", [("*.pt", 0), ("*.jsonl", 2)])
+@pytest.mark.parametrize("put", [pytest.param(os.mkfifo, marks=posix), os.mkdir])
+def test_a_pipe_or_a_folder_for_a_file(put, pattern, code, check, out):
+    """A checkpoint that cannot be read is set aside for the one before."""
+    path = first(out, pattern)
+    path.unlink()
+    put(path)
+    check(ON, "no log of a run", code)
 
 
-def run(command, tmp):
-    """The exit code of a command, run in this process."""
-    name, *words = shlex.split(command.format(tmp=tmp))
-    try:
-        code = PROGRAMS[name](words)
-    except SystemExit as end:
-        code = end.code
-    if isinstance(code, str):  # as the interpreter does
-        print(code, file=sys.stderr)
-        return 1
-    return code or 0
+def row(**changes):
+    """The lines of a log, in which the row of the first epoch is changed."""
+    return lambda x: [x[0], json.dumps(json.loads(x[1]) | changes).encode() + b"\n", *x[2:]]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=case.marks) for name, case in CASES.items()]
-)
-def test_what_is_wrong_is_said_in_a_sentence(case, tmp_path, ran, capfd, monkeypatch):
-    monkeypatch.delenv("IMAGENET_PATH", raising=False)
-    arguments = [tmp_path, ran][: case.prepare.__code__.co_argcount]
-    case.prepare(*arguments)
-    capfd.readouterr()
-    code = run(case.command, tmp_path)
-    out, said = capfd.readouterr()
-    said = said.replace(str(tmp_path), "TMP")
-    assert code == case.code, said
-    assert "Traceback" not in out + said and not (tmp_path / "canary").exists()
-    if case.code == 0:
-        assert "error" not in said
-        return
-    said = re.sub(r"\n +python [\w. -]+ --help lists the flags\n$", "\n", said)
-    *before, sentence = said.strip().splitlines()
-    assert sentence.startswith("error: ") and len(sentence) <= 400, sentence
-    assert case.words in sentence
-    assert all(line.startswith("Looking through") for line in before), said
+LOGS = rows([
+    (lambda x: [bytes(range(256)) * 9], "--fresh"),
+    (lambda x: [b'{"level": "info"}\n'], "no log of a run"),
+    (lambda x: [b"1\n", b"2\n"], "no log of a run"),
+    (lambda x: [b"[" * 100_000 + b"\n"], "no log of a run"),
+    (lambda x: x[1:], "no log of a run"),
+    (lambda x: [x[0].replace(b'"settings"', b'"x"'), *x[1:]], "line 1 has no settings"),
+    (lambda x: [x[0], x[1][:20] + b"\n", *x[2:]], "line 2"),
+    (lambda x: [x[0], x[1].replace(b'"seconds"', b'"x"'), *x[2:]], "line 2 has no seconds"),
+    (lambda x: [x[0], *x[2:]], "lacks epochs"),
+    (lambda x: [x[0].replace(b'"seed": 0', b'"seed": 7'), *x[1:]], "seed 7 then, 0 now"),
+    (lambda x: [*x[:-1], x[-1].replace(b'"stopped": null', b'"stopped": []')], "for stopped"),
+    (row(epoch=None), "for epoch"),
+    (row(epoch=0), "for epoch"),
+    (row(train_loss="small"), "for train_loss"),
+    (row(test_acc=None), "for test_acc"),
+    (row(eta_min={}), "for eta_min"),
+    (row(kind=3), "line 2 is no row"),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "noun"), LOGS)
+def test_bad_logs(change, noun, check, out):
+    path = first(out, "*.jsonl")
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    check(ON, noun)
+
+
+def test_a_log_whose_last_line_is_torn_is_no_fault(check, out):
+    path = first(out, "*.jsonl")
+    path.write_bytes(path.read_bytes()[:-20])
+    check(ON, "", 0)
+
+
+def test_a_run_that_is_going_on(check, out):
+    fcntl = pytest.importorskip("fcntl")
+    with open(first(out, "*.lock")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        check(ON, "another process")
+
+
+def test_a_log_or_a_record_in_another_place(check, ran, tmp_path):
+    rows, record = first(ran, "*.jsonl").read_bytes(), first(ran, "*.run.json").read_text()
+    (tmp_path / "x.json").write_bytes(rows)
+    check(REPLAY, "x.json")
+    (tmp_path / "x.json").write_text(record)
+    check(f"{REPLAY} --epochs 3", "--epochs")
+    (tmp_path / "x.json").write_text(record.replace('"depth": 2', '"depth": "two"'))
+    check(REPLAY, "argument --depth: 'two'")
+    (tmp_path / "x.jsonl").write_bytes(FIRST + rows.split(b"\n", 1)[1])
+    check(PLOT, "does not say its --arch")
+    (tmp_path / "x.jsonl").write_bytes(rows)
+    check(f"{PLOT} -o {{tmp}}/no/x.png", "x.png")
 
 
 @pytest.mark.parametrize("words", [("main.py", "digits"), ("-m", "scripts.experiments", "half")])

@@ -29,7 +29,7 @@ def parse(*flags, check=True):
 
 
 def name_of(*flags):
-    return name_and_settings(parse(*flags))[0]
+    return name_and_settings(vars(parse(*flags)))[0]
 
 
 def call(*flags, out):
@@ -68,7 +68,7 @@ def drawn(arch, classes=10, shape=(1, 8, 8), seed=0, **options):
 
 def test_a_run_without_these_flags_is_named_set_and_logged_as_before():
     args = parse()
-    name, settings = name_and_settings(args)
+    name, settings = name_and_settings(vars(args))
     assert name == "fcn10x256-cifar10-mse-bs128-agd-seed0"
     assert sorted(settings) == [
         "arch", "dataset", "depth", "gain", "image_size", "loss", "lr", "optimizer", "seed",
@@ -89,7 +89,7 @@ def test_a_run_without_these_flags_is_named_set_and_logged_as_before():
     (["--freeze", "a", "--freeze", "b,a"], "-freeze_a_b-", {"freeze": "a,b"}),
 ])  # fmt: skip
 def test_what_shapes_a_run_is_in_its_name_and_settings(flags, words, settings):
-    name, found = name_and_settings(parse(*flags))
+    name, found = name_and_settings(vars(parse(*flags)))
     assert words in f"{name}-" and ":" not in name
     assert {key: found[key] for key in settings} == settings
 

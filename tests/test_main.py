@@ -443,7 +443,7 @@ def test_a_spectral_run_is_tested_and_saved_at_its_average(tmp_path, monkeypatch
 def test_names_have_rates_without_exponents_and_say_what_part_was_trained_on():
     def name(*flags):
         args = parse([*map(str, flags), "--cpu"])
-        return name_and_settings(args)[0]
+        return name_and_settings(vars(args))[0]
 
     assert name("--optimizer", "adam", "--lr", "1e-7").endswith("-adam-lr0.0000001-seed0")
     assert name("--optimizer", "sgd", "--lr", "10").endswith("-sgd-lr10.0-seed0")

@@ -18,10 +18,19 @@ import main as program
 from data import default_data_dir
 from flags import parse, parser
 from flags import words as flag_words
-from runs import provenance, record
+from runs import provenance
 from runs.log import read_rows
 from runs.provenance import code, data_sha256, tilde, variables
-from runs.record import RecordError, comparable, deviation, log_sha256, read, result, weights_sha256
+from runs.record import (
+    Record,
+    RecordError,
+    comparable,
+    deviation,
+    log_sha256,
+    read,
+    result,
+    weights_sha256,
+)
 from tests.conftest import ROOT
 from training.losses import LOSSES
 
@@ -44,12 +53,13 @@ RECORD = {
 }
 
 
-def changed(**parts):
-    """RECORD with other entries in its parts."""
-    content = json.loads(json.dumps(RECORD))
+def laid(path, content=RECORD, **parts):
+    """A record at `path`, with other entries in its parts."""
+    content = json.loads(json.dumps(content))
     for key, part in parts.items():
         content[key] = {**content[key], **part} if isinstance(part, dict) else part
-    return content
+    path.write_text(json.dumps(content))
+    return path
 
 
 def test_the_hash_of_weights_is_what_its_words_say():
@@ -63,18 +73,10 @@ def test_the_hash_of_weights_is_what_its_words_say():
     words += b"b.count int64 []\n" + struct.pack("<q", 7)
     words += b"c.half bfloat16 [2]\n" + bytes([0x80, 0x3F, 0x00, 0x40]) + b"d.none float32 [0, 3]\n"
     assert weights_sha256(net) == hashlib.sha256(words).hexdigest()
-
-
-def test_the_hash_of_weights_sees_a_bit_a_name_a_type_a_shape_and_no_layout():
     weight = torch.arange(48.0).view(2, 3, 4, 2)
     first = weights_sha256({"w": weight})
     assert weights_sha256({"w": weight.to(memory_format=torch.channels_last)}) == first
     assert weights_sha256({"w": weight.expand(2, 3, 4, 2).requires_grad_()}) == first
-    bit = weight.clone()
-    bit.view(torch.int32)[1, 2, 3, 1] ^= 1
-    others = [{"w": bit}, {"v": weight}, {"w": weight.view(torch.int32)}, {"w": weight.view(6, 8)}]
-    others.append({"w": weight, "v": weight[:0]})
-    assert len({first, *map(weights_sha256, others)}) == 6
 
 
 def log(loss=0.5, seconds=1.0, out="a", seed=0):
@@ -99,101 +101,61 @@ def test_the_hash_of_a_log_leaves_out_what_differs_from_run_to_run():
     assert len({first, log_sha256(log(loss=0.75)), log_sha256(log(seed=1))}) == 3
     assert log_sha256(log()[:-1]) != first
     assert comparable(log())[0] == {"kind": "run", "flags": {"seed": 0}, "settings": {"seed": 0}}
+    lines = [json.dumps(row, sort_keys=True) + "\n" for row in comparable(log())]
+    assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def test_a_deviation_names_its_first_epoch():
-    net = {"w": torch.ones(2)}
-    first = result(net, log())
+    net, other = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    first, steps = result(net, log()), log()
     assert first["epochs"] == 2 and len(first["epoch_crc32"]) == 2
     assert deviation(first, result(net, log(seconds=3.0))) is None
-    said = deviation(first, result({"w": torch.zeros(2)}, log(loss=0.75)))
-    assert said == "other weights and another log than the record's, from epoch 2 on"
-    steps = log()
     steps[1]["loss"] = 0.75  # the rows of an epoch's steps count to it
-    said = deviation(first, result(net, steps))
-    assert said == "another log than the record's, from epoch 1 on"
-    said = deviation(first, result({"w": torch.zeros(2)}, log()))
-    assert said == "other weights than the record's, with the same rows of all epochs"
-    said = deviation(first, result(net, log()[:4]))
-    assert said == "another log than the record's, from epoch 2 on"
+    for rows, weights, words in (
+        (log(loss=0.75), other, "other weights and another log than the record's, from epoch 2 on"),
+        (steps, net, "another log than the record's, from epoch 1 on"),
+        (log(), other, "other weights than the record's, with the same rows of all epochs"),
+        (log()[:4], net, "another log than the record's, from epoch 2 on"),
+    ):
+        assert deviation(first, result(weights, rows)) == words
 
 
-def test_what_is_written_is_read(tmp_path):
+@pytest.mark.parametrize(("change", "noun"), [
+    ("", "Expecting value"),
+    ("{" * 10, "Expecting"),
+    ("[" * 100_000, "no record of a run"),
+    (" " * (2**26 + 1), "more than"),
+    ('{"format": 2}', "its format is 2, and this program reads 1"),
+    ('{"format": "\\u001b[2J"}', r"its format is '\x1b[2J', and"),
+    ("[]", "it is of the wrong type"),
+    ("{}", "it has not the right entries (code, command, counts,"),
+    ({"flags": {"seed": [1]}}, "it.flags.seed is of the wrong type"),
+    ({"flags": {"seed": float("nan")}}, "'NaN'"),
+    ({"command": [1]}, "it.command[0] is of the wrong type"),
+    ({"results": [{**RESULT, "epochs": True}]}, "it.results[0].epochs is of"),
+    ({"results": [{**RESULT, "more": 1}]}, "entries (more)"),
+    ({"code": {"diff": 3}}, "it.code.diff is of the wrong type"),
+    ({"environment": {"\x1b": 1}}, r"it.environment.'\x1b' is of the wrong"),
+    (b'"\xe9"', "'utf-8' codec"),
+    (os.mkfifo, "there is no such file"),  # which would be waited for
+    (os.mkdir, "there is no such file"),
+    (lambda path: None, "there is no such file"),
+])  # fmt: skip
+def test_what_is_no_record_is_said_in_a_sentence(change, noun, tmp_path):
     path = tmp_path / "a.run.json"
-    path.write_text(json.dumps(RECORD))
-    assert read(path) == RECORD
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "Expecting value"),
-        ("{" * 10, "Expecting"),
-        ("[" * 100_000, "no record of a run"),
-        ('{"format": 2}', "its format is 2, and this program reads 1"),
-        ('{"format": "\\u001b[2J"}', r"its format is '\x1b[2J', and"),
-        ("[]", "it is of the wrong type"),
-        ("{}", "it has not the right entries (code, command, counts,"),
-        (json.dumps(changed(flags={"seed": [1]})), "it.flags.seed is of the wrong type"),
-        (json.dumps(changed(flags={"seed": float("nan")})), "NaN is no number of JSON"),
-        (json.dumps(changed(command=[1])), "it.command[0] is of the wrong type"),
-        (json.dumps(changed(results=[{**RESULT, "epochs": True}])), "it.results[0].epochs is of"),
-        (json.dumps(changed(results=[{**RESULT, "more": 1}])), "entries (more)"),
-        (json.dumps(changed(code={"diff": 3})), "it.code.diff is of the wrong type"),
-        (json.dumps(changed(environment={"\x1b": 1})), r"it.environment.'\x1b' is of the wrong"),
-    ],
-)
-def test_what_is_no_record_is_said_in_a_sentence(text, said, tmp_path):
-    path = tmp_path / "a.run.json"
-    path.write_text(text)
+    assert read(laid(path)) == RECORD
+    if isinstance(change, dict):
+        laid(path, **change)
+    elif isinstance(change, (str, bytes)):
+        path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    else:
+        path.unlink()
+        change(path)
     with pytest.raises(RecordError) as error:
         read(path)
     words = str(error.value)
-    assert said in words and words.startswith(f"{path} is no record of a run: ")
+    assert noun in words and words.startswith(f"{path} is no record of a run: ")
     assert words.isprintable()
-
-
-def test_files_that_cannot_be_read_are_no_records(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe")  # which would be waited for
-    for name in ("missing", "pipe", "."):
-        with pytest.raises(RecordError, match="there is no such file"):
-            read(tmp_path / name)
-    (tmp_path / "latin").write_bytes(b'"\xe9"')
-    with pytest.raises(RecordError, match="no record of a run: 'utf-8' codec"):
-        read(tmp_path / "latin")
-    monkeypatch.setattr(record, "LARGEST", 10)
-    (tmp_path / "large").write_bytes(b" " * 11)
-    with pytest.raises(RecordError, match="more than"):
-        read(tmp_path / "large")
-
-
-def test_differences_name_the_inputs():
-    then = changed()
-    assert record.differences(then, changed(hardware={"memory": 2}, counts={"weights": 4})) == []
-    # The number of threads tells what this one has come to.
-    assert record.differences(then, changed(environment={"OMP_NUM_THREADS": "3"})) == []
-    now = changed(
-        code={"sha256": "c1"}, data={"sha256": "d1"}, versions={"torch": "2.6", "numpy": "2"},
-        hardware={"threads": 1, "ranks": 4}, environment={"MKL_CBWR": "SSE"}, flags={"seed": 1},
-    )  # fmt: skip
-    expected = [
-        ("code", "c0", "c1"), ("data", "d0", "d1"), ("torch", "2.9.0", "2.6"), ("threads", 2, 1),
-        ("ranks", 1, 4), ("MKL_CBWR", "AVX2", "SSE"), ("numpy", None, "2"),
-    ]  # fmt: skip
-    assert record.differences(then, now) == expected
-    assert record.changes(then, now) == [*expected, ("--seed", 0, 1)]
-
-
-def test_what_is_in_the_way_comes_with_advice():
-    now = changed(code={"sha256": "c1"})
-    assert record.hindrances(changed(), now)[1] == ["To have its code: git checkout abc."]
-    edited, bare = changed(code={"diff": "+1"}), changed(code={"commit": None, "diff": None})
-    (said,) = record.hindrances(edited, now)[1]
-    assert said.endswith("git checkout abc and apply the diff that the record holds (code, diff).")
-    assert "no checkout of git" in record.hindrances(bare, now)[1][0]
-    parts = changed(resumed=[{"after_epoch": 1, "changed": {"torch": ["2.6", "2.9.0"]}}])
-    found, advice = record.hindrances(parts, changed())
-    assert found == [("up to epoch 1", "others (torch)", "these")] and not advice
 
 
 def tree(root, files):
@@ -228,24 +190,18 @@ def test_the_hash_of_images(tmp_path, monkeypatch):
     longer = {**files, "val/a/3.jpg": b"eleven"}
     assert data_sha256(*tree(tmp_path / "fifth", longer))["sha256"] != large["sha256"]
 
-
-def test_the_hash_of_a_file_is_what_sha256sum_says(tmp_path):
     (tmp_path / "a.npz").write_bytes(bytes(range(256)) * 10_000)  # of several reads
-    found = data_sha256(tmp_path / "a.npz")
     expected = hashlib.sha256(bytes(range(256)) * 10_000).hexdigest()
-    assert found == {"sha256": expected, "files": 1, "bytes": 2_560_000, "contents": True}
-    with pytest.raises(OSError):
-        data_sha256(tmp_path / "none.npz")
+    assert data_sha256(tmp_path / "a.npz") == {
+        "sha256": expected, "files": 1, "bytes": 2_560_000, "contents": True,
+    }  # fmt: skip
 
 
 def test_the_code_that_counts_and_where_it_comes_from(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "main.py").write_text("x = 1\n")
-    (tmp_path / "data" / "arrays.py").write_text("y = 1\n")
+    tree(tmp_path, {"main.py": b"x = 1\n", "data/arrays.py": b"y = 1\n"})
     bare = code(tmp_path)
     assert (bare["commit"], bare["diff"], bare["untracked"]) == (None, None, [])
-    (tmp_path / "tests" / "test_main.py").write_text("nothing that a run imports\n")
+    tree(tmp_path, {"tests/test_main.py": b"nothing that a run imports\n"})
     assert code(tmp_path)["sha256"] == bare["sha256"]
 
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -254,27 +210,19 @@ def test_the_code_that_counts_and_where_it_comes_from(tmp_path, monkeypatch):
     clean = code(tmp_path)
     assert clean["diff"] == "" and len(clean["commit"]) == 40
     assert clean["sha256"] == bare["sha256"]  # with or without git
-    (tmp_path / "data" / "arrays.py").write_text("y = 2\n")
-    (tmp_path / "new.py").write_text("z = 1\n")
+    tree(tmp_path, {"data/arrays.py": b"y = 2\n", "new.py": b"z = 1\n"})
     edited = code(tmp_path)
     assert edited["sha256"] != clean["sha256"] and edited["commit"] == clean["commit"]
     assert "-y = 1\n+y = 2\n" in edited["diff"] and edited["untracked"] == ["new.py"]
     (tmp_path / "new.py").rename(tmp_path / "other.py")
     assert code(tmp_path)["sha256"] != edited["sha256"]
-    monkeypatch.setattr(provenance, "DIFF", 50)
-    cut = code(tmp_path)["diff"]
-    assert cut.startswith(edited["diff"][:50] + "\n[cut here: it has ") and len(cut) < 100
-
-
-def test_a_run_without_git_has_a_record(monkeypatch):
-    monkeypatch.setenv("PATH", "")
+    (tmp_path / "data" / "arrays.py").write_text("y = 3\n" * 2**16)
+    assert "[cut here: it has " in code(tmp_path)["diff"][2**18 :]
+    monkeypatch.setenv("PATH", "")  # no git
     assert code()["commit"] is None
-    assert provenance.environment(torch.device("cpu"))["commit"] is None
-
-
-def test_the_environment_is_plain_json():
-    found = provenance.environment(torch.device("cpu"))
-    assert json.loads(json.dumps(found))["torch"] == torch.__version__
+    environment = provenance.environment(torch.device("cpu"))
+    assert environment["commit"] is None
+    assert json.loads(json.dumps(environment))["torch"] == torch.__version__
 
 
 def test_no_path_of_the_home_directory_and_no_variable_but_those_of_arithmetic(monkeypatch):
@@ -285,26 +233,32 @@ def test_no_path_of_the_home_directory_and_no_variable_but_those_of_arithmetic(m
         assert tilde(word) == word
     monkeypatch.setenv("HOME", "/")
     assert tilde("/data") == "/data"
-    monkeypatch.setenv("A_SECRET_TOKEN", "s3cret")
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "3")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")  # torch sets it
-    found = variables()
-    assert found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "3" and "NCCL_SOCKET_IFNAME" not in found
-    assert not {"A_SECRET_TOKEN", "HOME", "TORCHINDUCTOR_CACHE_DIR"} & set(found)
+    for name, value in {
+        "A_SECRET_TOKEN": "s3cret", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "3",
+        "NCCL_SOCKET_IFNAME": "eth0", "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor_somebody",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    names = set(variables())
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" in names and "NCCL_SOCKET_IFNAME" not in names
+    assert not {"A_SECRET_TOKEN", "HOME", "TORCHINDUCTOR_CACHE_DIR"} & names
 
 
-def begun(path, done=None, seed=0, file=Path(__file__)):
-    """A Record that is written to `path`, whole."""
-    args = SimpleNamespace(arch="fcn", dataset="digits", optimizer="agd", compile=False, seed=seed,
-                           epochs=4)  # fmt: skip
+def made(path, seed=0, file=Path(__file__)):
+    """A Record at `path`."""
+    flags = {"arch": "fcn", "dataset": "digits", "optimizer": "agd", "compile": False, "seed": seed,
+             "epochs": 4, "image_size": None}  # fmt: skip
     data = SimpleNamespace(train=range(3), files=(file,))
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     facts = {"train_examples": 5, "test_examples": 2, "weights": 7, "layers": 1}
-    found = record.Record(path, args, ["--seed=0"], {"seed": seed}, data, facts, world)
-    found.begin(done)
-    found.complete()
-    return found
+    return Record(path, flags, ["--seed=0"], {"seed": seed}, data, facts, world)
+
+
+def begun(path, done=None, **options):
+    """A Record that is written to `path`, whole."""
+    record = made(path, **options)
+    record.begin(done)
+    record.complete()
+    return record
 
 
 def test_a_run_that_goes_on_with_other_inputs_says_so(tmp_path, monkeypatch):
@@ -341,17 +295,44 @@ def test_a_record_that_cannot_be_made_or_written_is_a_remark(tmp_path):
     assert nowhere.problem is None and len(read(nowhere.path)["results"]) == 1
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--dataset digits --depth 3 --width 32 --epochs 4 --gain 0 --seed 7 --cpu",
-        "--optimizer adam --lr 1e-05 --precision bf16 --train_examples 10 --log_steps --workers 0",
-        "--optimizer torch.optim.SGD --log_steps 3 --log_updates --micro_bs 8 --sync_bn --compile",
-        "--arch resnet18 --dataset folder:~/some-where/it's --image_size 64 --skip_bad_images",
-        "--dataset npz:a.npz --data_dir /a --deterministic --channels_last on --test_bs 9",
-    ],
-)
+THEN = {"versions": {"torch": "1.0", "gone": "1"}, "hardware": {"threads": 99, "memory": 1}}
+
+
+@pytest.mark.parametrize(("parts", "names", "advice"), [
+    ({"hardware": {"memory": 1}, "counts": {"weights": 4}, "flags": {"seed": 1}}, [], ""),
+    ({"environment": {"OMP_NUM_THREADS": "9"}}, [], ""),  # the number of threads says it
+    ({**THEN, "environment": {"MKL_CBWR": "X"}}, ["torch", "gone", "threads", "MKL_CBWR"], ""),
+    ({"data": {"sha256": "d" * 64}}, ["data"], ""),
+    ({"code": {"sha256": "c" * 64, "commit": "abc", "diff": ""}}, ["code"], "git checkout abc."),
+    ({"code": {"sha256": "c" * 64, "commit": "abc", "diff": "+"}}, ["code"],
+     "git checkout abc and apply the diff"),
+    ({"code": {"sha256": "c" * 64, "commit": None, "diff": None}}, ["code"], "no checkout of git"),
+    ({"resumed": [{"after_epoch": 1, "changed": {"torch": ["2.6", "2.9.0"]}}]},
+     ["up to epoch 1"], ""),
+])  # fmt: skip
+def test_inputs_that_differ_are_named_with_advice(parts, names, advice, tmp_path, capsys):
+    path, tables = tmp_path / "a.run.json", []
+    begun(path).end({"w": torch.ones(2)}, log())
+    laid(path, read(path), **parts)
+    now = made(tmp_path / "b" / "logs" / "a.run.json")
+    if not names:
+        assert now.promised(path, None) == read(path)["results"][-1]
+        return
+    with pytest.raises(RecordError, match="the bits may differ") as error:
+        now.promised(path, lambda title, rows: tables.extend(rows))
+    assert [row[0] for row in tables] == names and ", ".join(names) in str(error.value)
+    message = capsys.readouterr().out
+    assert advice in message and f"--out={tmp_path / 'b'}" in message
+
+
+@pytest.mark.parametrize("flags", [
+    "",
+    "--dataset digits --depth 3 --width 32 --epochs 4 --gain 0 --seed 7 --cpu",
+    "--optimizer adam --lr 1e-05 --precision bf16 --train_examples 10 --log_steps --workers 0",
+    "--optimizer torch.optim.SGD --log_steps 3 --log_updates --micro_bs 8 --sync_bn --compile",
+    "--arch resnet18 --dataset folder:~/some-where/it's --image_size 64 --skip_bad_images",
+    "--dataset npz:a.npz --data_dir /a --deterministic --channels_last on --test_bs 9",
+])  # fmt: skip
 def test_the_command_of_a_record_gives_its_flags_again(flags):
     args = parse([*flags.split(), "--out", "o", "--fresh"], check=False)
     words = flag_words(parser(), vars(args))
@@ -360,38 +341,27 @@ def test_the_command_of_a_record_gives_its_flags_again(flags):
     assert not {"--out=o", "--fresh"} & set(words)
 
 
-def refusal(path, *flags):
-    """What is said of a command that --replay does not take, in one line."""
-    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
-        said = io.StringIO()
-        patch.setattr(sys, "stderr", said)
-        parse(["--replay", str(path), *map(str, flags)])
-    assert end.value.code == 2
-    return said.getvalue().splitlines()[0]
-
-
-def test_what_cannot_be_replayed_is_said_at_once(tmp_path):
-    path = tmp_path / "a.run.json"
-    path.write_text(json.dumps(RECORD))
+def test_what_cannot_be_replayed_is_said_at_once(tmp_path, monkeypatch):
+    path = laid(tmp_path / "a.run.json")
     taken = parse(["--replay", str(path), "--out", "o"], check=False)
     assert (taken.seed, taken.epochs, taken.out, taken.fresh) == (0, 2, "o", True)
     assert parse(["--replay", str(path)], check=False).out == "replayed"
     for there, expected in ((str(tmp_path), str(tmp_path)), ("/nowhere", default_data_dir())):
-        path.write_text(json.dumps(changed(flags={"data_dir": there})))
+        laid(path, flags={"data_dir": there})
         assert parse(["--replay", str(path)], check=False).data_dir == expected
-    path.write_text(json.dumps(RECORD))
-    assert refusal(path, "--seed", 1).endswith("from its record: leave out --seed")
-    assert refusal(path, "--epochs", 200).endswith("leave out --epochs")  # the default, but given
-    assert "there is no such file" in refusal(tmp_path / "b.run.json")
-    path.write_text(json.dumps(changed(flags={"tempo": 3})))
-    assert refusal(path).endswith(f"{path} has --tempo, which no longer exists; its commit has it: "
-                                  "abc")  # fmt: skip
-    path.write_text(json.dumps(changed(results=[])))
-    assert "has not come to its end" in refusal(path)
-    path.write_text(json.dumps(changed(flags={"arch": "--check"})))
-    assert "argument --arch: no '--check' among" in refusal(path)
-    path.write_text(json.dumps(changed(flags={"seed": True})))
-    assert "argument --seed: expected one argument" in refusal(path)
+    for parts, flags, noun in (
+        ({}, ["--seed", 1], "leave out --seed"),
+        ({}, ["--epochs", 200], "leave out --epochs"),  # the default, but given
+        ({"flags": {"tempo": 3}}, [], "--tempo, which no longer exists; its commit has it: abc"),
+        ({"results": []}, [], "has not come to its end"),
+        ({"flags": {"arch": "--check"}}, [], "argument --arch: no '--check' among"),
+        ({"flags": {"seed": True}}, [], "argument --seed: expected one argument"),
+    ):
+        laid(path, **parts)
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        with pytest.raises(SystemExit) as end:
+            parse(["--replay", str(path), *map(str, flags)])
+        assert end.value.code == 2 and noun in sys.stderr.getvalue().splitlines()[0]
 
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2"]
@@ -415,21 +385,21 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_record(finished):
     path, file = finished
-    found = read(path)
-    assert found["flags"]["dataset"] == "npz:mine.npz" and found["flags"]["log_steps"] == "all"
-    assert found["data"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert found["code"] == json.loads(json.dumps(code()))
-    assert found["counts"] == {"train_examples": 1437, "test_examples": 360, "weights": 3392,
-                               "layers": 3, "epoch_steps": 12}  # fmt: skip
-    assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
-    assert found["hardware"]["threads"] == torch.get_num_threads()
-    (end,) = found["results"]
+    record = read(path)
+    assert record["flags"]["dataset"] == "npz:mine.npz" and record["flags"]["log_steps"] == "all"
+    assert record["data"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert record["code"] == json.loads(json.dumps(code()))
+    assert record["counts"] == {"train_examples": 1437, "test_examples": 360, "weights": 3392,
+                                "layers": 3, "epoch_steps": 12}  # fmt: skip
+    assert record["versions"]["torch"] == torch.__version__ and "numpy" in record["versions"]
+    assert record["hardware"]["threads"] == torch.get_num_threads()
+    (end,) = record["results"]
     name = path.name.removesuffix(".run.json")
     checkpoint = path.parent.parent / "checkpoints" / f"{name}.pt"
     net = torch.load(checkpoint, weights_only=True)["net"]
     assert end["epochs"] == 2 and end["weights_sha256"] == weights_sha256(net)
     assert end["log_sha256"] == log_sha256(read_rows(path.with_name(f"{name}.jsonl")))
-    assert found["resumed"] == [] and not list(path.parent.glob("*.partial"))
+    assert record["resumed"] == [] and not list(path.parent.glob("*.partial"))
 
 
 def test_a_run_in_parts_has_the_record_of_a_whole_one(finished, tmp_path):
@@ -437,28 +407,20 @@ def test_a_run_in_parts_has_the_record_of_a_whole_one(finished, tmp_path):
     flags = ["--dataset", "npz:mine.npz", "--data_dir", file.parent, "--out", tmp_path]
     for epochs in (1, 2):
         assert call(*QUICK, *flags, "--log_steps", "--epochs", epochs) == 0
-    whole, parts = read(path), read(tmp_path / "logs" / path.name)
+    (whole,), parts = read(path)["results"], read(tmp_path / "logs" / path.name)
     assert [x["epochs"] for x in parts["results"]] == [1, 2] and parts["resumed"] == []
-    whole["results"][0]["date"] = parts["results"][1]["date"]
-    assert parts["results"][1] == whole["results"][0]
-    assert parts["results"][0]["epoch_crc32"] == whole["results"][0]["epoch_crc32"][:1]
+    assert parts["results"][1] == {**whole, "date": parts["results"][1]["date"]}
+    assert parts["results"][0]["epoch_crc32"] == whole["epoch_crc32"][:1]
 
 
 def test_a_replay_has_the_same_bits(finished, tmp_path, capsys):
-    path, _ = finished
-    assert call("--replay", path, "--out", tmp_path) == 0
-    assert "The same bits" in capsys.readouterr().out
-    again = read(tmp_path / "logs" / path.name)
-    assert again["results"][0]["weights_sha256"] == read(path)["results"][0]["weights_sha256"]
-    assert call("--replay", path, "--out", tmp_path) == 0  # always from the start
-    assert "The same bits" in capsys.readouterr().out
-
-
-def test_a_spectral_replay_has_the_same_bits(tmp_path, capsys):
     assert call(*QUICK, "--optimizer", "spectral", "--bias", "--out", tmp_path / "first") == 0
-    (path,) = (tmp_path / "first" / "logs").glob("*.run.json")
-    assert call("--replay", path, "--out", tmp_path / "again") == 0
-    assert "The same bits" in capsys.readouterr().out
+    (spectral,) = (tmp_path / "first" / "logs").glob("*.run.json")
+    for path in (finished[0], finished[0], spectral):  # always from the start
+        assert call("--replay", path, "--out", tmp_path / "again") == 0
+        assert "The same bits" in capsys.readouterr().out
+        (end,) = read(tmp_path / "again" / "logs" / path.name)["results"]
+        assert end["weights_sha256"] == read(path)["results"][0]["weights_sha256"]
 
 
 def test_other_data_is_named_and_nothing_is_run(finished, tmp_path, capsys):
@@ -468,47 +430,22 @@ def test_other_data_is_named_and_nothing_is_run(finished, tmp_path, capsys):
             copy.writestr(item.filename, archive.read(item.filename))
         copy.comment = b"touched"  # the same images, in other bytes
     assert call("--replay", path, "--data_dir", tmp_path, "--out", tmp_path / "out") == 2
-    said = capsys.readouterr()
-    table = [line.split()[0] for line in said.out.split("Input ")[1].splitlines()[2:3]]
+    printed = capsys.readouterr()
+    table = [line.split()[0] for line in printed.out.split("Input ")[1].splitlines()[2:3]]
     assert table == ["data"]
-    assert f"error: other inputs than those of {path} (data): the bits may differ" in said.err
-    anyway = said.out.split("To run it all the same: ")[1].splitlines()[0]
+    assert f"error: other inputs than those of {path} (data): the bits may differ" in printed.err
+    anyway = printed.out.split("To run it all the same: ")[1].splitlines()[0]
     assert not list(tmp_path.glob("out/logs/*"))
     words = shlex.split(anyway)
     assert words[:2] == ["python", "main.py"] and call(*words[2:]) == 0
     assert list(tmp_path.glob("out/logs/*.run.json"))
 
 
-def edited(path, target, **parts):
-    content = read(path)
-    for key, part in parts.items():
-        content[key] = {**content[key], **part} if isinstance(part, dict) else part
-    target.write_text(json.dumps(content))
-    return target
-
-
-def test_another_version_machine_and_code_are_named(finished, tmp_path, capsys):
-    parts = {
-        "versions": {"torch": "1.0"}, "hardware": {"threads": 99}, "environment": {"MKL_CBWR": "X"},
-        "code": {"sha256": "0", "commit": "abc", "diff": "+"},
-    }  # fmt: skip
-    path = edited(finished[0], tmp_path / "a.run.json", **parts)
-    assert call("--replay", path, "--out", tmp_path / "out") == 2
-    said = capsys.readouterr()
-    table = said.out.split("Input ")[1]
-    rows = [line.split() for line in table.splitlines()[2:6]]
-    assert [row[0] for row in rows] == ["code", "torch", "threads", "MKL_CBWR"]
-    assert rows[0][2] == code()["sha256"][:12]
-    assert rows[1][1:] == ["1.0", torch.__version__] and rows[2][1] == "99"
-    assert "git checkout abc and apply the diff" in table
-    assert "(code, torch, threads, MKL_CBWR): the bits may differ" in said.err
-
-
 def test_other_bits_are_said_with_their_first_epoch(finished, tmp_path, capsys):
-    result = read(finished[0])["results"][0]
-    crc = [result["epoch_crc32"][0], "00000000"]
-    forged = [{**result, "weights_sha256": "0" * 64, "log_sha256": "0" * 64, "epoch_crc32": crc}]
-    path = edited(finished[0], tmp_path / "a.run.json", results=forged)
+    record = read(finished[0])
+    (end,), crc = record["results"], [record["results"][0]["epoch_crc32"][0], "00000000"]
+    forged = [{**end, "weights_sha256": "0" * 64, "log_sha256": "0" * 64, "epoch_crc32": crc}]
+    path = laid(tmp_path / "a.run.json", record, results=forged)
     assert call("--replay", path, "--out", tmp_path / "out") == 1
     assert "other weights and another log than the record's, from epoch 2 on" in (
         capsys.readouterr().err
@@ -531,7 +468,7 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence(tmp_path, cap
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
         return LOSSES["mse"](outputs, labels)
 
-    monkeypatch.setitem(program.LOSSES, "xent", loss)
+    monkeypatch.setitem(LOSSES, "xent", loss)
     try:
         assert call(*QUICK, "--out", tmp_path, "--deterministic") == 0
         assert read_rows(tmp_path / "logs" / f"{NAME}.jsonl")[0]["deterministic"] is True
@@ -540,6 +477,6 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence(tmp_path, cap
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.backends.cudnn.deterministic = False
-    said = capsys.readouterr()
-    assert "Stopped: put_ has no deterministic form; leave out --deterministic" in said.out
-    assert "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert "put_ has no deterministic form; leave out --deterministic" in printed.out
+    assert "Traceback" not in printed.err
