@@ -27,14 +27,6 @@ from training.losses import mse
 from training.step import evaluate
 
 
-@pytest.fixture
-def few(samples, tmp_path):
-    """The flags of a data directory with the first 96 images of CIFAR-10."""
-    with np.load(samples("cifar10") / "cifar10.npz") as file:
-        np.savez(tmp_path / "cifar10.npz", **{key: file[key][:96] for key in file})
-    return ["--data_dir", tmp_path]
-
-
 def same_from_the_first_row(one, other):
     """Assert `same`, and that the first rows differ in --out alone."""
     same(one, other)
@@ -63,28 +55,38 @@ def test_readme_first_command_reaches_97_percent(run_main, tmp_path):
 
 
 def test_the_rows_of_epochs_are_the_means_of_their_steps(tmp_path):
-    assert train(*QUICK, "--out", tmp_path, "--log_steps", "--seed", 3) == 0
-    first, *middle, end = rows(tmp_path, "fcn3x32-digits-mse-bs128-agd-seed3-steps")
+    """Of those that are logged, here in two epochs; to log them changes nothing."""
+    name = "fcn3x32-digits-mse-bs128-agd-seed3"
+    flags = [*QUICK, "--seed", 3, "--out", tmp_path]
+    assert train(*flags) == 0
+    assert train(*flags, "--log_steps", 2, "--log_updates") == 0
+    first, *middle, end = rows(tmp_path, f"{name}-steps2-updates")
     assert first["kind"] == "run" and first["flags"]["epochs"] == 4
+    assert first["settings"]["data"]["crc32"]["train_images"]
     epochs = [row for row in middle if row["kind"] == "epoch"]
     steps = [row for row in middle if row["kind"] == "step"]
     assert [row["epoch"] for row in epochs] == [1, 2, 3, 4]
-    places = [(epoch, step) for epoch in range(1, 5) for step in range(1, 13)]
+    places = [(epoch, step) for epoch in (1, 2) for step in range(1, 13)]
     assert [(row["epoch"], row["step"]) for row in steps] == places
-    for row in epochs:
+    for row in epochs[:2]:
         assert 0 <= row["test_acc"] <= 1 and round(row["test_acc"] * 360, 6).is_integer()
         mine = [step for step in steps if step["epoch"] == row["epoch"]]
         for key in ("loss", "acc"):
             mean = np.average([step[key] for step in mine], weights=[128] * 11 + [29])
             assert row[f"train_{key}"] == pytest.approx(mean, rel=1e-9)
-        etas = [step["eta"] for step in mine]
-        expected = [min(etas), np.mean(etas), max(etas)]
-        assert [row["eta_min"], row["eta_mean"], row["eta_max"]] == pytest.approx(expected)
+        for key in ("eta", "update"):
+            x = [step[key] for step in mine]
+            spread = [row[f"{key}_{part}"] for part in ("min", "mean", "max")]
+            assert spread == pytest.approx([min(x), np.mean(x), max(x)]) and 0 < min(x)
+        assert row["update_max"] < 0.1
     losses = [row["train_loss"] for row in epochs]
     assert losses == sorted(losses, reverse=True)
     assert end["kind"] == "end" and end["stopped"] is None and end["epochs"] == 4
     assert end["final"] and end["skipped_steps"] == end["bad_images"] == 0
     assert end["test_acc"] == epochs[-1]["test_acc"]
+    plain = rows(tmp_path, name)[1:-1]
+    assert [row["train_loss"] for row in plain] == losses and "update_mean" not in plain[0]
+    assert equal(weights(tmp_path, name), weights(tmp_path, first["name"]))
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -100,12 +102,18 @@ def test_a_longer_run_goes_on_bit_for_bit(optimizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_augmented_images_and_batch_norm_go_on_bit_for_bit(few, tmp_path):
-    flags = ["--arch", "vgg", "--train_bs", 40, *few, "--log_steps"]
-    assert train(*flags, "--epochs", 2, "--out", tmp_path / "whole") == 0
-    for epochs in (1, 2):
+@pytest.mark.parametrize("arch", ["resnet18", "vgg"])
+def test_convolutional_networks_learn_real_images_and_go_on_bit_for_bit(arch, samples, tmp_path):
+    """With crops, flips and batch norm. The loss of 96 CIFAR images falls, epoch by epoch."""
+    with np.load(samples("cifar10") / "cifar10.npz") as file:
+        np.savez(tmp_path / "cifar10.npz", **{key: file[key][:96] for key in file})
+    flags = ["--arch", arch, "--train_bs", 16, "--data_dir", tmp_path, "--log_steps"]
+    assert train(*flags, "--epochs", 3, "--out", tmp_path / "whole") == 0
+    for epochs in (1, 3):
         assert train(*flags, "--epochs", epochs, "--out", tmp_path / "parts") == 0
     same(tmp_path / "parts", tmp_path / "whole")
+    losses = [x["train_loss"] for x in rows(tmp_path / "whole") if x["kind"] == "epoch"]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
 
 
 def test_an_interrupt_before_the_checkpoint_counts_what_is_saved(tmp_path, monkeypatch, capsys):
@@ -208,17 +216,6 @@ def test_a_finished_run_says_so_and_fresh_starts_over(tmp_path, capsys):
     assert len(rows(tmp_path)) == 4
 
 
-def test_a_finished_run_on_other_images_is_refused(tmp_path, capsys):
-    assert train(*QUICK, "--out", tmp_path) == 0
-    log = tmp_path / "logs" / f"{NAME}.jsonl"
-    first, rest = log.read_text().split("\n", 1)
-    first = json.loads(first)
-    first["settings"]["data"]["crc32"]["train_images"] = "00000000"
-    log.write_text(f"{json.dumps(first)}\n{rest}")
-    assert train(*QUICK, "--out", tmp_path) == 2
-    assert "is of another run of this name (data" in capsys.readouterr().err
-
-
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     flags = [*QUICK, "--epochs", 50, "--optimizer", "sgd", "--lr", 1e6, "--out", tmp_path]
     assert train(*flags) == 1
@@ -254,29 +251,6 @@ def test_names_have_rates_without_exponents_and_the_part_of_the_data():
     assert name("--log_steps").endswith("-steps") and name("--log_steps", 3).endswith("-steps3")
 
 
-def test_an_image_folder_by_main(samples, tmp_path):
-    root = samples("tiny-imagenet-20") / "tiny-imagenet-20"
-    small = tmp_path / "små images"  # a name that needs care
-    for split, count in (("train", 12), ("val", 5)):
-        for folder in sorted((root / split).iterdir())[:3]:
-            (small / split / folder.name).mkdir(parents=True)
-            for image in sorted(folder.iterdir())[:count]:
-                (small / split / folder.name / image.name).symlink_to(image)
-    (small / "train" / folder.name / "zz.JPEG").write_bytes(b"no image")
-    flags = ["--dataset", f"folder:{small}", "--image_size", 32, "--arch", "fcn", "--depth", 3,
-             "--train_bs", 10, "--epochs", 2, "--workers", 2]  # fmt: skip
-    for _ in range(2):  # the run is not over: it tries again
-        assert train(*flags, "--out", tmp_path / "all") == 2
-        end = rows(tmp_path / "all")[-1]
-        assert "zz.JPEG" in end["stopped"] and not end["final"]
-    assert train(*flags, "--skip_bad_images", "--out", tmp_path / "good") == 0
-    first, *epochs, end = rows(tmp_path / "good")
-    assert "skip" in first["name"]
-    assert first["train_examples"] == 37 and len(epochs) == 2 and end["bad_images"] == 1
-    assert round(end["test_acc"] * 15, 6).is_integer()
-    assert round(end["train_acc"] * 36, 6).is_integer()
-
-
 @pytest.mark.parametrize("optimizer, last", [
     ("agd", r"\d+k? img/s 00:00 left █{6}"),
     pytest.param("spectral", r"turn 0\.\d+ 00:00 left █{6}", marks=pytest.mark.slow),
@@ -286,7 +260,7 @@ def test_the_bar_fits_80_columns(optimizer, last, tmp_path):
     controller, terminal = pty.openpty()
     subprocess.run(["stty", "rows", "24", "cols", "80"], stdin=terminal, check=True)
     process = subprocess.Popen(
-        [sys.executable, "main.py", *QUICK[:-1], "120", "--out", str(tmp_path), "--optimizer",
+        [sys.executable, "main.py", *QUICK[:-1], "60", "--out", str(tmp_path), "--optimizer",
          optimizer], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(terminal)
@@ -296,13 +270,11 @@ def test_the_bar_fits_80_columns(optimizer, last, tmp_path):
             printed += os.read(controller, 1 << 16)
         except OSError:  # Linux's end of the file
             break
-        if process.poll() is not None and not printed:
-            break
     assert process.wait(60) == 0, process.stderr.read()
-    lines = [x for x in re.split(r"[\r\n]+", printed.decode()) if re.match(r"\d+/120 ", x)]
+    lines = [x for x in re.split(r"[\r\n]+", printed.decode()) if re.match(r"\d+/60 ", x)]
     assert len(lines) > 5
     assert max(map(len, lines)) <= 80
-    figures = r"120/120 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} "
+    figures = r"60/60 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} "
     assert re.match(figures + last, lines[-1])
 
 
@@ -313,40 +285,12 @@ def test_plain_output_where_the_encoding_lacks_eta(run_main):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["resnet18", "vgg"])
-def test_convolutional_networks_learn_real_images(arch, few, tmp_path):
-    """The loss of the same 96 CIFAR images falls, epoch by epoch."""
-    flags = ["--arch", arch, "--epochs", 3, "--train_bs", 16, *few]
-    assert train(*flags, "--out", tmp_path) == 0
-    losses = [row["train_loss"] for row in rows(tmp_path)[1:-1]]
-    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
-
-
-@pytest.mark.slow
 def test_one_epoch_of_cifar_stays_where_it_was(samples, tmp_path):
     """Loss and eta of the default network, within the spread of seeds."""
     assert train("--epochs", 1, "--data_dir", samples("cifar10"), "--out", tmp_path) == 0
     row = rows(tmp_path, "fcn10x256-cifar10-mse-bs128-agd-seed0")[1]
     assert row["train_loss"] == pytest.approx(0.839, abs=0.01)
     assert row["eta_mean"] == pytest.approx(0.17, abs=0.02)
-
-
-def test_steps_of_the_first_epochs_and_updates_are_logged_on_request(tmp_path):
-    name = f"{NAME}-steps2-updates"
-    assert train(*QUICK, "--out", tmp_path) == 0
-    assert train(*QUICK, "--out", tmp_path, "--log_steps", 2, "--log_updates") == 0
-    steps = [row for row in rows(tmp_path, name) if row["kind"] == "step"]
-    epochs, plain = ([row for row in rows(tmp_path, x) if row["kind"] == "epoch"]
-                     for x in (name, NAME))  # fmt: skip
-    assert {row["epoch"] for row in steps} == {1, 2}
-    sizes = [row["update"] for row in steps if row["epoch"] == 2]
-    assert all(0 < size < 0.1 for size in sizes)
-    expected = [min(sizes), np.mean(sizes), max(sizes)]
-    spread = [epochs[1][f"update_{key}"] for key in ("min", "mean", "max")]
-    assert spread == pytest.approx(expected)
-    assert "update_mean" not in plain[0]
-    assert equal(weights(tmp_path, name), weights(tmp_path, NAME))
-    assert [row["train_loss"] for row in plain] == [row["train_loss"] for row in epochs]
 
 
 def test_a_spectral_run_is_tested_and_saved_at_its_average(tmp_path, monkeypatch):
@@ -392,13 +336,6 @@ def test_the_default_directory_of_data_names_no_home(monkeypatch):
     assert parse(["--cpu"]).data_dir == "~/.cache/agd"
 
 
-def test_what_depends_on_the_machine_can_be_left_unchecked():
-    flags = ["--optimizer", "no_such_package.Optimizer", "--device", "cuda:99"]
-    with pytest.raises(SystemExit):
-        parse(flags)
-    assert parse(flags, check=False).optimizer == "no_such_package.Optimizer"
-
-
 def test_a_start_does_not_import_the_compiler():
     command = (
         "import sys, torch; from training import optimizers; from agd import AGD\n"
@@ -427,20 +364,33 @@ def test_the_first_row_has_what_makes_a_run_fast_and_the_name_its_precision(tmp_
     assert weights(tmp_path, f"{NAME}-bf16")["layers.0.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("fails", [1, 2])
 def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(
-    replays, tmp_path, monkeypatch, capsys
+    fails, replays, tmp_path, monkeypatch, capsys
 ):
-    def record(work):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    """The first, or that of the ragged batch: then the first graph is dropped, too."""
 
-    monkeypatch.setattr("training.cuda_graph.cuda_recorder", lambda: record)
-    assert train(*QUICK, "--cuda_graph", "off", "--out", tmp_path / "plain") == 0
-    assert train(*QUICK, "--out", tmp_path) == 0
+    def recorder():
+        recorded = []
+
+        def record(work):
+            recorded.append(1)
+            if len(recorded) == fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return lambda: (replays.append(1), work())
+
+        return record
+
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", recorder)
+    flags = [*QUICK, "--epochs", 5]
+    assert train(*flags, "--cuda_graph", "off", "--out", tmp_path / "plain") == 0
+    assert train(*flags, "--out", tmp_path) == 0
     assert capsys.readouterr().out.count("No CUDA graph of a step: operation not permitted") == 1
+    assert len(replays) == (0 if fails == 1 else 4 * 11 - 3)
     expected = [row["train_loss"] for row in rows(tmp_path / "plain")[1:-1]]
     assert [row["train_loss"] for row in rows(tmp_path)[1:-1]] == expected
-    assert rows(tmp_path)[1]["no_cuda_graph"].startswith("operation not permitted")
-    assert train(*QUICK, "--cuda_graph", "on", "--fresh", "--out", tmp_path) == 1
+    assert rows(tmp_path)[4]["no_cuda_graph"].startswith("operation not permitted")
+    assert train(*flags, "--cuda_graph", "on", "--fresh", "--out", tmp_path) == 1
     assert "start again with --cuda_graph off" in rows(tmp_path)[-1]["stopped"]
 
 
@@ -527,10 +477,11 @@ def test_the_batch_of_a_test_is_what_pays_on_the_device(device, flags, expected)
 
 @pytest.mark.parametrize("flags, words", [
     (["--distribute"], "single process"), (["--dataset", "folder:x"], "arrays"),
-    (["--micro_bs", "8"], "whole batches"), (["--optimizer", "torch.optim.Adagrad"], "may read"),
+    (["--micro_bs", "8"], "whole batches"), (["--optimizer", "no_such.Optimizer"], "may read"),
     (["--device", "cpu"], "CUDA device"), (["--optimizer", "adam"], None), ([], None),
 ])  # fmt: skip
 def test_where_a_graph_is_possible(flags, words):
+    """Unchecked flags: devices and packages may be another machine's."""
     reason = no_graph(parse(["--device", "cuda", *flags], check=False))
     assert reason is None if words is None else words in reason
 
