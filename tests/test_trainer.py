@@ -147,8 +147,9 @@ def test_a_job_that_starts_over_does_so_once(launcher, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("flags, micro_bs", [([], 4), (["--micro_bs", "20"], 5)])
 def test_the_micro_batch_that_memory_allowed_stays_until_another_is_requested(
-    flags, micro_bs, tmp_path, monkeypatch, capsys
+    flags, micro_bs, replays, tmp_path, monkeypatch, capsys
 ):
+    """And while it does, there are no graphs, which hold whole batches."""
     forward, limit = FCN.forward, [6]
 
     def small(net, x):
@@ -169,7 +170,7 @@ def test_the_micro_batch_that_memory_allowed_stays_until_another_is_requested(
     assert (last_epoch()["micro_bs"], last_epoch()["lowered"]) == (micro_bs, True)
     assert train(*SMALL, "--micro_bs", 11, "--out", tmp_path) == 0
     assert (last_epoch()["micro_bs"], last_epoch()["lowered"]) == (11, False)
-    assert rows(tmp_path)[0]["resumed"][-1]["flags"] == {"micro_bs": 11}
+    assert rows(tmp_path)[0]["resumed"][-1]["flags"] == {"micro_bs": 11} and not replays
 
 
 def test_checkpoints_come_as_often_as_requested(tmp_path, monkeypatch):
