@@ -115,25 +115,34 @@ def labels_of(root, path=None):
     path = Path(path).expanduser()
     print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
     try:
-        if (path / "data").is_dir():
-            return _from_devkit(path / "data")
-        if path.is_dir():
-            trees = {file.stem: ElementTree.parse(file) for file in sorted(path.glob("*.xml"))}
-            return {stem: tree.findtext("object/name").strip() for stem, tree in trees.items()}
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        lines = path.read_text().splitlines()
-        rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
-        pairs = [(row[0].split()[0], row[1].split()[0]) for row in rows if row]
-    except IndexError as error:
-        raise DataError(
-            f"{path} has a line without two columns, a file name and its class"
-        ) from error
+        labels = _from_devkit(path / "data") if (path / "data").is_dir() else (
+            _from_xml(path) if path.is_dir() else _from_columns(path))  # fmt: skip
     except ImportError as error:
         raise DataError(f"{path}/data/meta.mat is read with scipy: pip install scipy") from error
     except Exception as error:  # a damaged file raises whatever its reader comes upon
-        raise DataError(f"no labels in {path}, which is damaged: {reason(error)}") from error
-    return {Path(name).stem: label for name, label in pairs if name != "ImageId"}
+        raise DataError(f"no labels in {path}, missing or damaged: {reason(error)}") from error
+    if not all(labels.values()):
+        raise DataError(f"{path} has a line without two columns, a file name and its class")
+    return labels
+
+
+def _from_columns(path):
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("it is no file")
+    lines = path.read_text().splitlines()
+    rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
+    cells = [[*row, ""][:2] for row in rows if row and row[0] != "ImageId"]
+    return {Path(name.strip()).stem: "".join(label.split()[:1]) for name, label in cells}
+
+
+def _from_xml(folder):
+    labels = {}
+    for file in sorted(folder.glob("*.xml")):
+        try:
+            labels[file.stem] = ElementTree.parse(file).findtext("object/name").strip()
+        except (ElementTree.ParseError, AttributeError) as error:
+            raise ValueError(f"{file.name} is no whole XML file that names an object") from error
+    return labels
 
 
 def _from_devkit(folder):
