@@ -137,11 +137,9 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
     except Exception as error:  # a damaged file raises whatever its reader comes upon
-        remedy = remedy or (
-            f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
-        )
+        anew = f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
         raise DataError(
-            f"{path} is damaged or another data set ({reason(error)}). {remedy}"
+            f"{path} is damaged or another data set ({reason(error)}). {remedy or anew}"
         ) from error
     return arrays, {"file": path.name, "crc32": crc32}
 

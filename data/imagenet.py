@@ -72,8 +72,8 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
     """
     source = Path(os.path.abspath(Path(source).expanduser()))
     target = Path(os.path.abspath(Path(data_dir).expanduser()), "imagenet")
-    here, there = source.resolve(), target.resolve()
-    if here.is_relative_to(there) or there.is_relative_to(here):
+    ends = sorted(path.resolve() for path in (source, target))
+    if ends[1].is_relative_to(ends[0]):
         raise DataError(
             f"{target} and {source} lie in one another: the original stays as it is, so give "
             "another --data_dir. What is in order needs no preparation: IMAGENET_PATH=DIR will do."
@@ -104,25 +104,26 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
         _lay(target / split, None if _made(layout, options) else layout.root)
     names = sorted(splits["train"].classes)[shard[0] - 1 :: shard[1]]
     mine = [(split, name) for split in splits for name in names]
+    # A class with a corrupt file is done again: somebody may have replaced the file.
+    todo = [key for key in mine if key not in done or done[key]["corrupt"]]
+    began, images, interval = time.monotonic(), 0, 0.1 if sys.stderr.isatty() else 30
     # Its own folder: a second command at the same time writes into another one.
-    with tempfile.TemporaryDirectory(".partial", "", records, True) as scratch:
-        tasks = {}
-        for split, name in mine:
-            # A class with a corrupt file is done again: somebody may have replaced the file.
-            if (split, name) not in done or done[split, name]["corrupt"]:
-                made = target / split / name if _made(splits[split], options) else None
-                partial = Path(scratch, f"{split}-{name}")
-                tasks[split, name] = *splits[split].classes[name], made, resize, partial
-        began, images, seconds = time.monotonic(), 0, 0.1 if sys.stderr.isatty() else 30
+    with tempfile.TemporaryDirectory(".partial", "", records, True) as scratch, tqdm(
+        total=len(todo), unit=" classes", dynamic_ncols=True, disable=not todo,
+        mininterval=interval, maxinterval=max(10, interval),
+    ) as bar:  # fmt: skip
+        tasks = {(split, name): (
+            *splits[split].classes[name], resize, Path(scratch, f"{split}-{name}"),
+            target / split / name if _made(splits[split], options) else None,
+        ) for split, name in todo}  # fmt: skip
         with contextlib.closing(work(_prepare_class, tasks, jobs or usable_cores())) as results:
-            for (split, name), result in tqdm(
-                results, total=len(tasks), unit=" classes", dynamic_ncols=True, disable=not tasks,
-                mininterval=seconds, maxinterval=max(10, seconds),
-            ):  # fmt: skip
+            for (split, name), result in results:
                 files = splits[split].classes[name][1]
-                images += len(files)
                 record = {"options": options, "files": _mark(files), **result}
                 _write(records / split / f"{name}.json", json.dumps(record), scratch)
+                images += len(files)
+                bar.update()
+        bar.close()
         code = _report(splits, target, options, mine, scratch)
     if images:
         seconds = time.monotonic() - began
@@ -130,10 +131,9 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
     return code
 
 
-def _prepare_class(source, names, target, size, partial):
+def _prepare_class(source, names, size, partial, target):
     """Check the images `names` of the folder `source`, and make the folder `target` (None: only
-    check): links, or copies of `size` pixels. It appears whole or not at all; `partial` is its
-    path until then.
+    check) of links, or of copies of `size` pixels: at `partial`, so it appears whole or not at all.
 
     Returns {"images", "resized", "corrupt": [[name, reason], ...]}. Raises OSError if the target
     cannot be written, never for a source.
@@ -192,10 +192,10 @@ def _finished(splits, target, options):
             except (FileNotFoundError, json.JSONDecodeError):
                 continue
             if record["options"] != options:
-                raise DataError(
-                    f"{target} was begun {_words(record['options'])}, not {_words(options)}: "
-                    "give the same flags, another --data_dir, or remove that folder"
-                )
+                then, now = (f"with --resize {o['resize']}" if o["resize"] else
+                             f"with links into {o['from']}" for o in (record["options"], options))
+                raise DataError(f"{target} was begun {then}, not {now}: give the same flags, "
+                                "another --data_dir, or remove that folder")  # fmt: skip
             if record["files"] == _mark(names) and (target / split / name).is_dir():
                 finished[split, name] = record
     return finished
@@ -205,11 +205,6 @@ def _mark(names):
     """Identifies the files of a class: another label moves one of val/'s."""
     text = "\n".join(names).encode(errors="surrogateescape")
     return f"{len(names)} {zlib.crc32(text):08x}"
-
-
-def _words(options):
-    size, source = options["resize"], options.get("from")
-    return f"with --resize {size}" if size else f"with links into {source}"
 
 
 def _report(splits, target, options, mine, scratch):

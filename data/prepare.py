@@ -100,7 +100,7 @@ def _arrays(name, data_dir, source, scratch):
     if source is not None and "://" not in str(source):
         return _from_copy(dataset, Path(source).expanduser())
     if source is None:
-        for place in _places(dataset):
+        for place in ("MNIST/raw",) if name == "mnist" else (dataset.base_folder, dataset.filename):
             if (data_dir / place).exists():
                 try:
                     return _from_copy(dataset, data_dir / place)
@@ -132,13 +132,6 @@ def _arrays(name, data_dir, source, scratch):
     return _from_copy(dataset, Path(scratch))
 
 
-def _places(dataset):
-    """The original files in torchvision's layout: a folder, and CIFAR's archive."""
-    if dataset.__name__ == "MNIST":
-        return ["MNIST/raw"]
-    return [dataset.base_folder, dataset.filename]
-
-
 def _from_copy(dataset, source):
     """The arrays of the original files in or below a folder, or in CIFAR's archive."""
     from torchvision.datasets.utils import check_integrity
@@ -148,8 +141,8 @@ def _from_copy(dataset, source):
     if dataset.__name__ == "MNIST" and source.is_file():
         source = source.parent
     if source.is_dir():
-        inside = (source / _places(dataset)[0], source / "raw")
-        folder = next((path for path in inside if path.is_dir()), source)
+        inside = "MNIST/raw", "raw", getattr(dataset, "base_folder", "raw")
+        folder = next((source / x for x in inside if (source / x).is_dir()), source)
         return _original(dataset, lambda name: _content(folder, name), folder)
     if not check_integrity(source, dataset.tgz_md5):
         raise DataError(
@@ -162,12 +155,10 @@ def _from_copy(dataset, source):
 
 
 def _content(folder, name):
-    """The bytes of a file, or of what name.gz holds; none if there is no such file, or if it
-    is longer than any of these sets'."""
-    path, packed = Path(folder, name), Path(folder, f"{name}.gz")
-    with contextlib.suppress(OSError, EOFError, zlib.error):
-        if path.is_file() or packed.is_file():  # and no pipe
-            with open(path, "rb") if path.is_file() else gzip.open(packed) as file:
+    """The first LARGEST bytes of a file, or of what name.gz holds; none if there are none."""
+    for path, open_file in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        if path.is_file():  # and no pipe
+            with contextlib.suppress(OSError, EOFError, zlib.error), open_file(path, "rb") as file:
                 return file.read(LARGEST)
     return b""
 
