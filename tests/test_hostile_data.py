@@ -24,7 +24,7 @@ from data import DataError, load
 from data.arrays import KEYS, load_arrays
 from data.folders import LONG, centre_crop, decode, list_images
 from data.imagenet_layout import labels_of
-from data.prepare import MNIST_MD5, prepare
+from data.prepare import prepare
 
 CPU = torch.device("cpu")
 
@@ -107,29 +107,26 @@ class Touch:
 ])  # fmt: skip
 def test_a_forged_header_is_refused(text, tmp_path):
     write(tmp_path / "mine.npz", train_images=npy(arrays()["train_images"], text))
-    refused(tmp_path / "mine.npz", "")
+    refused(tmp_path / "mine.npz", "mine.npz")
+
+
+def patch(path, at, content):
+    """Change bytes of train_images in the archive's list of entries, which is at its end."""
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"PK\1\2") + at
+    raw[start : start + len(content)] = content
+    path.write_bytes(raw)
 
 
 def patched(at, content):
-    """Bytes to change in the archive's list of entries, which is at its end."""
-    def change(path):
-        write(path)
-        raw = bytearray(path.read_bytes())
-        start = raw.index(b"PK\1\2") + at  # of train_images
-        raw[start : start + len(content)] = content
-        path.write_bytes(raw)
-
-    return change
+    return lambda path: (write(path), patch(path, at, content))
 
 
 def bomb(path, said=20_000_000):
     """A terabyte of zeros in few bytes, or an entry that claims to be."""
     content = npy(np.zeros(0, np.uint8), header(shape=f"({said // 192}, 8, 8, 3)")) + bytes(said)
     write(path, zipfile.ZIP_DEFLATED, train_images=content)
-    raw = bytearray(path.read_bytes())
-    start = raw.index(b"PK\1\2")
-    raw[start + 24 : start + 28] = struct.pack("<I", 2**32 - 2)
-    path.write_bytes(raw)
+    patch(path, 24, struct.pack("<I", 2**32 - 2))
 
 
 def twice(path):
@@ -138,17 +135,10 @@ def twice(path):
         archive.writestr("train_images.npy", b"")
 
 
-def without(path):
-    content = {key: npy(x) for key, x in arrays().items() if key != "test_labels"}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, part in content.items():
-            archive.writestr(f"{name}.npy", part)
-
-
 def cut(share):
     def make(path):
         write(path)
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        os.truncate(path, int(path.stat().st_size * share))
 
     return make
 
@@ -166,7 +156,8 @@ FORGED = {
     "nothing": (lambda p: p.write_bytes(b""), "zip"),
     "a pipe": (os.mkfifo, "it is no file"),
     "a folder": (Path.mkdir, "it is no file"),
-    "a missing name": (without, "it holds no test_labels"),
+    "a missing name": (lambda p: np.savez(p, **{key: arrays()[key] for key in KEYS[:3]}),
+                       "it holds no test_labels"),
     "a name twice": (twice, "it holds 2 train_images"),
     "a bomb": (bomb, "are said to hold 4,294"),
     "another compression": (lambda p: write(p, zipfile.ZIP_LZMA), "compressed in a way"),
@@ -338,10 +329,10 @@ def levels(folder):
 ])  # fmt: skip
 def test_a_fault_of_the_folders_is_one_sentence(spoil, words, folder):
     spoil(folder)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(DataError, match=words) as error:
         read_all(folder)
-    assert "\n" not in str(error.value) and time.monotonic() - began < 30
+    assert "\n" not in str(error.value) and time.process_time() - began < 10
 
 
 def test_what_is_odd_but_whole_works(folder):
@@ -433,19 +424,9 @@ def test_a_forged_archive_is_never_opened(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
-    for source in (path, None):  # given, and where an archive is looked for
-        (tmp_path / "data").mkdir(exist_ok=True)
-        with pytest.raises(DataError, match="is not the whole cifar-10-python.tar.gz: its MD5"):
-            prepare("cifar10", tmp_path / "data", source or path)
+    with pytest.raises(DataError, match="is not the whole cifar-10-python.tar.gz: its MD5"):
+        prepare("cifar10", tmp_path / "data", path)
     assert {p.name for p in tmp_path.rglob("*")} == {path.name, "data"}
-
-
-def test_damaged_mnist_is_refused(tmp_path):
-    pytest.importorskip("torchvision")
-    for name in MNIST_MD5:
-        (tmp_path / name).write_bytes(bytes([0, 0, 8, 3]) + b"\xff" * 12)
-        with pytest.raises(DataError, match="train-images-idx3-ubyte .*is missing or damaged"):
-            prepare("mnist", tmp_path / "out", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"a,b\0\n\"" + b"x" * 200_000, b"\xff\xfe,", None])

@@ -144,16 +144,14 @@ def test_orientation_is_as_decoded_and_fine_lines_become_grey():
     assert small.std() < 3 and small.mean() == pytest.approx(127, abs=4)
 
 
-@pytest.mark.parametrize("size", [None, 20])
-def test_damage_is_told_in_the_same_words_each_time(size):
-    whole = content(picture(300, 300))
-    for damaged in (whole[: len(whole) // 2], b"<html>", b""):
-        messages = set()
-        for _ in range(2):
-            with pytest.raises(OSError, match="truncated|not an image") as error:
-                shrink(damaged, size)
-            messages.add(reason(error.value))
-        assert len(messages) == 1
+@pytest.mark.parametrize("damaged", [content(picture(300, 300))[:5000], b"<html>", b""])
+def test_damage_is_told_in_the_same_words_each_time(damaged):
+    messages = set()
+    for size in (None, 20, 20):
+        with pytest.raises(OSError, match="truncated|not an image") as error:
+            shrink(damaged, size)
+        messages.add(reason(error.value))
+    assert len(messages) == 1
 
 
 # The whole command
