@@ -4,7 +4,8 @@ CLAIMS is the table. `judge` gives a claim's verdict: holds, does not hold, or n
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from scripts import majorisation
 from scripts.experiments import BATCHES, DEPTHS, WIDTHS
@@ -173,13 +174,13 @@ def rise_and_fall(run):
 
 def bound(runs):
     measured = majorisation.read(runs.results)
-    if not measured or measured["run"]["epochs"] < majorisation.planned(runs.results).epochs:
-        raise Missing
-    states = list(measured["states"].values())
+    states = list(measured["states"].values()) if measured else []
     if len(states) < 2:
         raise Missing
-    beyond = [loss <= bound for state in states
-              for t, loss, bound in zip(state["t"], state["loss"], state["bound"]) if t > 0]  # fmt: skip
+    if measured["run"]["epochs"] < majorisation.planned(runs.results).epochs:
+        raise Missing
+    points = [zip(state["t"], state["loss"], state["bound"]) for state in states]
+    beyond = [loss <= bound for curve in points for t, loss, bound in curve if t > 0]
     reach = max(state["t"][-1] / state["eta"] for state in states)
     return all(beyond), f"{sum(beyond)} of {len(beyond)} points, up to t = {reach:g} η"
 

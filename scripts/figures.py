@@ -10,7 +10,7 @@ import numpy as np
 
 from scripts import majorisation, style
 from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
-from scripts.results import data_name, network_name, searched, title
+from scripts.results import data_name, network_name, searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
 
 BASELINES = ("Adam", "SGD")
@@ -31,9 +31,7 @@ def save(figure, results):
         return ()
     folder = results.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{figure}.png", folder / f"{figure}.pdf"
-    style.save(picture, *paths)
-    return paths
+    return style.save(picture, folder / f"{figure}.png", folder / f"{figure}.pdf")
 
 
 def empty(results, figure, panel, *axes):
@@ -77,8 +75,9 @@ def _rates(ax, results):
         x = [float(result.experiment.flag("--lr")) for result in runs]
         colour, marker = style.OPTIMIZERS[name]
         for kind, line in (("train", "-"), ("test", DOTTED)):
-            ax.plot(x, [100 * result.last[f"{kind}_acc"] for result in runs], color=colour,
-                    linestyle=line, marker=marker, markersize=3.2, markerfacecolor="white")  # fmt: skip
+            y = [100 * result.last[f"{kind}_acc"] for result in runs]
+            ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
+                    markerfacecolor="white")  # fmt: skip
     for name in RULES:
         result = results.only("fig1", "rates", name)
         for kind, line in (("train", "-"), ("test", DOTTED)):
@@ -243,25 +242,34 @@ def fig5(results):
     return figure
 
 
+def beside(axes, results, name, draw_panel=style.eta_loss_accuracy):
+    """Draw AGD's runs of the panels in `axes`, a dict: accuracies on the left axis, objective and
+    eta on the right one. Panels share their ranges."""
+    rights = {panel: style.right_axis(ax) for panel, ax in axes.items()}
+    for panel, ax in axes.items():
+        if not rights[panel].get_subplotspec().is_last_col():
+            rights[panel].tick_params(labelright=False)
+        result = results.only(name, panel, "AGD")
+        if result is None:
+            style.not_run(ax)
+        else:
+            draw_panel(ax, rights[panel], result)
+    style.percent(next(iter(axes.values())), results.of(name))
+    if len(axes) > 1:
+        style.share_range(rights.values())
+    return list(rights.values())
+
+
 def fig6(results):
     widths = WIDTHS[results.scale]
     size = {"figsize": (WIDTH, 5.9), "sharex": True, "sharey": True}
     figure, axes = plt.subplots(len(DEPTHS), len(widths), **size)
-    rights = []
-    for i, depth in enumerate(DEPTHS):
-        axes[i, 0].set_ylabel(f"depth {depth}", fontsize=8.5)
-        for j, width in enumerate(widths):
-            ax, result = axes[i, j], results.only("fig6", f"{depth}x{width}", "AGD")
-            axes[0, j].set_title(f"width {width}")
-            rights.append(style.right_axis(ax))
-            if j < len(widths) - 1:
-                rights[-1].tick_params(labelright=False)
-            if result is not None:
-                style.eta_loss_accuracy(ax, rights[-1], result)
-            else:
-                ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="#777777")
-    style.percent(axes[0, 0], results.of("fig6"))
-    style.share_range(rights)
+    panels = [f"{depth}x{width}" for depth in DEPTHS for width in widths]
+    rights = beside(dict(zip(panels, axes.flat)), results, "fig6")
+    for ax, depth in zip(axes[:, 0], DEPTHS):
+        ax.set_ylabel(f"depth {depth}", fontsize=8.5)
+    for ax, width in zip(axes[0], widths):
+        ax.set_title(f"width {width}")
     style.log_axis(axes[0, 0], longest(results.of("fig6")), "")
     figure.supxlabel("epochs", fontsize=8)
     figure.supylabel("accuracy (%)", fontsize=8)
@@ -272,18 +280,10 @@ def fig6(results):
 
 def fig7(results):
     figure, axes = plt.subplots(1, len(BATCHES), figsize=(WIDTH, 2.4), sharey=True)
-    rights = [style.right_axis(ax) for ax in axes]
-    for ax, right, batch in zip(axes, rights, BATCHES):
+    panels = [f"batch {batch}" for batch in BATCHES]
+    rights = beside(dict(zip(panels, axes)), results, "fig7", _iterations)
+    for ax, batch in zip(axes, BATCHES):
         ax.set_title(f"batch size {batch}")
-        result = results.only("fig7", f"batch {batch}", "AGD")
-        if result is None:
-            style.not_run(ax)
-        else:
-            _iterations(ax, right, result)
-    style.percent(axes[0], results.of("fig7"))
-    style.share_range(rights)
-    for right in rights[:-1]:
-        right.tick_params(labelright=False)
     axes[0].set_ylabel("accuracy (%)")
     rights[-1].set_ylabel("objective and η")
     style.legend(figure, style.quantities())
@@ -314,7 +314,8 @@ def _iterations(ax, right, result):
     eta(x, *(column("eta", reduce) for reduce in (np.min, np.mean, np.max)))
     right.plot(x, column("loss"), color=OBJECTIVE)
     ax.plot(x, 100 * column("acc"), color=TRAIN)
-    ends, dot = len(steps) * np.arange(1, len(result.epochs) + 1), {"marker": "o", "markersize": 1.8}
+    dot = {"marker": "o", "markersize": 1.8}
+    ends = len(steps) * np.arange(1, len(result.epochs) + 1)
     eta(ends, *(result.column(f"eta_{which}") for which in ("min", "mean", "max")), **dot)
     right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
     for kind, colour, line in (("train", TRAIN, "-"), ("test", TEST, DOTTED)):
@@ -361,7 +362,8 @@ def fig8(results):
 def fig11(results):
     result = results.only("fig11", "fcn", SPECTRAL)
     figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
-    steps = math.ceil(result.first["train_examples"] / int(result.experiment.flag("--train_bs", 128)))
+    batch = int(result.experiment.flag("--train_bs", 128))
+    steps = math.ceil(result.first["train_examples"] / batch)
     epochs = np.arange(1, len(result.epochs) + 1)
     L = result.first["paths" if "paths" in result.first else "layers"]
     relative = np.array(result.column("eta_mean")) / L
@@ -386,12 +388,9 @@ def fig11(results):
 
 
 def phases(results):
-    result = results.only("phases", "fcn", "AGD")
     figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
-    right = style.right_axis(ax)
-    style.eta_loss_accuracy(ax, right, result)
-    style.percent(ax, [result])
-    style.log_axis(ax, len(result.epochs))
+    (right,) = beside({"fcn": ax}, results, "phases")
+    style.log_axis(ax, longest(results.of("phases")))
     ax.set_title(results.title("phases", "fcn"))
     ax.set_ylabel("accuracy (%)")
     right.set_ylabel("objective and η")

@@ -67,7 +67,7 @@ def draw(paths):
             if eta:
                 style.band(axes[2], run, "eta", colour)
         losses = {run.first["flags"]["loss"] for run in runs}
-        axes[0].set_title(TITLES.get(losses.pop(), "Objective") if len(losses) == 1 else "Objective")
+        axes[0].set_title(TITLES[losses.pop()] if len(losses) == 1 else "Objective")
         low, high = axes[0].get_ylim()
         if low <= 0 or high / low > 5:
             axes[0].set_yscale("log")

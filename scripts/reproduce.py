@@ -35,7 +35,7 @@ from data.workers import usable_cores
 from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done
-from scripts.runner import Process, Runner, is_finished, lacking, tasks
+from scripts.runner import Process, Runner, availability, is_finished, tasks
 from scripts.together import STREAMS, Host
 
 TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
@@ -166,23 +166,24 @@ def reproduce(parser, args):
 
 def show(args, every, results):
     """Print the table of the runs with their states."""
+    lacking = availability(args.data_dir, fetch=False)
     for i, task in enumerate(every):
         done = min(task.epochs, epochs_done(results.log(task.name)))
         state = f"{done}/{task.epochs} epochs"
         if is_finished(results, task):
             state = "finished" if done == task.epochs else f"stopped after {done} epochs"
-        elif reason := lacking(task, args.data_dir, fetch=False):
+        elif reason := lacking(task):
             state += f", left out: {reason}"
         print(f"{i:3}  {task.name}  {state}")
 
 
 def left_to_do(args, every, chosen, results):
     """The numbers of the unfinished runs that can be run here; prints what is left out, and why."""
-    todo, left_out, done = [], {}, 0
+    lacking, todo, left_out, done = availability(args.data_dir, fetch=True), [], {}, 0
     for i in chosen:
         if is_finished(results, every[i]):
             done += 1
-        elif reason := lacking(every[i], args.data_dir, fetch=True):
+        elif reason := lacking(every[i]):
             left_out.setdefault(reason, []).append(every[i].flags)
         else:
             todo.append(i)
@@ -218,7 +219,8 @@ def submit(args, numbers, results):
                 env={"AGD_PYTHON": sys.executable, "AGD_REPO": str(ROOT), **os.environ},
             )  # fmt: skip
         except FileNotFoundError:
-            raise RunError("there is no sbatch here: --submit slurm is for a SLURM cluster") from None
+            words = "there is no sbatch here: --submit slurm is for a SLURM cluster"
+            raise RunError(words) from None
         if done.returncode:
             reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             raise RunError(f"the queue refused the job: {reason}")

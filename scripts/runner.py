@@ -51,14 +51,14 @@ def tasks(results, figures, most=None):
     return every
 
 
-def lacking(task, data_dir, fetch):
-    """Why the data or the packages at hand do not allow a task, or None. `fetch`: get the data."""
-    return missing_data(task.flag("--dataset"), Path(data_dir).expanduser(), fetch) or (
-        missing_package(task.flag("--optimizer"))
-    )
+def availability(data_dir, fetch):
+    """A function of a task: why the data or the packages at hand do not allow it, or None. `fetch`:
+    get the data, or try once."""
+    folder = Path(data_dir).expanduser()
+    data = cache(lambda name: missing_data(name, folder, fetch))
+    return lambda task: data(task.flag("--dataset")) or missing_package(task.flag("--optimizer"))
 
 
-@cache
 def missing_data(name, folder, fetch):
     path = folder / f"{name.removeprefix('npz:').removesuffix('.npz')}.npz"
     if name == "imagenet":
@@ -261,6 +261,5 @@ class Runner:
         done = sum(cost(task) * (self._epochs(task) - n) for task, n in self.at_start.items())
         if done <= 0:
             return "? left"
-        minutes, seconds = divmod(round((time.monotonic() - self.began) * self._left() / done), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
+        seconds = (time.monotonic() - self.began) * self._left() / done
+        return f"{tqdm.format_interval(seconds)} left"

@@ -53,8 +53,8 @@ def fingerprint(picture):
 
 
 def save(picture, *paths):
-    """Write a picture as PNG, PDF or SVG, by the suffix of each path, and close it. A PNG's
-    "Source" is the fingerprint of the picture."""
+    """Write a picture as PNG, PDF or SVG, by the suffix of each path, and close it. Returns the
+    paths. A PNG's "Source" is the fingerprint of the picture."""
     for path in map(Path, paths):
         words = {".png": {"Source": fingerprint(picture)}, ".pdf": {"CreationDate": None}}
         file = io.BytesIO()
@@ -62,6 +62,7 @@ def save(picture, *paths):
             picture.savefig(file, format=path.suffix[1:], metadata=words.get(path.suffix))
         write_whole(path, file.getvalue())
     plt.close(picture)
+    return paths
 
 
 def percent(ax, results=()):
@@ -124,7 +125,6 @@ def share_range(axes):
 
 
 def not_run(ax):
-    """An empty panel."""
     ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center",
             color="#777777", fontstyle="italic")  # fmt: skip
     ax.grid(False)

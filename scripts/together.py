@@ -27,7 +27,8 @@ UNRECORDED = 3  # torch before 2.12 replays no other graph after a recording tha
 
 
 class Host:
-    """A process that has several runs at once. It starts with the first, and again where it died."""
+    """A process that has several runs at once. It starts with the first run, and again after it
+    died."""
 
     def __init__(self):
         self.process, self.runs, self.graphs = None, [], True
