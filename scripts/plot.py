@@ -6,6 +6,7 @@ within the band from its least to its greatest. PNG, PDF or SVG, by the name of 
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -69,7 +70,7 @@ def draw(paths):
         losses = {run.first["flags"]["loss"] for run in runs}
         axes[0].set_title(TITLES[losses.pop()] if len(losses) == 1 else "Objective")
         low, high = axes[0].get_ylim()
-        if low <= 0 or high / low > 5:
+        if math.isfinite(axes[0].dataLim.ymax) and (low <= 0 or high / low > 5):
             axes[0].set_yscale("log")
         axes[1].set_title("Accuracy")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

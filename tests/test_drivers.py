@@ -334,7 +334,7 @@ def test_a_scaled_gradient_is_unscaled_before_the_step(rule):
         ("accelerate_digits", "accelerate"),
         ("lightning_digits", "lightning"),
         ("timm_digits", "timm"),
-        ("trainer_text", "transformers"),
+        pytest.param("trainer_text", "transformers", marks=pytest.mark.slow),
     ],
 )
 def test_an_example_trains(name, library, capsys):

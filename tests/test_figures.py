@@ -112,7 +112,7 @@ def drawn():
         figures.plt.close(picture)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [pytest.param("quick", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize("figure, quick, full", [
     ("fig1", 2, 3), ("fig2", 3, 3), ("fig4", 6, 8), ("fig5", 3, 3), ("fig6", 40, 60),
     ("fig7", 8, 8), ("fig8", 4, 4), ("fig11", 3, 3), ("phases", 2, 2),
@@ -440,6 +440,7 @@ def test_measuring_wants_the_trained_weights_and_names_damage(tmp_path):
         figures.draw("fig3", there)
 
 
+@pytest.mark.slow
 def test_measuring_is_done_once(samples, tmp_path, monkeypatch):
     """On a network that has stood still."""
     data_dir = samples("cifar10")

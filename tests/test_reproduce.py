@@ -245,6 +245,7 @@ def test_a_signal_stops_the_runs_and_says_how_to_go_on(ending, nohup, tmp_path):
     assert rows[-1]["stopped"] == "interrupted"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_run_that_is_killed_is_named(tmp_path):
     process = start(tmp_path, "--runs", "0", epochs=10**5)
@@ -407,9 +408,8 @@ def test_a_run_is_finished_with_the_end_row_behind_it(small, tmp_path, capsys):
         assert f"{NAME}  {state}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [
-    "log", *(pytest.param(x, marks=pytest.mark.slow) for x in ("checkpoint", "no checkpoint")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["log", "checkpoint", "no checkpoint"])
 def test_damage_fails_alone_and_fresh_starts_over(damage, pair, tmp_path, capsys):
     path = run_alone(tmp_path, 2)
     checkpoint = tmp_path / "quick" / "checkpoints" / f"{NAME}.pt"
@@ -425,7 +425,7 @@ def test_damage_fails_alone_and_fresh_starts_over(damage, pair, tmp_path, capsys
     assert call(*flags) == (2 if damage == "log" else 1)
     error = capsys.readouterr().err
     assert "--fresh starts over" in error and "Traceback" not in error
-    (other,) = (tmp_path / "quick" / "logs").glob("*adam*")
+    (other,) = (tmp_path / "quick" / "logs").glob("*adam*.jsonl")
     assert read_rows(other)[-1]["epochs"] == 3
     assert call(*flags, "--fresh") == 0
     assert [rows[-1]["epochs"] for rows in logs(tmp_path).values()] == [3, 3]
