@@ -9,11 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from scripts import majorisation, style
-from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
+from scripts.experiments import BASELINES, BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
 from scripts.results import data_name, network_name, searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
-
-BASELINES = ("Adam", "SGD")
 
 
 def draw(figure, results):

@@ -28,6 +28,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import flags
 from cli import Parser, UserError, number, one_of
 from data import default_data_dir
@@ -203,12 +205,13 @@ def count(n):
 
 def submit(args, numbers, results):
     """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
-    again = [*args.figures, "--scale", args.scale, "--out", os.path.abspath(args.out)]
-    again += ["--data_dir", os.path.abspath(os.path.expanduser(args.data_dir))]
-    again += ["--device", args.device] if args.device else []
-    again += ["--epochs", str(args.epochs)] if args.epochs else []
-    folder = os.path.abspath(results.folder / "output")
-    os.makedirs(folder, exist_ok=True)
+    options = {"scale": args.scale, "out": args.out.absolute(), "device": args.device,
+               "data_dir": Path(args.data_dir).expanduser().absolute(), "epochs": args.epochs}
+    again = [*args.figures]
+    for name, value in options.items():
+        again += [f"--{name}", str(value)] if value else []
+    folder = results.folder.absolute() / "output"
+    folder.mkdir(parents=True, exist_ok=True)
 
     def sbatch(*options, last=()):
         try:
@@ -237,11 +240,11 @@ def submit(args, numbers, results):
 
 def run(args, todo, results):
     """Run the tasks; returns the exit code."""
-    cpu = on_cpu(args.device)
+    cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
     jobs = min(args.jobs or (min(usable_cores(), 8) if cpu else 1), len(todo))
     together = args.together == "on" or (args.together == "auto" and not cpu and jobs > 1)
-    place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
-    place += ["--fresh"] if args.fresh else []
+    place = ["--data_dir", str(args.data_dir)] + (["--fresh"] if args.fresh else [])
+    place += ["--device", args.device] if args.device else []
     with Host() if together else contextlib.nullcontext(Process) as start:
         jobs = min(jobs, STREAMS) if together else jobs
         title = " ".join(args.figures[:3])
@@ -263,14 +266,6 @@ def deadline(args):
     if args.time_limit is None:
         return None
     return BEGAN + args.time_limit - min(8 + 3 * len(args.figures), args.time_limit / 3)
-
-
-def on_cpu(device):
-    if device is None:
-        import torch
-
-        return not torch.cuda.is_available()
-    return device == "cpu"
 
 
 def draw(args, results):

@@ -3,13 +3,11 @@
     with Host() as start:                         starts `python -m scripts.together`
         run = start(words, output, environment)   with the methods of a runner.Process
 
-Processes of their own take turns on a GPU; the runs of one process share what each would leave
-idle. This process gets a line of JSON a run, {"run": number, "flags": [...], "output": file}, or
-{"stop": true} for all of them, and answers {"run": number, "code": exit code} at each end. The end
-of its input means that the other process is gone, however it went: it ends with it.
-
-Where one run cannot record a CUDA graph, the process ends with UNRECORDED, and Host starts its runs
-again without graphs.
+Processes of their own take turns on a GPU; runs in one process share what each would leave idle.
+The process reads a line of JSON a run, {"run": number, "flags": [...], "output": file}, or
+{"stop": true} for all, and answers {"run": number, "code": exit code}. The end of its input means
+that the other process is gone, however it went: it ends with it. Where a run cannot record a CUDA
+graph, it ends with UNRECORDED, and Host starts its runs again without graphs.
 """
 
 import ctypes
@@ -27,11 +25,11 @@ UNRECORDED = 3  # torch before 2.12 replays no other graph after a recording tha
 
 
 class Host:
-    """A process that has several runs at once. It starts with the first run, and again after it
+    """A process that has several runs at once. The first run starts it, and the next one after it
     died."""
 
     def __init__(self):
-        self.process, self.runs, self.graphs = None, [], True
+        self.process, self.runs, self.no_graphs = None, [], []
 
     def __enter__(self):
         return self.start
@@ -44,29 +42,28 @@ class Host:
     def start(self, words, output, environment):
         """A run of main.py in a thread of the process."""
         if self.process is None or self.process.poll() is not None:
-            self._launch(output.with_name("worker.txt"), environment)
-        run = Thread(self, words, output, environment)
-        self._order(run)
-        return run
+            self.launch(output.with_name("worker.txt"), environment)
+        return self.order(Thread(self, words, output, environment))
 
-    def _launch(self, log, environment):
+    def launch(self, log, environment):
         # A hardware queue for each stream: with the default of 8 streams wait for one another.
-        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": str(STREAMS), "PYTHONIOENCODING": "utf-8",
-                       **environment, "PYTHONUNBUFFERED": "1"}  # fmt: skip
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": str(STREAMS), **environment}
+        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         with open(log, "a", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "scripts.together"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, start_new_session=True, env=environment,
             )  # fmt: skip
         self.runs, self.stopping = [], False
-        arguments = self.process, self.runs
-        self.listener = threading.Thread(target=self._listen, args=arguments, daemon=True)
+        answers = self.process.stdout, self.runs
+        self.listener = threading.Thread(target=self.listen, args=answers, daemon=True)
         self.listener.start()
 
-    def _order(self, run):
-        words = run.words if self.graphs else [*run.words, "--cuda_graph", "off"]
+    def order(self, run):
         self.runs.append(run)
-        self.tell({"run": len(self.runs) - 1, "flags": words, "output": str(run.output)})
+        self.tell({"run": len(self.runs) - 1, "flags": [*run.words, *self.no_graphs],
+                   "output": str(run.output)})  # fmt: skip
+        return run
 
     def tell(self, order):
         try:
@@ -76,26 +73,27 @@ class Host:
             pass
 
     @staticmethod
-    def _listen(process, runs):
-        for line in process.stdout:
+    def listen(answers, runs):
+        for line in answers:
             answer = json.loads(line)
             runs[answer["run"]].code = answer["code"]
 
     def look(self):
-        """Where the process has ended: its unfinished runs start again, or have ended with it."""
+        """After the end of the process: start its unfinished runs again, or fail them."""
         code = self.process.poll()
         if code is None:
             return
         self.listener.join()  # all answers are read
         unfinished = [run for run in self.runs if run.code is None]
-        if code == UNRECORDED and self.graphs and not self.stopping:
-            self.graphs = False
-            self._launch(unfinished[0].output.with_name("worker.txt"), unfinished[0].environment)
-            for run in unfinished:
+        again = code == UNRECORDED and not self.no_graphs and not self.stopping
+        if again:
+            self.no_graphs = ["--cuda_graph", "off"]
+            self.launch(unfinished[0].output.with_name("worker.txt"), unfinished[0].environment)
+        for run in unfinished:
+            if again:
                 run.words = [word for word in run.words if word != "--fresh"]
-                self._order(run)
-        else:
-            for run in unfinished:
+                self.order(run)
+            else:
                 run.code = code
 
     def stop(self):
@@ -110,20 +108,18 @@ class Host:
 
 
 class Thread:
-    """A run of main.py in a thread of a Host."""
+    """A run of main.py in a thread of a Host, with the methods of a runner.Process."""
 
     def __init__(self, host, words, output, environment):
         self.host, self.words, self.output, self.environment = host, words, output, environment
-        self.code, self.stop, self.kill = None, host.stop, host.kill  # of all the others, too
+        self.code, self.stop, self.kill = None, host.stop, host.kill  # which concern all of them
 
     def poll(self):
-        """The exit code, or None while it runs."""
         if self.code is None:
             self.host.look()
         return self.code
 
     def wait(self, seconds):
-        """Whether it ends within that time."""
         end = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
@@ -142,80 +138,71 @@ class PerThread:
         return getattr(getattr(self.here, "file", self.stream), name)
 
 
-class Worker:
+def serve():
     """The process of a Host."""
+    # What a library prints by itself must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    alive, requests, unfinished, lock = {}, {}, set(), threading.Lock()
+    sys.stdout, sys.stderr = PerThread(sys.stderr), PerThread(sys.stderr)
+    import main  # once, before threads would do so at the same time
+    from training.control import ANNOUNCING, Requests
+    from training.cuda_graph import FAILURES
 
-    def __init__(self):
-        # What a library prints by itself must not come between the answers.
-        self.answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        sys.stdout, sys.stderr = PerThread(sys.stderr), PerThread(sys.stderr)
-        self.alive, self.requests, self.unfinished = {}, {}, set()
-        self.lock = threading.Lock()
-
-    def serve(self):
-        import main  # noqa: F401 (once, before threads would do so at the same time)
-        from training.control import ANNOUNCING, Requests
-
-        for number in ANNOUNCING:
-            signal.signal(number, lambda *_: [x.announce() for x in list(self.requests.values())])
-        for line in sys.stdin:
-            order = json.loads(line)
-            with self.lock:
-                if "stop" in order:
-                    self.stop()
-                    continue
-                number = order["run"]
-                # A daemon: it ends with the process.
-                self.alive[number] = threading.Thread(target=self.run, args=(order,), daemon=True)
-                self.requests[number] = Requests(shared=True)
-                self.unfinished.add(number)
-                self.alive[number].start()
-        os._exit(1 if self.unfinished else 0)
-
-    def stop(self):
-        """Ask each run to stop, once: one that is still starting gets a KeyboardInterrupt."""
-        for number in list(self.alive):
-            if self.requests[number].listening:
-                self.requests[number].stop()
-            else:
-                thread = ctypes.c_ulong(self.alive.pop(number).ident)
-                error = ctypes.py_object(KeyboardInterrupt)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
-
-    def run(self, order):
-        import main
-        import training.cuda_graph
-
+    def run(order):
         code = 1
         try:
             with open(order["output"], "a", encoding="utf-8", errors="backslashreplace") as file:
                 PerThread.here.file = file
                 try:
-                    code = main.main(order["flags"], self.requests[order["run"]])
+                    code = main.main(order["flags"], requests[order["run"]])
                 except SystemExit as end:  # flags that make no sense
                     code = end.code if isinstance(end.code, int) else 1
                 except KeyboardInterrupt:  # while it was starting
                     code = 130
                 except Exception:
                     traceback.print_exc()
-            if training.cuda_graph.FAILURES:  # of this run or of another, which made this one fail
+            if FAILURES:  # of this run or of another, which made this one fail
                 os._exit(UNRECORDED)
         finally:
             try:
-                self.ended(order["run"], code)
+                ended(order["run"], code)
             except KeyboardInterrupt:  # asked in its last moment, and never again
-                self.ended(order["run"], code)
+                ended(order["run"], code)
 
-    def ended(self, number, code):
-        with self.lock:  # from here on it cannot be asked to stop
-            self.alive.pop(number, None)
-        with self.lock:
-            print(json.dumps({"run": number, "code": code}), file=self.answers, flush=True)
-            self.unfinished.discard(number)
+    def ended(number, code):
+        with lock:  # from here on it cannot be asked to stop
+            alive.pop(number, None)
+        with lock:
+            print(json.dumps({"run": number, "code": code}), file=answers, flush=True)
+            unfinished.discard(number)
+
+    def stop():
+        """Ask each run to stop, once; one that is still starting gets a KeyboardInterrupt."""
+        for number in list(alive):
+            if requests[number].listening:
+                requests[number].stop()
+            else:
+                thread, error = alive.pop(number).ident, ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+    for number in ANNOUNCING:
+        signal.signal(number, lambda *_: [each.announce() for each in list(requests.values())])
+    for line in sys.stdin:
+        order = json.loads(line)
+        with lock:
+            if "stop" in order:
+                stop()
+                continue
+            # A daemon: it ends with the process.
+            thread = threading.Thread(target=run, args=(order,), daemon=True)
+            alive[order["run"]], requests[order["run"]] = thread, Requests(shared=True)
+            unfinished.add(order["run"])
+            thread.start()
+    os._exit(1 if unfinished else 0)
 
 
 if __name__ == "__main__":
     for ending in (signal.SIGINT, signal.SIGTERM):  # whatever they were inherited as
         signal.signal(ending, signal.default_int_handler)
-    Worker().serve()
+    serve()
