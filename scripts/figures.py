@@ -12,6 +12,7 @@ from scripts import majorisation, style
 from scripts.experiments import BASELINES, BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
 from scripts.results import data_name, network_name, searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
+from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
 
 
 def draw(figure, results):

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -56,7 +56,11 @@ class Results:
 
     def __init__(self, out, scale):
         self.out, self.scale, self.folder = Path(out), scale, Path(out, scale)
-        self.table, self.rows = experiments(scale), {}  # the rows of each log that was read
+        self.rows = {}  # of each log that was read
+
+    @cached_property
+    def table(self):
+        return experiments(self.scale)
 
     def log(self, name):
         """The path of a run's log."""
