@@ -57,11 +57,11 @@ SETTINGS = {
     "families": {**IMAGES, "images": 5000, "batch": 64, "steps": 120, "seeds": (0,),
                  "rates": (3e-4, 1e-3, 3e-3)},
 }  # fmt: skip
-QUICK = {  # tiny, for tests
+QUICK = {None: {  # tiny, for tests
     "depths": (3,), "depth": 3, "width": 16, "epochs": 1, "before": 1, "images": 64, "test": 32,
     "batch": 16, "seeds": (0,), "channels": (4, 4, 4), "layers": 2, "context": 16, "steps": 4,
     "warm_up": 2, "activations": ("ReLU", "Tanh"), "rates": (1e-3,),
-}  # fmt: skip
+}}  # fmt: skip
 
 
 def parts(function, runs, seeds):

@@ -153,13 +153,14 @@ def main(module, title, argv=None):
     add("--list", action="store_true", help="name the parts, and run none")
     parser.set_defaults(script=script, data=None)
     args = parser.parse_args(argv)
-    folder, tiny = args.out / script, module["QUICK"]
+    folder = args.out / script
     if args.case == "report":
         return report(folder, cases, title)
     if args.case == "draw":
         return module["draw"](folder, read(folder, cases))
     settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
-    tiny = {**tiny, **tiny.get(args.case, {})} if args.quick else {}
+    quick = module["QUICK"]  # None: of all cases
+    tiny = {**quick[None], **quick.get(args.case, {})} if args.quick else {}
     for key, value in settings.items():
         setattr(args, key, tiny.get(key, value))
     parts, limits = cases[args.case](args)

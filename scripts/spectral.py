@@ -77,11 +77,11 @@ SETTINGS = {
     "moment": {**FCN, **TEXT, "epochs": 2, "width": (256,), "steps": 600, "text_width": (64,),
                "moments": ("float32", "bfloat16")},
 }  # fmt: skip
-QUICK = {  # tiny, for tests; those of a case win
+QUICK = {None: {  # tiny, for tests; a case's own win
     "depth": 3, "width": 16, "batch": 16, "images": 64, "test": 32, "layers": 2, "heads": 2,
     "context": 16, "texts": 4, "held": 64, "epochs": 1, "steps": 2, "seeds": (0,), "warm_up": 1,
     "before": 1, "rates": (1e-3,), "channels": (4, 8, 8), "text_steps": 4, "image_steps": 2,
-    "hidden": 16, "digits": 64, "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,),
+    "hidden": 16, "digits": 64, "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,)},
     "fcn": {"marks": {0: (1, 2, 3), 1: (1,)}, "horizons": {1: (0, 1), 2: (0,)},
             "rates": (3e-4, 1e-3)},
     "gpt": {"every": 2, "marks": {0: (2, 4, 6), 1: (2, 4)}, "horizons": {4: (0,)}},

@@ -14,7 +14,6 @@ from tests.conftest import ROOT
 
 SCRIPTS = {"any_model": any_model, "spectral": spectral}
 LIBRARIES = {"gpt2": "transformers", "stock": "timm", "families": "torchvision"}
-FAST = {("any_model", "biases"), ("any_model", "finetune"), ("spectral", "units")}
 ALL = [(script, case) for script, module in SCRIPTS.items() for case in module.CASES]
 
 
@@ -25,7 +24,7 @@ def measure(script, case, data, out, *flags):
 
 
 @pytest.mark.parametrize(("script", "case"), [
-    pytest.param(*x, marks=[pytest.mark.slow] * (x not in FAST)) for x in ALL
+    pytest.param(*x, marks=[pytest.mark.slow] * (x[1] in LIBRARIES)) for x in ALL
 ])  # fmt: skip
 def test_a_case_runs_and_writes_its_file(script, case, noise, tmp_path, capsys):
     if case in LIBRARIES:
