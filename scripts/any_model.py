@@ -25,22 +25,9 @@ import torch.nn as nn
 from agd import AGD, init_weights
 from architecture import build, with_vectors
 from data import load
-from scripts import comparisons, style
-from scripts.comparisons import (
-    CPU,
-    Characters,
-    Limit,
-    adamw,
-    cifar,
-    row,
-    score,
-    stock_gpt2,
-    text_loss,
-    texts,
-    train,
-    train_steps,
-    whole,
-)
+from scripts import comparisons as lab
+from scripts import style
+from scripts.comparisons import Limit
 from training.losses import mse, xent
 
 IMAGES = {"images": 10_000, "test": 2000, "batch": 128, "seeds": (0, 1)}
@@ -64,60 +51,58 @@ QUICK = {None: {  # tiny, for tests
 }}  # fmt: skip
 
 
-def parts(function, runs, seeds):
-    """{part: function} of each run, {name: first argument}, at each seed."""
-    return {f"{run}, seed {seed}": partial(function, run, first, seed)
-            for (run, first), seed in itertools.product(runs.items(), seeds)}  # fmt: skip
+def ours(net, steps=None):
+    return AGD(net)
+
+
+def beside_adam(args):
+    """{name: function from a network to its optimiser} of AGD and of Adam at each rate."""
+    return {"AGD": ours, **{
+        f"Adam {x:g}": lambda net, steps=None, x=x: torch.optim.Adam(net.parameters(), x)
+        for x in args.rates}}  # fmt: skip
 
 
 def stacks(args):
-    def measure(run, kind, seed):
-        depth, name, scaled = kind
-        data = load("digits", None, args.batch, 512, CPU, seed)
+    def work(depth, name, scaled, seed):
+        data = load("digits", None, args.batch, 512, lab.CPU, seed)
         sizes = [math.prod(data.shape)] + [args.width] * (depth - 1) + [data.classes]
         layers = [x for pair in itertools.pairwise(sizes)
                   for x in (nn.Linear(*pair, bias=False), getattr(nn, name)())]  # fmt: skip
         net = nn.Sequential(nn.Flatten(), *layers[:-1])
         first = next(iter(data.train))[0] if scaled else None
         init_weights(net, torch.Generator().manual_seed(seed), inputs=first)
-        optimizer = AGD(net)
-        curve = train(net, optimizer, data.train, mse, args.epochs, iter)
-        return [row(run, seed, optimizer, test_accuracy=score(net, data.test, mse)[1],
-                    train_loss=curve[-1])]  # fmt: skip
+        return net, data.train, data.test, mse, None
 
-    kinds = itertools.product(args.depths, args.activations, (True, False))
-    runs = {f"{name}, {depth} layers, {'inputs=batch' if scaled else 'orthogonal × s'}":
-            (depth, name, scaled) for depth, name, scaled in kinds}  # fmt: skip
-    limits = dict(zip(args.depths, (93, 87)))
-    return parts(measure, runs, args.seeds), [
-        Limit(run, "test accuracy", limits[depth], True)
-        for run, (depth, _, scaled) in runs.items() if scaled]  # fmt: skip
+    runs, limits, least = {}, [], dict(zip(args.depths, (93, 87)))
+    for kind in itertools.product(args.depths, args.activations, (True, False)):
+        depth, name, scaled = kind
+        run = f"{name}, {depth} layers, {'inputs=batch' if scaled else 'orthogonal × s'}"
+        runs[run] = partial(work, *kind), ours
+        limits += [Limit(run, "test accuracy", least[depth], True)] * scaled
+    return lab.parts(args, runs, take=iter), limits
 
 
-def on_and_off(args, name, make, key, limit, take=whole):
+def on_and_off(args, name, make, key, limit, take=None):
     """Parts that train make(False) and make(True), drawn anew, on the square loss."""
 
-    def measure(run, on, seed):
-        torch.manual_seed(seed)
+    def work(on, seed):
         net = make(on)
         init_weights(net, torch.Generator().manual_seed(seed))
-        batches, tests = cifar(args, seed)
-        optimizer = AGD(net)
-        curve = train(net, optimizer, batches, mse, args.epochs, take)
-        loss, accuracy = score(net, tests, mse)
-        return [row(run, seed, optimizer, curve, train_loss=score(net, batches, mse)[0],
-                    last_epoch=curve[-1], test_loss=loss, test_accuracy=accuracy)]  # fmt: skip
+        return net, *lab.cifar(args, seed), mse, None
 
-    runs = {f"{name} off": False, f"{name} on": True}
-    return parts(measure, runs, args.seeds), [Limit(f"{name} off", key, limit, True, f"{name} on",
-                                                    True)]  # fmt: skip
+    def more(net, batches, curve):
+        return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": curve[-1]}
+
+    runs = {f"{name} {'on' if on else 'off'}": (partial(work, on), ours) for on in (False, True)}
+    return lab.parts(args, runs, take=take, more=more), [
+        Limit(f"{name} off", key, limit, True, f"{name} on", True)]  # fmt: skip
 
 
 def in_batches(args, name, *rest):
     """In whole batches, and with the images that are left over at the end of an epoch."""
-    more = on_and_off(args, f"last {args.images % args.batch} images too, {name}", *rest, iter)
+    last = f"last {args.images % args.batch} images too, {name}"
     first, limits = on_and_off(args, name, *rest)
-    return {**first, **more[0]}, limits
+    return {**first, **on_and_off(args, last, *rest, iter)[0]}, limits
 
 
 def biases(args):
@@ -147,26 +132,14 @@ def affine(args):
 
 
 def gpt2(args):
-    text, held, letters = texts(args)
-    runs = {"AGD": AGD, f"AGD, L = the count, {args.count}": lambda x: AGD(x, depth=args.count)}
-    runs |= {f"AdamW {x:g}": partial(adamw, rate=x, steps=args.steps, args=args)
-             for x in args.rates}  # fmt: skip
+    def work(seed):
+        return lab.of_text(args, partial(lab.stock_gpt2, args), args.steps, seed)
 
-    def measure(run, make, seed):
-        torch.manual_seed(seed)
-        net = stock_gpt2(args, letters)
-        optimizer, batches = make(net), Characters(text, args, args.steps, seed)
-        curve = train_steps(net, optimizer, batches, text_loss, args.steps)
-        loss, _ = score(net, Characters(held, args), text_loss)
-        return [row(run, seed, optimizer, curve, train_loss=curve[-1], validation_loss=loss)]
-
-    return parts(measure, runs, args.seeds), [Limit("AGD", "validation loss", 2.52)]
-
-
-def beside_adam(args):
-    """{name: function from a network to its optimiser} of AGD and of Adam at each rate."""
-    return {"AGD": AGD, **{f"Adam {x:g}": lambda net, x=x: torch.optim.Adam(net.parameters(), x)
-                           for x in args.rates}}  # fmt: skip
+    rules = {"AGD": ours, f"AGD, L = the count, {args.count}":
+             lambda net, steps: AGD(net, depth=args.count)}  # fmt: skip
+    rules |= {f"AdamW {x:g}": partial(lab.adamw, x, args) for x in args.rates}
+    runs = {run: (work, rule) for run, rule in rules.items()}
+    return lab.parts(args, runs, keys=["validation_loss"]), [Limit("AGD", "validation loss", 2.52)]
 
 
 def adapted(args, runs, seed):
@@ -175,17 +148,18 @@ def adapted(args, runs, seed):
     rows, half = [], args.images // 2
     torch.manual_seed(seed)
     start = build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=True)
-    old, tests = cifar(args, seed, slice(half))
-    new, _ = cifar(args, seed, slice(half, None))
-    train(start, torch.optim.Adam(start.parameters(), args.rate_before), old, mse, args.before)
+    old, tests = lab.cifar(args, seed, slice(half))
+    new, _ = lab.cifar(args, seed, slice(half, None))
+    before = torch.optim.Adam(start.parameters(), args.rate_before)
+    lab.train(start, before, old, mse, args.before)
     for run, make in {"before": None, **runs}.items():
         net = copy.deepcopy(start)
         optimizer = make and make(net)
         if optimizer:
-            train(net, optimizer, new, mse, args.epochs)
-        rows.append(row(run, seed, optimizer, test_accuracy=score(net, tests, mse)[1],
-                        new_half_loss=score(net, new, mse)[0],
-                        old_half_loss=score(net, old, mse)[0]))  # fmt: skip
+            lab.train(net, optimizer, new, mse, args.epochs)
+        rows.append(lab.row(run, seed, optimizer, test_accuracy=lab.score(net, tests, mse)[1],
+                            new_half_loss=lab.score(net, new, mse)[0],
+                            old_half_loss=lab.score(net, old, mse)[0]))  # fmt: skip
     return rows
 
 
@@ -207,18 +181,12 @@ def families(args):
         "DenseNet 3×4": partial(models.DenseNet, 12, (4, 4, 4), 24),
     }  # fmt: skip
 
-    def measure(run, kind, seed):
-        torch.manual_seed(seed)
-        net = kind[0](num_classes=10)
-        batches, tests = cifar(args, seed)
-        optimizer = kind[1](net)
-        curve = train_steps(net, optimizer, batches, xent, args.steps)
-        return [row(run, seed, optimizer, curve, train_loss=curve[-1],
-                    test_accuracy=score(net, tests, xent)[1])]  # fmt: skip
+    def work(net, seed):
+        return net(num_classes=10), *lab.cifar(args, seed), xent, args.steps
 
-    kinds = itertools.product(nets.items(), beside_adam(args).items())
-    runs = {f"{name}, {run}": (net, make) for (name, net), (run, make) in kinds}
-    return parts(measure, runs, args.seeds), []
+    return lab.parts(args, {f"{name}, {run}": (partial(work, net), rule)
+                            for name, net in nets.items()
+                            for run, rule in beside_adam(args).items()}), []  # fmt: skip
 
 
 CASES = {"stacks": stacks, "biases": biases, "affine": affine, "gpt2": gpt2,
@@ -271,7 +239,7 @@ def best_adam(rows, name):
 
 
 def main(argv=None):
-    return comparisons.main(globals(), "AGD(net) on any network", argv)
+    return lab.main(globals(), "AGD(net) on any network", argv)
 
 
 if __name__ == "__main__":

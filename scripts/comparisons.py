@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+import agd
 from agd import AGD, SpectralAGD
 from cli import Parser
 from data import DATASETS, default_data_dir
@@ -199,16 +201,40 @@ class Clock:
 
 
 def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
-    """One run: its numbers, the seconds of `clock`, L and the last eta where the optimiser is
-    AGD's, and the clock of SpectralAGD's weights."""
+    """One run: its numbers, seconds of training, L and the last eta of AGD, the clock of
+    SpectralAGD's weights."""
     if clock:
         numbers |= {"seconds": clock.seconds, "CPU_seconds": clock.cpu}
-    if clock and isinstance(optimizer, SpectralAGD):
+    if isinstance(optimizer, SpectralAGD):
         numbers |= dict(zip(("length", "turn"), map(float, optimizer.clock())))
     if isinstance(optimizer, AGD):
         numbers |= {"L": optimizer.L, "η": optimizer.eta.item()}
     numbers = {key.replace("_", " "): float(f"{x:.5g}") for key, x in numbers.items()}
     return {"run": run, "seed": seed, "numbers": numbers, "curve": [round(x, 5) for x in curve]}
+
+
+def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=None,
+            recalibrate=False, more=lambda net, batches, curve: {}):  # fmt: skip
+    """[row] of a run. work(seed): (net, training batches, test batches, loss, steps), where steps
+    are None for args.epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; take: the
+    batches of an epoch that train (whole ones); more: further numbers."""
+    torch.manual_seed(seed)
+    net, batches, tests, loss, steps = work(seed)
+    count = steps or args.epochs * (batches.examples // batches.batch_size)
+    optimizer, clock = rule(net, count), Clock()
+    with clock:
+        curve = (train_steps(net, optimizer, batches, loss, steps) if steps else
+                 train(net, optimizer, batches, loss, args.epochs, take or whole))  # fmt: skip
+    if recalibrate:
+        agd.recalibrate(net, itertools.islice(batches, 8))
+    numbers = {"train_loss": curve[-1], **dict(zip(keys, score(net, tests, loss)))}
+    return [row(run, seed, optimizer, curve, clock, **numbers | more(net, batches, curve))]
+
+
+def parts(args, runs, seeds=None, **how):
+    """{part: function} that measures each of {run: (work, rule)} at each seed."""
+    return {f"{run}, seed {seed}": partial(measure, args, run, *what, seed, **how)
+            for run, what in runs.items() for seed in seeds or args.seeds}  # fmt: skip
 
 
 def cifar(args, seed, part=slice(None), pad=0, flip=False):
@@ -283,6 +309,13 @@ class Characters:
         return windows[:, :-1], windows[:, 1:]
 
 
+def of_text(args, net, steps, seed, batch=None):
+    """The work of a network, net(letters), that reads characters."""
+    text, held, letters = texts(args)
+    batches = Characters(text, args, steps, seed, batch)
+    return net(letters), batches, Characters(held, args, batch=batch), text_loss, steps
+
+
 def texts(args):
     """(training text, validation text, number of letters): places in the alphabet, (N,) int64."""
     path = Path(args.data_dir).expanduser() / "shakespeare.txt"
@@ -296,28 +329,21 @@ def text_loss(outputs, labels):
     return xent(outputs, labels).mean(1)
 
 
-class Logits(nn.Module):
-    """A language model of transformers, from characters to outputs (B, V, T)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(input_ids=x).logits.transpose(1, 2)
-
-
 def stock_gpt2(args, letters):
-    """transformers' GPT-2 with a tied head and without dropout."""
+    """transformers' GPT-2 with a tied head and without dropout, from characters to (B, V, T)."""
     import transformers
+
+    class Logits(transformers.GPT2LMHeadModel):
+        def forward(self, x):
+            return super().forward(input_ids=x).logits.transpose(1, 2)
 
     config = {"vocab_size": letters, "n_positions": args.context, "n_embd": args.width,
               "n_layer": args.layers, "n_head": args.heads, "resid_pdrop": 0, "embd_pdrop": 0,
               "attn_pdrop": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-    return Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)))
+    return Logits(transformers.GPT2Config(**config))
 
 
-def adamw(net, rate, steps, args):
+def adamw(rate, args, net, steps):
     """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
     optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
                                   weight_decay=args.weight_decay)  # fmt: skip

@@ -32,21 +32,9 @@ from agd import AGD, SpectralAGD, init_weights
 from architecture import build, with_vectors
 from architecture.resnet import BASIC, PostActivation, conv
 from data import load
-from scripts import any_model, comparisons, style
-from scripts.comparisons import (
-    CPU,
-    Characters,
-    Clock,
-    Limit,
-    adamw,
-    cifar,
-    row,
-    score,
-    stock_gpt2,
-    text_loss,
-    texts,
-    train_steps,
-)
+from scripts import any_model, style
+from scripts import comparisons as lab
+from scripts.comparisons import Limit
 from training.losses import LOSSES, mse, xent
 from training.step import train_epoch
 
@@ -93,20 +81,19 @@ def ours(net, steps=None):
     return SpectralAGD(net)
 
 
-def beside_adamw(args):
+def rules(args):
     """{name: function from a network and a number of steps to its optimiser}."""
-    return {OURS: ours, **{f"AdamW {x:g}": lambda net, steps, x=x: adamw(net, x, steps, args)
-                           for x in args.rates}}  # fmt: skip
+    return {OURS: ours, **{f"AdamW {x:g}": partial(lab.adamw, x, args) for x in args.rates}}
 
 
 def follow(net, optimizer, chunks, loss, read, run, seed, marks, unit="epochs", size=1):
     """Train on `chunks`, iterables of batches that are `size` epochs or steps each; after each,
     read() has the network's numbers. Returns a row at each of `marks`; the last has the history."""
-    rows, history, clock = [], [], Clock()
+    rows, history, clock = [], [], lab.Clock()
     for i, chunk in enumerate(itertools.islice(chunks, max(marks) // size), 1):
         with clock:
             totals = train_epoch(net, chunk, loss, optimizer).read()
-        read_at = row(f"{run}, {i * size} {unit}", seed, optimizer, clock=clock,
+        read_at = lab.row(f"{run}, {i * size} {unit}", seed, optimizer, clock=clock,
                       train_loss=totals["loss"], **read())  # fmt: skip
         history.append({unit: i * size, **read_at["numbers"]})
         print(read_at["run"], seed, read_at["numbers"], flush=True)
@@ -127,9 +114,8 @@ def planned(args, unit, train):
     plan = [(OURS, seed, marks) for seed, marks in args.marks.items()]
     plan += [(f"AdamW {rate:g}", seed, (end,)) for end, seeds in args.horizons.items()
              for rate in args.rates for seed in seeds]  # fmt: skip
-    rules = beside_adamw(args)
     return {f"{run}, {marks[-1]} {unit}, seed {seed}":
-            partial(train, args, run, rules[run], seed, marks)
+            partial(train, args, run, rules(args)[run], seed, marks)
             for run, seed, marks in plan}  # fmt: skip
 
 
@@ -139,13 +125,13 @@ def train_fcn(args, run, make, seed, marks, loss=mse, width=None):
     torch.manual_seed(seed)
     net = build("fcn", (3, 32, 32), 10, args.depth, width or args.width, bias=True)
     init_weights(net, torch.Generator().manual_seed(seed))
-    data = load("cifar10", args.data_dir, args.batch, 1000, CPU, seed,
+    data = load("cifar10", args.data_dir, args.batch, 1000, lab.CPU, seed,
                 train_examples=args.images, test_examples=args.test)  # fmt: skip
     args.data = data.source
     optimizer = make(net, max(marks) * len(data.train))
 
     def read():
-        return dict(zip(("test_loss", "test_accuracy"), score(net, data.test, mse)))
+        return dict(zip(("test_loss", "test_accuracy"), lab.score(net, data.test, mse)))
 
     return follow(net, optimizer, epochs_of(data.train), loss, read, run, seed, marks)
 
@@ -200,23 +186,24 @@ class GPT(nn.Module):
 def train_gpt(args, run, make, seed, marks, width=None, every=None):
     """Rows of a small GPT with an orthogonal start, read after `marks` steps on the first `held`
     characters of the validation text."""
-    text, held, letters = texts(args)
+    text, held, letters = lab.texts(args)
     torch.manual_seed(seed)
     net = GPT(letters, width or args.width, args.heads, args.layers, args.context)
     init_weights(net, torch.Generator().manual_seed(seed))
     optimizer = make(net, max(marks))
-    tests = Characters(held[: args.held + 1], args, batch=args.texts)
-    stream = iter(Characters(text, args, max(marks), seed, args.texts))
+    tests = lab.Characters(held[: args.held + 1], args, batch=args.texts)
+    stream = iter(lab.Characters(text, args, max(marks), seed, args.texts))
     every = every or args.every
     s = net.head.weight.norm().item()
 
     def read():
         gains = [x.weight.norm().item() for x in net.modules() if isinstance(x, nn.LayerNorm)]
-        return {"validation_loss": score(net, tests, text_loss)[0], "largest_gain": max(gains),
+        return {"validation_loss": lab.score(net, tests, lab.text_loss)[0],
+                "largest_gain": max(gains),
                 "output_layer_/_s": net.head.weight.norm().item() / s}  # fmt: skip
 
     chunks = (itertools.islice(stream, every) for _ in itertools.count())
-    return follow(net, optimizer, chunks, text_loss, read, run, seed, marks, "steps", every)
+    return follow(net, optimizer, chunks, lab.text_loss, read, run, seed, marks, "steps", every)
 
 
 def gpt(args):
@@ -237,32 +224,21 @@ def resnet8(args):
         )  # fmt: skip
         return with_vectors(net, False, True)
 
-    def train(name, run, make, orthogonal, seed):
-        torch.manual_seed(seed)
-        net, clock = net_of(), Clock()
+    def work(name, orthogonal, seed):
+        net = net_of()
         if orthogonal:
             init_weights(net, torch.Generator().manual_seed(seed))
-        batches, tests = cifar(args, seed, pad=args.pad, flip=args.flip)
-        optimizer = make(net, args.epochs * (batches.examples // batches.batch_size))
-        with clock:
-            curve = comparisons.train(net, optimizer, batches, LOSSES[name], args.epochs)
-        agd.recalibrate(net, itertools.islice(batches, 8))
-        loss, accuracy = score(net, tests, LOSSES[name])
-        return [row(f"{name}, {run}", seed, optimizer, curve, clock, train_loss=curve[-1],
-                    test_loss=loss, test_accuracy=accuracy)]  # fmt: skip
+        return net, *lab.cifar(args, seed, pad=args.pad, flip=args.flip), LOSSES[name], None
 
-    def adam(net, steps):
-        return adamw(net, args.rate, steps, args)
-
-    baseline = f"AdamW {args.rate:g}"
-    runs = {OURS: (ours, True), f"{baseline}, torch's start": (adam, False),
-            f"{baseline}, orthogonal start": (adam, True)}  # fmt: skip
-    parts = {f"{name}, {run}, seed {seed}": partial(train, name, run, *runs[run], seed)
-             for name, run, seed in itertools.product(args.losses, runs, args.seeds)}  # fmt: skip
+    baseline, adam = f"AdamW {args.rate:g}", partial(lab.adamw, args.rate, args)
+    rules = {OURS: (ours, True), f"{baseline}, torch's start": (adam, False),
+             f"{baseline}, orthogonal start": (adam, True)}  # fmt: skip
+    runs = {f"{name}, {run}": (partial(work, name, orthogonal), rule)
+            for name in args.losses for run, (rule, orthogonal) in rules.items()}  # fmt: skip
     limits = [Limit(f"{name}, {OURS}", *x) for name, *x in (
         ("xent", "test accuracy", 64, True), ("xent", "test loss", 1.0),
         ("mse", "test accuracy", 61, True), ("mse", "test loss", 0.54))]  # fmt: skip
-    return parts, limits
+    return lab.parts(args, runs, recalibrate=True), limits
 
 
 class LSTM(nn.Module):
@@ -290,36 +266,25 @@ def stock(args):
 
         return getattr(models, name)(num_classes=10)
 
-    def train(name, run, make, seed):
-        torch.manual_seed(seed)
-        if of_text := name in languages:
-            training, held, letters = texts(args)
-            net, loss, steps = languages[name](letters), text_loss, args.text_steps
-            batches = Characters(training, args, steps, seed, args.texts)
-            tests = Characters(held, args, batch=args.texts)
-        else:
-            net, loss, steps = images[name](), xent, args.image_steps
-            batches, tests = cifar(args, seed, flip=args.flip)
-        optimizer, clock = make(net, steps), Clock()
-        with clock:
-            curve = train_steps(net, optimizer, batches, loss, steps)
-        if not of_text:
-            agd.recalibrate(net, itertools.islice(batches, 8))
-        loss, accuracy = score(net, tests, loss)
-        numbers = {} if of_text else {"accuracy": accuracy}
-        return [row(f"{name}, {run}", seed, optimizer, curve, clock, train_loss=curve[-1],
-                    validation_loss=loss, **numbers)]  # fmt: skip
+    def images(make, seed):
+        return make(), *lab.cifar(args, seed, flip=args.flip), xent, args.image_steps
 
-    languages = {"GPT-2": lambda letters: stock_gpt2(args, letters), "LSTM": LSTM}
-    images = {"ViT": vit, "ResNet-18": lambda: torchvision("resnet18"),
-              "MobileNet-V3 small": lambda: torchvision("mobilenet_v3_small")}  # fmt: skip
-    limits = {"GPT-2": 2.20, "LSTM": 2.02, "ViT": 1.42, "ResNet-18": 0.96,
-              "MobileNet-V3 small": 1.70}  # fmt: skip
-    rules = beside_adamw(args)
-    parts = {f"{name}, {run}, seed {seed}": partial(train, name, run, rules[run], seed)
-             for name in limits for run in rules
-             for seed in (args.seeds if run == OURS else args.rate_seeds)}  # fmt: skip
-    return parts, [Limit(f"{name}, {OURS}", "validation loss", x) for name, x in limits.items()]
+    def text(make, seed):
+        return lab.of_text(args, make, args.text_steps, seed, args.texts)
+
+    kinds = {  # the work, its measures, and the bound on its validation loss
+        "GPT-2": (partial(text, partial(lab.stock_gpt2, args)), 2.20),
+        "LSTM": (partial(text, LSTM), 2.02), "ViT": (partial(images, vit), 1.42),
+        "ResNet-18": (partial(images, partial(torchvision, "resnet18")), 0.96),
+        "MobileNet-V3 small": (partial(images, partial(torchvision, "mobilenet_v3_small")), 1.70),
+    }  # fmt: skip
+    parts = {}
+    for (name, (work, _)), (run, rule) in itertools.product(kinds.items(), rules(args).items()):
+        keys = ("validation_loss", "accuracy")[: 1 if work.func is text else 2]
+        parts |= lab.parts(args, {f"{name}, {run}": (work, rule)}, keys=keys,
+                           seeds=args.seeds if run == OURS else args.rate_seeds,
+                           recalibrate=work.func is images)  # fmt: skip
+    return parts, [Limit(f"{name}, {OURS}", "validation loss", x) for name, (_, x) in kinds.items()]
 
 
 def adapt(args):
@@ -354,7 +319,7 @@ def aged(age, fresh, net):
 def adapt_to_digits(args, seed):
     """Rows of a network that AdamW has trained on digits, and that then sees `digits` of them
     mirrored and moved by a pixel; scored on the test set changed likewise (new) and as it is."""
-    old, new = (load("digits", None, args.digit_batch, 512, CPU, seed, train_examples=n)
+    old, new = (load("digits", None, args.digit_batch, 512, lab.CPU, seed, train_examples=n)
                 for n in (None, args.digits))  # fmt: skip
     for part in new.train, new.test:
         part.images.copy_(part.images.flip(3).roll((1, 1), (2, 3)))
@@ -364,17 +329,17 @@ def adapt_to_digits(args, seed):
     start = nn.Sequential(nn.Flatten(), *layers[:-1])
     fresh = copy.deepcopy(start)
     before = torch.optim.AdamW(start.parameters(), args.digit_rate_before)
-    comparisons.train(start, before, old.train, xent, args.digit_before, iter)
+    lab.train(start, before, old.train, xent, args.digit_before, iter)
     runs = {OURS: SpectralAGD, "AGD": AGD}
     runs |= {f"{OURS}, clock at {x}": partial(aged, x, fresh) for x in args.ages}
     runs |= {f"AdamW {x:g}": lambda net, x=x: torch.optim.AdamW(net.parameters(), x)
              for x in args.digit_rates}  # fmt: skip
 
     def read(net):
-        return {"new_accuracy": score(net, new.test, xent)[1],
-                "old_accuracy": score(net, old.test, xent)[1]}  # fmt: skip
+        return {"new_accuracy": lab.score(net, new.test, xent)[1],
+                "old_accuracy": lab.score(net, old.test, xent)[1]}  # fmt: skip
 
-    rows = [row("digits, before", seed, **read(start))]
+    rows = [lab.row("digits, before", seed, **read(start))]
     for run, make in runs.items():
         net = copy.deepcopy(start)
         rows += follow(net, make(net), epochs_of(new.train), xent, partial(read, net),
@@ -471,7 +436,7 @@ def draw(folder, results):
 
 
 def main(argv=None):
-    return comparisons.main(globals(), "SpectralAGD beside tuned baselines", argv)
+    return lab.main(globals(), "SpectralAGD beside tuned baselines", argv)
 
 
 if __name__ == "__main__":

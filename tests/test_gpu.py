@@ -168,7 +168,8 @@ def test_graphs_are_the_loop(rule, arch, epochs, part, found):
     trained, ms = [], []
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)) if GPU else nullcontext():
         for by_graph in (False, True):
-            data = load("cifar10", default_data_dir(), 128, 10_000, DEVICE, train_examples=part)
+            images = part if GPU else None
+            data = load("cifar10", default_data_dir(), 128, 10_000, DEVICE, train_examples=images)
             net = network(arch)
             optimizer, gradient = rule(net.named_parameters()), Gradient(net, mse)
             step = Step(net, mse, optimizer, gradient)
