@@ -54,8 +54,8 @@ def parse(argv=None):
     add("--depth", type=number(int, 2, 10_000), default=10)
     add("--width", type=number(int, 1, 1_000_000), default=256)
     add("--batch_size", type=whole, default=128)
-    add("--repeats", type=whole, help="counted rounds (default: "
-        + ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items()) + ")")
+    rounds = ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items())
+    add("--repeats", type=whole, help=f"counted rounds (default: {rounds})")
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
     add("--nets", type=number(int, 1, len(step.NETS) + len(step.STOCK)), metavar="N",

@@ -50,10 +50,16 @@ def draw(results):
             ax.set_axis_off()
         if "step" in results:
             steps(axes[0, 0], results["step"])
-        if "growth" in results.get("step", {}):
-            weights(axes[0, 1], results["step"]["growth"])
-        if "many" in results:
-            runs(axes[0, 2], results["many"]["epochs a second"])
+        if growth := results.get("step", {}).get("growth"):
+            for name in GROWING:
+                lines(axes[0, 1], growth["weights"], growth["seconds"][name], 1e3, COLOURS[name])
+            axes[0, 1].set(xscale="log", yscale="log", xlabel="weights",
+                           title="Milliseconds of a step")  # fmt: skip
+        if rates := results.get("many", {}).get("epochs a second"):
+            counts = sorted(map(int, rates))
+            lines(axes[0, 2], counts, [rates[str(k)] for k in counts], 1, BLACK)
+            powers(axes[0, 2], counts)
+            axes[0, 2].set(ylim=(0, None), xlabel="runs at once", title="Epochs a second, all runs")
         if "epoch" in results:
             for ax, key in zip(axes[1], ("width", "depth", "batch_size")):
                 sizes(ax, results["epoch"]["growth"], key)
@@ -86,20 +92,6 @@ def steps(ax, result):
     ax.set_xticks(range(len(nets)), [net.split(",")[0] for net in nets])
     ax.grid(False, axis="x")
     ax.set_title("Time of a step / fused SGD's")
-
-
-def weights(ax, growth):
-    for name in GROWING:
-        lines(ax, growth["weights"], growth["seconds"][name], 1e3, COLOURS[name])
-    ax.set(xscale="log", yscale="log", xlabel="weights", title="Milliseconds of a step")
-
-
-def runs(ax, rates):
-    counts = sorted(map(int, rates))
-    lines(ax, counts, [rates[str(k)] for k in counts], 1, BLACK)
-    powers(ax, counts)
-    ax.set_ylim(bottom=0)
-    ax.set(xlabel="runs at once", title="Epochs a second, all runs")
 
 
 def sizes(ax, growth, key):

@@ -26,11 +26,8 @@ from training.cuda_graph import GraphedSteps
 from training.losses import mse
 from training.step import Step, evaluate, train_epoch
 
-GROWTH = {  # one at a time, the others as in the default network
-    "width": (64, 128, 256, 512, 1024),
-    "depth": (2, 4, 8, 16, 32),
-    "batch_size": (32, 64, 128, 256, 512, 1024, 2048, 4096),
-}
+GROWTH = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32),
+          "batch_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)}  # one at a time
 IMAGES = 8192  # of an epoch that grows
 RUNS = {  # network, optimiser, images in training and in testing that stand for an epoch's (None)
     "FCN 10×256, AGD": ("fcn", "agd", None, None),
@@ -107,35 +104,28 @@ def plain_agd_step(weights):
     return eta
 
 
-class Images(torch.utils.data.Dataset):
-    """(image after `transform`, label) pairs of arrays."""
-
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(PIL.Image.fromarray(self.images[i])), int(self.labels[i])
-
-
 def conventional(args, data, device):
     """A function: an epoch and its test as most people write them. Torch's own layers, a PIL image
     and its torchvision transforms one by one in a DataLoader, a plain loop over the layers; loss,
     accuracy and eta are read every step."""
     spec = DATASETS[args.dataset]
-    plain = [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
-    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    crop, flip = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
     net, loaders = network(args, data, device), []
     net = PlainFCN(net) if args.arch == "fcn" else net
     with np.load(prepare(args.dataset, args.data_dir)) as file:
-        for split, batches, steps in (("train", data.train, augment + plain),
-                                      ("test", data.test, plain)):  # fmt: skip
-            images = Images(*(file[f"{split}_{kind}"][: batches.examples]
-                              for kind in ("images", "labels")), transforms.Compose(steps))
-            loaders.append(torch.utils.data.DataLoader(images, args.batch_size,
-                                                       shuffle=split == "train"))  # fmt: skip
+        for split, batches, chain in (
+            ("train", data.train, transforms.Compose([crop, flip, plain])),
+            ("test", data.test, plain),
+        ):
+
+            def collate(pairs, transform=chain):
+                images = [transform(PIL.Image.fromarray(image)) for image, _ in pairs]
+                return torch.stack(images), torch.tensor([label for _, label in pairs])
+
+            pairs = zip(file[f"{split}_images"][: batches.examples], file[f"{split}_labels"])
+            loaders.append(torch.utils.data.DataLoader(
+                list(pairs), args.batch_size, split == "train", collate_fn=collate))  # fmt: skip
 
     def epoch():
         sums = np.zeros(3)
@@ -169,8 +159,8 @@ def growth(args, device):
             works = {"ours": ours(here, data, device)[0],
                      "bare": bare(PlainFCN(network(here, data, device)), data)}  # fmt: skip
             note(f"growth: {key} {value}, {args.repeats} rounds")
-            seconds = take_turns(works, args.repeats, by_clock(device, args.clock))
-            told = compared(seconds, [("ours", "bare")])
+            told = compared(take_turns(works, args.repeats, by_clock(device, args.clock)),
+                            [("ours", "bare")])  # fmt: skip
             result[key]["ratios"] += told["ratios"].values()
             for name in works:
                 result[key][name].append(told["seconds"][name])

@@ -103,8 +103,7 @@ def as_json(value, indent=""):
     inner = value.values() if isinstance(value, dict) else ()
     if not any(isinstance(item, (dict, list)) for item in inner):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    lines = [f"{indent} {json.dumps(key, ensure_ascii=False)}: {as_json(item, indent + ' ')}"
-             for key, item in value.items()]  # fmt: skip
+    lines = [f"{indent} {as_json(key)}: {as_json(x, indent + ' ')}" for key, x in value.items()]
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
