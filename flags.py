@@ -121,22 +121,22 @@ def parser():
 
 
 def words(p, flags):
-    """The command line beyond its defaults that gives `flags`, a dict of a whole Namespace; without
-    those that choose what becomes of an earlier run, and what is shown."""
+    """The words of the command line that set `flags`, a dict of all of them, beyond their defaults.
+    Flags that concern an earlier run or the screen are left out."""
     passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "replay")
-    found = []
+    line = []
     for action in p._actions:
         value = flags.get(action.dest, action.default)
         if action.dest in passing or value == action.default or value is None or value is False:
             continue
         flag = action.option_strings[-1]
-        found.append(flag if value is True else f"{flag}={value}")
-    return found
+        line.append(flag if value is True else f"{flag}={value}")
+    return line
 
 
 def replayed(p, args, argv):
-    """The flags that --replay FILE stands for: those of the record, with --out, --data_dir and
-    --device as they are given beside it."""
+    """The Namespace of --replay FILE: the record's flags, and --out, --data_dir and --device as
+    given beside it."""
     unset = object()
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {key: value for key, value in given.items() if value is not unset}
@@ -152,8 +152,8 @@ def replayed(p, args, argv):
         p.error(f"{args.replay} has --{shown(odd[0])}, which no longer exists; its commit has it: "
                 f"{shown(record['code']['commit'])}")  # fmt: skip
     if not record["results"]:
-        p.error(f"{args.replay} is of a run that has not come to its end: there is no result")
-    # The end that is compared is the last one, whatever more was asked for.
+        p.error(f"{args.replay} is of a run that has not finished: there is no result")
+    # The last result is compared, also where more epochs were requested.
     flags = {**record["flags"], "epochs": record["results"][-1]["epochs"], **given}
     if not os.path.isdir(os.path.expanduser(str(flags.get("data_dir")))):  # another machine's
         flags["data_dir"] = args.data_dir
@@ -163,15 +163,15 @@ def replayed(p, args, argv):
 
 
 def layers(args):
-    """How the optimiser finds the number of layers, one of LAYERS: as asked, or the default; the
-    paper counts those of its networks."""
+    """How AGD finds L, one of LAYERS: as requested, or the default; the paper counts the weights of
+    its networks."""
     paper = args.optimizer == "agd" and not args.arch.startswith(LIBRARIES)
     return args.layers or ("count" if paper else "paths")
 
 
 def test_batch(args):
-    """Images at a time in testing that are about as fast as any number, as measured: on a CPU the
-    activations stay in its caches; on a GPU a batch keeps all of it at work."""
+    """The test batch that is about as fast as any, as measured: on a CPU activations stay in its
+    caches; on a GPU a batch occupies all of it."""
     if not args.device.startswith("cuda"):
         return 1000 if args.arch == "fcn" else 64
     return 4 * args.train_bs if is_folder(args.dataset) else 10_000
@@ -193,8 +193,8 @@ def no_graph(args):
 
 
 def parse(argv=None, check=True):
-    """The settings, complete and consistent; without `check`, whether or not the device and the
-    optimiser's package are there."""
+    """The Namespace of the command line, complete and consistent. `check`: also refuse a device or
+    a package that this machine lacks."""
     p = parser()
     p.silent = "--distribute" in sys.argv and not is_first()  # rank 0 prints
     args = p.parse_args(argv)
@@ -206,7 +206,7 @@ def parse(argv=None, check=True):
         args.device = "cpu"
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Of several ranks each has a GPU of its own, found later; this would touch the first one.
+    # Of several ranks each takes a GPU of its own later; this would touch the first one.
     probe = check and not (args.distribute and args.device == "cuda" and torch.cuda.is_available())
     try:
         torch.empty(0, device=args.device if probe else "cpu").cpu()
@@ -247,7 +247,7 @@ def parse(argv=None, check=True):
 
 
 def network_flags(p, args, check):
-    """Refuse what contradicts itself about the network, and, with `check`, what is not there."""
+    """Refuse flags of the network that contradict each other, and with `check` absent files."""
     library, _, name = args.arch.partition(":")
     for key, what in (("bias", "biases"), ("affine", "norms")):
         if is_library(args.arch) and getattr(args, key):

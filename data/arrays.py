@@ -96,6 +96,10 @@ class ArrayBatches:
             # This rank's share of the batch.
             yield self._batch(*draws[:, i : i + self.batch_size][:, self.rank :: self.size])
 
+    def advance(self):
+        """Count a batch that was taken by `at`."""
+        self.position += 1
+
     def hold(self):
         """Have `at` give the batches of this epoch, from memory that is the same every epoch."""
         draws, self.position = self._draws(), self.start

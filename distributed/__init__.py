@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import Counter
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,14 @@ class RankError(UserError):
     """What every rank finds at once, and each of them raises; the message says it all."""
 
     exit_code = 1
+
+
+class Failure(NamedTuple):
+    """Why a run failed: the reason, a traceback or None, and whether this rank prints them."""
+
+    reason: str
+    trace: str | None
+    first: bool
 
 
 class World:
@@ -144,6 +153,9 @@ class World:
         return [rank for rank, x in enumerate(prints) if x != usual]
 
     def failed(self, error):
+        return Failure(*self._failed(error), self.speaks)
+
+    def _failed(self, error):
         """(reason, traceback or None) of what ended this run, after `error` was raised here: either
         that, and then every other rank is told, or what another rank failed of before."""
         reason, trace = f"{type(error).__name__}: {error}", None
@@ -229,7 +241,7 @@ def start(device, distribute=False, seconds=MEETING):
             world_size=launch.size, timeout=timedelta(minutes=30),
         )  # fmt: skip
     except (Exception, KeyboardInterrupt) as error:
-        reason, _ = world.failed(error)
+        reason = world.failed(error).reason
         watch.stop()
         if isinstance(error, KeyboardInterrupt):
             raise

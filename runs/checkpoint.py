@@ -11,6 +11,7 @@ A file is what torch.save makes of plain types and of tensors on the CPU.
 import contextlib
 import errno
 import io
+import math
 import numbers
 import os
 import pickle
@@ -163,3 +164,45 @@ def _holds(path, data):
                 return False
             i += len(part)
     return i == len(data)
+
+
+EMPTY = {  # what a checkpoint has beside the states, at the end of an epoch
+    "step": 0, "totals": None, "missing": 0, "seconds": 0.0, "not_finite": [],
+    "micro_bs": [None, None], "here": None, "generators": [], "bad_images": "[]",
+}  # fmt: skip
+TOTALS = {"losses", "correct", "counts", "eta", "update"}
+
+
+def validate(checkpoint, steps):
+    """What a checkpoint has by the names of EMPTY, in an epoch of so many steps. ValueError where a
+    value is not what a run writes."""
+    rest = {**EMPTY, **checkpoint}
+
+    def counts(x, least=0):
+        return type(x) is int and least <= x < 2**53
+
+    state, seconds = rest["totals"], rest["seconds"]
+    if not (counts(rest["step"]) and rest["step"] <= steps):
+        raise ValueError(f"step {rest['step']} of {steps}")
+    if (rest["step"] > 0) != (state is not None):
+        raise ValueError(f"step {rest['step']} and {'no ' if state is None else ''}totals")
+    if state is not None:
+        columns = [x for key, x in state.items() if key != "counts"]
+        lengths = {x.shape for x in columns}
+        if (
+            not {"losses", "correct", "counts"} <= set(state) <= TOTALS
+            or lengths != {torch.Size([len(state["counts"])])}
+            or not all(x.dtype.is_floating_point for x in columns if x is not state["correct"])
+            or state["correct"].dtype != torch.int64
+            or not all(map(counts, state["counts"]))
+        ):
+            raise ValueError("its totals are others")
+    whole = all(type(x) in (list, tuple) and len(x) == 2 and all(map(counts, x))
+                for x in rest["not_finite"])  # fmt: skip
+    micro = len(rest["micro_bs"]) == 2 and all(
+        x is None or counts(x, 1) for x in rest["micro_bs"]
+    )
+    if not (whole and micro and counts(rest["missing"]) and type(seconds) is float
+            and 0 <= seconds < math.inf):  # fmt: skip
+        raise ValueError("its counts are others")
+    return rest

@@ -1,4 +1,4 @@
-"""What signals ask of a run: noted when they come, looked at between two steps."""
+"""What a run does after a step, as signals and the clock ask for it and as all ranks agree."""
 
 import os
 import signal
@@ -6,22 +6,23 @@ import sys
 import time
 from contextlib import contextmanager
 
-# What a run is asked for; the greater one counts.
+from distributed.delayed import DelayedMax
+
+# What a run is asked to do; the greater one counts.
 NOTHING, SAVE, ANNOUNCED, STOP = range(4)
 
 # SIGUSR1 and SIGUSR2 announce the end of a job's time, or ask a run that is no job to save.
 ANNOUNCING = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 ENDING = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; a queue's way to end a job
-LAST = 30  # seconds that a worker goes on after SIGTERM
-ONE = 1.0  # seconds within which two signals are one, that a launcher has passed on
+ONE = 1.0  # seconds within which two signals are one that a launcher has passed on
 
 
 class Requests:
-    """What a run has been asked for. Until it is `listening`, a signal of ENDING raises
-    KeyboardInterrupt; from there on the first one is noted, and one that comes later raises it.
+    """What signals have asked of a run. Until the run is `listening`, a signal of ENDING raises
+    KeyboardInterrupt; then the first one is noted, and a later one raises it.
 
-    `shared`: whether other runs share the process, in which none may go on once one of them could
-    not record a CUDA graph.
+    `shared`: other runs share the process. None of them may go on after one of them has failed to
+    capture a CUDA graph.
     """
 
     def __init__(self, shared=False):
@@ -30,20 +31,20 @@ class Requests:
         self.shared = shared
 
     def install(self, ending=True):
-        """Take this process's signals; in its main thread. Without `ending`, those alone that
-        would end the process and are not meant to."""
+        """Handle this process's signals; call it in the main thread. Without `ending`, only the
+        signals that announce the end of a job's time, which would kill the process."""
         for number in ANNOUNCING:
             signal.signal(number, self.announce)
         for number in ENDING if ending else ():
             signal.signal(number, self._end)
 
     def take(self):
-        """What is asked: to end, once that was asked, or what came since it was taken last."""
+        """STOP once a stop was requested, else ANNOUNCED once for an announcement, else NOTHING."""
         announced, self.announced = self.announced, False
         return STOP if self.stopping else ANNOUNCED if announced else NOTHING
 
     def stop(self):
-        """Ask the run to save and to end, from any thread."""
+        """Request that the run save and stop; callable from any thread."""
         self.stopping = True
 
     def announce(self, *_):
@@ -62,22 +63,51 @@ class Requests:
         self.stopping = True
 
 
+class Control:
+    """Decides after each step whether a run saves or stops; all ranks decide alike.
+
+    Args:
+        requests: the Requests of this process.
+        save_every: ("steps", n) or ("seconds", s), between two checkpoints within an epoch.
+    """
+
+    def __init__(self, world, requests, save_every):
+        kind, n = save_every
+        self.world, self.requests = world, requests
+        self.steps = n if kind == "steps" else None
+        self.seconds = n if kind == "seconds" else None
+        self.agreed, self.saved_at = DelayedMax(world), time.monotonic()
+
+    def decide(self, step=None):
+        """NOTHING, SAVE, ANNOUNCED or STOP. `step`: the training step of the run that was taken
+        last; None after a batch of the test."""
+        request, now = self.requests.take(), time.monotonic()
+        late = self.seconds is not None and now - self.saved_at > self.seconds
+        if self.world.rank == 0 and late:
+            request, self.saved_at = max(request, SAVE), now
+        due = self.steps is not None and step is not None and step % self.steps == 0
+        return max(SAVE if due else NOTHING, self.agreed.cast(request))
+
+
+def ignore():
+    """Ignore all signals that this module handles. The interpreter keeps that while it exits; it
+    drops handlers, and a signal would kill it then."""
+    for number in (*ENDING, *ANNOUNCING):
+        signal.signal(number, signal.SIG_IGN)
+
+
+LAST = 30
+
+
 def ignore_all(*_):
     """In a worker process: a signal to a terminal or a job reaches every process of it, and the
     main one, which needs its workers to the end of a step, ends them. What else ends them, as the
     interpreter does when it stops, has to wait a little."""
-    ignore(signal.SIGINT, *ANNOUNCING)
+    [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, *ANNOUNCING)]
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, *ANNOUNCING})
-
-
-def ignore(*numbers):
-    """Have signals do nothing; all that this module knows, where none are given. The interpreter
-    does not change that as it ends, while what it has handlers for would kill it."""
-    for number in numbers or (*ENDING, *ANNOUNCING):
-        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Training steps as CUDA graphs: each size of batch is recorded once, and then replayed whole.
+"""Training steps as CUDA graphs: each batch size is captured once, then a step is one launch.
 
 A step of a small network is a hundred kernels of a few microseconds, and launching them one by one
-takes longer than they do. A graph holds them all, from the batch to the sums of its losses.
+takes longer than they do. torch's make_graphed_callables ends before the optimiser and the sums.
 """
 
 import functools
@@ -14,28 +14,28 @@ from cli import UserError
 from training.gradient import RECORDING
 from training.metrics import Totals, sums
 
-FAILURES = []  # why recordings in this process have failed
-EAGER = 3  # steps of a size before it is recorded, in which libraries and optimisers set up
+FAILURES = []  # why captures in this process have failed
+EAGER = 3  # eager steps of a batch size before its capture, in which libraries set themselves up
 
 
 class RecordingError(UserError):
-    """A step cannot be recorded; the message says why."""
+    """A step cannot be captured; the message says why."""
 
     exit_code = 1
 
 
 class GraphedSteps:
-    """The steps of an epoch of array batches, by the graphs of one `step` for each size of batch.
+    """The steps of an epoch of array batches, by one CUDA graph of `step` for each batch size.
 
-    Every step is the next one of the training: the first `eager` of a size run as they are, and
-    the first `after` of all; recording one does not run it. Nothing is read from the device.
+    Runs the first `eager` steps of each batch size eagerly, and the first `after` steps of all;
+    then captures. Capturing does not execute the step. Nothing is read from the device.
 
-    Where a step cannot be recorded, `failure` says why and all steps run as they are; or, if
-    `required`, RecordingError does. So they do, without a failure, once memory has run out and
-    batches go through in parts.
+    Where a step cannot be captured, `failure` says why and all steps run eagerly; if `required`,
+    RecordingError is raised. Once memory has run out and batches go through in micro-batches, steps
+    run eagerly without a failure.
 
-    `record(work)` returns a function that does what work() would do, without doing it yet; None
-    makes it a CUDA graph of the current stream, which must not be the default one.
+    `record(work)` returns a function that repeats work() without having run it; None captures a
+    CUDA graph of the current stream, which must not be the default one.
     """
 
     def __init__(self, step, batches, required=False, eager=EAGER, after=0, record=None):
@@ -45,16 +45,16 @@ class GraphedSteps:
         device, examples, size = batches.device, batches.examples, batches.batch_size
         self.sizes = [min(size, examples - i) for i in range(0, examples, size)]
         # On the device: where the next batch starts, the number of the next step, and of each step
-        # the sum of losses, eta and the relative update, and how many outputs were right.
+        # the sum of losses, eta and the relative update, and how many outputs were correct.
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.figures = torch.zeros(3, len(self.sizes), device=device)
         self.correct = torch.zeros(len(self.sizes), dtype=torch.int64, device=device)
         self.seen, self.graphs, self.results, self.failure = Counter(), {}, {}, None
 
-    def epoch(self, on_step=None, totals=None):
-        """Take the steps of the epoch that the batches are set to; returns its Totals. Where the
-        batches begin later, `totals` are those of the steps before."""
+    def steps(self, totals):
+        """Take the steps of the epoch from the batches' position on, yielding eta (None of a
+        baseline) after each. `totals`: those of the steps before that position."""
         self.batches.hold()
         done = self.batches.position
         self.position.fill_(sum(self.sizes[:done]))
@@ -62,22 +62,20 @@ class GraphedSteps:
         if done:
             self._begin(totals)
         for size in self.sizes[done:]:
-            self.batches.position += 1
+            self.batches.advance()
             if self._ready(size):
-                self._record(size)
+                self._capture(size)
             if size in self.graphs:
                 self.graphs[size]()
-                if self.step.agd:
+                if self.step.automatic:
                     self.step.optimizer.eta, self.step.optimizer.G = self.results[size]
             else:
                 self._take(size, self.step)
                 self.seen[size] += 1
-            if on_step is not None:
-                on_step(self.step.optimizer.eta if self.step.agd else None, self._totals)
-        return self._totals()
+            yield self.step.optimizer.eta if self.step.automatic else None
 
     def close(self):
-        """Drop the graphs, while no other thread records one: torch keeps a list of them all."""
+        """Drop the graphs, while no other thread captures one: torch keeps a list of them all."""
         with RECORDING:
             self.graphs.clear()
 
@@ -86,9 +84,9 @@ class GraphedSteps:
             return False
         return self.seen[size] >= self.eager and self.seen.total() >= self.after
 
-    def _record(self, size):
+    def _capture(self, size):
         try:
-            # Other threads replay again only once a failure is known.
+            # Other threads replay again only after a failure is noted.
             with RECORDING:
                 try:
                     self.graphs[size] = self.record(lambda: self._take(size, self.step.once))
@@ -103,10 +101,10 @@ class GraphedSteps:
                     "--cuda_graph off"
                 ) from error
             self.close()
-            self.step.optimizer.zero_grad()  # which would be of the recording
+            self.step.optimizer.zero_grad()  # the gradients are those of the capture
 
     def _take(self, size, step):
-        """One step with the next `size` images, every place in memory but theirs a fixed one."""
+        """Take one step with the next `size` images; all other places in memory are fixed."""
         with self.step.span("data"):
             inputs, labels = self.batches.at(self.position, size)
         losses, outputs, extras = step(inputs, labels)
@@ -119,7 +117,7 @@ class GraphedSteps:
             self.correct.index_copy_(0, self.column, correct[None])
             self.position += size
             self.column += 1
-        if self.step.agd:  # what a replay overwrites stays allocated
+        if self.step.automatic:  # a replay overwrites them: they stay allocated
             self.results[size] = self.step.optimizer.eta, self.step.optimizer.G
 
     def _begin(self, totals):
@@ -130,13 +128,13 @@ class GraphedSteps:
             if column:
                 row[: len(counts)] = torch.stack(column)
 
-    def _totals(self):
-        """Those of the steps so far."""
+    def totals(self):
+        """The Totals of the epoch so far."""
         done = self.batches.position
         totals, (loss, eta, update) = Totals(), self.figures[:, :done].clone().unbind()
         correct = self.correct[:done].clone().unbind()
         totals.columns = list(zip(loss.unbind(), correct, self.sizes))
-        if self.step.agd:
+        if self.step.automatic:
             totals.extras["eta"] = list(eta.unbind())
         if self.step.before is not None:
             totals.extras["update"] = list(update.unbind())
@@ -144,20 +142,20 @@ class GraphedSteps:
 
 
 def cuda_recorder():
-    """record(work) of GraphedSteps, with CUDA graphs that share their memory: each is replayed from its
-    first kernel to its last, and only what GraphedSteps holds outlives that."""
+    """record(work) of GraphedSteps by CUDA graphs that share their memory: each is replayed as a
+    whole, and only what GraphedSteps holds outlives that."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(work):
         graph = torch.cuda.CUDAGraph()
         with RECORDING:
-            torch.cuda.empty_cache()  # a recording cannot make room for itself
+            torch.cuda.empty_cache()  # a capture cannot make room for itself
             # Other threads may train on streams of their own meanwhile.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
             except BaseException:
-                with suppress(RuntimeError):  # it says that the recording is broken
+                with suppress(RuntimeError):  # it says that the capture is broken
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -167,7 +165,7 @@ def cuda_recorder():
 
 
 def replayed(graph):
-    """GraphedSteps a graph while no other thread records one: torch before 2.12 counts a replay's random
-    numbers, of which there are none, in the generator that a recording has taken for itself."""
+    """Replay a graph while no other thread captures one: torch before 2.12 counts a replay's random
+    numbers, of which there are none, in the generator that a capture has taken for itself."""
     with RECORDING:
         graph.replay()

@@ -6,19 +6,34 @@ from tqdm import tqdm
 
 
 def table(title, rows):
-    """Columns that are as wide as they have to be."""
+    """Print columns as wide as their contents."""
     print(columns(title, rows) + "\n", flush=True)
 
 
 def columns(title, rows):
+    """The lines of a table; the last column is as wide as it comes."""
     widths = [max(map(len, map(str, column))) for column in list(zip(title, *rows))[:-1]]
     rows = [title, [*("-" * width for width in widths), "-" * 20], *rows]
     lines = ["  ".join(f"{x!s:<{width}}" for x, width in zip(row, [*widths, 0])) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
+def network(net, facts, notes):
+    """Print the layers of a network, their number, and sentences about its start."""
+    table(("Layer", "Shape"), [
+        (name, f"{tuple(p.shape)}{'' if p.requires_grad else '  frozen'}")
+        for name, p in net.named_parameters()
+    ])  # fmt: skip
+    frozen, paths = facts.get("frozen_weights"), facts.get("paths")
+    print("{weights:,} weights in {layers} layers".format(**facts)
+          + (f", {frozen:,} of them frozen" if frozen else "")
+          + (f", {paths:.4g} layers on a path" if paths is not None else "")
+          + "; {train_examples:,} training and {test_examples:,} test images".format(**facts))
+    print(*notes, "", sep="\n")
+
+
 class Progress:
-    """What a person sees of the epochs: a bar on a terminal, else a line an epoch; or nothing."""
+    """The progress of the epochs: a bar on a terminal, else a line an epoch; nothing if `quiet`."""
 
     def __init__(self, epochs, steps, quiet):
         self.epochs, self.steps, self.terminal = epochs, steps, sys.stdout.isatty()
@@ -35,16 +50,18 @@ class Progress:
         )  # fmt: skip
 
     def step(self, done):
+        """Show that `done` steps have been taken."""
         self.bar.update(done - self.bar.n)
 
     def epoch(self, row):
+        """Show the row of an epoch."""
         eta, turn = row["eta_mean"], row.get("turn")
         rate = row["images_per_second"]
         if self.terminal:
             parts = [f"{row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.3f}"]
             parts += [f"train {row['train_acc']:.1%}", f"test {row['test_acc']:.1%}"]
             parts += [] if eta is None else [f"{self.eta} {eta:.3f}"]
-            if turn is not None:  # in the place of the rate, for which there is no room
+            if turn is not None:  # instead of the rate, for which there is no room
                 parts += [f"turn {turn:.2g}"]
             else:
                 parts += [f"{rate:.0f} img/s" if rate < 1e4 else f"{rate / 1e3:.0f}k img/s"]
@@ -58,7 +75,7 @@ class Progress:
             print("  ".join(parts), flush=True)
 
     def note(self, text):
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if not self.quiet:
             if self.bar is not None and self.terminal:
                 self.bar.write(text, file=sys.stdout)
@@ -66,7 +83,7 @@ class Progress:
                 print(text, flush=True)
 
     def profile(self, profile):
-        """Where the time of a Profile goes, and the traces that show more."""
+        """Print where the time of a Profile goes, and its traces."""
         rows = [(part, f"{share}  {time}") for part, share, time in profile.shares()]
         traces = [f"Trace    {path}" for path in profile.paths]
         self.note("\n".join(["", columns(("Part", "Share of an epoch"), rows), "", *traces, ""]))
@@ -76,19 +93,29 @@ class Progress:
             self.bar.close()
 
 
-def already(run, epochs, test_acc, stopped):
-    """The words for a run that has nothing left to do."""
+def resumed(progress, log, trainer):
+    """Print from where a run resumes, and how its environment differs from its first."""
+    step = f", step {trainer.step} of {trainer.batches}" if trainer.step else ""
+    progress.note(f"Going on after epoch {len(trainer.rows)}{step}, of {log.log_path}")
+    if log.changed:
+        odd = ", ".join(key.replace("_", " ") for key in log.changed)
+        progress.note(f"Note: not as it began ({odd}): the last digits may differ")
+    progress.note("")
+
+
+def already(log, epochs, test_acc, stopped):
+    """Print that a run has nothing left to do."""
     if stopped is None:
         print(f"Already finished: {epochs} epochs, test accuracy {figure(test_acc, '.2%')}.")
     else:
         print(f"Already ended: {stopped}.")
-    print(f"{run.log_path} has it; --fresh starts over.")
+    print(f"{log.log_path} has it; --fresh starts over.")
 
 
-def further(run, epoch, epochs):
-    """The words for a run whose checkpoint is in an epoch past those that are asked for."""
+def further(log, epoch, epochs):
+    """Print that the checkpoint of a run is in an epoch past the last one of the command."""
     print(f"The checkpoint is in epoch {epoch} already, past --epochs {epochs}.")
-    print(f"{run.log_path} has the epochs before; --fresh starts over.")
+    print(f"{log.log_path} has the epochs before; --fresh starts over.")
 
 
 def figure(x, form):
@@ -96,20 +123,23 @@ def figure(x, form):
     return "-" if x is None else format(x, form)
 
 
-def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=False):
-    """The last lines of a run: its epoch rows, of which `done` were there before; `where`: (step,
-    steps) of the epoch under way, if any; `told`: why it stopped has been said already."""
+def summary(trainer, ending, seconds, skipped, told):
+    """Print the end of a run. `seconds`: of this command; `skipped`: steps without a finite
+    gradient; `told`: the reason for its end has been printed."""
     print()
-    whole = f"{len(rows)} whole epochs" + ("" if not where else ", in step {} of {}".format(*where))
-    if stopped == "interrupted":
-        then = "goes on from the last checkpoint" if run.saved else "starts again"
+    log, rows, reason = trainer.log, trainer.rows, ending.reason
+    whole = f"{len(rows)} whole epochs"
+    if trainer.step:
+        whole += f", in step {trainer.step} of {trainer.batches}"
+    if reason == "interrupted":
+        then = "goes on from the last checkpoint" if log.saved else "starts again"
         print(f"Interrupted after {whole};\nthe same command {then}.")
-    elif stopped == "requeued":
+    elif reason == "requeued":
         print(f"The job is back in the queue after {whole}, and goes on from there.")
-    elif stopped is not None:
-        print(f"Stopped after {whole}." if told else f"Stopped: {stopped.rstrip('.')}.")
+    elif reason is not None:
+        print(f"Stopped after {whole}." if told else f"Stopped: {reason.rstrip('.')}.")
     else:
-        now = f", {len(rows) - done} of them now," if done else ""
+        now = f", {len(rows) - trainer.done} of them now," if trainer.done else ""
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")
     if rows and all(row["test_acc"] is not None for row in rows):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
@@ -118,18 +148,18 @@ def summary(run, rows, done, stopped, seconds, skipped, bad_images, where, told=
               f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
     if skipped:
         print(f"{skipped} steps were skipped for a gradient that was not finite")
-    if bad_images:
-        more = ", ..." if len(bad_images) > 5 else ""
-        print(f"{len(bad_images)} images could not be decoded and were left out: "
-              f"{', '.join(bad_images[:5])}{more}")
-    print(f"Log      {run.log_path}")
-    if run.checkpoint_path.exists():
+    if ending.bad_images:
+        more = ", ..." if len(ending.bad_images) > 5 else ""
+        print(f"{len(ending.bad_images)} images could not be decoded and were left out: "
+              f"{', '.join(ending.bad_images[:5])}{more}")
+    print(f"Log      {log.log_path}")
+    if log.checkpoint_path.exists():
         of = ""
-        if stopped is not None and run.saved:
-            of = f" of epoch {run.saved[0] + 1}, step {run.saved[1]}"
-            of = of if run.saved[1] else f" after epoch {run.saved[0]}"
-        print(f"Weights{of}  {run.checkpoint_path}")
-    if run.record_path.exists():
-        print(f"Record   {run.record_path}")
+        if reason is not None and log.saved:
+            epoch, step = log.saved
+            of = f" of epoch {epoch + 1}, step {step}" if step else f" after epoch {epoch}"
+        print(f"Weights{of}  {log.checkpoint_path}")
+    if log.record_path.exists():
+        print(f"Record   {log.record_path}")
     if rows:
-        print(f"Curves   python -m scripts.plot {run.log_path} -o curves.png")
+        print(f"Curves   python -m scripts.plot {log.log_path} -o curves.png")

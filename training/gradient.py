@@ -1,4 +1,4 @@
-"""The gradient of the mean loss over a batch: in passes that fit, over any number of ranks."""
+"""The gradient of the mean loss over a batch, in micro-batches that fit, over all ranks."""
 
 import math
 import threading
@@ -10,14 +10,13 @@ from cli import UserError
 
 
 class OutOfMemory(UserError):
-    """A batch does not fit, and nothing can be done about it here; the message says what can."""
+    """A batch does not fit into memory; the message says which flag helps."""
 
     exit_code = 1
 
 
 class LoneImage(UserError):
-    """A single image at a time, where batch norm has no other number; the message says what to do.
-    """
+    """Batch norm got a single value a channel; the message says which flags change that."""
 
     exit_code = 1
 
@@ -29,39 +28,49 @@ class CompileError(UserError):
 
 
 class Gradient:
-    """The gradient of the mean loss over a batch, in passes of at most `micro_bs` images a rank.
+    """The gradient of the mean loss over a batch, in micro-batches of at most `micro_bs` images a
+    rank. It alone knows that number: `requested` by the command, and as memory has allowed.
 
-    `world` has the ranks' `size` and their `sum`, `sum_later` and `most`; with more than one, `net`
-    is a DistributedDataParallel, and the mean is that over the images of all the ranks, however
-    many each of them holds, none included. But for their number, nothing is sent before the last of
-    the passes.
+    Of several ranks (`world.size` > 1) `net` is a DistributedDataParallel, and the mean is over the
+    images of all ranks, which may hold different numbers of them, or none. Ranks communicate twice
+    a batch: the number of images first, the gradients in the last micro-batch.
 
-    Where a batch does not fit in memory, `micro_bs` is halved for good (`lowered`), and the same
-    batch goes
-    through again; with several ranks in the first two batches only, in which the gradients are sent
-    after all the passes, so that no rank waits for one that starts again. A later batch that does
-    not fit raises OutOfMemory, and so does a single image. Batch-norm statistics are those of each
-    pass, as they are of each rank.
+    Where a micro-batch does not fit in memory, `micro_bs` is halved for good, and the batch starts
+    again; of several ranks in their first two batches only, whose gradients are sent after all
+    micro-batches, so that no rank waits for one that starts again. A later batch that does not fit
+    raises OutOfMemory, and so does a single image. Batch norm takes the statistics of each
+    micro-batch, as it does of each rank.
 
-    `compiled` is what torch.compile made of `net`: it takes the first pass of a batch of `whole`
-    images (None: of the first batch) and those of its size, and `net` itself the others, so that
-    there is one compilation. `span("forward")` and `span("backward")` are contexts around the two,
-    for a profile. `tried`: the batches of this run that went through before it was broken.
+    `compiled` is what torch.compile made of `net`: it takes the micro-batches of one size, the size
+    that a batch of `whole` images has (None: the first batch), and `net` takes the others, so that
+    there is one compilation. `span("forward")` and `span("backward")` are contexts for a profile.
     """
 
     def __init__(
         self, net, loss_fn, world=None, micro_bs=None, sync_bn=False, compiled=None,
-        span=nullcontext, whole=None, tried=0,
+        span=nullcontext, whole=None,
     ):  # fmt: skip
-        self.net, self.loss_fn, self.micro_bs = net, loss_fn, micro_bs
+        self.net, self.loss_fn, self.requested, self.micro_bs = net, loss_fn, micro_bs, micro_bs
         self.compiled, self.compiled_size, self.span = compiled, None, span
         self.world = world if world is not None and world.size > 1 else None
         self.sync_bn = sync_bn and self.world is not None
-        self.whole, self.lowered = whole, False
-        self.trials = max(0, 2 - tried) if self.world is not None else 0
+        self.whole = whole
+        self.trials = 2 if self.world is not None else 0
         self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
         if self.sync_bn:
             self.norms = []
+
+    @property
+    def lowered(self):
+        """Whether memory has allowed fewer images than requested."""
+        return self.micro_bs != self.requested
+
+    def resume(self, requested, allowed, tried):
+        """Go on with the micro-batch that memory `allowed`, unless another one is requested now;
+        `tried` batches have gone through on this hardware."""
+        if requested == self.requested:
+            self.micro_bs = allowed
+        self.trials = max(0, self.trials - tried)
 
     def __call__(self, inputs, labels, share=None):
         """Fill the weights' .grad, which has to be None, from inputs (B, ...) and labels (B,).
@@ -81,20 +90,20 @@ class Gradient:
                     count.clamp_(min=1)  # no rank may have an image that can be read
                     done = None
 
-        # What a pass changes beside the gradient, by dtype: one kernel for many small tensors.
+        # Buffers change in a pass, too; by dtype, one kernel for many small tensors.
         buffers = {}
         for x in self.net.buffers() if self.world is None or self.trials else ():
             buffers.setdefault(x.dtype, []).append(x)
         before = {dtype: torch._foreach_mul(xs, 1) for dtype, xs in buffers.items()}
         while True:
             size = min(self.micro_bs or share, share)
-            found = self._attempt(self.parts(inputs, labels, share), count, counted)
-            too_large = float(size) if found is None else 0.0
+            results = self._attempt(self.parts(inputs, labels, share), count, counted)
+            too_large = float(size) if results is None else 0.0
             if self.trials:
-                # One that did not fit, on any rank, has all of them start again.
-                vote = torch.full((), too_large, device=labels.device)
-                self.world.all_reduce_max(vote)
-                too_large = vote.item()
+                # Where it did not fit on one rank, all of them start again.
+                largest = torch.full((), too_large, device=labels.device)
+                self.world.all_reduce_max(largest)
+                too_large = largest.item()
             if not too_large:
                 break
             self._halve(too_large)
@@ -108,10 +117,10 @@ class Gradient:
                 if p.grad is not None:
                     self.world.all_reduce(p.grad)
                     p.grad /= self.world.size
-        return found
+        return results
 
     def parts(self, inputs, labels, share=None):
-        """The [(inputs, labels)] of the passes of a batch; `share` as of a call."""
+        """The micro-batches [(inputs, labels)] of a batch; `share` as in a call."""
         share = max(share or len(labels), 1)
         passes = -(-share // min(self.micro_bs or share, share))
         parts = list(zip(inputs.tensor_split(passes), labels.tensor_split(passes)))
@@ -120,14 +129,14 @@ class Gradient:
         return parts
 
     def _attempt(self, parts, count, counted):
-        """What a call returns, or None where it did not fit."""
-        found = []
+        """(losses, outputs), or None where a micro-batch did not fit."""
+        results = []
         try:
             for i, (x, y) in enumerate(parts):
                 last = i == len(parts) - 1 and not self.trials
                 together = self.world is None or last
                 with nullcontext() if together else self.net.no_sync():
-                    found.append(self._pass(x, y, count, counted))
+                    results.append(self._pass(x, y, count, counted))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -145,11 +154,13 @@ class Gradient:
                     f"--micro_bs {max(1, len(x) // 2)}"
                 ) from error
             return None
-        return found[0] if len(found) == 1 else tuple(torch.cat(column) for column in zip(*found))
+        if len(results) == 1:
+            return results[0]
+        return tuple(torch.cat(column) for column in zip(*results))
 
     def once(self, inputs, labels):
-        """The same in a single pass of a single process, whether or not it fits: what a CUDA graph
-        can hold."""
+        """The same in a single pass of a single process, whether or not it fits, as a CUDA graph
+        needs it."""
         return self._pass(inputs, labels, float(len(labels)))
 
     def _pass(self, x, y, count, counted=None):
@@ -158,7 +169,7 @@ class Gradient:
             loss = losses.sum()
         if self.world is not None:
             counted()
-            loss = loss * self.world.size  # of whose gradients the mean is taken
+            loss = loss * self.world.size  # DDP takes the mean over ranks
         with self.span("backward"):
             (loss / count).backward()
         return losses.detach(), outputs.detach()
@@ -193,16 +204,16 @@ class Gradient:
     def _halve(self, size):
         if size <= 1:
             raise OutOfMemory("out of memory with a single image at a time")
-        self.micro_bs, self.lowered, self.compiled_size = math.ceil(size / 2), True, None
+        self.micro_bs, self.compiled_size = math.ceil(size / 2), None
         free_memory()
 
 
-# CUDA records one graph at a time in a process, and gives no memory back meanwhile.
+# A process captures one CUDA graph at a time, and gives back no memory meanwhile.
 RECORDING = threading.RLock()
 
 
 def free_memory():
-    """Give back what torch keeps of a GPU's memory for later."""
+    """Return the GPU memory that torch has cached."""
     if torch.cuda.is_available():
         with RECORDING:
             torch.cuda.empty_cache()

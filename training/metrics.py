@@ -1,17 +1,21 @@
-"""Sums and counts of an epoch, divided once at its end; the size of an update."""
+"""The metrics of an epoch: sums and counts, divided once at its end; the rows of the log."""
+
+import math
 
 import torch
 
 
 def sums(losses, outputs, labels):
-    """(The sum of the losses, the number of outputs that are right), 0-dim tensors."""
+    """(The sum of the losses, the number of correct outputs), 0-dim tensors."""
     return losses.detach().sum(), (outputs.argmax(1) == labels).sum()
 
 
 class Totals:
     """Sums and counts of an epoch, a column a step, on the device until `read`.
 
-    They begin with those of `state`, which then are on `device`.
+    `columns`: (sum of losses, number correct, number of examples) of each step. `extras`: "eta" and
+    "update", scalars of each step that are the same on every rank. `state`: what another Totals
+    returned from `state`; its columns come first, on `device`.
     """
 
     def __init__(self, state=None, device=None):
@@ -23,15 +27,14 @@ class Totals:
                 self.extras[key] = list(state[key].to(device).unbind()) if key in state else []
 
     def add(self, losses, outputs, labels, **extras):
-        """One batch: its losses (B,), outputs (B, C) and labels (B,); of `extras`, scalars that
-        are the same on every rank, "eta" and "update", those that are not None."""
+        """Add a batch: losses (B,), outputs (B, C), labels (B,); of `extras`, those not None."""
         self.columns.append((*sums(losses, outputs, labels), labels.shape[0]))
         for key, value in extras.items():
             if value is not None:
                 self.extras[key].append(value)
 
     def state(self, reduce=None):
-        """What other Totals can begin with, on the CPU; `reduce` as in `read`."""
+        """The columns as tensors on the CPU, for a checkpoint, or None; `reduce` as in `read`."""
         if not self.columns:
             return None
         losses, correct, counts = zip(*self.columns)
@@ -44,22 +47,21 @@ class Totals:
                 **extras}  # fmt: skip
 
     def read(self, reduce=None):
-        """The figures of the epoch, in two transfers from the device.
+        """The metrics of the epoch, in two transfers from the device.
 
         `reduce` adds up a tensor over ranks, in place. Returns a dict: "loss" and "acc", the means
         over all examples; "examples", their number; "steps", a dict of lists with "loss", "acc",
-        "eta" and "update" of each step (the last two None where they were not measured).
+        "eta" and "update" of each step (None where they were not measured).
         """
         losses, correct, counts = zip(*self.columns)
-        # One row a step; counts are integers all the way.
-        sums, correct = torch.stack(losses), torch.stack(correct)
-        counts = torch.stack([correct, torch.tensor(counts).to(correct)])
+        losses, correct = torch.stack(losses), torch.stack(correct)
+        counts = torch.stack([correct, torch.tensor(counts).to(correct)])  # integers all the way
         if reduce is not None:
-            reduce(sums)
+            reduce(losses)
             reduce(counts)
         measured = [key for key, values in self.extras.items() if values]
-        columns = [torch.stack(self.extras[key]).to(sums) for key in measured]
-        loss, *extras = torch.stack([sums, *columns]).cpu().double().tolist()
+        columns = [torch.stack(self.extras[key]).to(losses) for key in measured]
+        loss, *extras = torch.stack([losses, *columns]).cpu().double().tolist()
         correct, counts = counts.tolist()
         extras, examples = dict(zip(measured, extras)), sum(counts)
         return {
@@ -76,10 +78,49 @@ class Totals:
 
 
 def relative_update(before, after):
-    """The mean over layers of |dW|_F / |W|_F, a 0-dim tensor; W is `before`, which is overwritten.
+    """The mean over layers of |dW|_F / |W|_F, a 0-dim tensor. Overwrites `before`, the weights W.
 
     Lists of weights of one device. A layer of zeros that has moved makes it infinite.
     """
     sizes = torch._foreach_norm(before)
     torch._foreach_sub_(before, after)
     return torch.stack(torch._foreach_div(torch._foreach_norm(before), sizes)).mean()
+
+
+def epoch_row(epoch, train, test, seconds, training_seconds, clock):
+    """The log's row of an epoch. `train`, `test`: what Totals.read returned, of the weights that
+    train and of the weights that the optimiser shows in eval mode. `clock`: {"length", "turn"} of
+    SpectralAGD, |Z| over its start's and the angle of the last step, means over hidden layers."""
+    steps = train["steps"]
+    skipped = sum(math.isnan(eta) for eta in steps["eta"] or [])
+    return {
+        "kind": "epoch",
+        "epoch": epoch,
+        "train_loss": train["loss"],
+        "train_acc": train["acc"],
+        "test_loss": test["loss"],
+        "test_acc": test["acc"],
+        **spread("eta", steps["eta"]),
+        **clock,
+        **(spread("update", steps["update"]) if steps["update"] else {}),
+        **({"skipped_steps": skipped} if skipped else {}),
+        "seconds": seconds,
+        "images_per_second": train["examples"] / training_seconds,
+    }
+
+
+def spread(key, values):
+    """The least, the mean and the greatest finite value, or None for each."""
+    values = [x for x in values or [] if math.isfinite(x)]
+    three = (min(values), sum(values) / len(values), max(values)) if values else (None,) * 3
+    return dict(zip((f"{key}_min", f"{key}_mean", f"{key}_max"), three))
+
+
+def step_rows(epoch, steps):
+    """The log's rows of the steps of an epoch."""
+    columns = {key: values for key, values in steps.items() if values or key == "eta"}
+    columns["eta"] = steps["eta"] or [None] * len(steps["loss"])
+    return [
+        {"kind": "step", "epoch": epoch, "step": i, **dict(zip(columns, values))}
+        for i, values in enumerate(zip(*columns.values()), 1)
+    ]

@@ -9,8 +9,8 @@ import agd
 from agd import AGD, SpectralAGD, init_weights
 from cli import near
 
-# The first call of some methods that AGD inherits imports torch's compiler, only to say that they
-# are not to be compiled: more than a second of every start. They run as they are instead.
+# The first call of some methods of torch.optim.Optimizer imports torch's compiler, only to exclude
+# them from compilation: more than a second of every start.
 for method in vars(torch.optim.Optimizer).values():
     if hasattr(method, "__wrapped__"):
         method.__wrapped__.__dynamo_disable = method.__wrapped__
@@ -64,8 +64,8 @@ def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group
 
 
 def set_capturable(optimizer, yes, device):
-    """Have a baseline count its steps where a CUDA graph can, or where any device can: after a
-    state was loaded, which may be of the other kind."""
+    """Have a baseline count its steps on the device, as a CUDA graph needs it, or on the CPU; also
+    after a state of the other kind was loaded."""
     for group in optimizer.param_groups:
         if "capturable" not in group:
             continue
@@ -78,20 +78,20 @@ def set_capturable(optimizer, yes, device):
 
 
 def optimizer_class(dotted):
-    """The optimiser that package.Class names; ValueError, with what is wrong, where it is none."""
+    """The optimiser class package.Class. Raises ValueError, with the reason, where it is none."""
     module, _, name = dotted.rpartition(".")
     try:
         package = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise ValueError(f"no optimiser {dotted}: {error}") from error
-    found = getattr(package, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+    cls = getattr(package, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         meant = near(name, [x for x in dir(package) if x[:1].isupper()])
         raise ValueError(f"{dotted} is no optimiser{meant}")
-    _, *takes = inspect.signature(found.step).parameters.values()
+    _, *takes = inspect.signature(cls.step).parameters.values()
     if any(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in takes):
         raise ValueError(f"{dotted} wants to make several passes a step, and gets one")
     for own, rule in AUTOMATIC.items():
-        if found is rule:
+        if cls is rule:
             raise ValueError(f"--optimizer {own} is {name}, with its own initialisation")
-    return found
+    return cls

@@ -19,9 +19,9 @@ class NotDeterministic(UserError):
 def set_precision(net, precision, device):
     """Have `net` compute in a precision; weights, outputs (float32) and names stay as they are.
 
-    fp32 is the paper's, on GPUs too, where torch would take TF32 for convolutions. tf32 has GPUs
-    multiply with 10 bits of mantissa and add in float32. Both are the process's, not the network's:
-    runs that share a process share them. bf16 multiplies in bfloat16, under autocast.
+    fp32 is the paper's, on GPUs too, where torch would take TF32 for convolutions. tf32 lets GPUs
+    multiply with 10 bits of mantissa and add in float32. Both are switches of the process. bf16
+    multiplies in bfloat16, under autocast.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -46,10 +46,9 @@ def lacks_tf32(device):
 
 
 def set_channels_last(net, wanted, precision, device):
-    """Lay convolutions' weights out with channels last, if `wanted` is "on", or if it is "auto" and
-    that is faster: on the tensor cores of a GPU. In fp32 a GPU's kernels for it are the slower
-    ones, and a CPU gains 3 to 6 %. Returns whether they are so.
-    """
+    """Lay convolutions' weights out with channels last if `wanted` is "on", or if it is "auto" and
+    faster, on the tensor cores of a GPU. In fp32 a GPU's kernels for it are slower, and a CPU gains
+    3 to 6 %. Returns whether the weights have channels last."""
     if not any(p.ndim == 4 for p in net.parameters()):
         return False
     if wanted == "auto":
@@ -60,8 +59,8 @@ def set_channels_last(net, wanted, precision, device):
 
 
 def set_deterministic():
-    """Have every operation give the same bits each time, or raise what `refused` knows. The
-    process's: runs that share a process share it. To be called before it multiplies on a GPU."""
+    """Have every operation give the same bits each time, or raise an error that `refused` knows: a
+    switch of the process. Call it before the process multiplies on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one a stream, kept for it
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory that was not written, so it need not be filled first.
@@ -70,8 +69,8 @@ def set_deterministic():
 
 
 def refused(error):
-    """The NotDeterministic that says what torch's own error says in many words, or None if `error`
-    is another."""
+    """The NotDeterministic for torch's error of an operation without deterministic form, or None
+    for another error."""
     text = str(error) if isinstance(error, RuntimeError) else ""
     if "torch.use_deterministic_algorithms(True)" not in text:
         return None

@@ -7,16 +7,16 @@ from time import perf_counter
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-FIRST, STEPS = 10, 30  # steps that come before the record, and those in it
+FIRST, STEPS = 10, 30  # steps before the profile, and in it
 PARTS = ("data", "forward", "backward", "optimiser", "sums")
 
 
 class Profile:
-    """A record of some steps of an epoch, and of the evaluation after it.
+    """A profile of some steps of an epoch, and of the evaluation after it.
 
-    `steps` is the number of steps of an epoch; where there are fewer than FIRST + STEPS, the record
-    has the last of them. Times on a GPU are those between events on the device. `paths` are the
-    traces, for chrome://tracing or ui.perfetto.dev.
+    `steps` is the number of steps of an epoch; of fewer than FIRST + STEPS the last ones are
+    profiled. On a GPU, times are between events on the device. `paths`: the traces, for
+    chrome://tracing or ui.perfetto.dev.
     """
 
     def __init__(self, folder, name, device, steps):
@@ -28,7 +28,7 @@ class Profile:
         self.profiler, self.profilers, self.spans = None, [], []
 
     def span(self, name):
-        """A context whose time is that of the part `name`."""
+        """A context whose time counts as the part `name`."""
         return self._timed(name) if self.profiler is not None else nullcontext()
 
     @contextmanager
@@ -39,7 +39,7 @@ class Profile:
             self.spans.append((name, start, self._now()))
 
     def step(self):
-        """To be called before the first step of the epoch and after each of them."""
+        """Call it before the first step of the epoch and after each step."""
         if self.count == self.first:
             self._start()
         elif self.count == self.last:
@@ -48,19 +48,19 @@ class Profile:
 
     @contextmanager
     def evaluation(self):
-        """Around the evaluation."""
+        """The context of the evaluation."""
         self._start()
         yield
         self._stop("evaluation")
 
     def write(self):
-        """Write the traces, which takes longer than what they show."""
+        """Write the traces; that takes longer than the steps did."""
         for profiler, path in zip(self.profilers, self.paths):
             profiler.export_chrome_trace(str(path))
         self.profilers = []
 
     def shares(self):
-        """(Part, share of an epoch's time, its time a step or an epoch) in words, a row each."""
+        """Rows (part, share of an epoch's time, time of a step or of an epoch), in words."""
         seconds = {}
         for name, start, end in self.spans:
             seconds[name] = seconds.get(name, 0.0) + self._between(start, end)

@@ -1,5 +1,4 @@
-"""One step of training, an epoch of steps, an evaluation."""
-
+"""One step of training, from a batch to new weights; an evaluation."""
 
 import torch
 
@@ -8,8 +7,8 @@ from training.metrics import Totals, relative_update
 
 
 class Step:
-    """One step of training, from a batch to new weights. Reads nothing from the device, but for the
-    first two batches of several ranks, in which they agree on what fits.
+    """One step of training, from a batch to new weights. Reads nothing from the device, except in
+    the first two batches of several ranks, which agree on the micro-batch that fits.
 
     `gradient` is the Gradient of `net` and `loss_fn`; None makes one, of a single process and whole
     batches. `log_updates` measures the relative update, at the price of a copy of the weights.
@@ -23,16 +22,16 @@ class Step:
         trained = [p for p in net.parameters() if p.requires_grad]
         self.weights = [p.detach() for p in trained if p.ndim > 1] or [p.detach() for p in trained]
         self.before = [torch.empty_like(p) for p in self.weights] if log_updates else None
-        self.agd = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
+        self.automatic = isinstance(getattr(optimizer, "eta", None), torch.Tensor)
 
     def __call__(self, inputs, labels, share=None):
-        """One step with inputs (B, ...) and labels (B,); of several ranks, `share` is the largest
-        B. Returns (losses (B,), outputs (B, C), {"eta": ..., "update": ...}), the last two 0-dim
-        tensors, None where they are not measured."""
+        """Take a step with inputs (B, ...) and labels (B,); of several ranks, `share` is the
+        largest B. Returns (losses (B,), outputs (B, C), {"eta": ..., "update": ...}), the last two
+        0-dim tensors, None where they are not measured."""
         return self._update(*self.gradient(inputs, labels, share))
 
     def once(self, inputs, labels):
-        """The same in a single pass, whether or not it fits: what a CUDA graph can hold."""
+        """Take a step in a single pass, whether or not it fits: one that a CUDA graph can hold."""
         return self._update(*self.gradient.once(inputs, labels))
 
     def _update(self, losses, outputs):
@@ -44,58 +43,54 @@ class Step:
             if self.before is not None:
                 update = relative_update(self.before, self.weights)
             self.optimizer.zero_grad()
-        eta = self.optimizer.eta if self.agd else None
+        eta = self.optimizer.eta if self.automatic else None
         return losses, outputs, {"eta": eta, "update": update}
 
 
-def train_epoch(
-    net, batches, loss_fn, optimizer, gradient=None, on_step=None, log_updates=False, replay=None,
-    totals=None,
-):  # fmt: skip
-    """One epoch of `batches` (inputs, labels); returns its Totals, which are `totals` of what came
-    before the batches, where they begin later. Over several ranks each has its share of every
-    batch, none included. See Step for the rest of the arguments, and for what is read from the
-    device; `replay` is a GraphedSteps of such steps, which then takes them.
+def steps(step, batches, totals):
+    """Take a step with each batch, add it to `totals`, and yield its eta (None of a baseline)."""
+    iterator = iter(batches)
+    while True:
+        with step.span("data"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        inputs, labels = batch
+        losses, outputs, extras = step(inputs, labels, largest_share(batches))
+        with step.span("sums"):
+            totals.add(losses, outputs, labels, **extras)
+        yield extras["eta"]
 
-    After each step on_step(eta, so_far) is called: eta of the step, None for a baseline, and a
-    function that gives the Totals up to it.
 
-    An optimiser that trains other weights than it answers with (`train` and `eval`, as the
-    schedule-free ones have) answers when this returns; batch-norm statistics stay those of the
-    weights that it trained.
+def train_epoch(net, batches, loss_fn, optimizer, log_updates=False):
+    """Train one epoch of `batches` (inputs, labels) in a single process. Returns its Totals.
+
+    An optimiser with `train` and `eval`, as SpectralAGD and the schedule-free ones, shows the
+    weights of its answer when this returns; batch-norm statistics stay those of training.
     """
-    net.train()
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    totals = totals or Totals()
-    if replay is not None:
-        totals = replay.epoch(on_step, totals)
-    else:
-        step = Step(net, loss_fn, optimizer, gradient, log_updates)
-        for inputs, labels in spanned(batches, step.span):
-            losses, outputs, extras = step(inputs, labels, largest_share(batches))
-            with step.span("sums"):
-                totals.add(losses, outputs, labels, **extras)
-            if on_step is not None:
-                on_step(extras["eta"], lambda: totals)
-    if hasattr(optimizer, "eval"):
-        optimizer.eval()
+    totals = Totals()
+    set_training(net, optimizer)
+    for _ in steps(Step(net, loss_fn, optimizer, log_updates=log_updates), batches, totals):
+        pass
+    show_average(optimizer)
     return totals
 
 
-def spanned(batches, span):
-    """`batches`, each made within span("data")."""
-    batches = iter(batches)
-    while True:
-        with span("data"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+def set_training(net, optimizer):
+    """Put the network and an optimiser that has modes into training mode."""
+    net.train()
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+
+
+def show_average(optimizer):
+    """Have an optimiser that has modes put the weights to evaluate into the network."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
 
 
 def largest_share(batches):
-    """The most images of the last batch that any rank has, where `batches` tells, else None."""
+    """The most images of the last batch that any rank has; None of batches that cannot tell."""
     if not hasattr(batches, "batch_size"):
         return None
     before = (batches.position - 1) * batches.batch_size
@@ -106,8 +101,7 @@ def largest_share(batches):
 @torch.inference_mode()
 def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
     """The Totals of `batches`, each example once, with the network in evaluation mode; at most
-    `micro_bs` images at a time, and fewer where memory runs out. After each batch on_batch() is
-    called."""
+    `micro_bs` images at a time, and fewer where memory runs out. Calls on_batch() after each."""
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
@@ -123,7 +117,7 @@ def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
                 if size <= 1:
                     raise OutOfMemory("out of memory in testing with a single image") from error
                 micro_bs = -(-size // 2)
-            if outputs is None:  # the error, and what it held, are gone by now
+            if outputs is None:  # the error, and the memory that it kept, are gone by now
                 parts = None
                 free_memory()
         totals.add(loss_fn(outputs, labels), outputs, labels)

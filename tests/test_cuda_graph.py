@@ -10,9 +10,10 @@ from architecture import build
 from data import load
 from tests.test_agd import Reads
 from training.cuda_graph import GraphedSteps, RecordingError, cuda_recorder
-from training.gradient import Gradient
 from training.losses import mse
-from training.step import Step, evaluate, train_epoch
+from training.metrics import Totals
+from training.optimizers import set_capturable
+from training.step import Step, evaluate, set_training, show_average, steps
 
 CPU = torch.device("cpu")
 SIZES = [128] * 11 + [29]  # of the batches of the digits
@@ -59,22 +60,33 @@ def start(arch="fcn", optimizer="agd", **options):
 
 def run(data, net, optimizer, epochs, graph=None, log_updates=False, **options):
     """The figures of the epochs, by graphs or without."""
-    gradient = Gradient(net, mse)
-    step = Step(net, mse, optimizer, gradient, log_updates)
+    step = Step(net, mse, optimizer, log_updates=log_updates)
     if graph:
         graph.optimizer = optimizer
     replay = graph and GraphedSteps(step, data.train, record=graph.record, **options)
     found = []
     for epoch in epochs:
         data.train.set_epoch(epoch)
-        totals = train_epoch(
-            net, data.train, mse, optimizer, gradient, log_updates=log_updates, replay=replay
-        )
+        if replay:
+            totals = epoch_of(replay)
+        else:
+            totals = Totals()
+            set_training(net, optimizer)
+            list(steps(step, data.train, totals))
+            show_average(optimizer)
         found.append((totals.read(), evaluate(net, data.test, mse).read()))
         if isinstance(optimizer, AGD):
             last = torch.tensor(totals.read()["steps"]["eta"][-1])
             assert torch.equal(optimizer.eta.float(), last)
     return found, replay
+
+
+def epoch_of(graphed):
+    """The Totals of the epoch that the batches are set to."""
+    set_training(graphed.step.net, graphed.step.optimizer)
+    list(graphed.steps(Totals()))
+    show_average(graphed.step.optimizer)
+    return graphed.totals()
 
 
 def same_weights(net, other):
@@ -150,7 +162,7 @@ def test_memory_that_runs_out_in_a_recording_leaves_the_batch_whole():
             net.forward = forward
 
     replay = GraphedSteps(Step(net, mse, optimizer), data.train, record=record)
-    totals = replay.epoch()
+    totals = epoch_of(replay)
     assert replay.failure == "CUDA out of memory" and replay.step.gradient.micro_bs is None
     assert totals.read()["examples"] == 1437
 
@@ -179,7 +191,7 @@ def test_replays_read_nothing_back():
     for epoch in (1, 2):
         data.train.set_epoch(epoch)
         with Reads() as reads:
-            replay.epoch()
+            epoch_of(replay)
     assert reads.count == 0 and reads.kernels > 300
 
 
@@ -243,11 +255,7 @@ def test_a_graph_writes_to_the_same_places_whatever_the_epoch(optimizer):
     places = set()
     for epoch in (1, 2, 3):
         data.train.set_epoch(epoch)
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-        replay.epoch()
-        if hasattr(optimizer, "eval"):
-            optimizer.eval()
+        epoch_of(replay)
         kept = [x for state in optimizer.state.values() for key, x in state.items()
                 if key not in ("weights", "fixed")]  # fmt: skip
         fixed = [replay.position, replay.column, replay.figures, replay.correct, data.train.held]
@@ -255,3 +263,21 @@ def test_a_graph_writes_to_the_same_places_whatever_the_epoch(optimizer):
         places.add(tuple(x.data_ptr() for x in fixed))
         assert all(p.grad is None for p in net.parameters())
     assert len(places) == 1
+
+
+def test_a_state_of_a_graph_goes_on_without_and_the_other_way_round():
+    """Adam counts its steps on the device in a graph, and refuses to do so on a CPU."""
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight])
+    optimizer.step()
+    set_capturable(optimizer, True, "meta")
+    assert optimizer.param_groups[0]["capturable"]
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    optimizer.state[weight]["step"] = torch.ones(())
+    with pytest.raises(AssertionError):
+        optimizer.step()
+    set_capturable(optimizer, False, "meta")
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    set_capturable(torch.optim.SGD([weight], lr=1), True, "meta")  # which counts nothing

@@ -14,14 +14,15 @@ from PIL import Image
 import main as program
 from agd import init_weights
 from architecture import build
+from architecture.fcn import FCN
 from data import load
 from runs.checkpoint import unpack
 from tests.conftest import ROOT, with_norms
 from tests.test_main import QUICK, comparable, rows, weights
-from training import course
 from training.control import ANNOUNCED, NOTHING, SAVE, STOP, Requests
 from training.losses import mse
 from training.nonfinite import first_nonfinite
+from training.trainer import Trainer
 
 STEPS = 12  # an epoch of the digits
 SMALL = ["--dataset", "digits", "--train_examples", "90", "--test_examples", "60", "--train_bs",
@@ -136,18 +137,30 @@ def test_a_run_that_is_stopped_again_and_again_is_the_unbroken_one(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["agd", "spectral", "sgd", "adam"])
-def test_graphs_go_on_within_an_epoch(optimizer, tmp_path, monkeypatch):
-    """Replays and single steps, to the bit; graphs have a stand-in here."""
+def test_a_run_by_graphs_is_the_run_without(optimizer, tmp_path, monkeypatch):
+    """To the bit, stopped and resumed anywhere; graphs have a stand-in here."""
     flags = [*QUICK, "--epochs", 2, "--log_steps", "--log_updates", "--optimizer", optimizer]
     assert call(*flags, "--out", tmp_path / "whole")[0] == 0
+    assert call(*flags, "--epochs", 1, "--out", tmp_path / "1")[0] == 0
+    replayed = []
+
+    def recorder():
+        return lambda work: lambda: (replayed.append(1), work())
+
     monkeypatch.setattr("flags.no_graph", lambda args: None)
-    monkeypatch.setattr("training.cuda_graph.cuda_recorder", lambda: lambda work: work)
-    monkeypatch.setattr(program, "set_capturable", lambda *args: None)
-    for k in (1, 7, STEPS, STEPS + 3):
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", recorder)
+    # Adam counts on the device in a graph, and not on a CPU.
+    monkeypatch.setattr("training.trainer.set_capturable", lambda *args: None)
+    assert call(*flags, "--out", tmp_path / "0")[0] == 0
+    assert len(replayed) == 2 * STEPS - (3 + 2)  # the ragged batch comes twice
+    for k in (0, 1, 7, STEPS, STEPS + 3):
         out = tmp_path / str(k)
-        assert call(*flags, "--out", out, asked={k: STOP})[0] == 130
+        if k > 1:
+            assert call(*flags, "--out", out, asked={k: STOP})[0] == 130
         assert call(*flags, "--out", out)[0] == 0
         same(out, tmp_path / "whole")
+    assert rows(tmp_path / "0", only(tmp_path / "0"))[0]["cuda_graph"] is True
+    assert rows(tmp_path / "1", only(tmp_path / "1"))[0]["resumed"][0]["cuda_graph"] is True
 
 
 def test_fewer_epochs_than_the_checkpoint_has_are_no_result(tmp_path, capsys):
@@ -175,9 +188,9 @@ def test_a_job_that_starts_over_does_so_once(launcher, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("flags", [[], ["--micro_bs", "20"]])
-def test_what_memory_allowed_stays_unless_something_else_is_asked(flags, tmp_path, monkeypatch):
-    from architecture.fcn import FCN
-
+def test_what_memory_allowed_stays_unless_something_else_is_asked(
+    flags, tmp_path, monkeypatch, capsys
+):
     forward, limit = FCN.forward, [6]
 
     def small(net, x):
@@ -188,6 +201,8 @@ def test_what_memory_allowed_stays_unless_something_else_is_asked(flags, tmp_pat
     monkeypatch.setattr(FCN, "forward", small)
     run = [*SMALL, *flags, "--out", tmp_path]
     assert call(*run, asked={2: STOP})[0] == 130
+    assert call(*run[:-1], tmp_path / "whole")[0] == 0
+    assert capsys.readouterr().out.count("Memory ran out: ") == 1
     limit[0] = 1000
     assert call(*run, asked={9: STOP})[0] == 130
     epoch = rows(tmp_path, only(tmp_path))[-2]
@@ -201,13 +216,13 @@ def test_what_memory_allowed_stays_unless_something_else_is_asked(flags, tmp_pat
 
 
 def test_checkpoints_come_as_often_as_is_asked(tmp_path, monkeypatch):
-    written, write = [], course.Course.save
+    written, write = [], Trainer.save
 
     def save(self, totals):
         write(self, totals)
         written.append((self.epoch, self.step))
 
-    monkeypatch.setattr(course.Course, "save", save)
+    monkeypatch.setattr(Trainer, "save", save)
     assert call(*SMALL, "--out", tmp_path / "a")[0] == 0
     assert written == [(1, 0), (2, 0)]
     written.clear()
@@ -358,8 +373,6 @@ def test_a_checkpoint_of_another_network_names_the_layer(tmp_path, capsys):
 @pytest.mark.parametrize("rule", ["agd", "spectral"])
 def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch, capsys):
     """From the 5th step on; the checkpoint before stays, and the log says which images."""
-    from architecture.fcn import FCN
-
     forward, calls = FCN.forward, [-1 if rule == "spectral" else 0]  # which reads its paths first
 
     def spoiled(net, x):
@@ -394,8 +407,6 @@ def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch
 
 
 def test_the_count_of_bad_steps_outlives_a_break_and_ends_with_a_good_one(tmp_path, monkeypatch):
-    from architecture.fcn import FCN
-
     forward, calls, bad = FCN.forward, [0], set(range(5, 24)) | set(range(25, 44))
 
     def spoiled(net, x):

@@ -189,6 +189,9 @@ PAIRS = [
 ]
 
 
+FAST = [("fcn", "digits"), ("vgg", "cifar10"), ("resnet18", "folder"), ("resnet50", "mnist")]
+
+
 @pytest.fixture(scope="module")
 def every_set(samples, tmp_path_factory):
     """A data directory with all sets: real images, of Tiny-ImageNet in CIFAR-100's place."""
@@ -203,7 +206,9 @@ def every_set(samples, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("arch, dataset", PAIRS)
+@pytest.mark.parametrize("arch, dataset", [
+    pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS
+])  # fmt: skip
 def test_every_network_trains_two_steps_on_every_set(arch, dataset, every_set):
     name = f"folder:{every_set / 'folder'}" if dataset == "folder" else dataset
     batch = 2 if dataset == "imagenet" else 4

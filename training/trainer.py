@@ -1,0 +1,467 @@
+"""Trains a run, epoch by epoch, from its last checkpoint to its end or to a reason to stop.
+
+The state after a step is a function of the seed and of the step's number, and a checkpoint holds
+all of it: a run that resumes is, on the same hardware, to the bit the run that never stopped.
+"""
+
+import json
+import math
+import random
+import threading
+import time
+from collections import deque
+from contextlib import nullcontext
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import agd
+from cli import UserError
+from distributed import RankError
+from distributed.delayed import DelayedReads
+from distributed.slurm import in_a_job, requeue
+from distributed.sync_bn import average_statistics
+from runs.checkpoint import validate
+from runs.log import RunError
+from training.control import ANNOUNCED, NOTHING, STOP, ignore
+from training.cuda_graph import GraphedSteps
+from training.gradient import Gradient
+from training.metrics import Totals, epoch_row, step_rows
+from training.nonfinite import first_nonfinite
+from training.optimizers import set_capturable
+from training.precision import refused
+from training.step import Step, evaluate, largest_share, set_training, show_average, steps
+
+IN_A_ROW = 20  # steps without a finite gradient after which a run ends
+RECALIBRATING = 8  # batches from which batch norm takes the statistics of the average
+SEEDING = threading.Lock()  # all threads share the global generator
+
+
+class Ending(NamedTuple):
+    """How a run ended. `reason`: None at its last epoch, "interrupted", "requeued", or a sentence.
+    `final`: the same command has nothing left to do. `facts` go into the last row of the log."""
+
+    reason: str | None = None
+    final: bool = True
+    facts: dict = {}
+    exit_code: int = 0
+    failure: tuple | None = None  # distributed.Failure of an exception
+    bad_images: tuple = ()  # paths of images that could not be decoded
+
+
+class Ended(Exception):
+    """All ranks end the run here, as they have agreed; `ending` says how."""
+
+    def __init__(self, reason, final=False, exit_code=1, **facts):
+        super().__init__(reason)
+        self.ending = Ending(reason, final, facts, exit_code=exit_code)
+
+
+class Trainer:
+    """Trains `net` to `epochs` epochs. `epoch` counts those that are completed, `step` the batches
+    of the current one. Every rank calls the same methods; only rank 0 has a log and writes.
+
+    Args:
+        world: the ranks; data: the Data; control: the Control; progress: a display.Progress.
+        log: the opened RunLog of rank 0; rows: the epoch rows in it.
+        micro_bs: images that a rank takes at a time, None for all that fit.
+        graphs: "on", "auto", or None for no CUDA graphs.
+        log_steps: epochs whose steps have rows in the log.
+        draws: whether the optimiser may draw random numbers, from torch's generator.
+        seed: of the random numbers that the network draws in training, as dropout does, or None.
+        profile: a Profile of the first whole epoch, or None.
+    """
+
+    def __init__(
+        self, world, data, net, optimizer, loss_fn, control, progress, log=None, rows=(), *,
+        epochs, micro_bs=None, sync_bn=False, compiled=False, graphs=None, log_steps=0,
+        log_updates=False, draws=False, seed=None, profile=None,
+    ):  # fmt: skip
+        self.world, self.data, self.net, self.optimizer = world, data, net, optimizer
+        self.loss_fn, self.control, self.progress, self.log = loss_fn, control, progress, log
+        self.epochs, self.log_steps, self.profile = epochs, log_steps, profile
+        self.draws, self.seed, self.rows, self.done = draws, seed, list(rows), len(rows)
+        self.epoch = self.step = self.missing = 0
+        self.batches = len(data.train)  # of an epoch
+        self.totals, self.seconds, self.began = None, 0.0, None  # of the current epoch
+        self.etas, self.places = DelayedReads(world.device), deque()
+        self.not_finite = []  # (epoch, step) of the last steps, while they have no finite gradient
+        self.plain = self.refused = False
+        self.failure, self.saving_seconds = None, 0.0  # why the last checkpoint failed
+        self.here = [world.size, str(world.device.type), torch.__version__]
+
+        model = world.wrap(net, sync_bn)
+        images = min(data.train.batch_size, data.train.examples)
+        self.gradient = Gradient(
+            model, loss_fn, world, micro_bs, sync_bn,
+            torch.compile(model, dynamic=False) if compiled else None,
+            profile.span if profile else nullcontext,
+            whole=len(range(world.rank, images, world.size)),
+        )  # fmt: skip
+        self.model = model
+        self.take_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
+        self.graphs = self.graphed = None
+        if graphs is not None:
+            self.graphs = graphs
+            required = graphs == "on" or control.requests.shared
+            eager = profile.last if profile else 0  # a profile shows kernels
+            self.graphed = GraphedSteps(self.take_step, data.train, required, after=eager)
+
+    # -- Where the run stands -------------------------------------------------------------------
+
+    def resume(self, checkpoint):
+        """Go on from a checkpoint. Raises RunError where it does not fit this network."""
+        now, then = self.net.state_dict(), checkpoint["net"]
+        try:
+            for name in sorted(set(now) ^ set(then)):
+                raise ValueError(f"{name} is in one of them alone")
+            for name, x in now.items():
+                if x.shape != then[name].shape or x.dtype != then[name].dtype:
+                    raise ValueError(f"{name} is {_kind(then[name])} there, and {_kind(x)} here")
+            rates = [[g.get("lr") for g in groups] for groups in (
+                self.optimizer.param_groups, checkpoint["optimizer"]["param_groups"]
+            )]  # fmt: skip
+            if rates[0] != rates[1]:
+                raise ValueError(f"lr {rates[1]} there, and {rates[0]} here")
+            state = validate(checkpoint, self.batches)
+            self.net.load_state_dict(then)
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.epoch, self.step, totals = state["epoch"], state["step"], state["totals"]
+            self.missing, self.seconds = state["missing"], state["seconds"]
+            self.not_finite = [tuple(place) for place in state["not_finite"]]
+            tried = self.epoch * self.batches + self.step if state["here"] == self.here else 0
+            self.gradient.resume(*state["micro_bs"], tried)
+            if totals is not None:
+                if self.world.rank:  # the sums over the ranks are rank 0's
+                    totals = {**totals, "losses": torch.zeros_like(totals["losses"]),
+                              "correct": torch.zeros_like(totals["correct"]),
+                              "counts": [0] * len(totals["counts"])}  # fmt: skip
+                self.totals = Totals(totals, self.world.device)
+            if state["generators"]:
+                with SEEDING:
+                    _set_generators(state["generators"], self.world.device)
+            for part, paths in zip(self.data[:2], json.loads(state["bad_images"])):
+                if paths:
+                    part.bad_images.update(paths)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+                OverflowError) as error:  # fmt: skip
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(
+                f"the checkpoint is of another network or optimiser ({reason}); --fresh starts over"
+            ) from error
+
+    def save(self, totals):
+        """Write a checkpoint; `totals`: the Totals of the current epoch, None between epochs."""
+        self._count_skipped(self.etas.rest())
+        state = None if totals is None else totals.state(self.world.all_reduce_in_order)
+        seconds = 0.0 if totals is None else self.seconds_of_epoch()
+        missing, bad = self.missing, [[], []]
+        if hasattr(self.data.train, "bad_images"):
+            ranks = [(part.missing, part.bad_images) for part in self.data[:2]]
+            ranks = self.world.all_gather_object(ranks)
+            bad = [sorted(set().union(*(rank[i][1] for rank in ranks))) for i in range(2)]
+            if totals is not None:
+                missing += sum(rank[0][0] for rank in ranks)
+        if not self.log:
+            return
+        began = time.monotonic()
+        # Weights that a baseline has spoiled do not replace good ones.
+        if not all(bool(p.isfinite().all()) for p in self.net.parameters()):
+            self.progress.note("No checkpoint: there are weights that are not finite; the last one "
+                               "stays")  # fmt: skip
+            return
+        failure = self.log.save({
+            "epoch": self.epoch, "step": self.step, "totals": state, "missing": missing,
+            "seconds": seconds, "not_finite": self.not_finite,
+            "micro_bs": [self.gradient.requested, self.gradient.micro_bs],
+            "bad_images": json.dumps(bad), "here": self.here,
+            "generators": _generators(self.world.device) if self.draws else [],
+            "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+        })  # fmt: skip
+        self.control.saved_at = time.monotonic()
+        self.saving_seconds += self.control.saved_at - began
+        if failure is not None and self.failure is None:
+            self.progress.note(f"No checkpoint: {failure}. Going on; the last good one stays")
+            self.log.log({"kind": "unsaved", "epoch": self.epoch + 1, "reason": failure})
+        elif failure is None and self.failure is not None:
+            self.progress.note("Checkpoints are written again")
+        self.failure = failure
+
+    def seconds_of_epoch(self):
+        """Seconds of training in the current epoch, before an interruption included."""
+        return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
+
+    # -- The run ----------------------------------------------------------------------------------
+
+    def run(self):
+        """Train the remaining epochs. Returns the Ending; an exception becomes one, too."""
+        set_capturable(self.optimizer, self.graphs is not None, self.world.device)
+        if self.profile and self.graphed:
+            self.progress.note("The steps of the profile run one kernel at a time, without a CUDA "
+                               "graph")  # fmt: skip
+        whole = self.epoch + 1 + (self.step > 0)  # the first epoch that this command trains whole
+        self.progress.begin(self.epoch * self.batches + self.step)
+        ending = Ending()
+        try:
+            self.control.requests.listening = True
+            while self.epoch < self.epochs and ending.reason is None:
+                reason = self._run_epoch(self.profile if self.epoch + 1 == whole else None)
+                ending = Ending(reason, exit_code=int(reason is not None))
+            bad = set().union(*self.world.all_gather_object(self._bad_images()))
+        except Ended as ended:
+            ending, bad = ended.ending, self._bad_images()
+        except (Exception, KeyboardInterrupt) as error:
+            ending, bad = self._failed(refused(error) or error), self._bad_images()
+        finally:
+            self.progress.close()
+            if self.graphed is not None:
+                self.graphed.close()
+            for part in self.data[:2]:
+                part.close()
+        if ending.reason is None and self.failure is not None:
+            ending = Ending(
+                f"all {self.epochs} epochs are done, but not saved: {self.failure}. Once it can be "
+                "written, the same command goes on from the last checkpoint",
+                final=False, exit_code=1,
+            )  # fmt: skip
+        return ending._replace(bad_images=tuple(sorted(bad)))
+
+    def _failed(self, error):
+        if self.world.size > 1:  # a second Ctrl-C changes nothing while ranks tell each other
+            ignore()
+        failure = self.world.failed(error)
+        code = error.exit_code if isinstance(error, UserError) else 1
+        code = 130 if failure.reason == "interrupted" else code
+        return Ending(failure.reason, False, {}, code, failure)
+
+    def _run_epoch(self, profile):
+        """Train, test, log and save one epoch. Returns why the run cannot go on, or None."""
+        epoch, began, data, world = self.epoch + 1, time.perf_counter(), self.data, self.world
+        micro_bs, failure = self.gradient.micro_bs, self.graphed and self.graphed.failure
+        earlier = self.seconds
+        trained = self._train(epoch, profile).read(world.all_reduce_in_order)
+        if self.graphed and self.graphed.failure != failure:
+            self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
+        if self.gradient.micro_bs != micro_bs:
+            self.progress.note(f"Memory ran out: {self.gradient.micro_bs} images at a time from "
+                               "now on")  # fmt: skip
+        check_every_image_seen(trained, data.train, world, self.missing)
+        clock = read_clock(self.optimizer, trained["steps"]["eta"])
+        with profile.evaluation() if profile else nullcontext():
+            if isinstance(self.optimizer, agd.SpectralAGD):
+                recalibrate(self.net, data.train, self.gradient, world, epoch)
+            world.broadcast(self.net.buffers())  # batch-norm statistics: those of rank 0
+            tested = evaluate(
+                self.net, data.test, self.loss_fn, self.gradient.micro_bs, lambda: self._decide()
+            ).read(world.all_reduce_in_order)
+        check_every_image_seen(tested, data.test, world)
+        check_ranks_agree(self.net, epoch, world)
+        seconds = earlier + time.perf_counter() - began
+        row = epoch_row(epoch, trained, tested, seconds, self.seconds_of_epoch(), clock)
+        if self.graphed and self.graphed.failure:
+            row["no_cuda_graph"] = self.graphed.failure
+        if self.gradient.micro_bs is not None:
+            row |= {"micro_bs": self.gradient.micro_bs, "lowered": self.gradient.lowered}
+        if self.log:
+            self.log.log(*(step_rows(epoch, trained["steps"]) if epoch <= self.log_steps else []),
+                         row)  # fmt: skip
+            self.progress.epoch(row)
+            if profile:
+                profile.write()
+                self.progress.profile(profile)
+        self.rows.append(row)
+        reason = None if self.take_step.automatic else diverged(epoch, trained["steps"]["loss"])
+        if reason is None:
+            self.epoch, self.step, self.totals = epoch, 0, None
+            self.seconds, self.missing = 0.0, 0
+            self.save(None)
+        return reason
+
+    def _train(self, epoch, profile):
+        """Train the steps of an epoch from the current one on. Returns the Totals of the epoch."""
+        self.data.train.set_epoch(epoch, self.step)
+        self._seed_step()
+        self.began = time.monotonic()
+        if profile:
+            profile.step()
+        totals = self.totals or Totals()
+        if self.step < self.batches:
+            set_training(self.model, self.optimizer)
+            if self.graphed is not None:
+                etas, self.so_far = self.graphed.steps(totals), self.graphed.totals
+            else:
+                etas = steps(self.take_step, self.data.train, totals)
+                self.so_far = lambda: totals
+            for eta in etas:
+                self.progress.step((epoch - 1) * self.batches + self.data.train.position)
+                if profile:
+                    profile.step()
+                self._after_step(eta)
+            totals = self.so_far()
+        show_average(self.optimizer)
+        self.so_far = lambda: totals
+        self._count_skipped(self.etas.rest())
+        self.seconds, self.began = self.seconds_of_epoch(), None
+        return totals
+
+    def _after_step(self, eta):
+        self.step = self.data.train.position
+        if self.draws and not self.plain:  # a state that cannot be saved is an error now
+            if self.log:
+                self.log.plain(self.optimizer.state_dict())
+            self.plain = True
+        if eta is not None:
+            self.places.append((self.epoch + 1, self.step))
+            self._count_skipped(self.etas.put(eta))
+        self._seed_step()
+        self._decide(self.epoch * self.batches + self.step)
+
+    def _decide(self, step=None):
+        """Save, requeue or end, if signals, the clock or this step ask for it. Raises Ended."""
+        decision = self.control.decide(step)
+        if decision == NOTHING:
+            return
+        self.save(self.so_far())
+        if decision == STOP:
+            raise Ended("interrupted", exit_code=130)
+        if decision == ANNOUNCED and in_a_job() and not self.refused:
+            refusal = self.world.broadcast_object(requeue() if self.log else None)
+            if refusal is None:
+                raise Ended("requeued", exit_code=130)
+            self.progress.note(f"SLURM does not take the job back ({refusal}): going on")
+            self.refused = True
+        elif decision == ANNOUNCED and self.log and self.failure is None:
+            self.progress.note(f"Saved in epoch {self.epoch + 1}, after step {self.step}")
+
+    def _seed_step(self):
+        """Seed the random numbers that the network draws in the next step by the seed, that step
+        and the rank: none of them has to be saved."""
+        if self.seed is None:
+            return
+        step, device = self.epoch * self.batches + self.step, self.world.device
+        generator = torch.default_generator
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
+        draw = random.Random(f"{self.seed} {step} {self.world.rank}")
+        generator.manual_seed(draw.getrandbits(63))
+
+    def _count_skipped(self, etas):
+        """Look at the learning rates of steps: NaN is a step that was skipped."""
+        for eta in etas:
+            place = self.places.popleft()
+            if eta == eta:
+                self.not_finite = []
+                continue
+            self.not_finite.append(place)
+            if len(self.not_finite) >= IN_A_ROW:
+                self._end_not_finite()
+
+    def _end_not_finite(self):
+        train, rows = self.data.train, []
+        for epoch, step in self.not_finite:
+            train.set_epoch(epoch)
+            batch = slice((step - 1) * train.batch_size, step * train.batch_size)
+            rows.append({"epoch": epoch, "step": step, "indices": train.order()[batch].tolist()})
+        epoch, step = self.not_finite[-1]
+        train.set_epoch(epoch, step - 1)
+        batch = next(iter(train))
+        if self.gradient.sync_bn:
+            self.net.eval()  # where the ranks do not wait for one another
+        where = first_nonfinite(self.net, self.loss_fn, *batch, self.gradient.micro_bs)
+        where = next((x for x in self.world.all_gather_object(where) if x is not None), None)
+        raise Ended(
+            f"{IN_A_ROW} steps in a row had no finite gradient, the last of them epoch {epoch}, "
+            f"step {step}" + (f": the first that is not finite is {where}" if where else ""),
+            final=True, not_finite={"where": where, "steps": rows},
+        )  # fmt: skip
+
+    def _bad_images(self):
+        """The paths of the images that could not be decoded on this rank."""
+        return sorted(set().union(*(getattr(part, "bad_images", ()) for part in self.data[:2])))
+
+
+def recalibrate(net, train, gradient, world, epoch):
+    """Take batch-norm statistics of the weights in `net` from the first batches of an epoch, over
+    several ranks the mean. The place of the batches stays."""
+    if not any(isinstance(module, _BatchNorm) for module in net.modules()):
+        return
+    position, missing = train.position, train.missing
+    train.set_epoch(epoch)
+
+    def inputs():
+        for batch in islice(train, RECALIBRATING):
+            for x, labels in gradient.parts(*batch, largest_share(train)):
+                if len(labels) or gradient.sync_bn:
+                    yield x
+
+    try:
+        agd.recalibrate(net, inputs())
+    finally:
+        train.set_epoch(epoch, position)
+        train.missing = missing
+    if not gradient.sync_bn:
+        average_statistics(net, world)
+
+
+def read_clock(optimizer, etas):
+    """{"length", "turn"} of an optimiser with a clock, after the last step of an epoch; else {}."""
+    if not hasattr(optimizer, "clock"):
+        return {}
+    # As logged: a run that resumes after that step has no other.
+    optimizer.eta = torch.full_like(optimizer.eta, etas[-1])
+    return dict(zip(("length", "turn"), torch.stack(optimizer.clock()).tolist()))
+
+
+def diverged(epoch, losses):
+    """Why a baseline cannot go on after these losses, or None. AGD skips such steps."""
+    step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+    if step is None:
+        return None
+    return f"the loss was {losses[step - 1]} at epoch {epoch}, step {step}; try a smaller --lr"
+
+
+def check_every_image_seen(metrics, batches, world, missing=0):
+    """Raise RankError unless the ranks together saw every image once; `missing` of them could not
+    be decoded before the batches began."""
+    missing += sum(world.all_gather_object(batches.missing))
+    if metrics["examples"] + missing != batches.examples:
+        raise RankError(
+            f"{metrics['examples']} images went through the network and {missing} could not be "
+            f"decoded, of {batches.examples}: the ranks' shares are not the whole"
+        )
+    if not metrics["examples"]:
+        raise RankError(f"none of the {batches.examples} images can be decoded")
+
+
+def check_ranks_agree(net, epoch, world):
+    """Raise RankError unless all ranks hold the same weights, to the bit."""
+    odd = world.ranks_that_differ(net.parameters())
+    if not odd:
+        return
+    ranks = f"rank {odd[0]} holds other weights than the rest"
+    if len(odd) > 1:
+        ranks = f"ranks {', '.join(map(str, odd))} hold other weights than the rest"
+    if world.size == 2:
+        ranks = "ranks 0 and 1 hold different weights"
+    raise RankError(
+        f"{ranks} after epoch {epoch}: nodes of different hardware or software, or faulty memory"
+    )
+
+
+def _generators(device):
+    """The states of the generators that an optimiser may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_generators(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _kind(x):
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
