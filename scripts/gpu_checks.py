@@ -5,12 +5,12 @@
     python -m scripts.gpu_checks --plan spectral 4 minutes: SpectralAGD's agreement and speed
     python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
 
-A check is a test of tests/test_gpu.py (marked `gpu`), a case of scripts.benchmark or runs of main.py,
-in a process with its part of the plan's time. Time that it leaves goes to later checks; one that
-hangs or crashes takes no more than its own. Where the kernels disagree with torch's operations,
-later checks do without. --out gets gpu_checks.json, the results, and gpu_checks.tgz, all files but
-checkpoints, whole after every check. The same command goes on: it skips passed checks and takes
-failed ones last. `--device cpu` is a rehearsal.
+A check is a test marked `gpu`, a case of scripts.benchmark or runs of main.py, in a process with
+its part of the plan's time. Time that it leaves goes to later checks; one that hangs or crashes
+takes no more than its own. Where kernels disagree with torch's operations, later checks do without.
+--out gets gpu_checks.json, the results, and gpu_checks.tgz, all files but checkpoints, whole after
+every check. The same command goes on: it skips passed checks and takes failed ones last. `--device
+cpu` is a rehearsal.
 """
 
 import time

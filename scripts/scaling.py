@@ -39,7 +39,7 @@ INPUTS = {  # name: (value, unit, source); "assumed" is a guess that a measureme
 KNOWN = {name: value for name, (value, *_) in INPUTS.items()}
 # Line rates of a node, GB/s.
 LINKS = {"8 × HDR 200": 200, "1 × HDR 200": 25, "100 GbE": 12.5, "25 GbE": 3.125}
-GPUS, SHOWN = [2**k for k in range(11)], (8, 64, 1024)
+GPUS, SHOWN = [2**k for k in range(11)], (64, 1024)
 LARGEST = 256  # images of a micro-batch
 BUCKETS = (1 << 20, 25 << 20)  # bytes, the first and the others: DistributedDataParallel's
 
@@ -154,7 +154,8 @@ def tables(args):
     cases = {f"{b:,} a GPU": (b, False) for b in args.batch_per_gpu}
     cases |= {f"{b:,} in all": (b, True) for b in args.batch}
     inputs = [(k, f"{v:,.6g}" if v >= 1e-3 else f"{v:.2g}", *x) for k, (v, *x) in INPUTS.items()]
-    inputs += [(name, f"{x:g}", "GB/s a node", "line rate") for name, x in links.items()]
+    lines = ", ".join(f"{x:g}" for x in links.values())
+    inputs.append(("links", lines, "GB/s a node", f"line rates: {', '.join(links)}"))
     size = sum(size for size, _ in weights) / 1e6
     inputs += [("gradient", f"{size:.1f}", "MB", f"counted: {len(weights)} weights, {args.arch}"),
                ("t0", f"{1e3 * first.t0:.1f}", "ms", "launches of a step"),

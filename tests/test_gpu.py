@@ -25,6 +25,7 @@ from runs.log import read_rows
 from runs.provenance import environment
 from scripts.benchmark.measure import by_clock, take_turns
 from tests.conftest import ROOT, interpreter_fails
+from tests.test_cuda_graph import Graph, epoch_of
 from training.cuda_graph import GraphedSteps
 from training.gradient import Gradient
 from training.losses import mse
@@ -171,16 +172,17 @@ def test_graphs_are_the_loop(rule, arch, epochs, part, found):
             images = part if GPU else None
             data = load("cifar10", default_data_dir(), 128, 10_000, DEVICE, train_examples=images)
             net = network(arch)
-            optimizer, gradient = rule(net.named_parameters()), Gradient(net, mse)
-            step = Step(net, mse, optimizer, gradient)
-            how = {"required": True, "record": None if GPU else by_hand(optimizer)}
-            replay = GraphedSteps(step, data.train, **how) if by_graph else None
+            optimizer, graph = rule(net.named_parameters()), Graph()
+            graph.optimizer = optimizer
+            how = {"required": True, "record": None if GPU else graph.record}
+            graphed = GraphedSteps(Step(net, mse, optimizer), data.train, **how)
             for epoch in range(1, epochs + 1):
                 data.train.set_epoch(epoch)
                 wait_for_the_device()
                 start = time.perf_counter()
                 with watched(epoch == epochs):
-                    totals = train_epoch(net, data.train, mse, optimizer, gradient, replay=replay)
+                    totals = (epoch_of(graphed) if by_graph else
+                              train_epoch(net, data.train, mse, optimizer))  # fmt: skip
                 wait_for_the_device()
                 seconds = time.perf_counter() - start
                 assert totals.read()["loss"] < 2
@@ -190,20 +192,6 @@ def test_graphs_are_the_loop(rule, arch, epochs, part, found):
     figures = {"largest difference": difference, "ms, loop": ms[0], "ms, graph": ms[1]}
     found(f"{arch}, {rule.__name__}", figures)
     assert arch != "fcn" or difference < 1e-6  # sums of cuDNN's gradients have no fixed order
-
-
-def by_hand(optimizer):
-    """A stand-in for recording a CUDA graph: a replay leaves the optimiser its own tensors."""
-
-    def record(work):
-        def replay():
-            before = dict(vars(optimizer))
-            work()
-            vars(optimizer).update(before)
-
-        return replay
-
-    return record
 
 
 def wait_for_the_device():

@@ -24,6 +24,7 @@ from runs.log import RunError, read_rows
 from scripts.benchmark.measure import by_clock, compared, note, spread, take_turns
 from training.cuda_graph import GraphedSteps
 from training.losses import mse
+from training.metrics import Totals
 from training.step import Step, evaluate, train_epoch
 
 GROWTH = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32),
@@ -65,16 +66,20 @@ def network(args, data, device):
 def ours(args, data, device):
     """(training, test): functions that take an epoch as main.py does, on a GPU by CUDA graphs."""
     net = network(args, data, device)
-    optimizer, epochs, stream, more = AGD(net.parameters()), iter(range(1, 1000)), None, {}
-    if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            more["replay"] = GraphedSteps(Step(net, mse, optimizer), data.train)
+    optimizer, epochs, graphed = AGD(net.parameters()), iter(range(1, 1000)), None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with torch.cuda.stream(stream):  # None: the current one
+        if stream:
+            graphed = GraphedSteps(Step(net, mse, optimizer), data.train)
 
     def training():
         data.train.set_epoch(next(epochs))
-        with torch.cuda.stream(stream):  # None: the current one
-            train_epoch(net, data.train, mse, optimizer, **more).read()
+        with torch.cuda.stream(stream):
+            if graphed:
+                net.train()
+                list(graphed.steps(Totals()))
+            totals = graphed.totals() if graphed else train_epoch(net, data.train, mse, optimizer)
+            totals.read()
 
     return training, lambda: evaluate(net, data.test, mse).read()
 
