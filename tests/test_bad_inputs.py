@@ -569,11 +569,7 @@ CASES = {
     "reproduce: below a file": Case(
         "reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")
     ),
-    "scaling: no file": Case("scaling --from {tmp}/no.json", "no file"),
-    "scaling: a folder without classes": Case(
-        "scaling --measure --images {tmp}", "it has no folders", code=2
-    ),
-    "scaling: text": Case("scaling --from {tmp}/x.json", "x.json", text("x.json")),
+    "scaling: no such rate": Case("scaling --images_per_second 1e6", "no time for launches"),
     "benchmark: no such case": Case("benchmark stpe", "invalid choice: 'stpe'"),
     "benchmark: no rounds": Case("benchmark step --repeats 0", "whole number from 1"),
     "benchmark: no such device": Case("benchmark step --device gpu", "no device 'gpu'"),
