@@ -97,7 +97,11 @@ class AGD(torch.optim.Optimizer):
             raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
                             f"{', '.join(foreign)}: there is nothing to set")  # fmt: skip
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
-        self.depth = depth if depth is None or isinstance(depth, Mapping) else _number(depth)
+        self.depth = float(depth) if isinstance(depth, (int, float)) else depth
+        if not (depth is None or isinstance(depth, Mapping)
+                or isinstance(self.depth, float) and 0 < self.depth < math.inf):  # fmt: skip
+            raise ValueError("depth is a positive number, or what agd.depth returns, not "
+                             f"{depth!r}")  # fmt: skip
         self._watch, self._made, self._warned = _Watch(self._spectral), [], set()
         self._paths = isinstance(params, nn.Module)  # L is of paths
         if self._paths:
@@ -311,9 +315,8 @@ class AGD(torch.optim.Optimizer):
             skipped = self.param_groups[0]["skipped"] = skipped.to(G.device)
         if not _on_host(eta) or math.isnan(eta.item()):  # a CPU's number is read without a wait
             skipped.add_(eta.isnan())
-        if not torch.compiler.is_compiling() and self._watch.looks() and not _capturing(G):
-            for kind in self._watch.see(G, norms):
-                self._warn(kind)
+        for kind in [] if torch.compiler.is_compiling() else self._watch.see(G, norms):
+            self._warn(kind)
 
     def state_dict(self):
         """As torch's method, with a copy of `skipped` and, of a network, s and share of each
@@ -415,7 +418,7 @@ class SpectralAGD(AGD):
     no other weight. A convolution is one matrix a group, (out, in * K). Every ROWS rows of a
     matrix, of its shorter side, have a polar factor of their own.
 
-    Related rules with a rate to tune: SF-NorMuon (arXiv 2605.23061), AMUSE (2605.22432),
+    Rules of the kind with a rate to tune: SF-NorMuon (arXiv 2605.23061), AMUSE (2605.22432),
     ScheduleFree+ (2605.19095); Hyperball (2606.16899) has weights on spheres.
 
     Args:
@@ -560,29 +563,17 @@ ROLES = {
 
 
 class Rule(NamedTuple):
-    """What AGD knows of one parameter.
-
-    Attributes:
-        parts: the matrices of a stacked weight, the groups of a convolution.
-        transposed: whether the input's dimension comes first.
-        stride: of a transposed convolution, the product over its dimensions: that many of the
-            kernel's positions do not meet in an output.
-        s: the norm of a block. None: the role's.
-        share: of L.
-        start: of a vector, the value that `init_weights` gives it. None: as it is.
-        im2col: whether a kernel is one matrix a group, (out, in * K), instead of K.
-        output: whether the network's output is reached from it through no other weight.
-    """
+    """What AGD knows of one parameter."""
 
     role: str
-    parts: int = 1
-    transposed: bool = False
-    stride: int = 1
-    s: float | None = None
-    share: float = 1.0
-    start: float | None = None
-    im2col: bool = False
-    output: bool = False
+    parts: int = 1  # matrices of a stacked weight, groups of a convolution
+    transposed: bool = False  # whether the input's dimension comes first
+    stride: int = 1  # of a transposed convolution: K / stride positions meet in an output
+    s: float | None = None  # the norm of a block; None: the role's
+    share: float = 1.0  # of L
+    start: float | None = None  # of a vector, the value that `init_weights` gives it; None: kept
+    im2col: bool = False  # whether a kernel is one matrix a group, (out, in * K), instead of K
+    output: bool = False  # whether the network's output is reached through no other weight
 
     @property
     def is_vector(self):
@@ -614,7 +605,7 @@ class Rule(NamedTuple):
         return 1 if self.transposed and len(shape) == 2 else 0
 
     def parted(self, x):
-        """A view of a weight with a dimension for its parts, in front of the one that they cut."""
+        """A view of a weight with a dimension for its parts, in front of the one they cut."""
         return x.unflatten(self.cut(x.shape), (self.parts, -1)) if self.parts > 1 else x
 
     def numbering(self, shape):
@@ -635,18 +626,16 @@ TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names o
 def _rules_of(net, roles, im2col=False, measure=True):
     """{id: (name, Rule)} of all parameters of a network, with the measured s; `im2col` takes a
     kernel for one matrix a group."""
-    modules, layers, rules = dict(net.named_modules()), {}, {}
+    layers, rules = {}, {}
     _check(_trainable(net))
     for name, p in net.named_parameters():
-        if not (p.requires_grad or nn.parameter.is_lazy(p) or p.numel()):
-            continue
-        owner, tensor, magnitude = _owner(name, p)
-        rule = Rule("gain") if magnitude else _role(modules[owner], owner.rpartition(".")[2],
-                                                    tensor, p.shape)  # fmt: skip
-        rule = _overridden(name, p, rule, roles)
-        rules[name] = p, rule._replace(im2col=im2col and rule.role == "kernel"), owner, tensor
-        if not magnitude:
-            layers[owner, tensor] = name
+        if p.requires_grad or nn.parameter.is_lazy(p) or p.numel():
+            owner, tensor, magnitude = _owner(name, p)
+            own = net.get_submodule(owner), owner.rpartition(".")[2]
+            rule = Rule("gain") if magnitude else _role(*own, tensor, p.shape)
+            rules[name] = p, _overridden(name, p, rule, roles, im2col), owner, tensor
+            if not magnitude:
+                layers[owner, tensor] = name
     scales = _measured([(p, rule) for p, rule, *_ in rules.values()]) if measure else {}
     known = {}
     for name, (p, rule, owner, tensor) in rules.items():
@@ -668,10 +657,9 @@ def _rules_of(net, roles, im2col=False, measure=True):
 def _owner(name, p):
     """(the module's name, the tensor's name in it, whether it is the magnitude of weight_norm) of a
     parameter; one of a parametrization stands for the weight that it makes."""
-    own = re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original(\d?)", name)
-    if own:
-        magnitude = own[3] == "0" and p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
-        return own[1] or "", own[2], magnitude
+    if own := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original(\d?)", name):
+        vector = p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
+        return own[1] or "", own[2], own[3] == "0" and vector
     owner, _, tensor = name.rpartition(".")
     if tensor in ("weight_g", "weight_v", "weight_orig"):  # of the older torch.nn.utils
         return owner, "weight", tensor == "weight_g"
@@ -680,8 +668,7 @@ def _owner(name, p):
 
 def _role(module, attribute, tensor, shape):
     """The Rule of a parameter, by the class of its module, and the module's own name."""
-    norm = "Norm" in type(module).__name__
-    gain = Rule("gain", start=1.0 if norm else None)
+    gain = Rule("gain", start=1.0 if "Norm" in type(module).__name__ else None)
     if len(shape) < 2:
         bias = tensor == "bias" or tensor.startswith("bias_") or tensor.endswith("_bias")
         return Rule("bias", start=0.0) if bias else gain
@@ -711,25 +698,19 @@ def _rules_by_shape(params, roles, spectral=False):
     the weight of its name, or of the weight in front of it that has as many rows, or a gain.
     `spectral`: a kernel is one matrix a group, and s is measured."""
     weights, rules, before = {name: p for name, p in params if name}, [], None
-
-    def of(p):
-        return Rule("matrix") if p.ndim == 2 else Rule("kernel", im2col=spectral)
-
     for name, p in params:
-        if p.ndim > 1:
-            rule = of(p)
-        else:
-            rule, layer = Rule("gain", start=1.0), before
+        rule, layer = Rule("matrix" if p.ndim == 2 else "kernel"), before
+        if p.ndim < 2:
+            rule = Rule("gain", start=0.0 if "bias" in (name or "").rpartition(".")[2] else 1.0)
             if name is not None:
                 owner, dot, own = name.rpartition(".")
                 its = own.replace("bias", "weight")
                 layer = weights.get(owner + dot + its) if its != own else None
-                rule = rule._replace(start=0.0 if "bias" in own else 1.0)
             if layer is not None and layer.ndim > 1 and p.ndim and len(layer) == len(p):
-                s = spectral and _measured([(layer, of(layer))]).get(id(layer))
-                rule = Rule("bias", s=s or of(layer).blocks(layer.shape)[2], start=0.0)
-        rule = _overridden(name, p, rule, roles)
-        rules.append(rule._replace(im2col=spectral and rule.role == "kernel"))
+                its = Rule("matrix" if layer.ndim == 2 else "kernel", im2col=spectral)
+                s = spectral and _measured([(layer, its)]).get(id(layer))
+                rule = Rule("bias", s=s or its.blocks(layer.shape)[2], start=0.0)
+        rules.append(_overridden(name, p, rule, roles, spectral))
         before = p
     if spectral:
         scales = _measured([(p, x) for (_, p), x in zip(params, rules)])
@@ -738,21 +719,20 @@ def _rules_by_shape(params, roles, spectral=False):
     return rules
 
 
-def _overridden(name, p, rule, roles):
+def _overridden(name, p, rule, roles, im2col):
     """The Rule of the last pattern of roles= that matches a parameter's name; else `rule`."""
     texts = [x for pattern, x in roles.items() if name and fnmatch.fnmatchcase(name, pattern)]
-    if not texts:
-        return rule
-    role, _, parts = texts[-1].partition(" ")
-    transposed, role = role == "transposed", "matrix" if role == "transposed" else role
-    if role not in ROLES or (parts and not parts.isdecimal()):
-        raise ValueError(f"no role {texts[-1]!r} among {', '.join(ROLES)}, transposed, and those "
-                         "with a number of parts, as stacked 3")  # fmt: skip
-    rule = Rule(role, int(parts or (3 if role == "stacked" else 1)), transposed)
-    whole = p.ndim > 1 and rule.parts and p.shape[rule.cut(p.shape)] % rule.parts == 0
-    if not (rule.is_vector or whole):
-        raise ValueError(f"{_label(name, p)} cannot be {texts[-1]!r}, of roles=")
-    return rule
+    for text in texts[-1:]:
+        role, _, parts = text.partition(" ")
+        transposed, role = role == "transposed", "matrix" if role == "transposed" else role
+        if role not in ROLES or (parts and not parts.isdecimal()):
+            raise ValueError(f"no role {text!r} among {', '.join(ROLES)}, transposed, and those "
+                             "with a number of parts, as stacked 3")  # fmt: skip
+        rule = Rule(role, int(parts or (3 if role == "stacked" else 1)), transposed)
+        whole = p.ndim > 1 and rule.parts and p.shape[rule.cut(p.shape)] % rule.parts == 0
+        if not (rule.is_vector or whole):
+            raise ValueError(f"{_label(name, p)} cannot be {text!r}, of roles=")
+    return rule._replace(im2col=im2col and rule.role == "kernel")
 
 
 @torch.no_grad()
@@ -784,11 +764,8 @@ def _eta(G):
 def _middle(scales, norms):
     """The mathematics between the sweeps. From s / L and the norm of each block, (blocks,) of each
     part, follow G, eta and the factors of the update, infinite or NaN for a zero gradient."""
-    slopes = [(s * x).sum() for s, x in zip(scales, norms)]
-    G = slopes[0]
-    for x in slopes[1:]:
-        G = G + x.to(G)
-    eta = _eta(G)
+    G, *others = [(s * x).sum() for s, x in zip(scales, norms)]
+    eta = _eta(G := sum((x.to(G) for x in others), G))
     return G, eta, [s * eta.to(x) / x for s, x in zip(scales, norms)]
 
 
@@ -937,7 +914,7 @@ class TorchBackend:
                 t.sub_(update.masked_fill_(f == 0, 0))  # NaN * 0 is NaN, and -0 - -0 is 0
 
 
-DENSE = (1, 2, 4)  # the dimensions of a block in the view of a dense weight
+DENSE = (1, 2, 4)  # the dimensions inside a block, in the view of a dense weight
 LOWEST, HIGHEST = 2.0**-100, 2.0**100  # float32 loses no digit of factors between them
 LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
 CHUNK = 2**17  # numbers: half a megabyte stays in a processor's cache
@@ -1075,12 +1052,11 @@ class _Watch:
     def __init__(self, spectral=False):
         self.step, self.seen, self.reading, self.spectral = -1, [], None, spectral
 
-    def looks(self):
-        self.step += 1
-        return self.step % self.EVERY < self.BURST or self.reading is not None
-
     def see(self, G, norms):
         """The kinds of WARNINGS that the last steps gave reason for."""
+        self.step += 1
+        if self.step % self.EVERY >= self.BURST and self.reading is None or _capturing(G):
+            return []
         if self.reading is None:
             squares = sum((x.square().sum().to(G) for x in norms), torch.zeros_like(G))
             self.seen.append(torch.stack([G, squares]))
@@ -1263,32 +1239,23 @@ class _MatrixPart:
         fixed = [x for x in self.weights if x.fixed and "z" in state[x.p]]
         lengths = (self.total(lambda x: x.squares(x.z), fixed) / self.rank).sqrt() / self.s
         lengths = torch.where(self.held, lengths, math.nan)
-        return [(own.nanmean(), (1 / own).nanmean()) for own in (lengths[x.blocks] for x in fixed)]
+        return [(x.nanmean(), (1 / x).nanmean()) for x in (lengths[x.blocks] for x in fixed)]
 
 
 class _Matrices:
-    """A parameter as a stack of matrices, (number, rows, cols); a vector and a row are (1, cols).
-
-    Attributes:
-        group: the index of its group.
-        number, rank: of the blocks, and the smaller side of one.
-        view, whole: _Views of the local tensor and of the whole one.
-        index: of a weight that is sharded through its blocks, the block of each row here.
-        polar: whether a direction is a polar factor.
-        fixed: whether blocks that do not start at zero have a fixed length.
-        dtype: of the arithmetic and of the state.
-    """
+    """A parameter as matrices, (number, rows, cols); a vector and a row are (1, cols)."""
 
     def __init__(self, p, rule, group):
         self.p, self.rule, self.group, self.copy, self.index = p, rule, group, None, None
-        self.number, self.rank, _ = rule.blocks(p.shape)
-        self.polar = self.rank > 1 and not rule.is_vector
+        self.number, self.rank, _ = rule.blocks(p.shape)  # of blocks, and the smaller side of one
+        self.polar = self.rank > 1 and not rule.is_vector  # a direction is a polar factor
+        # Whether blocks that do not start at zero have a fixed length.
         self.fixed = not (rule.is_vector or rule.output) and p.numel() > self.number
-        self.dtype = torch.promote_types(p.dtype, torch.float32)
+        self.dtype = torch.promote_types(p.dtype, torch.float32)  # of arithmetic and state
         self.view = self.whole = _View(_local(p).detach(), rule)
         if _is_dtensor(p):
             self.whole = _View(torch.empty(p.shape, device="meta"), rule)
-            if 0 in rule.numbering(p.shape):
+            if 0 in rule.numbering(p.shape):  # sharded through its blocks: the block of each row
                 self.index = _block_indices(p, rule)
                 self.view = _View(_local(p).detach(), rule, by_rows=True)
         self.form = torch.preserve_format if self.view.dense else torch.contiguous_format
@@ -1542,12 +1509,11 @@ def depth(net, *inputs, **kwargs):
     with _untouched(net), torch.enable_grad():
         shares = _shares(net, net(*inputs, **kwargs), {})
     if not shares:
-        raise ValueError("no depth can be read: the graph of the network's output has no weight "
-                         "that requires a gradient, or hides some in a compiled or checkpointed "
-                         "part")  # fmt: skip
-    named = [(name, id(p)) for name, p in net.named_parameters()]
-    return Depth({name: shares[x] for name, x in named if x in shares},
-                 {name for name, x in named if x in shares.outputs})  # fmt: skip
+        raise ValueError("no depth can be read: the output's graph has no weight that requires a "
+                         "gradient, or hides some in a compiled or checkpointed part")
+    names = {name: id(p) for name, p in net.named_parameters() if id(p) in shares}
+    return Depth({name: shares[key] for name, key in names.items()},
+                 [name for name, key in names.items() if key in shares.outputs])  # fmt: skip
 
 
 class Depth(dict):
@@ -1606,24 +1572,19 @@ def _untouched(net):
             module._buffers.update(buffers)
 
 
-# Autograd's nodes by name. These only rearrange a parameter: transposes, parts, casts of autocast.
-REARRANGE = {
-    "T", "View", "Permute", "Transpose", "Unsqueeze", "Squeeze", "Expand", "ToCopy", "Split",
-    "SplitWithSizes", "Slice", "Select", "Unbind", "Chunk", "UnsafeView", "ReshapeAlias", "Clone",
-    "Alias", "AsStrided",
-}  # fmt: skip
-# These make weights of parameters: standardised ones, exponents of gains, biases side by side.
-FUNCTIONS = {
-    "Abs", "Add", "Cat", "Clamp", "ClampMax", "ClampMin", "CopySlices", "Div", "Exp", "Log",
-    "LinalgVectorNorm", "Mean", "Mul", "NativeBatchNorm", "CudnnBatchNorm", "Neg", "Norm", "Pow",
-    "Relu", "Rsqrt", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Stack", "Std", "StdMean", "Sub",
-    "Sum", "Tanh", "Var", "VarMean", "Zero",
-}  # fmt: skip
-NORMS = {"NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "FusedRmsNorm",
-         "NativeGroupNorm", "RmsNorm"}  # fmt: skip
-ADD, JOIN = {"Add", "Sub"}, {"Cat", "Stack"}
+# Autograd's nodes by name. REARRANGE only rearrange a parameter: transposes, parts, casts of
+# autocast. FUNCTIONS make weights of parameters: standardised ones, exponents of gains, biases side
+# by side. HIDDEN have others inside.
+REARRANGE = set("T View Permute Transpose Unsqueeze Squeeze Expand ToCopy Split SplitWithSizes "
+                "Slice Select Unbind Chunk UnsafeView ReshapeAlias Clone Alias AsStrided".split())
+FUNCTIONS = set("Abs Add Cat Clamp ClampMax ClampMin CopySlices Div Exp Log LinalgVectorNorm Mean "
+                "Mul NativeBatchNorm CudnnBatchNorm Neg Norm Pow Relu Rsqrt Sigmoid Softmax "
+                "Softplus Sqrt Stack Std StdMean Sub Sum Tanh Var VarMean Zero".split())
+NORMS = set("NativeLayerNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm FusedRmsNorm "
+            "NativeGroupNorm RmsNorm".split())
 LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag"}
-HIDDEN = {"CompiledFunction", "CheckpointFunction", "Broadcast"}  # these have others inside
+ADD, JOIN = {"Add", "Sub"}, {"Cat", "Stack"}
+HIDDEN = {"CompiledFunction", "CheckpointFunction", "Broadcast"}
 
 
 def _shares(net, output, roles):
@@ -1639,7 +1600,7 @@ def _shares(net, output, roles):
     for name, p in net.named_parameters():
         if own := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\..*", name):
             made[id(p)] = getattr(net.get_submodule(own[1] or ""), own[2]).shape
-    nodes = _inputs_first(roots)
+    nodes, number = _inputs_first(roots), len(roots)
     parameters = {}  # node -> {id: parameter} of those that it is a function of
     inputs, units = {}, {}  # of other nodes: (its weights, its activations); units of signal
     for node in nodes:
@@ -1653,18 +1614,17 @@ def _shares(net, output, roles):
             signals = [n for n in before if n not in parameters]
             matrices = [key for n in before for key in parameters.get(n, ()) if key in weights]
             inputs[node] = matrices, signals
+            units[node] = max((units[n] for n in signals), default=1.0)
             if kind in ADD:
                 units[node] = sum(units[n] for n in signals) + len(matrices)
             elif matrices or kind in NORMS:
                 units[node] = 1.0
-            else:
-                units[node] = max((units[n] for n in signals), default=1.0)
+    roots = [root for root in roots if root in inputs]
     flow, shares, outputs = dict.fromkeys(inputs, 0.0), {}, set()
-    last = {root for root in roots if root in flow}  # nodes that no weight follows on some path
+    last = set(roots)  # nodes that no weight follows on some path
     some_frozen = any(p.ndim > 1 and not p.requires_grad for p in net.parameters())
     for root in roots:
-        if root in flow:
-            flow[root] += 1.0 / len(roots)
+        flow[root] += 1.0 / number
     for node in reversed(inputs):
         kind, (matrices, signals), each = _kind(node), inputs[node], flow[node]
         parts = [units[n] if kind in ADD else 1.0 for n in signals]
@@ -1679,7 +1639,7 @@ def _shares(net, output, roles):
                 last.update(signals)
         for n, part in zip(signals, parts):
             flow[n] += each * part / whole
-    missing = any(p.requires_grad and id(p) in weights.difference(shares) for p in net.parameters())
+    missing = any(p.requires_grad and id(p) in weights - shares.keys() for p in net.parameters())
     hides = HIDDEN.intersection(map(_kind, nodes))
     hidden = hides and (missing or hides != {"CheckpointFunction"})
     return None if hidden else Depth(shares, outputs)
@@ -1688,10 +1648,13 @@ def _shares(net, output, roles):
 def _rearranges(node, parameters, made):
     """Whether a node whose inputs are parameters makes another form of them, no signal. Its inputs
     that have no gradient are not seen: data, in the first layer."""
-    kind, shape = _kind(node), _shape(node)
+    try:
+        shape = torch.Size(node._input_metadata[0].shape)
+    except (AttributeError, IndexError, TypeError):
+        shape = None
+    kind, shapes = _kind(node), [made[key] for key in parameters if key in made]
     if kind in REARRANGE:
         return True
-    shapes = [made[key] for key in parameters if key in made]
     if shapes:
         return kind not in LAYERS or shape in shapes
     numbers = sum(p.numel() for p in parameters.values())
@@ -1702,31 +1665,23 @@ def _kind(node):
     return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
 
 
-def _shape(node):
-    try:
-        return torch.Size(node._input_metadata[0].shape)
-    except (AttributeError, IndexError, TypeError):
-        return None
-
-
 def _outputs(output):
     """The tensors of an output. A loss among named ones stands for the others, of which it is."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
+    if isinstance(output, Mapping):
         loss = output.get("loss")
-        output = [loss] if isinstance(loss, Tensor) else list(output.values())
-    if isinstance(output, (list, tuple)):
-        for x in output:
-            yield from _outputs(x)
+        output = [loss] if isinstance(loss, Tensor) else [*output.values()]
+    if isinstance(output, Tensor):
+        return [output]
+    several = output if isinstance(output, (list, tuple)) else []
+    return [tensor for x in several for tensor in _outputs(x)]
 
 
 def _inputs_first(roots):
     """The nodes of a graph, each behind those that it takes its inputs from."""
     order, seen, stack = [], set(), [(n, False) for n in roots]
     while stack:
-        node, done = stack.pop()
-        if done:
+        node, complete = stack.pop()
+        if complete:
             order.append(node)
         elif node not in seen:
             seen.add(node)
@@ -1747,9 +1702,9 @@ def init_weights(params, generator=None, inputs=None, roles=None):
         params: a network, whose frozen parameters stay as they are, and so do gains outside of norm
             layers (slopes, layer scales, temperatures); or anything else that `AGD` takes. A tensor
             listed twice is drawn once.
-        generator: a CPU `torch.Generator`; None is torch's default one. The draw is made on the
-            CPU in float64, tensor by tensor in the order given, then cast and copied: a seed means
-            the same weights on every device and, up to rounding, in every dtype.
+        generator: a CPU `torch.Generator`; None is torch's default one. It draws on the CPU in
+            float64, tensor by tensor in the order given: a seed means the same weights on every
+            device and, up to rounding, in every dtype.
         inputs: of a network, a batch: a tensor, a tuple or a dict. Each linear, convolutional or
             embedding layer is then scaled, from input to output, to outputs of RMS 1, whatever
             activation stands between them; `AGD(net)` measures the s that follow. Without it, and
@@ -1762,17 +1717,16 @@ def init_weights(params, generator=None, inputs=None, roles=None):
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
-    roles, net = roles or {}, params if isinstance(params, nn.Module) else None
-    if net is not None:
-        known = _rules_of(net, roles, measure=False)
-        params = _trainable(net)
+    if isinstance(params, nn.Module):
+        net, params = params, _trainable(params)
+        known = _rules_of(net, roles or {}, measure=False)
         rules = [known[id(p)][1] for _, p in params]
     elif inputs is not None:
         raise ValueError("init_weights scales a network to inputs: pass it, not its parameters")
     else:
         params = list(_named(_listed(params)))
         _check(params)
-        rules = _rules_by_shape(params, roles)
+        rules = _rules_by_shape(params, roles or {})
     if not params:
         raise ValueError(EMPTY)
     # Without a name a constant vector is of a norm layer: its gain or its bias.
@@ -1800,18 +1754,17 @@ def init_weights(params, generator=None, inputs=None, roles=None):
 
 def _orthogonalise(sizes):
     """Fill weights from their draws, [(weight, Rule, draw)] by size, and empty the dict."""
-    for size in list(sizes):
-        weights, rules, draws = zip(*sizes.pop(size))
+    while sizes:
+        weights, rules, draws = zip(*sizes.pop(next(iter(sizes))))
         Q, R = torch.linalg.qr(torch.cat(draws))
         # Haar measure needs the factorisation that has a positive diagonal in R.
         Q.mul_(R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
         for p, rule, q in zip(weights, rules, Q.split([len(z) for z in draws])):
+            numbering = rule.numbering(p.shape)
             whole = torch.empty(p.shape, dtype=q.dtype, device="cpu")
-            blocks, numbering = rule.parted(whole), rule.numbering(p.shape)
-            blocks = blocks.movedim(numbering, [*range(len(numbering))])
-            rows = blocks.shape[len(numbering)]
-            q = q if rows**2 >= q[0].numel() else q.mT
-            blocks.copy_(q.reshape(blocks.shape))
+            blocks = rule.parted(whole).movedim(numbering, [*range(len(numbering))])
+            tall = blocks.shape[len(numbering)] ** 2 >= q[0].numel()
+            blocks.copy_((q if tall else q.mT).reshape(blocks.shape))
             _fill(p, whole * rule.blocks(p.shape)[2])
 
 
@@ -1831,18 +1784,14 @@ def _scale(net, inputs):
         weight.div_(rms.to(weight))
         return layer.forward(*args, **kwargs)
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in net.modules()
-               if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D"]  # fmt: skip
-    try:
-        with _untouched(net):
-            net.train()
-            if isinstance(inputs, Mapping):
-                net(**inputs)
-            else:
-                net(*(inputs if isinstance(inputs, (tuple, list)) else [inputs]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, _untouched(net):
+        for layer in net.modules():
+            if isinstance(layer, kinds) or type(layer).__name__ == "Conv1D":
+                hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        net.train()
+        named = inputs if isinstance(inputs, Mapping) else {}
+        listed = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+        net(*([] if named else listed), **named)
 
 
 def _fill(p, whole):
@@ -1865,7 +1814,7 @@ def recalibrate(net, batches):
     if not any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in net.modules()):
         return
     batches, device = iter(batches), next((p.device for p in net.parameters()), None)
-    first = [batch for batch, _ in zip(batches, range(1))]
+    first = [*itertools.islice(batches, 1)]
     if not first:
         raise ValueError("recalibrate got no batch: batch norm takes its statistics from some")
     kept = [(x, x.training, getattr(x, "momentum", None)) for x in net.modules()]
@@ -1879,13 +1828,11 @@ def recalibrate(net, batches):
 
 # Arguments and messages.
 
-
 EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
 NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
            "(the key lr of a group of param_groups)")  # fmt: skip
-# Keys of the groups of other optimisers.
-FOREIGN = {"betas", "momentum", "weight_decay", "dampening", "eps", "rho", "alpha", "lr_decay",
-           "etas", "step_sizes", "max_iter", "history_size", "lambd"}  # fmt: skip
+FOREIGN = set("betas momentum weight_decay dampening eps rho alpha lr_decay etas step_sizes "
+              "max_iter history_size lambd".split())  # keys of the groups of other optimisers
 WARNINGS = {
     "depth": "AGD could not read its depth L from the network's first forward pass, and takes the "
     "number of weights, which is right for a chain alone. Pass the module that is called; before "
@@ -1922,10 +1869,8 @@ def _unwrapped(name):
 
 
 def _listed(params):
-    if isinstance(params, Tensor):
-        return params
-    params = list(params)
-    if not params:
+    params = params if isinstance(params, Tensor) else list(params)
+    if isinstance(params, list) and not params:
         raise ValueError(EMPTY)
     return params
 
@@ -1940,7 +1885,8 @@ def _named(params):
 
 
 def _label(name, p):
-    return f"{name or 'a tensor'} of shape {tuple(p.shape)}"
+    shape = "" if nn.parameter.is_lazy(p) else f" of shape {tuple(p.shape)}"
+    return (name or "a tensor") + shape
 
 
 def _check(params):
@@ -1949,28 +1895,22 @@ def _check(params):
     for name, p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
+        reason = None
         if nn.parameter.is_lazy(p):
-            kind = "which has no shape yet: run a batch through the network first"
-            refused.append((kind, name or "a tensor"))
+            reason = "which has no shape yet: run a batch through the network first"
         elif not p.is_floating_point() or p.dtype.itemsize < 2:
-            kind = f"of dtype {p.dtype}: make it real floating point of 16 bits, or leave it out"
-            refused.append((kind, _label(name, p)))
+            reason = f"of dtype {p.dtype}: make it real floating point of 16 bits, or leave it out"
         elif p.numel() == 0:
-            refused.append(("which has no elements: leave it out", _label(name, p)))
+            reason = "which has no elements: leave it out"
         elif _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
-            kind = "sharded along its kernel: shard it along its first or second dimension"
-            refused.append((kind, _label(name, p)))
+            reason = "sharded along its kernel: shard it along its first or second dimension"
+        if reason:
+            refused.append((reason, _label(name, p)))
     if refused:
-        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, {kind}"
-                 for kind, x in _grouped(refused).items()]  # fmt: skip
+        kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, {reason}"
+                 for reason, x in _grouped(refused).items()]  # fmt: skip
         number = f"{len(refused)} tensors: " if len(refused) > 1 else ""
         raise ValueError(f"AGD has no rule for {number}{'; '.join(kinds)}")
-
-
-def _number(depth):
-    if not (isinstance(depth, (int, float)) and 0 < depth < math.inf):
-        raise ValueError(f"depth is a positive number, or what agd.depth returns, not {depth!r}")
-    return float(depth)
 
 
 def _check_gain(gain):
