@@ -95,13 +95,12 @@ class AGD(torch.optim.Optimizer):
     def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
         if foreign:
             raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
-                            f"{', '.join(foreign)}: there is nothing to set")  # fmt: skip
+                            f"{', '.join(foreign)}: there is nothing to set")
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = float(depth) if isinstance(depth, (int, float)) else depth
-        if not (depth is None or isinstance(depth, Mapping)
-                or isinstance(self.depth, float) and 0 < self.depth < math.inf):  # fmt: skip
-            raise ValueError("depth is a positive number, or what agd.depth returns, not "
-                             f"{depth!r}")  # fmt: skip
+        known = depth is None or isinstance(depth, Mapping)
+        if not known and not (isinstance(self.depth, float) and 0 < depth < math.inf):
+            raise ValueError(f"depth is a positive number, or of agd.depth, not {depth!r}")
         self._watch, self._made, self._warned = _Watch(self._spectral), [], set()
         self._paths = isinstance(params, nn.Module)  # L is of paths
         if self._paths:
@@ -376,10 +375,10 @@ class AGD(torch.optim.Optimizer):
         for name, p, rule in self._each():
             share = 0.0 if rule.is_vector else rule.share
             if isinstance(self.depth, float) and share:
-                share = self.depth / max(1, weights)
+                share = self.depth / weights
             role = rule.role + f" {rule.parts}" * (rule.parts > 1)
             role += ", transposed" * rule.transposed + ", output" * rule.output
-            row = re.sub(r"\d+", "*", name or ""), role
+            row = re.sub(r"\d+", "*", name or "-"), role
             lines.append((row, (tuple(p.shape), rule.norm(p.shape), share)))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
         for (name, role), alike in _grouped(lines).items():
@@ -387,7 +386,7 @@ class AGD(torch.optim.Optimizer):
             s = " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(sizes), max(sizes))))
             shape = str(shapes[0]) if len(set(shapes)) == 1 else f"{len(set(shapes))} shapes"
             share = f"{sum(shares):.4g}" if sum(shares) else ""
-            rows.append((name or "-", shape, role, s, share, f"× {len(alike)}" * (len(alike) > 1)))
+            rows.append((name, shape, role, s, share, f"× {len(alike)}" * (len(alike) > 1)))
         wide = [max(map(len, column)) for column in zip(*rows)]
         text = [" ".join(x.ljust(n) for x, n in zip(row, wide)).rstrip() for row in rows]
         end = "; not read yet: the number of weights" if self._listening else ""
@@ -1132,8 +1131,8 @@ class _MatrixPart:
             x.bind(self, state[x.p])
 
     def total(self, sums, weights=None):
-        """Sums of blocks over all devices, (blocks,), of sums(x), those of a weight on this device;
-        0 of a weight that has None, and of others than `weights`, the active ones by default."""
+        """Sums of blocks over all devices, (blocks,). sums(x) has those of a weight on this device,
+        or None, which is 0, as it is outside of `weights`: the active ones by default."""
         out = torch.zeros_like(self.s)
         for x in self.active if weights is None else weights:
             values = sums(x)
@@ -1246,18 +1245,18 @@ class _Matrices:
     """A parameter as matrices, (number, rows, cols); a vector and a row are (1, cols)."""
 
     def __init__(self, p, rule, group):
-        self.p, self.rule, self.group, self.copy, self.index = p, rule, group, None, None
+        self.p, self.rule, self.group, self.copy = p, rule, group, None
         self.number, self.rank, _ = rule.blocks(p.shape)  # of blocks, and the smaller side of one
         self.polar = self.rank > 1 and not rule.is_vector  # a direction is a polar factor
         # Whether blocks that do not start at zero have a fixed length.
         self.fixed = not (rule.is_vector or rule.output) and p.numel() > self.number
         self.dtype = torch.promote_types(p.dtype, torch.float32)  # of arithmetic and state
-        self.view = self.whole = _View(_local(p).detach(), rule)
+        # A shard may end within a block: its matrices are then rows, `index` the block of each.
+        by_rows = _is_dtensor(p) and 0 in rule.numbering(p.shape)
+        self.index = _block_indices(p, rule) if by_rows else None
+        self.view = self.whole = _View(_local(p).detach(), rule, by_rows)
         if _is_dtensor(p):
             self.whole = _View(torch.empty(p.shape, device="meta"), rule)
-            if 0 in rule.numbering(p.shape):  # sharded through its blocks: the block of each row
-                self.index = _block_indices(p, rule)
-                self.view = _View(_local(p).detach(), rule, by_rows=True)
         self.form = torch.preserve_format if self.view.dense else torch.contiguous_format
         if self.polar:
             n, *sides = self.whole.size
@@ -1383,7 +1382,7 @@ def _dots(a, b):
 def _directions(parts, group):
     """Set the direction D of every weight that has a gradient: the polar factors of the momentum's
     matrices, one shape at a time; m itself of vectors and rows."""
-    polar, shared = [], []
+    polar, own, shared = [], [], []
     for x in [x for part in parts for x in part.active]:
         x.D = x.m
         if x.polar:
@@ -1394,42 +1393,37 @@ def _directions(parts, group):
         if several and not any(_is_dtensor(x.p) for x in members):
             shared.append((members, pieces))
         else:
-            _give(members, _polar(pieces))
+            own.append((members, _polar(pieces)))
     if shared:
-        _share(shared, group)
+        _share([pieces for _, pieces in shared], group)
+    for members, D in own + shared:
+        for x, factors in zip(members, D.split([x.pieces for x in members])):
+            x.direct(factors)
 
 
-def _give(members, D):
-    for x, own in zip(members, D.split([x.pieces for x in members])):
-        x.direct(own)
-
-
-def _share(shared, group):
-    """Compute polar factors, of (weights, their pieces) pairs, by the ranks of a group in equal
-    shares, and gather them in one message."""
+def _share(sizes, group):
+    """Replace matrices, one tensor (B, rows, cols) a size, by their polar factors: the ranks of a
+    group compute equal shares, and gather them in one message."""
     number, me = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    loads, owners = [0] * number, [[[] for _ in range(number)] for _ in shared]
-    for i in sorted(range(len(shared)), key=lambda i: -shared[i][1][0].numel()):
-        for j, piece in enumerate(shared[i][1]):  # the largest first, to the rank that has least
+    loads, owners = [0] * number, [[[] for _ in range(number)] for _ in sizes]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0].numel()):
+        for j, piece in enumerate(sizes[i]):  # the largest first, to the rank that has least
             rank = loads.index(min(loads))
             loads[rank] += piece.numel()
             owners[i][rank].append(j)
-    wide = max((x.dtype for _, x in shared), key=lambda x: x.itemsize)
-    first = shared[0][1]  # on a GPU _polar has bfloat16
-    buffer = first.new_zeros(max(loads), dtype=torch.bfloat16 if first.is_cuda else wide)
-    own = [_polar(pieces[mine[me]]).flatten()
-           for (_, pieces), mine in zip(shared, owners) if mine[me]]  # fmt: skip
+    wide = max((x.dtype for x in sizes), key=lambda x: x.itemsize)
+    wide = torch.bfloat16 if sizes[0].is_cuda else wide  # which _polar has on a GPU
+    buffer = sizes[0].new_zeros(max(loads), dtype=wide)
+    own = [_polar(x[mine[me]]).flatten() for x, mine in zip(sizes, owners) if mine[me]]
     if own:
         buffer[: loads[me]] = torch.cat(own)
     out = buffer.new_empty(number, max(loads))
     torch.distributed.all_gather(list(out.unbind()), buffer, group=group)
     ends = [0] * number
-    for (members, pieces), ranks in zip(shared, owners):
+    for x, ranks in zip(sizes, owners):
         for rank, mine in enumerate(ranks):
-            start, ends[rank] = ends[rank], ends[rank] + len(mine) * pieces[0].numel()
-            some = out[rank, start : ends[rank]].view(len(mine), *pieces.shape[1:])
-            pieces[mine] = some.to(pieces.dtype)
-        _give(members, pieces)
+            start, ends[rank] = ends[rank], ends[rank] + len(mine) * x[0].numel()
+            x[mine] = out[rank, start : ends[rank]].view(len(mine), *x.shape[1:]).to(x.dtype)
 
 
 # Odd polynomials a x + b x^3 + c x^5, each the best for what those before it leave of [0.0025, 1],
