@@ -1,12 +1,15 @@
 """Networks as other libraries build them: what their tests share."""
 
 import itertools
+import os
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from data import load
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
 TEXT = """
 Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my
 purse, and nothing particular to interest me on shore, I thought I would sail about a little and
@@ -33,6 +36,17 @@ def characters(length=32, batch=8):
     """ASCII codes (batch, length), one piece of the text after the other."""
     codes = torch.tensor(list(TEXT.encode("ascii")))
     return codes[: batch * length].view(batch, length)
+
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def gpt2(layers=2, **changes):
+    """A small GPT-2 of transformers, which is skipped where that is not installed."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=layers, n_head=4, **SPECIAL,
+        **changes))  # fmt: skip
 
 
 def logits(output):

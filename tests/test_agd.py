@@ -1,5 +1,4 @@
-"""What both optimisers promise of any parameters: groups, gains, refusals, warnings, states, copies;
-and the draw of weights."""
+"""What both optimisers promise: groups, gains, refusals, warnings, states; and the draw of weights."""
 
 import copy
 import math

@@ -256,15 +256,15 @@ def test_a_captured_step_outlives_its_optimiser():
     static = [torch.randn(s, generator=generator).cuda() for s in shapes]
     optimizer, graph = AGD(weights, fused=True), torch.cuda.CUDAGraph()
 
-    def step(grads):
+    def step(optimizer, grads):
         for W, g in zip(weights, grads):
             W.grad = g
         optimizer.step()
 
-    step(static)
+    step(optimizer, static)
     with torch.cuda.graph(graph):
-        step(static)
-    step([torch.randn_like(g) for g in static])
+        step(optimizer, static)
+    step(optimizer, [torch.randn_like(g) for g in static])
     del optimizer
     gc.collect()
     kept = [torch.full((2**16,), 7.0, device="cuda") for _ in range(64)]  # what was freed is filled
