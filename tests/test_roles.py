@@ -100,8 +100,8 @@ def test_a_chain_without_biases_is_its_parameters(arch):
     init_weights(nets[0], torch.Generator().manual_seed(0))
     init_weights(nets[1].parameters(), torch.Generator().manual_seed(0))
     assert same(list(nets[0].parameters()), list(nets[1].parameters()))
-    one, other, x = AGD(nets[0]), AGD(nets[1].parameters()), torch.randn(4, 3, 32, 32)
-    for _ in range(3):
+    one, other, x = AGD(nets[0]), AGD(nets[1].parameters()), torch.randn(2, 3, 32, 32)
+    for _ in range(2):
         for net, optimizer in zip(nets, (one, other)):
             optimizer.zero_grad()
             (net(x) - 1).square().mean().backward()
@@ -119,7 +119,6 @@ def test_vectors_by_name_and_by_place():
         roles = {role for _, role in table(optimizer)}
         assert optimizer.L == 2 and roles == {"matrix", "bias", "gain", "kernel"}
         assert re.search(r" bias +0\.5 to 0\.5774 +× 2", str(optimizer))
-        assert re.search(r" gain .*× 3", str(optimizer))
     # of the weight right in front of it, the kernel
     text = str(AGD([net[2].bias, net[0].weight, net[2].weight, net[0].bias]))
     assert re.search(r" bias +0\.5774", text) and re.search(r" gain +1", text)
