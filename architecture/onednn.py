@@ -58,15 +58,15 @@ class HiddenLayers(torch.autograd.Function):
     def forward(ctx, x, *weights):
         ys = [x]
         for W in weights:
-            # relu by torch: oneDNN's makes 0 of NaN
-            ys.append(sqrt2_relu(product(ys[-1], W)))
+            ys.append(sqrt2_relu(product(ys[-1], W)))  # oneDNN's own relu makes 0 of NaN
         ctx.save_for_backward(*weights, *ys)
         return ys[-1]
 
     @staticmethod
     def backward(ctx, grad):
-        L = len(ctx.saved_tensors) // 2
-        weights, (*xs, y) = ctx.saved_tensors[:L], ctx.saved_tensors[L:]
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them
+        L = len(saved) // 2
+        weights, (*xs, y) = saved[:L], saved[L:]
         if torch.is_grad_enabled():  # second derivatives: by layers that have one
             y = xs[0]
             for W in weights:

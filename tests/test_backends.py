@@ -3,7 +3,6 @@ of a step. "traced" is torch's operations as for a device whose numbers are not 
 TRITON_INTERPRET=1 in the environment of the process the backend is the kernels of a GPU, in
 Triton's interpreter (tests/test_kernels.py)."""
 
-import copy
 import math
 import os
 import warnings
@@ -197,30 +196,6 @@ def test_norms_of_long_rows(backend, shape):
     step_and_check(AGD([W]), update=True)
 
 
-@pytest.mark.parametrize("zero", [0.0, -0.0])
-@two_orders
-def test_a_zero_gradient_leaves_every_bit(backend, zero, order):
-    """Also of a weight of -0, and where nothing moves."""
-    shapes = [(33, 21), (23, 41, 3, 3), (40, 31, 2), (3, 2, 11, 11)]
-    weights = weights_with_grads(shapes, order=order)
-    for W in weights:
-        W.data[::2] = -0.0
-    for i, *where in [(0,), (1, ..., 1, 1), (2, ..., 0), (3, ..., 5, 10)]:
-        weights[i].grad[tuple(where)] = zero
-    before = [bits(W) for W in weights]
-    AGD(weights).step()
-    for W, b in zip(weights, before):
-        moved = (bits(W) != b).view(*W.shape, -1).any(-1)
-        for w, g in zip(matrices(moved), matrices(W.grad)):
-            assert w.any() == (g != 0).any() and (not w.any() or w.float().mean() > 0.9)
-    optimizer, before = AGD(weights), [bits(W) for W in weights]
-    for W in weights:
-        W.grad.fill_(zero)
-    optimizer.step()
-    assert optimizer.G == optimizer.eta == optimizer.skipped == 0
-    assert all(torch.equal(bits(W), b) for W, b in zip(weights, before))
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
@@ -255,24 +230,6 @@ def test_gains_of_groups(backend):
     known = [0.3, 0, 1e-5, 2.0, 0, 0, 0, 0, 0.5]
     step_and_check(optimizer, known)
     assert all(known[i] or same([W], [before[i]]) for i, W in enumerate(weights))
-
-
-@pytest.mark.parametrize("shift_w, shift_g", [(0, 1), (1, 0), (3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_addresses_that_are_no_multiple_of_16(backend, dtype, shift_w, shift_g):
-    """As of gradients that are views of one flat tensor."""
-    weights = weights_with_grads([(70, 64), (64, 12, 3, 3)], dtype)
-    weights += weights_with_grads([(65, 64, 3, 3)], dtype, order="channels last")
-
-    def shifted(x, n):
-        flat = torch.empty(x.numel() + 8, dtype=dtype)[n:]
-        return flat.as_strided(x.shape, x.stride(), n).copy_(x)
-
-    for W in weights:
-        grad, W.grad = W.grad, None
-        W.data = shifted(W.data, shift_w)
-        W.grad = shifted(grad, shift_g)
-    step_and_check(AGD(weights))
 
 
 @pytest.mark.parametrize("size", [1e5, 1e-9])
@@ -401,21 +358,6 @@ def test_defaults_of_the_moment_do_not_matter(backend, dtype):
         AGD(weights, fused=backend not in TORCH)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_a_copy_steps_weights_of_its_own(backend):
-    weights = weights_with_grads([(7, 5), (6, 8, 3, 3)])
-    optimizer = AGD(weights)
-    optimizer.step()
-    other = copy.deepcopy(optimizer)
-    theirs = other.param_groups[0]["params"]
-    before = [bits(W) for W in weights]
-    for W, V in zip(weights, theirs):
-        V.grad = W.grad.clone()
-    other.step()
-    assert all(torch.equal(bits(W), b) for W, b in zip(weights, before))
-    optimizer.step()
-    assert same(weights, theirs)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it takes minutes")

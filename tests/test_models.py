@@ -32,25 +32,11 @@ def some(cases, fast):
 # make the same network quicker.
 FAMILIES = {
     "alexnet": {"side": 64},
-    "convnext_tiny": {},
-    "densenet121": {},
-    "efficientnet_b0": {},
-    "efficientnet_v2_s": {},
     "googlenet": {"init_weights": False},  # its own draw, by SciPy, takes half a minute
     "inception_v3": {"side": 75, "init_weights": False, "aux_logits": False},
     "maxvit_t": {"build": lambda: models.MaxVit(
         input_size=(32, 32), stem_channels=32, partition_size=1, block_channels=[32, 64],
         block_layers=[1, 1], head_dim=16, stochastic_depth_prob=0.1, num_classes=10)},
-    "mnasnet0_5": {},
-    "mobilenet_v2": {},
-    "mobilenet_v3_small": {},
-    "regnet_x_400mf": {},
-    "regnet_y_400mf": {},
-    "resnet18": {},
-    "resnet50": {},
-    "resnext50_32x4d": {},
-    "shufflenet_v2_x0_5": {},
-    "squeezenet1_0": {},
     "swin_t": {"build": lambda: models.SwinTransformer(
         [4, 4], 48, [2, 2], [3, 6], [4, 4], stochastic_depth_prob=0.1, num_classes=10)},
     "swin_v2_t": {"build": lambda: models.SwinTransformer(
@@ -60,7 +46,11 @@ FAMILIES = {
     "vgg11": {"steps": 10},
     "vgg11_bn": {"steps": 10},
     "vit_b_16": {"build": lambda: models.VisionTransformer(32, 8, 4, 4, 96, 384, num_classes=10)},
-    "wide_resnet50_2": {},
+    **dict.fromkeys("""
+        convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s mnasnet0_5 mobilenet_v2
+        mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d
+        shufflenet_v2_x0_5 squeezenet1_0 wide_resnet50_2
+    """.split(), {}),
 }  # fmt: skip
 
 
@@ -175,28 +165,12 @@ TIMM = {
     "cait_xxs24_224": {**SMALL, "depth": 4},
     "coatnet_nano_rw_224": {"img_size": 32},
     "convmixer.ConvMixer": {"dim": 64, "depth": 4, "patch_size": 4},
-    "convnext_atto": {},
     "deit_tiny_distilled_patch16_224": {**SMALL, "depth": 4},
-    "densenet121": {},
-    "edgenext_xx_small": {},
-    "efficientnet_b0": {},
     "eva02_tiny_patch14_224": {**SMALL, "depth": 4},
-    "fastvit_t8": {},
-    "ghostnet_100": {},
-    "hrnet_w18_small": {},
     "levit.Levit": {"img_size": 64, "embed_dim": (64, 96), "key_dim": 16, "depth": (2, 2),
                     "num_heads": (2, 3), "side": 64},
     "mlp_mixer.MlpMixer": MLP,
-    "mobilenetv3_small_050": {},
-    "mobilevit_xxs": {},
     "nfnet_l0": {"steps": 16},
-    "poolformer_s12": {},
-    "pvt_v2_b0": {},
-    "regnetx_002": {},
-    "repvgg_a0": {},
-    "resnest14d": {},
-    "resnet18": {},
-    "rexnet_100": {},
     "selecsls42": {"steps": 10},
     "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "embed_dim": 48,
                                      "depths": (2, 2), "num_heads": (3, 6)},
@@ -205,6 +179,11 @@ TIMM = {
     "vit_tiny_patch16_224": {**SMALL, "depth": 4},
     "xception41": {"steps": 10},
     "xcit_nano_12_p16_224": {"depth": 4},
+    **dict.fromkeys("""
+        convnext_atto densenet121 edgenext_xx_small efficientnet_b0 fastvit_t8 ghostnet_100
+        hrnet_w18_small mobilenetv3_small_050 mobilevit_xxs poolformer_s12 pvt_v2_b0 regnetx_002
+        repvgg_a0 resnest14d resnet18 rexnet_100
+    """.split(), {}),
 }  # fmt: skip
 
 
