@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from agd import AGD, SpectralAGD
-from tests.stock import assert_falls, characters, digits
-from tests.test_any_library import gpt2
+from tests.stock import assert_falls, characters, digits, gpt2
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
 # What AGD warns of: nothing here gives it a reason.
