@@ -65,10 +65,10 @@ def main(argv=None, requests=None):
         with stream_of_its_own(world):
             code = train(args, world, requests)
     except (Exception, KeyboardInterrupt) as error:
-        reason, trace = world.failed(error)
-        if trace and world.size == 1:
+        failure = world.failed(error)
+        if failure.trace and world.size == 1:
             raise
-        code = say(reason, trace) if world.speaks else exit_code(reason)
+        code = say(*failure[:2]) if failure.first else exit_code(failure.reason)
         code = BAD if exit_code_of(error) == BAD else code
     return world.leave(code)
 
@@ -256,7 +256,7 @@ def train(args, world, requests):
     if profile and replay:
         progress.note("The steps of the profile run one kernel at a time, without a CUDA graph")
     stopped, final, own, began = None, True, {}, time.perf_counter()
-    code, bad, failed = None, None, False
+    code, bad, failure = None, None, None
     progress.begin(course.epoch * len(data.train) + course.step)
     try:
         requests.listening = True
@@ -265,13 +265,12 @@ def train(args, world, requests):
     except Ended as ended:
         stopped, final, own = ended.reason, ended.final, ended.facts
     except (Exception, KeyboardInterrupt) as error:
-        failed = True
-        if world.size > 1:  # a second Ctrl-C, while the ranks hear of one another, changes nothing
-            ignore()
-        (stopped, trace), final = world.failed(refused(error) or error), False
-        code = BAD if exit_code_of(error) == BAD else None
-        if trace and first:
-            print(trace, end="", file=sys.stderr)
+        failure, final = world.failed(refused(error) or error), False
+        stopped, code = failure.reason, BAD if exit_code_of(error) == BAD else None
+        if world.size > 1 and failure.first:
+            say(stopped, failure.trace)  # at once: a launcher may end this rank while it writes
+        elif failure.first and failure.trace:
+            print(failure.trace, end="", file=sys.stderr)
     finally:
         progress.close()
         if replay is not None:
@@ -289,7 +288,7 @@ def train(args, world, requests):
         last = rows[-1] if rows else {}
         last = {k: last.get(k) for k in ("train_loss", "train_acc", "test_loss", "test_acc")}
         # A device may wait for ranks that are gone: what it holds is not asked for then.
-        readable = args.optimizer in AUTOMATIC and (world.size == 1 or not failed)
+        readable = args.optimizer in AUTOMATIC and (world.size == 1 or not failure)
         skipped = int(optimizer.skipped) if readable else 0
         seconds = sum(row.get("seconds") or 0 for row in rows)
         end = as_logged(
@@ -301,24 +300,24 @@ def train(args, world, requests):
         if final and not own and not run.pending:  # of whole epochs, all of them in the log
             # First: a run whose end is not logged comes by here again.
             result = record.end(net.state_dict(), [*run.rows(), end])
-        failure = run.log(end)
+        unlogged = run.log(end)
         run.release()
         where = course.step and (course.step, len(data.train))
-        if code == BAD:
+        told = failure is not None and world.size > 1
+        if code == BAD and not told:
             say(stopped)
         display.summary(
-            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where, code == BAD
-        )
-        if failure is not None:
-            print(f"error: {run.log_path} lacks its last rows: {failure}", file=sys.stderr)
+            run, rows, done, stopped, time.perf_counter() - began, skipped, bad, where,
+            told or code == BAD,
+        )  # fmt: skip
+        if unlogged is not None:
+            print(f"error: {run.log_path} lacks its last rows: {unlogged}", file=sys.stderr)
             code = code or 1
         if result is not None and record.problem is not None:
             print(f"There is no record of this result: {record.problem}", file=sys.stderr)
         if result is not None and promised is not None:
             code = compared(promised, result, args.replay)
-    elif world.speaks:
-        say(stopped)
-    if not failed:
+    if not failure:
         world.broadcast_object()  # launchers end all when one rank ends: none does before all print
     return code
 

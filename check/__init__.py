@@ -42,8 +42,8 @@ def main(args):
             on_this_rank(args, world, findings)
         code = report(findings, world, time.perf_counter() - began)
     except (Exception, KeyboardInterrupt) as error:
-        reason, trace = world.failed(error)
-        if world.speaks:
+        reason, trace, first = world.failed(error)
+        if first:
             said = reason if reason == "interrupted" else f"error: {reason}"
             print(f"{trace or ''}{said}", file=sys.stderr)
         code = 130 if reason == "interrupted" else 1
