@@ -138,7 +138,7 @@ def memory(world, rooms, calls=0, norms=False):
     try:
         found = train(world, net, gradient, 2)
     except Exception as error:
-        return {"error": world.failed(error)[0]}
+        return {"error": world.failed(error).reason}
     return {**found, "micro_bs": gradient.micro_bs}
 
 
@@ -190,19 +190,18 @@ def meeting(world):
     return world.all_gather_object(world.rank)
 
 
-def hang(world):
-    """Rank 1 fails by itself, the others wait for it in a collective."""
-    if world.rank == 1:
-        world.failed(ValueError("lost my way"))
-        time.sleep(1)
-        os._exit(1)
+def fail(world, rank):
+    """One rank fails by itself, the others wait for rank 0 in a collective."""
     try:
+        if world.rank == rank:
+            raise ValueError("lost my way")
         world.broadcast_object()
-    except RuntimeError as error:
-        return world.failed(error)[0]
+        world.broadcast_object(world.all_gather_object(0))
+    except (RuntimeError, ValueError) as error:
+        return list(world.failed(error))
 
 
-class Net(nn.Module):
+class Plain(nn.Module):
     """Convolutions and linear layers whose outputs do not divide by the ranks, some fewer."""
 
     def __init__(self):
@@ -217,6 +216,12 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.twin(torch.relu(self.same(torch.relu(self.conv(x)))))
         return self.last(torch.relu(self.wide(self.narrow(x.flatten(1)))))
+
+    @staticmethod
+    def batch(i):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
+        return x, torch.randn(12, 10, generator=generator, dtype=torch.float64)
 
 
 class Every(nn.Module):
@@ -238,80 +243,67 @@ class Every(nn.Module):
         x = self.conv(self.lstm(x)[0].mT).relu().mean(-1)
         return self.last(x)
 
-
-def every_role(world, how, steps=6):
-    """As `sharded`, of a network with every role: by fully_shard, or with all weights in shards of
-    rows, or "dense"."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    torch.manual_seed(0)
-    net, twin = Every().double(), Every().double()
-    init_weights(net, torch.Generator().manual_seed(1))
-    x = torch.arange(24).view(3, 8) % 11
-    shares = depth(net, x)
-    mesh = init_device_mesh("cpu", (world.size,))
-    if how == "fsdp":
-        fully_shard(net, mesh=mesh)
-    elif how == "rows":
-        for layer in list(net.modules()):
-            for name, p in list(layer.named_parameters(recurse=False)):
-                p = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
-                setattr(layer, name, p)
-    optimizer, etas = AGD(net, depth=shares), []
-    for i in range(steps):
-        whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-        for p, q in zip(twin.parameters(), whole):
-            p.data.copy_(q)
-            p.grad = None
-        (twin((x + i) % 11) - 1).square().mean().backward()
-        for p, q in zip(twin.parameters(), net.parameters()):
-            q.grad = p.grad.clone() if how == "dense" else distribute_tensor(
-                p.grad, q.device_mesh, q.placements)  # fmt: skip
-        optimizer.step()
-        etas.append(optimizer.eta.item())
-    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-    names = [name for name, _ in net.named_parameters()]
-    return outcome(optimizer, names, whole, etas)
+    @staticmethod
+    def batch(i):
+        return (torch.arange(24).view(4, 6) + i) % 11, torch.arange(20.0).view(4, 5).sin().double()
 
 
 def whole(p):
     return p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
 
 
-def spectral(world, how, rows=4, steps=8):
-    """What SpectralAGD gives for a network with every role, its polar factors in pieces of so many
-    rows: on one device ("dense"), on ranks that hold all and share the polar factors, by "ddp" or
-    by a "group", or with the weights in shards, by "fsdp" or in "rows". A NaN comes in between."""
+def shard(net, how, size):
+    """`net` wrapped by "ddp" or "fsdp", or with its weights in shards: "rows", "columns" or "both"
+    of a mesh; as it is for "dense" and "group"."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    agd.ROWS = rows
-    torch.manual_seed(0)
-    net, twin = Every().double(), Every().double()
-    init_weights(net, torch.Generator().manual_seed(1))
-    x, y = torch.arange(24).view(4, 6) % 11, torch.arange(20.0).view(4, 5).sin().double() * 5
-    shares, names = depth(net, x), [name for name, _ in net.named_parameters()]
-    mesh, model = init_device_mesh("cpu", (world.size,)), net
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(net)
     if how == "fsdp":
-        fully_shard(net, mesh=mesh)
-    elif how == "rows":
-        for layer in list(net.modules()):
-            for name, p in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
-    elif how == "ddp":
-        model = nn.parallel.DistributedDataParallel(net)
-    group = torch.distributed.group.WORLD if how == "group" else None
-    optimizer = agd.SpectralAGD(model, depth=shares, process_group=group)
-    etas, split = [], how in ("ddp", "group", "fsdp")
+        fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
+    if how not in ("rows", "columns", "both"):
+        return net
+    mesh = init_device_mesh("cpu", (2, size // 2) if how == "both" else (size,))
+    places = {"rows": [Shard(0)], "columns": [Shard(1)], "both": [Replicate(), Shard(0)]}[how]
+    for layer in list(net.modules()):
+        for name, p in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, places)))
+    return net
+
+
+def moved(world, net, rule, how, steps=8):
+    """Weights after steps of a rule on ranks that hold all of them, or shards. A NaN in one shard
+    comes in between, and stops every shard. "dense" is the step of one process."""
+    from torch.distributed.tensor import distribute_tensor
+
+    agd.ROWS = 4  # of a polar factor: the ranks share them
+    torch.manual_seed(0)
+    kind = {"plain": Plain, "roles": Every}[net]
+    net, twin = kind().double(), kind().double()
+    names, split = [name for name, _ in net.named_parameters()], how in ("ddp", "group", "fsdp")
+    if kind is Every:
+        init_weights(net, torch.Generator().manual_seed(1))
+        shares = {"depth": depth(net, net.batch(0)[0])}
+        model = shard(net, how, world.size)
+        params = model
+    else:  # drawn as shards, and known by their names alone
+        shares, model = {}, shard(net, how, world.size)
+        init_weights(net.parameters(), torch.Generator().manual_seed(1))
+        params = net.named_parameters()
+    if rule == "spectral":
+        group = torch.distributed.group.WORLD if how == "group" else None
+        optimizer = agd.SpectralAGD(params, process_group=group, **shares)
+    else:
+        optimizer = AGD(params, **shares)
+    etas = []
     for i in range(steps):
-        batch = (x + i) % 11
+        x, y = net.batch(i)
         optimizer.zero_grad()
         if split:
             own = slice(world.rank, None, world.size)
-            (model(batch[own]) - y[own]).square().mean().backward()
+            (model(x[own]) - y[own]).square().mean().backward()
             for p in net.parameters() if how == "group" else ():
                 world.all_reduce(p.grad)
                 p.grad /= world.size
@@ -319,18 +311,20 @@ def spectral(world, how, rows=4, steps=8):
             for p, q in zip(twin.parameters(), net.parameters()):
                 p.data.copy_(whole(q))
                 p.grad = None
-            (twin(batch) - y).square().mean().backward()
+            (twin(x) - y).square().mean().backward()
             for p, q in zip(twin.parameters(), net.parameters()):
-                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements) \
-                    if how == "rows" else p.grad.clone()  # fmt: skip
+                q.grad = p.grad.clone() if how == "dense" else distribute_tensor(
+                    p.grad, q.device_mesh, q.placements)  # fmt: skip
         if i == steps // 2:
             before = [whole(p) for p in net.parameters()]
-            optimizer.eval(), optimizer.train()
-            assert all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters()))
+            if rule == "spectral":
+                optimizer.eval()
+                optimizer.train()
             kept = [p.grad.clone() for p in net.parameters()]
-            bad = net.last.weight.grad
+            bad = next(iter(net.parameters())).grad
             bad = bad.to_local() if hasattr(bad, "to_local") else bad
-            if bad.numel() and (how != "rows" or world.rank == 0):
+            period = {"both": world.size // 2, "ddp": 1, "group": 1}.get(how, world.size)
+            if world.rank % period == 0:
                 bad.view(-1)[0] = float("nan")
             optimizer.step()
             assert int(optimizer.skipped) == 1
@@ -339,83 +333,33 @@ def spectral(world, how, rows=4, steps=8):
                 p.grad = g
         optimizer.step()
         etas.append(optimizer.eta.item())
-    weights, clock = [whole(p) for p in net.parameters()], [t.item() for t in optimizer.clock()]
-    optimizer.eval()
-    return {"names": names, "weights": weights, "average": [whole(p) for p in net.parameters()],
-            "eta": etas, "clock": clock, "L": optimizer.L,
-            "drifted": [] if how in ("fsdp", "rows") else world.ranks_that_differ(net.parameters())}
+    found = {"eta": etas, "L": optimizer.L, "drifted": []}
+    found["weights"] = dict(zip(names, map(whole, net.parameters())))
+    if how in ("ddp", "group"):
+        found["drifted"] = world.ranks_that_differ(net.parameters())
+    if rule == "spectral":
+        found["clock"] = [t.item() for t in optimizer.clock()]
+        optimizer.eval()
+        found["average"] = dict(zip(names, map(whole, net.parameters())))
+    return found
 
 
-def outcome(optimizer, names, weights, etas):
-    s = [x.blocks(p.shape)[2] if x.s is None else x.s
-         for x, p in zip(optimizer.rules[0], optimizer.param_groups[0]["params"])]  # fmt: skip
-    return {"names": names, "weights": weights, "eta": etas, "s": s, "L": optimizer.L}
-
-
-def sharded(world, how, steps=10):
-    """Weights after steps of AGD: "dense" on every rank, or sharded by "fsdp", or by "rows",
-    "columns" or "both" of a mesh, without a change of the network's code."""
+def along_kernel(world):
+    """How AGD refuses a weight that is sharded along its kernel."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.manual_seed(0)
-    net = Net().double()
-    names = [name for name, _ in net.named_parameters()]
-    if how == "fsdp":
-        mesh = init_device_mesh("cpu", (world.size,))
-        for layer in net.children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    elif how == "kernel":
-        mesh = init_device_mesh("cpu", (world.size,))
-        w = nn.Parameter(distribute_tensor(net.conv.weight.detach(), mesh, [Shard(2)]))
-        try:
-            AGD([("conv.weight", w)])
-        except ValueError as error:
-            return str(error)
-    elif how != "dense":
-        shape = (2, world.size // 2) if how == "both" else (world.size,)
-        mesh = init_device_mesh("cpu", shape)
-        places = {"rows": [Shard(0)], "columns": [Shard(1)], "both": [Replicate(), Shard(0)]}[how]
-        for layer in net.children():
-            w = distribute_tensor(layer.weight.detach(), mesh, places)
-            layer.weight = nn.Parameter(w)
-    init_weights(net.parameters(), torch.Generator().manual_seed(1))
-    optimizer, etas = AGD(net.named_parameters()), []
-    generator = torch.Generator().manual_seed(2)
-    for i in range(steps):
-        x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
-        y = torch.randint(10, (12,), generator=generator)
-        if how in ("dense", "fsdp"):
-            x, y = x[world.rank :: world.size], y[world.rank :: world.size]
-            mse(net(x), y).mean().backward()
-            if how == "dense":
-                for p in net.parameters():
-                    world.all_reduce(p.grad)
-                    p.grad /= world.size
-        else:  # gradients from a dense copy: what is tested is the step
-            dense = Net().double()
-            for p, q in zip(dense.parameters(), net.parameters()):
-                p.data.copy_(q.full_tensor())
-            mse(dense(x), y).mean().backward()
-            for p, q in zip(dense.parameters(), net.parameters()):
-                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
-        if i == steps // 2 and how != "dense":  # a NaN in one shard stops every shard
-            weights = [p.to_local().clone() for p in net.parameters()]
-            spoilt = net.same.weight.grad.to_local()
-            kept = spoilt.clone()
-            if world.rank % (world.size // 2 if how == "both" else world.size) == 0:
-                spoilt.view(-1)[0] = float("nan")
-            optimizer.step()
-            assert all(torch.equal(w, p.to_local()) for w, p in zip(weights, net.parameters()))
-            assert int(optimizer.skipped) == 1
-            spoilt.copy_(kept)
-        optimizer.step()
-        optimizer.zero_grad()
-        etas.append(optimizer.eta.item())
-    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-    return outcome(optimizer, names, whole, etas)
+    w = torch.zeros(6, 1, 3, 3)
+    w = distribute_tensor(w, init_device_mesh("cpu", (world.size,)), [Shard(2)])
+    try:
+        AGD([("conv.weight", nn.Parameter(w))])
+    except ValueError as error:
+        return str(error)
+
+
+def several(world, cases):
+    """What these functions return, [name, arguments] each, one after the other."""
+    return [globals()[name](world, **arguments) for name, arguments in cases]
 
 
 def main():
@@ -427,7 +371,7 @@ def main():
         sys.exit(f"error: {error}")
     found = globals()[function](world, **kwargs)
     torch.save(found, os.path.join(out, f"{world.rank}.pt"))
-    world.stop()
+    world.leave(0)
 
 
 if __name__ == "__main__":
