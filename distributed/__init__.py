@@ -3,7 +3,6 @@
 Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
 """
 
-import inspect
 import os
 import re
 import signal
@@ -76,12 +75,8 @@ class World:
                 raise RankError(f"--sync_bn does not know the network's {', '.join(sorted(odd))}")
             net = SyncBatchNorm.convert(net)
         ids = [self.device] if self.device.type == "cuda" else None
-        ddp = torch.nn.parallel.DistributedDataParallel
-        # Rank 0's statistics are broadcast before a test, not in every step. The option's name
-        # depends on torch's version.
-        names = inspect.signature(ddp.__init__).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        model = ddp(net, device_ids=ids, **{name: False})
+        model = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        model.broadcast_buffers = False  # rank 0's statistics, before a test and not in every step
         self._settle(model)
         return model
 
@@ -160,16 +155,20 @@ class World:
         The first rank that fails stores its reason for the others. An error in a collective follows
         from what another rank did, and so may a signal: launchers end all the ranks when one ends.
         """
-        expected = isinstance(error, (UserError, KeyboardInterrupt))
-        trace = None if expected else "".join(traceback.format_exception(error))
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
+        trace = None
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted"
+        elif isinstance(error, UserError):
+            reason = str(error)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            trace = "".join(traceback.format_exception(error))
         if self.store is None:
             return Failure(reason, trace, True)
         self.broken = True
         for number in ENDING:  # a launcher's signal changes nothing from here on
             signal.signal(number, signal.SIG_IGN)
-        gone = isinstance(error, RuntimeError) and not expected and bool(PEER.search(reason))
+        gone = isinstance(error, RuntimeError) and trace is not None and bool(PEER.search(reason))
         follows = gone or isinstance(error, (dist.DistError, KeyboardInterrupt))
         if gone:
             reason, trace = GONE, None
@@ -246,7 +245,11 @@ def start(device, distribute=False, seconds=600):
         world = World(device, launch.rank, launch.local_rank, launch.size, launch, store)
         try:
             if device.type == "cuda":
-                world.device = _own_gpu(launch.local_rank)
+                count = torch.cuda.device_count()
+                if count <= launch.local_rank and count != 1:  # a launcher may show one a rank
+                    raise LaunchError(f"there are {count} GPUs on {socket.gethostname()} and a "
+                                      f"local rank {launch.local_rank}: start one rank a GPU")
+                world.device = torch.device("cuda", launch.local_rank % count)
                 torch.cuda.set_device(world.device)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", store=store, rank=launch.rank,
@@ -296,16 +299,6 @@ def _meet(launch, seconds):
         raise LaunchError(f"{len(missing)} of {launch.size} ranks did not come: {shown}; they have "
                           "ended, or have another command, or never began") from error  # fmt: skip
     return store
-
-
-def _own_gpu(local_rank):
-    """This rank's GPU; LaunchError where there are fewer than ranks on this node."""
-    count = torch.cuda.device_count()
-    index = 0 if count == 1 else local_rank  # a launcher may show each process one GPU alone
-    if index >= count:
-        raise LaunchError(f"there are {count} GPUs on {socket.gethostname()} and a local rank "
-                          f"{local_rank}: start one rank a GPU")  # fmt: skip
-    return torch.device("cuda", index)
 
 
 def fingerprint(tensors):

@@ -53,10 +53,8 @@ class Launch(NamedTuple):
     agent: bool  # whether torchrun serves the store, instead of rank 0
 
 
-def read(environ=None):
-    """The Launch that the variables describe; LaunchError with the variable's name if they do not.
-    """
-    environ = os.environ if environ is None else environ
+def read(environ=os.environ):
+    """The Launch that the variables describe; LaunchError, which names one, if they do not."""
     launcher = _launcher(environ)
     rank, size, local_rank, local_size = (_number(launcher, i, environ) for i in range(4))
     names = [names[0] for names in LAUNCHERS[launcher][:2]]
@@ -66,43 +64,39 @@ def read(environ=None):
     if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ:
         _check_leftovers(rank, size, environ)
     nodes = next((environ[name] for name in NODE_COUNTS if name in environ), None)
-    one_node = launcher != "torchrun" and (
-        local_size == size or (launcher == "srun" and nodes == "1")
-    )
+    one_node = local_size == size or (launcher == "srun" and nodes == "1")
     lists = (("SLURM_STEP_NODELIST",) if launcher == "srun" else ()) + NODES
-    listed = next((environ[name] for name in lists if environ.get(name)), None)
-    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if not address and one_node:
-        address = "127.0.0.1"
-    elif not address and listed and launcher != "torchrun":
-        address = first_node(listed)
-    elif not address:
+    listed = next((environ[name] for name in lists if environ.get(name)), "")
+    address = environ.get("MASTER_ADDR")
+    if not address and launcher != "torchrun":
+        address = "127.0.0.1" if one_node else first_node(listed)
+    if not address:
         raise _missing(launcher, "MASTER_ADDR", ", the name of the node of rank 0")
     job = "/".join(environ[name] for name in JOB[launcher] if environ.get(name))
     if not job and one_node:
         job = str(os.getppid())  # the launcher's own process
+    port = environ.get("MASTER_PORT")
     if port is None and (launcher == "torchrun" or not job):
         raise _missing(launcher, "MASTER_PORT", ", a port that is free on the node of rank 0")
-    port = str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS) if port is None else port
+    if port is None:
+        port = str(FIRST_PORT + zlib.crc32(job.encode()) % PORTS)
     if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 65536:
         raise LaunchError(f"MASTER_PORT is {port!r}, not a port from 1 to 65535")
     agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(launcher, rank, size, local_rank, address, int(port), job, agent)
 
 
-def is_first(environ=None):
+def is_first():
     """Whether this process is rank 0, or no launcher has numbered it."""
-    environ = os.environ if environ is None else environ
     names = [name for kinds in LAUNCHERS.values() for name in kinds[0]]
-    return next((environ[name] for name in names if name in environ), "0") == "0"
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
-def siblings(environ=None):
+def siblings():
     """The number of processes that torchrun or mpirun has started for one command."""
-    environ = os.environ if environ is None else environ
     names = ["OMPI_COMM_WORLD_SIZE"]
-    names += ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in environ else []
-    return max(int(environ.get(name, "1")) for name in names)
+    names += ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    return max(int(os.environ.get(name, "1")) for name in names)
 
 
 def _launcher(environ):
