@@ -14,6 +14,7 @@ import distributed
 import main as program
 from agd import AGD, depth, init_weights
 from data import load
+from flags import parse
 from runs.name import name_and_settings
 from training import epochs
 from training.control import Requests
@@ -24,9 +25,18 @@ from training.step import evaluate, train_epoch
 CPU = torch.device("cpu")
 
 
+class To(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
 def net_of(norms=False, dtype=torch.float64):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 6, 3, bias=False)]
+    layers = [To(dtype), nn.Conv2d(1, 6, 3, bias=False)]
     layers += [nn.BatchNorm2d(6, affine=False)] if norms else []
     layers += [nn.ReLU(), nn.Flatten(), nn.Linear(216, 10, bias=False)]
     net = nn.Sequential(*layers).to(dtype)
@@ -34,38 +44,19 @@ def net_of(norms=False, dtype=torch.float64):
     return net
 
 
-class As:
-    """Batches with inputs of another dtype, a pass after the other."""
-
-    def __init__(self, batches, dtype):
-        self.batches, self.dtype = batches, dtype
-        self.batch_size, self.size = batches.batch_size, batches.size
-        self.examples = batches.examples
-
-    @property
-    def position(self):
-        return self.batches.position
-
-    def __iter__(self):
-        for inputs, labels in self.batches:
-            yield inputs.to(self.dtype), labels
-
-
 def digits(world, train_bs=100):
-    data = load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
-    return As(data.train, torch.float64), As(data.test, torch.float64)
+    return load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
 
 
 def train(world, net, gradient, epochs, train_bs=100):
     """The loss of each step, and what the test set gives."""
-    batches, test = digits(world, train_bs)
-    optimizer, losses = AGD(net.parameters()), []
+    data, optimizer, losses = digits(world, train_bs), AGD(net.parameters()), []
     for epoch in range(1, epochs + 1):
-        batches.batches.set_epoch(epoch)
-        totals = train_epoch(gradient.net, batches, mse, optimizer, gradient)
+        data.train.set_epoch(epoch)
+        totals = train_epoch(gradient.net, data.train, mse, optimizer, gradient)
         losses += totals.read(world.all_reduce)["steps"]["loss"]
     world.broadcast(net.buffers())
-    tested = evaluate(net, test, mse).read(world.all_reduce)
+    tested = evaluate(net, data.test, mse).read(world.all_reduce)
     return {
         "weights": [p.detach().clone() for p in net.parameters()],
         "buffers": dict(net.named_buffers()),
@@ -96,14 +87,13 @@ def norms(world, sync, train_bs=100, micro_bs=None, epochs=2):
 def statistics(world, sync, micro_bs):
     """The buffers of a network after an epoch, and after recalibration with other weights; and
     where the training data stand before and after that."""
-    net, data = net_of(norms=True, dtype=torch.float32), load(
-        "digits", "", 100, 77, CPU, rank=world.rank, size=world.size)  # fmt: skip
+    net, data = net_of(norms=True, dtype=torch.float32), digits(world)
     gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
     data.train.set_epoch(3)
     train_epoch(gradient.net, data.train, mse, AGD(net.parameters(), gain=0), gradient)
-    found = {"trained": net[1].running_mean.clone()}
+    found = {"trained": net[2].running_mean.clone()}
     with torch.no_grad():
-        net[0].weight.mul_(2)
+        net[1].weight.mul_(2)
     for when in ("before", "after"):
         train = data.train
         found[when] = train.position, train.epoch, train.missing, train.order().tolist()
@@ -168,7 +158,7 @@ def runs(world, several, norms=False):
         program.build = lambda *args: net_of(norms=True, dtype=torch.float32)
     for flags, numbers in several:
         requests = Signalled(numbers.get(str(world.rank), {}))
-        args = flags.parse(["--cpu", "--distribute", *flags])
+        args = parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
         path = program.RunLog(args.out, name_and_settings(args)[0], {}).log_path
         found.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
