@@ -271,18 +271,20 @@ def _meet(launch, seconds):
     """The torch store that all the ranks of `launch` share, once all of them have come."""
     limit, hosts = timedelta(seconds=seconds), launch.rank == 0 and not launch.agent
     try:
+        socket.getaddrinfo(launch.address, launch.port)  # torch retries a wrong name to the end
         store = dist.TCPStore(
             launch.address, launch.port, launch.size, hosts, limit, wait_for_workers=False
         )
-    except (dist.DistError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0].rpartition("message: ")[2].rstrip(".")
+        if isinstance(error, socket.gaierror):
+            raise LaunchError(f"MASTER_ADDR {launch.address} is no address: {cause}") from error
         if hosts:
-            cause = str(error).strip().splitlines()[0].rpartition("message: ")[2].rstrip(".")
             raise LaunchError(f"rank 0 cannot listen at MASTER_PORT {launch.port}: {cause}; export "
                               "MASTER_PORT, another one that is free") from error  # fmt: skip
-        raise LaunchError(
-            f"rank {launch.rank} finds no rank 0 at {launch.address}, port {launch.port}: is it "
-            "running, and is that its address? Export MASTER_ADDR and MASTER_PORT if not"
-        ) from error
+        raise LaunchError(f"rank {launch.rank} finds no rank 0 at {launch.address}, port "
+                          f"{launch.port}: is it running, by the same command? Export MASTER_ADDR "
+                          "and MASTER_PORT if that is not its address") from error  # fmt: skip
     # Ranks of another job at the same port, or of another command, do not count.
     command = zlib.crc32(repr(sys.argv[1:]).encode())
     store = dist.PrefixStore(f"agd/{launch.job}/{launch.size}/{command}", store)
@@ -291,7 +293,7 @@ def _meet(launch, seconds):
         if store.add("here", 1) == launch.size:
             store.set("all", "")
         store.wait(["all"], limit)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         if launch.rank:  # rank 0 prints
             raise LaunchError("") from error
         missing = [rank for rank in range(launch.size) if not store.check([f"here/{rank}"])]

