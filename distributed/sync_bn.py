@@ -40,7 +40,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 weight = self.momentum
                 if weight is None:  # the mean of all batches
                     weight = 1 / self.num_batches_tracked.clamp(min=1)
-                weight = weight * (images > 0)
+                weight = weight * (images > 0).to(self.running_mean)
                 self.running_mean.lerp_(mean, weight)
                 self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), weight)
         x = x * (var + self.eps).rsqrt().view(shape)
