@@ -48,15 +48,20 @@ def digits(world, train_bs=100):
     return load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
 
 
+def one_epoch(step, batches):
+    totals = Totals()
+    set_training(step.net, step.optimizer)
+    list(steps(step, batches, totals))
+    return totals
+
+
 def train(world, net, gradient, epochs, train_bs=100):
     """The loss of each step, and what the test set gives."""
     data, optimizer, losses = digits(world, train_bs), AGD(net.parameters()), []
     step = Step(gradient.net, mse, optimizer, gradient)
     for epoch in range(1, epochs + 1):
         data.train.set_epoch(epoch)
-        totals = Totals()
-        set_training(gradient.net, optimizer)
-        list(steps(step, data.train, totals))
+        totals = one_epoch(step, data.train)
         losses += totals.read(world.all_reduce)["steps"]["loss"]
     world.broadcast(net.buffers())
     tested = evaluate(net, data.test, mse).read(world.all_reduce)
@@ -93,7 +98,7 @@ def statistics(world, sync, micro_bs):
     net, data = net_of(norms=True, dtype=torch.float32), digits(world)
     gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
     data.train.set_epoch(3)
-    train_epoch(gradient.net, data.train, mse, AGD(net.parameters(), gain=0), gradient)
+    one_epoch(Step(gradient.net, mse, AGD(net.parameters(), gain=0), gradient), data.train)
     found = {"trained": net[2].running_mean.clone()}
     with torch.no_grad():
         net[1].weight.mul_(2)
