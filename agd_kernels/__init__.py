@@ -16,24 +16,20 @@ TRUSTED, TRYING = {}, threading.RLock()  # by device; one thread at a time
 def backend(device, reference, layout, rule):
     """The backend class of a torch.device, or None: without a compiler, with AGD_NO_COMPILER set,
     or where it disagrees with `reference`. They are compared once in a process; a failure warns.
-
-    Args:
-        reference, layout, rule: TorchBackend, Layout and Rule of agd.py.
-    """
+    `reference`, `layout` and `rule` are TorchBackend, Layout and Rule of agd.py."""
     if os.environ.get("AGD_NO_COMPILER", "0") not in ("", "0") or device.type not in MODULES:
         return None
-    found = importlib.import_module(f".{MODULES[device.type]}", __name__).Backend
+    kind = importlib.import_module(f".{MODULES[device.type]}", __name__).Backend
     with TRYING:
         if device not in TRUSTED:
-            TRUSTED[device] = found.available(device) and _agrees(
-                found, device, reference, layout, rule
-            )
-    return found if TRUSTED[device] else None
+            TRUSTED[device] = kind.available(device) and _agrees(
+                kind, device, reference, layout, rule)  # fmt: skip
+    return kind if TRUSTED[device] else None
 
 
-def _agrees(found, device, *reference):
+def _agrees(kind, device, *reference):
     try:
-        worst = disagreement(found, device, *reference)
+        worst = disagreement(kind, device, *reference)
         if worst < TOLERANCE:
             return True
         reason = f"they disagree with torch's operations by {worst:.1e}"
@@ -43,7 +39,7 @@ def _agrees(found, device, *reference):
     return False
 
 
-def disagreement(found, device, reference, layout, rule):
+def disagreement(kind, device, reference, layout, rule):
     """The largest relative difference of all that a backend computes from the reference's, for
     small weights of every layout. Reads the device."""
     generator, weights, grads = torch.Generator().manual_seed(0), [], []
@@ -56,10 +52,10 @@ def disagreement(found, device, reference, layout, rule):
             form = torch.channels_last if shape == (24, 35, 3, 3) else torch.contiguous_format
             out.append(x.to(device, memory_format=form))
     twins, results = [w.clone() for w in weights], []
-    for kind, targets in ((found, weights), (reference, twins)):
-        sweeps = kind(targets, [layout(w, x) for w, x in zip(targets, rules.values())])
+    for backend_class, targets in ((kind, weights), (reference, twins)):
+        sweeps = backend_class(targets, [layout(w, x) for w, x in zip(targets, rules.values())])
         norms = sweeps.norms(grads)
-        G, eta, (factors,) = getattr(sweeps, "middle", reference.middle)([norms], [norms])
+        G, eta, (factors,) = sweeps.middle([norms], [norms])
         sweeps.subtract(targets, grads, factors)
         results.append([norms, G, eta, factors, *targets])
     differences = [((a - b).norm() / b.norm()).double() for a, b in zip(*results)]

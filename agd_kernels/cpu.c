@@ -1,6 +1,7 @@
 /* The sweeps of AGD's step over float32 weights. A tensor, a weight or a part of one, is (outer, K,
- * inner) in memory, of K blocks. With inner = 1 it is cut into periods, rows of a multiple of K numbers, else into runs of
- * `inner` numbers of one block. Sums have a fixed order, whatever the number of threads. */
+ * inner) in memory, of K blocks. With inner = 1 it is cut into periods, rows of a multiple of K
+ * numbers, else into runs of `inner` numbers of one block. Sums have a fixed order, whatever the
+ * number of threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -85,6 +86,12 @@ static void squares_of_periods(const float *g, int64_t n, int64_t period, double
     }
 }
 
+static int64_t end_of_run(const struct tensor *t, const struct chunk *c, int64_t i)
+{
+    int64_t end = (i / t->inner + 1) * t->inner;
+    return end < c->end ? end : c->end;
+}
+
 static void squares(const struct plan *p, const struct chunk *c)
 {
     const struct tensor *t = p->tensors + c->tensor;
@@ -109,8 +116,7 @@ static void squares(const struct plan *p, const struct chunk *c)
     doubles sum[WIDEST];
     memset(sum, 0, t->K * sizeof *sum);
     for (int64_t i = c->start, end; i < c->end; i = end) {
-        end = (i / t->inner + 1) * t->inner;
-        end = end < c->end ? end : c->end;
+        end = end_of_run(t, c, i);
         squares_of_a_run(g + i, end - i, sum + i / t->inner % t->K);
     }
     for (int64_t k = 0; k < t->K; k++)
@@ -141,14 +147,9 @@ static void update(const struct plan *p, const struct chunk *c)
     const double *factors = p->factors + t->first;
     float *restrict w = p->targets[t->weight] + t->at;
     const float *restrict g = p->directions[t->weight] + t->at;
-    if (t->K == 1) {
-        update_run(w, g, c->start, c->end, factors[0]);
-        return;
-    }
     if (t->inner > 1) {
         for (int64_t i = c->start, end; i < c->end; i = end) {
-            end = (i / t->inner + 1) * t->inner;
-            end = end < c->end ? end : c->end;
+            end = end_of_run(t, c, i);
             update_run(w, g, i, end, factors[i / t->inner % t->K]);
         }
         return;

@@ -29,8 +29,8 @@ class _Plan(ctypes.Structure):
     """struct plan of cpu.c: addresses and int64."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (
-        "tensors", "chunks", "targets", "directions", "partials", "factors", "bounds", "threads",
-        "blocks", "updating", "parallel", "thread", "team")]  # fmt: skip
+        "tensors chunks targets directions partials factors bounds threads blocks updating "
+        "parallel thread team").split()]  # fmt: skip
 
 
 class Backend:
@@ -68,8 +68,7 @@ class Backend:
         self.targets, self.directions = ((ctypes.c_int64 * len(layouts))() for _ in range(2))
         lists = [ctypes.addressof(x) for x in (self.targets, self.directions)]
         tables = [x.data_ptr() for x in self.tables]
-        self.plan = _Plan(*tables[:2], *lists, tables[2], blocks=blocks)
-        self.plan.parallel, self.plan.thread, self.plan.team = calls
+        self.plan = _Plan(*tables[:2], *lists, tables[2], 0, 0, 0, blocks, 0, *calls)
 
     def norms(self, tensors):
         """As TorchBackend.norms."""
@@ -79,7 +78,7 @@ class Backend:
         return out
 
     def middle(self, scales, norms):
-        """As agd.py's _middle, of one part."""
+        """As TorchBackend.middle, of one part."""
         G, eta, factors = (norms[0].new_empty(n) for n in ((), (), self.plan.blocks))
         tensors = [ctypes.c_void_p(x.data_ptr()) for x in (*scales, *norms, G, eta, factors)]
         self.compiled.middle(ctypes.c_int64(self.plan.blocks), *tensors)
@@ -111,8 +110,8 @@ def _library():
     if sys.platform != "linux":
         return None
     try:
-        # The OpenMP of torch itself, already loaded and found through torch: the threads of a
-        # second one would spin, waiting for the processors of the first.
+        # The OpenMP that torch has loaded: the threads of a second one would spin, waiting for the
+        # processors of the first.
         torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
         openmp = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOW | os.RTLD_NOLOAD)
         calls = [openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads]
@@ -124,20 +123,17 @@ def _library():
 
 def _compiled():
     """The library, from the cache or compiled now; None without a compiler that can do it."""
-    # No -march=native: machines may share a cache.
-    own = {
-        "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma",
-                   "-mprefer-vector-width=512"],
-        "AVX2": ["-mavx2", "-mfma"],
-    }.get(torch.backends.cpu.get_cpu_capability(), [])  # fmt: skip
+    own = {  # no -march=native: machines may share a cache
+        "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512",
+        "AVX2": "-mavx2 -mfma",
+    }.get(torch.backends.cpu.get_cpu_capability(), "")
     # Vector code may compute values that nothing uses; NaN and infinity stay what they are.
-    flags = ["-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
-             "-fno-trapping-math", "-w", *own]  # fmt: skip
+    flags = "-O3 -std=c11 -shared -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -w"
     for compiler in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         command = shlex.split(compiler)
         if not command or not shutil.which(command[0]):
             continue
-        command = [*command, *flags, str(SOURCE), "-lm"]
+        command += [*flags.split(), *own.split(), str(SOURCE), "-lm"]
         try:
             text = [SOURCE.read_text(), platform.machine(), shutil.which(command[0]), *command]
             name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
@@ -167,8 +163,8 @@ def _directory():
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         (kept := home / "agd" / "kernels").mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = kept.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(kept, os.W_OK):
+        stat = kept.stat()
+        if stat.st_uid == os.getuid() and not stat.st_mode & 0o022 and os.access(kept, os.W_OK):
             return contextlib.nullcontext(kept)
     except (OSError, RuntimeError):  # no home at all
         pass

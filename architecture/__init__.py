@@ -11,16 +11,10 @@ from architecture.vgg import VGG
 
 __all__ = ["NETWORKS", "Unfit", "build", "is_library"]
 
-
-def _fcn(shape, classes, depth, width):
-    channels, height, side = shape
-    return FCN(depth, width, channels * height * side, classes)
-
-
 # name -> f(shape (channels, height, width), classes, depth, width) -> network, without biases and
 # affine norm parameters, as the paper trains it
 NETWORKS = {
-    "fcn": _fcn,
+    "fcn": lambda shape, classes, depth, width: FCN(depth, width, shape.numel(), classes),
     "vgg": lambda shape, classes, depth, width: VGG(shape[0], classes),
     "resnet18": lambda shape, classes, depth, width: ResNet(18, shape, classes),
     "resnet50": lambda shape, classes, depth, width: ResNet(50, shape, classes),
@@ -29,15 +23,14 @@ NETWORKS = {
 
 def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
     """The network `arch`, one of NETWORKS or a library's, for images of `shape` (channels, height,
-    width).
+    width). Weights are PyTorch's default draw from the global generator, the same with and without
+    biases and affine norms. Raises Unfit where a library's network cannot take such images.
 
-    Depth and width are the fully connected network's. Weights are PyTorch's default draw from the
-    global generator, the same with and without biases and affine norms. Raises Unfit where a
-    library's network cannot take such images.
+    depth, width: of the fully connected network.
     """
     if is_library(arch):
         return libraries.build(arch, shape, classes)
-    return with_vectors(NETWORKS[arch](shape, classes, depth, width), bias, affine)
+    return with_vectors(NETWORKS[arch](torch.Size(shape), classes, depth, width), bias, affine)
 
 
 def with_vectors(net, bias, affine):

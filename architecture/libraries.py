@@ -14,7 +14,7 @@ SIDES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 299, 384, 448)  # trie
 
 
 class Unfit(UserError):
-    """A network, or its weights, cannot be had for these images; the message says why."""
+    """A network, or weights of a file, that do not fit the images or the network."""
 
 
 def is_library(arch):
@@ -23,11 +23,11 @@ def is_library(arch):
 
 
 def names(library):
-    """The names of a library's classifiers, those of its published weights included."""
-    found = _import(library)
+    """The names of a library's classifiers, timm's names of published weights included."""
+    package = _import(library)
     if library == "torchvision":
-        return found.models.list_models(module=found.models)
-    return [*found.list_models(), *found.list_models(pretrained=True)]
+        return package.models.list_models(module=package.models)
+    return [*package.list_models(), *package.list_models(pretrained=True)]
 
 
 def build(arch, shape, classes):
@@ -35,63 +35,51 @@ def build(arch, shape, classes):
 
     shape: (channels, height, width) of an image. torchvision's networks take three channels: grey
     images are repeated, which keeps the first layer that published weights fit. timm adapts the
-    first layer. Raises Unfit where the network cannot take such images; one pass on no device that
-    computes finds out.
+    first layer. Raises Unfit where a forward pass, on the meta device if possible, fails.
     """
     library, _, name = arch.partition(":")
     channels, height, width = shape
-    images = f"images of {height}×{width}"
     if library == "torchvision" and channels not in (1, 3):
         raise Unfit(f"{arch} takes images of 1 or 3 channels, not {channels}")
+    make, package, net = _torchvision if library == "torchvision" else _timm, _import(library), None
     try:
-        make = _torchvision if library == "torchvision" else _timm
-        net = make(_import(library), name, shape, classes)
-    except Unfit:
-        raise
-    except Exception as error:  # of any type: the code is the library's
-        _raise_if_memory(error)
-        raise _unfit(arch, images, error) from error
-    error = refusal(net, shape, classes)
-    if error is not None:
-        raise _unfit(arch, images + _smallest(net, shape, classes), error) from error
-    return net
+        net = make(package, name, shape, classes)
+        error = refusal(net, shape, classes)
+    except Exception as raised:  # of any type: the code is the library's
+        error = raised
+    if error is None:
+        return net
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error):
+        raise error
+    side = next((x for x in SIDES if net is not None and x > min(height, width)
+                 and refusal(net, (channels, x, x), classes) is None), None)  # fmt: skip
+    hint = f" (a side of {side} would do)" if side else ""
+    reason = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    raise Unfit(f"{arch} cannot take images of {height}×{width}{hint}: "
+                f"{reason[:200].rstrip('.')}") from error  # fmt: skip
 
 
 def refusal(net, shape, classes):
     """The error that two images of `shape` raise in `net`, or None where its outputs are (2,
     classes). The network is left as it was."""
-    training = net.training
+    training, state = net.training, {**dict(net.named_parameters()), **dict(net.named_buffers())}
     net.eval()
     try:
         with torch.no_grad():
             try:
-                outputs = _on_meta(net, shape)
-            except Exception:  # which may be that of a network with values of its own to read
+                state = {name: torch.empty_like(x, device="meta") for name, x in state.items()}
+                with torch.device("meta"):
+                    outputs = torch.func.functional_call(net, state, (torch.empty(2, *shape),))
+            except Exception:  # some networks read values of their own
                 outputs = net(torch.zeros(2, *shape))
-        if not isinstance(outputs, torch.Tensor) or tuple(outputs.shape) != (2, classes):
-            found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs)
-            raise ValueError(f"2 images give {found}, and not (2, {classes})")
+        size = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs)
+        if size != (2, classes):
+            raise ValueError(f"2 images give {size}, and not (2, {classes})")
     except Exception as error:
-        _raise_if_memory(error)
         return error
     finally:
         net.train(training)
     return None
-
-
-def _on_meta(net, shape):
-    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    state = {name: torch.empty_like(x, device="meta") for name, x in state.items()}
-    with torch.device("meta"):
-        return torch.func.functional_call(net, state, (torch.empty(2, *shape),))
-
-
-def _smallest(net, shape, classes):
-    """Words for the smallest side that would do, where there is one among SIDES."""
-    for side in SIDES:
-        if side > min(shape[1:]) and refusal(net, (shape[0], side, side), classes) is None:
-            return f" (a side of {side} would do)"
-    return ""
 
 
 def _torchvision(torchvision, name, shape, classes):
@@ -113,11 +101,10 @@ def _torchvision(torchvision, name, shape, classes):
 
 
 def _timm(timm, name, shape, classes):
-    channels, height, width = shape
-    options = {"pretrained": False, "num_classes": classes, "in_chans": channels}
+    options = {"pretrained": False, "num_classes": classes, "in_chans": shape[0]}
     try:
-        return timm.create_model(name, **options, img_size=(height, width))
-    except TypeError as error:  # those that take every side have no such argument
+        return timm.create_model(name, **options, img_size=tuple(shape[1:]))
+    except TypeError as error:  # networks that take every side have no such argument
         if "img_size" not in str(error):
             raise
     return timm.create_model(name, **options)
@@ -127,17 +114,5 @@ def _import(library):
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise Unfit(
-            f"{library}:NAME needs the package {library} ({error}): pip install {library}"
-        ) from error
-
-
-def _unfit(arch, images, error):
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return Unfit(f"{arch} cannot take {images}: {reason[:200].rstrip('.')}")
-
-
-def _raise_if_memory(error):
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error):
-        raise error
+        raise Unfit(f"{library}:NAME needs the package {library} ({error}): pip install {library}"
+                    ) from error  # fmt: skip

@@ -26,7 +26,8 @@ class ResNet(nn.Module):
         if min(shape[1:]) < 64:
             self.stem, make = conv(shape[0], 64, 3), PreActivation
         else:
-            self.stem, make = stem_7x7(shape[0]), PostActivation
+            make, stem = PostActivation, conv(shape[0], 64, 7, stride=2)
+            self.stem = nn.Sequential(stem, norm(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
         blocks, inputs = [], 64
         for width, count in zip(WIDTHS, counts):
             for i in range(count):
@@ -42,7 +43,8 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """The convolutions of one residual block, and its projection where the shape changes."""
+    """The convolutions of one residual block, its projection where the shape changes, and its
+    norms, of the convolutions' inputs (pre-activation) or outputs."""
 
     def __init__(self, inputs, width, block, stride):
         super().__init__()
@@ -55,14 +57,13 @@ class Block(nn.Module):
         self.project = None
         if stride != 1 or sizes[0] != sizes[-1]:
             self.project = conv(sizes[0], sizes[-1], 1, stride)
-        self.sizes = sizes
+        post = isinstance(self, PostActivation)
+        self.norms = nn.ModuleList(norm(size) for size in (sizes[1:] if post else sizes[:-1]))
+        if post and self.project is not None:
+            self.project = nn.Sequential(self.project, norm(sizes[-1]))
 
 
 class PreActivation(Block):
-    def __init__(self, inputs, width, block, stride):
-        super().__init__(inputs, width, block, stride)
-        self.norms = nn.ModuleList(norm(size) for size in self.sizes[:-1])
-
     def forward(self, x):
         y = F.relu(self.norms[0](x), inplace=True)
         shortcut = x if self.project is None else self.project(y)
@@ -73,23 +74,11 @@ class PreActivation(Block):
 
 
 class PostActivation(Block):
-    def __init__(self, inputs, width, block, stride):
-        super().__init__(inputs, width, block, stride)
-        self.norms = nn.ModuleList(norm(size) for size in self.sizes[1:])
-        if self.project is not None:
-            self.project = nn.Sequential(self.project, norm(self.sizes[-1]))
-
     def forward(self, x):
         y = x
         for i, (conv_i, norm_i) in enumerate(zip(self.convs, self.norms)):
             y = norm_i(conv_i(y if i == 0 else F.relu(y, inplace=True)))
         return F.relu(y + (x if self.project is None else self.project(x)), inplace=True)
-
-
-def stem_7x7(channels):
-    return nn.Sequential(
-        conv(channels, 64, 7, stride=2), norm(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-    )
 
 
 def conv(inputs, outputs, kernel, stride=1):

@@ -1,18 +1,32 @@
-"""The data sets, by name, as batches of (inputs, labels) on the device."""
+"""The data sets by name, as batches of (inputs, labels) on the device.
+
+`load` returns a Data. Its `train` and `test` are Batches: ArrayBatches or FolderBatches, with
+
+    len(batches)                 the number of batches of an epoch
+    set_epoch(epoch, start=0)    choose the next pass: that epoch, from batch `start` on
+    iteration                    (inputs float32 (n, *shape), normalised, labels int64 (n,))
+    position                     batches of the epoch that have begun, those before `start` included
+    advance()                    position += 1: for CUDA graphs, which take batches by `at`
+    examples, batch_size         the number of images, and how many a batch of all ranks has
+    missing                      images of the last pass that could not be decoded
+    order()                      the indices of the images in the order of the epoch, int64 array
+    close()                      end the worker processes; nothing can be read any longer
+
+Order, crops and flips are functions of (seed, epoch, index of the image): no generator lives from
+batch to batch, so a resumed run and any number of ranks see the same images. Each of several ranks
+yields every batch, even if it has no image of it.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from data.arrays import ArrayBatches, load_arrays
 from data.common import DataError, default_data_dir
 
 __all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "is_folder", "load"]
 
 
 class Spec(NamedTuple):
-    """What is fixed about a data set; mean and deviation of a channel in units of 0..1."""
+    """The constants of a data set; mean and deviation of a channel in units of 0..1."""
 
     shape: tuple  # of an image as stored, (H, W, C)
     classes: int
@@ -38,14 +52,11 @@ DATASETS = {
 
 
 class Data(NamedTuple):
-    """`train` and `test` have a length (their batches), `set_epoch(n)`, and iterate over (inputs
-    float32 (batch, *shape), labels int64 (batch,)) on the device; `examples` counts the images."""
-
-    train: object
+    train: object  # Batches
     test: object
     shape: tuple  # (channels, height, width)
     classes: int
-    source: dict  # what identifies the images that were used
+    source: dict  # identifies the images that are used
     files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
 
 
@@ -53,28 +64,26 @@ def load(
     name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,
     skip_bad_images=False, rank=0, size=1, train_examples=None, test_examples=None,
 ):  # fmt: skip
-    """The data set `name`: one of DATASETS, "folder:PATH", or "npz:FILE", a prepared file of any
+    """The Data of `name`: one of DATASETS, "folder:PATH", or "npz:FILE", a prepared file of any
     classes and side in `data_dir`, augmented like CIFAR's if it has colours.
 
-    Of the sets that are arrays, `train_examples` and `test_examples` take the first so many.
-
-    Batch sizes are global: of each batch this rank gets every `size`-th example from `rank` on.
-    Raises DataError, with what to do about it, where the images cannot be had.
+    Of arrays, `train_examples` and `test_examples` take the first so many. Batch sizes are global:
+    of each batch this rank gets every `size`-th example from `rank` on. Raises DataError, with
+    what to do about it, if the images are missing or damaged.
     """
-    shard = {"device": device, "rank": rank, "size": size}
+    # torch is imported here, and torchvision for folders alone: they take seconds.
     if is_folder(name):
-        from data.folders import folder_batches  # torchvision takes a second to import
+        from data.folders import open_folders
         from data.imagenet import find
 
-        path = find(data_dir) if name == "imagenet" else Path(name[len("folder:") :])
-        classes = DATASETS[name].classes if name in DATASETS else None
-        path = path.expanduser()
-        train, test, *facts = folder_batches(
-            path, train_bs, test_bs, image_size or 224, classes, IMAGENET_MEAN, IMAGENET_STD,
-            seed=seed, workers=workers, skip_bad_images=skip_bad_images, **shard,
-        )  # fmt: skip
-        images = [file for part in (train, test) for file, _ in part.loader.dataset.samples]
-        return Data(train, test, *facts, (path, images))
+        root = find(data_dir) if name == "imagenet" else Path(name[len("folder:") :]).expanduser()
+        return Data(*open_folders(
+            root, DATASETS[name].classes if name in DATASETS else None, train_bs, test_bs,
+            image_size=image_size or 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device,
+            seed=seed, workers=workers, skip_bad_images=skip_bad_images, rank=rank, size=size,
+        ))  # fmt: skip
+
+    from data.arrays import ArrayBatches, channel_statistics, load_arrays
 
     spec, remedy = DATASETS.get(name, Spec(None, None)), None
     if name == "digits":
@@ -90,43 +99,28 @@ def load(
 
         path = prepare(name, data_dir)
     arrays, source = load_arrays(path, spec.shape, spec.classes, remedy)
-    images = arrays["train_images"]
-    if spec.shape is None:
-        side, colours = images.shape[1], images.shape[3] == 3
-        spec = Spec(
-            images.shape[1:], int(arrays["train_labels"].max()) + 1,
-            pad=side // 8 if colours else 0, flip=colours,
-        )  # fmt: skip
-    mean, std = spec.mean, spec.std
-    if mean is None:
-        mean, std = channel_statistics(images)
-    for split, wanted in (("train", train_examples), ("test", test_examples)):
-        there = len(arrays[f"{split}_labels"])
-        if wanted is not None and wanted > there:
-            raise DataError(f"{name} has {there} images for --{split}_examples, not {wanted}")
-        for part in ("images", "labels"):
-            arrays[f"{split}_{part}"] = arrays[f"{split}_{part}"][:wanted]
-    train = ArrayBatches(
-        arrays["train_images"], arrays["train_labels"], mean, std, train_bs, shuffle=True,
-        pad=spec.pad, flip=spec.flip, seed=seed, **shard,
-    )  # fmt: skip
-    test = ArrayBatches(
-        arrays["test_images"], arrays["test_labels"], mean, std, test_bs, **shard
-    )
+    images, labels = arrays["train_images"], arrays["train_labels"]
     height, side, channels = images.shape[1:]
-    return Data(train, test, (channels, height, side), spec.classes, source, (path,))
+    if spec.shape is None:
+        colours = channels == 3
+        spec = Spec(images.shape[1:], int(labels.max()) + 1, pad=height // 8 if colours else 0,
+                    flip=colours)  # fmt: skip
+    mean, std = (spec.mean, spec.std) if spec.mean else channel_statistics(images)
+    batches = []
+    for split, batch_size, count, augmentation in (
+        ("train", train_bs, train_examples, {"shuffle": True, "pad": spec.pad, "flip": spec.flip}),
+        ("test", test_bs, test_examples, {}),
+    ):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if count is not None and count > len(labels):
+            raise DataError(f"{name} has {len(labels)} images for --{split}_examples, not {count}")
+        batches.append(ArrayBatches(
+            images[:count], labels[:count], mean, std, batch_size, device, **augmentation,
+            seed=seed, rank=rank, size=size,
+        ))  # fmt: skip
+    return Data(*batches, (channels, height, side), spec.classes, source, (path,))
 
 
 def is_folder(name):
     """Whether the data set `name` is a folder of images, and not arrays."""
     return name == "imagenet" or name.startswith("folder:")
-
-
-def channel_statistics(images):
-    """Mean and deviation of each channel of images (N, H, W, C) uint8, in units of 0..1."""
-    channels = [images[..., c].ravel() for c in range(images.shape[3])]
-    counts = np.array([np.bincount(x, minlength=256) for x in channels])
-    p, x = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = p @ x
-    std = np.sqrt((p * (x - mean[:, None]) ** 2).sum(1))
-    return mean, np.maximum(std, 1 / 255)  # a channel may be blank

@@ -9,15 +9,15 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from cli import printable
-from data.common import DataError
+from data.common import DataError, reason
 
-# ILSVRC 2012: what the official archives hold
+# ILSVRC 2012: the contents of the official archives
 CLASSES = 1000
 OFFICIAL = {"train": 1_281_167, "val": 50_000}
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 
-# what training takes for an image
+# Training reads files with these endings.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 UNPACK_CLASSES = (
@@ -37,7 +37,7 @@ class Split(NamedTuple):
     root: Path
     classes: dict
     flat: bool  # images side by side rather than in class folders
-    tidy: bool  # its class folders may be read as they are
+    tidy: bool  # training can read its class folders as they are
     left_out: list  # paths of files that are no images
 
     @property
@@ -46,15 +46,14 @@ class Split(NamedTuple):
 
 
 def read_layout(root, val_labels=None, wanted=None):
-    """{"train": Split, "val": Split} of the folder `root`; DataError says what is wrong with it.
+    """{"train": Split, "val": Split} of the folder `root`, which has `wanted` classes (None: any).
 
-    `wanted` is the number of classes, None for any."""
+    Raises DataError with what is wrong, and the commands that unpack what was not unpacked."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if not (root / "train").is_dir() or not (root / "val").is_dir():
         raise DataError(_how_to_unpack(root))
-    train = _sorted_split(root / "train")
-    val = _sorted_split(root / "val")
+    train, val = _sorted_split(root / "train"), _sorted_split(root / "val")
     if wanted is not None and len(train.classes) != wanted:
         raise DataError(_wrong_classes(train))
     loose = [path.name for path in val.left_out if is_image(path.name) and path.parent == val.root]
@@ -75,7 +74,7 @@ def read_layout(root, val_labels=None, wanted=None):
 
 
 def _sorted_split(root):
-    """The class folders of `root`; what lies beside them is left out."""
+    """The Split of the class folders of `root`."""
     classes, left_out, tidy = {}, [], True
     for name, is_folder in entries_of(root):
         if not is_folder or name.startswith("."):
@@ -83,88 +82,84 @@ def _sorted_split(root):
             tidy &= not is_folder  # training takes any folder for a class
             continue
         inside = entries_of(root / name)
-        images = [n for n, folder in inside if not folder and is_image(n)]
-        classes[name] = root / name, images
+        classes[name] = root / name, [n for n, folder in inside if not folder and is_image(n)]
         left_out += [root / name / n for n, folder in inside if folder or not is_image(n)]
-        tidy &= not any(folder for _, folder in inside)  # and the images in folders within
+        tidy &= not any(folder for _, folder in inside)  # training reads the folders within
     return Split(root, classes, False, tidy, left_out)
 
 
 def _flat_split(val, names, classes, labels):
-    """val/ in the classes of train/, given the label of each stem."""
-    sorted_names = {name: [] for name in classes}
+    """The Split of a val/ whose images `names` lie side by side; `labels` {stem: class}."""
     without = [name for name in names if Path(name).stem not in labels]
     if without:
         raise DataError(f"{len(without)} images of {val.root} have no label: {few(without)}")
     unknown = sorted({labels[Path(name).stem] for name in names} - set(classes))
     if unknown:
         raise DataError(f"labels that are no class folder of train/: {few(unknown)}")
+    images = {name: (val.root, []) for name in classes}
     for name in names:
-        sorted_names[labels[Path(name).stem]].append(name)
-    found = {name: (val.root, images) for name, images in sorted_names.items()}
-    loose = set(names)
-    left_out = [path for path in val.left_out if path.name not in loose]
-    return Split(val.root, found, True, True, left_out)
+        images[labels[Path(name).stem]][1].append(name)
+    left_out = [path for path in val.left_out if path.name not in set(names)]
+    return Split(val.root, images, True, True, left_out)
 
 
 def labels_of(root, path=None):
-    """{stem of a file name: class} of a flat val/, from `path` or from what is found by `root`."""
+    """{stem of a file name: class} of a flat val/, from `path` or from files in or above `root`."""
     if path is None:
         places = [root, *root.parents][:4]  # Kaggle's copy has its images three folders deep
         kinds = ["LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val", DEVKIT]
-        found = [place / kind for place in places for kind in kinds if (place / kind).exists()]
-        if not found:
+        paths = [place / kind for place in places for kind in kinds if (place / kind).exists()]
+        if not paths:
             raise DataError(f"{root / 'val'} is not sorted into class folders; {LABELS}")
-        path = found[0]
+        path = paths[0]
     path = Path(path).expanduser()
     print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
     try:
-        if (path / "data").is_dir():
-            return _from_devkit(path / "data")
-        if path.is_dir():
-            return {file.stem: _from_xml(file) for file in sorted(path.glob("*.xml"))}
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        lines = path.read_text().splitlines()
-        rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
-        rows = [[cell.split()[:1] for cell in row[:2]] for row in rows if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"no labels in {path}: {error}") from error
-    if any(len(row) < 2 or [] in row for row in rows):
+        labels = _from_devkit(path / "data") if (path / "data").is_dir() else (
+            _from_xml(path) if path.is_dir() else _from_columns(path))  # fmt: skip
+    except ImportError as error:
+        raise DataError(f"{path}/data/meta.mat is read with scipy: pip install scipy") from error
+    except Exception as error:  # a damaged file raises whatever its reader comes upon
+        raise DataError(f"no labels in {path}, missing or damaged: {reason(error)}") from error
+    if not all(labels.values()):
         raise DataError(f"{path} has a line without two columns, a file name and its class")
-    return {Path(name).stem: label for (name,), (label,) in rows if name != "ImageId"}
+    return labels
 
 
-def _from_xml(file):
-    try:
-        label = ElementTree.parse(file).findtext("object/name")
-    except ElementTree.ParseError as error:
-        raise DataError(f"{file} is no whole XML file: {error}") from error
-    if not label:
-        raise DataError(f"{file} names no object")
-    return label.strip()
+def _from_columns(path):
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("it is no file")
+    lines = path.read_text().splitlines()
+    rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
+    cells = [[*row, ""][:2] for row in rows if row and row[0] != "ImageId"]
+    return {Path(name.strip()).stem: "".join(label.split()[:1]) for name, label in cells}
+
+
+def _from_xml(folder):
+    labels = {}
+    for file in sorted(folder.glob("*.xml")):
+        try:
+            labels[file.stem] = ElementTree.parse(file).findtext("object/name").strip()
+        except (ElementTree.ParseError, AttributeError) as error:
+            raise ValueError(f"{file.name} is no whole XML file that names an object") from error
+    return labels
 
 
 def _from_devkit(folder):
-    """Line i of the ground truth is the ILSVRC2012_ID of image i; meta.mat knows its class."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(f"{folder}/meta.mat is read with scipy: pip install scipy") from error
-    try:
-        synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
-        lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
-        names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-        return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
-    except Exception as error:  # a damaged file raises whatever scipy comes upon
-        raise DataError(f"{folder} is no whole {DEVKIT}: {error!r}") from error
+    """Line i of the ground truth is the ILSVRC2012_ID of image i; meta.mat has its class."""
+    from scipy.io import loadmat
+
+    synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
+    lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+    names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
 
 
 def entries_of(folder):
     """[(name, whether it is a folder)], sorted, of what lies in `folder`."""
     try:
-        with os.scandir(folder) as found:
-            return sorted((entry.name, _is_folder(entry)) for entry in found)
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
@@ -188,15 +183,15 @@ def few(names):
 def _how_to_unpack(root):
     missing = " or ".join(f"{s}/" for s in ("train", "val") if not (root / s).is_dir())
     tars = [tar for tar in (TRAIN_TAR, VAL_TAR) if (root / tar).exists()]
-    said = f"there is no {missing} in {root}"
+    message = f"there is no {missing} in {root}"
     if not tars:
-        return f"{said}: ImageNet is a folder with train/CLASS/ and val/, which hold the images"
+        return f"{message}: ImageNet is a folder with train/CLASS/ and val/, which hold the images"
     commands = [f"cd {root}"]
     if TRAIN_TAR in tars:
         commands += [f"mkdir -p train && tar -xf {TRAIN_TAR} -C train", f"({UNPACK_CLASSES})"]
     if VAL_TAR in tars:
         commands += [f"mkdir -p val && tar -xf {VAL_TAR} -C val"]
-    return f"{said}, but {' and '.join(tars)}. To unpack:\n  " + "\n  ".join(commands)
+    return f"{message}, but {' and '.join(tars)}. To unpack:\n  " + "\n  ".join(commands)
 
 
 def _wrong_classes(train):
@@ -205,8 +200,8 @@ def _wrong_classes(train):
         return (f"{train.root} holds {len(tars)} tar files of classes. To unpack:\n"
                 f"  cd {train.root.parent}\n  {UNPACK_CLASSES}")  # fmt: skip
     odd = [name for name in train.classes if not re.fullmatch(r"n\d{8}", name)]
+    among = f" ({few(odd)} among them)" if odd and len(train.classes) > CLASSES else ""
     return (
-        f"{train.root} holds {len(train.classes)} class folders, not ImageNet's {CLASSES:,}"
-        f"{f' ({few(odd)} among them)' if odd and len(train.classes) > CLASSES else ''}; "
-        "train on another set with main.py --dataset folder:PATH, as it is"
+        f"{train.root} holds {len(train.classes)} class folders, not ImageNet's {CLASSES:,}{among}"
+        "; train on another set with main.py --dataset folder:PATH, as it is"
     )

@@ -26,11 +26,8 @@ missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
 
 import argparse
 import contextlib
-import functools
 import gzip
 import hashlib
-import io
-import math
 import os
 import pickle
 import shutil
@@ -41,307 +38,207 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import numpy as np
+from cli import Parser
+from data import DATASETS, DataError, default_data_dir, imagenet
+from data.common import reason
 
-from data import imagenet
-from data.arrays import load_arrays
-from data.common import DataError, default_data_dir
-
-# name -> torchvision's class, the shape of an image, the number of classes
-SETS = {
-    "mnist": ("MNIST", (28, 28, 1), 10),
-    "cifar10": ("CIFAR10", (32, 32, 3), 10),
-    "cifar100": ("CIFAR100", (32, 32, 3), 100),
-}
-
-# torchvision knows the checksums of MNIST's packed files; these are of the unpacked ones.
+# torchvision has the checksums of MNIST's packed files; these are of the unpacked ones.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-LARGEST = 2**28  # bytes: no file of MNIST or CIFAR is as long, unpacked
+LARGEST = 2**28  # bytes: no file of MNIST or CIFAR is as long
 TIMEOUT = 30  # seconds without an answer after which an address counts as dead
 
 
 def prepare(name, data_dir, source=None):
-    """The path of the prepared data set, made first where it is missing.
+    """The path of the prepared data set, made first if it is missing.
 
     `source` is a copy to make it from: the original archive (MNIST: a folder of its four files), a
     folder in torchvision's layout, a prepared .npz, or the URL of an archive (MNIST: of the folder
-    of its files). Raises DataError, with the way out, where none of that yields a whole data set;
-    a file that was there before is then still as it was.
+    of its files). Raises DataError, with the way out, if none of them holds a whole data set; a
+    file that was there before is then unchanged.
     """
+    import numpy as np  # and torch: not in the processes that prepare ImageNet
+
     data_dir = Path(data_dir).expanduser()
     path = data_dir / f"{name}.npz"
     if path.exists() and source is None:
         return path
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        # Everything unfinished stays in a folder of its own, beside the result so that the last
-        # step is a rename.
+        # Unfinished files lie beside the result, so that the last step is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as scratch:
             made = Path(scratch, path.name)
             if str(source).endswith(".npz") and "://" not in str(source):
                 shutil.copyfile(Path(source).expanduser(), made)
             else:
-                _write(made, _find(name, data_dir, source, Path(scratch)))
-            load_arrays(made, *SETS[name][1:])
+                np.savez(made, **_arrays(name, data_dir, source, scratch))
+            _check(made)
             os.replace(made, path)
     except OSError as error:
         raise DataError(f"{name} could not be prepared in {data_dir}: {error}") from error
     return path
 
 
-def _find(name, data_dir, source, scratch):
-    """((images, labels) for training, and for testing), from what is at hand or fetched into
-    `scratch`."""
-    if source is not None and "://" not in str(source):
-        return _from_copy(name, Path(source).expanduser())
-    dataset = _dataset(name, url=source)
-    if source is None:
-        found = data_dir / ("MNIST/raw" if name == "mnist" else dataset.base_folder)
-        archive = data_dir / _files(dataset)[0][0]
-        try:
-            if found.exists():
-                return _read(name, found)
-            if name != "mnist" and archive.exists():
-                return _from_copy(name, archive)
-        except DataError as error:
-            print(f"Not used: {error}", file=sys.stderr)
-    print(f"Fetching {name} from {' or '.join(_addresses(dataset))}", file=sys.stderr)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        if name == "mnist":
-            dataset(scratch, download=True)
-            return _read(name, scratch / "MNIST" / "raw")
-        from torchvision.datasets.utils import download_url
+def _check(path):
+    """DataError if a prepared file is not the whole data set of its name."""
+    from data.arrays import load_arrays
 
-        download_url(dataset.url, scratch, dataset.filename, dataset.tgz_md5)
-        return _from_copy(name, scratch / dataset.filename)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise DataError(_advice(name, dataset, error, data_dir)) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    load_arrays(path, DATASETS[path.stem].shape, DATASETS[path.stem].classes)
 
 
-def _from_copy(name, source):
-    dataset = _dataset(name)
-    if not source.exists():
-        raise DataError(f"there is no {source}")
-    if name == "mnist":
-        at = source.parent if source.is_file() else source
-        return _read(name, next((p for p in (at / "MNIST" / "raw", at / "raw") if p.is_dir()), at))
-    if source.is_dir():
-        inside = source / dataset.base_folder
-        return _read(name, inside if inside.is_dir() else source)
-    if not source.is_file() or _md5(source) != dataset.tgz_md5:
-        raise DataError(
-            f"{source} is not the whole {dataset.filename}: its MD5 should be "
-            f"{dataset.tgz_md5}; fetch it again from {dataset.url}"
-        )
-    # Nothing is unpacked: the members are read where they are.
-    try:
-        with tarfile.open(source) as archive:
-            return _cifar(dataset, lambda name: _member(archive, f"{dataset.base_folder}/{name}"))
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{source} is damaged: {error}") from error
-
-
-def _member(archive, name):
-    try:
-        file = archive.extractfile(name)
-    except KeyError:
-        return b""
-    return file.read(LARGEST) if file else b""  # none for a folder or a device
-
-
-def _read(name, folder):
-    """((images, labels) for training, and for testing) from the original files in a folder."""
-    read = functools.partial(_content, folder)
-    return _mnist(folder, read) if name == "mnist" else _cifar(_dataset(name), read, folder)
-
-
-def _content(folder, name):
-    """The bytes of a file, or of what name.gz holds; none where there is no such file, or where it
-    is longer than any of these sets'."""
-    path, packed = Path(folder, name), Path(folder, f"{name}.gz")
-    if path.is_file():
-        with open(path, "rb") as file:
-            return file.read(LARGEST)
-    if packed.is_file():
-        with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(packed) as file:
-            return file.read(LARGEST)
-    return b""
-
-
-def _verified(content, md5, what):
-    """`content`, if it is what has always been there; it may be read as the format says then."""
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(f"{what} is missing or damaged")
-    return content
-
-
-def _mnist(folder, read):
-    parts = [_idx(_verified(read(name), md5, f"{folder}/{name} (or {name}.gz)"), name)
-             for name, md5 in MNIST_MD5.items()]  # fmt: skip
-    return parts[:2], parts[2:]
-
-
-def _idx(content, name):
-    """The uint8 array of an idx file."""
-    dimensions = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
-    shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
-    if dimensions not in (1, 3) or math.prod(shape) != len(content) - 4 * (dimensions + 1):
-        raise DataError(f"{name} is no idx file of bytes")
-    return np.frombuffer(content, np.uint8, offset=4 * (dimensions + 1)).reshape(shape)
-
-
-def _cifar(dataset, read, where="the archive"):
-    splits = []
-    for files in (dataset.train_list, dataset.test_list):
-        contents = {name: _verified(read(name), md5, f"{where}/{name}") for name, md5 in files}
-        batches = [unpickle(content, f"{where}/{name}") for name, content in contents.items()]
-        try:
-            labels = [label for x in batches for label in x.get("labels") or x["fine_labels"]]
-            images = np.concatenate([x["data"] for x in batches])
-            images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            splits.append((images, np.asarray(labels, dtype=np.int64)))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{where} holds something else than {dataset.__name__}") from error
-    return splits
-
-
-def unpickle(content, what):
-    """The dict of a file of CIFAR's, which is a pickle.
-
-    Nothing that the pickle names is called, not even numpy's own: arrays are made here, of the
-    bytes that stand in it. Raises DataError where it names anything else, or is no dict.
-    """
-    try:
-        found = _Plain(io.BytesIO(content), encoding="latin-1").load()
-        return {key: x.array() if isinstance(x, _Array) else x for key, x in found.items()}
-    except Exception as error:  # a damaged pickle raises whatever it comes upon
-        raise DataError(f"{what} is no batch of CIFAR's: {error}") from error
-
-
-class _Plain(pickle.Unpickler):
-    """Numbers, texts, lists, dicts, and arrays of bytes; everything else is refused."""
-
-    def find_class(self, module, name):
-        stand_ins = {"_reconstruct": _Array, "ndarray": _Array, "dtype": _Array}
-        if name not in stand_ins or module.split(".")[0] != "numpy":
-            raise ValueError(f"it asks for {module}.{name}")
-        return stand_ins[name]
-
-
-class _Array:
-    """What an array, or its type, is unpickled to: what it would be made of."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def array(self):
-        """uint8, of the shape and order that numpy has written down."""
-        _, shape, dtype, fortran, content = self.state
-        if dtype.args[0] not in ("u1", "|u1"):
-            raise ValueError("an array that is not uint8")
-        content = content.encode("latin-1") if isinstance(content, str) else content
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-def _write(path, splits):
-    arrays = {}
-    for split, (images, labels) in zip(("train", "test"), splits):
-        arrays[f"{split}_images"] = images if images.ndim == 4 else images[..., None]
-        arrays[f"{split}_labels"] = labels.astype(np.int64)
-    np.savez(path, **arrays)
-
-
-def _dataset(name, url=None):
-    """torchvision's class, fetching from `url` if one is given."""
+def _arrays(name, data_dir, source, scratch):
+    """The arrays to write, from a copy or fetched into `scratch`."""
     try:
         from torchvision import datasets
     except ImportError as error:
         raise DataError(f"{name} is made with torchvision: pip install torchvision") from error
-    dataset = getattr(datasets, SETS[name][0])
-    if url is None:
-        return dataset
-    # torchvision derives MNIST's folder from the name of the class, so the name stays.
-    place = {"mirrors": [url.rstrip("/") + "/"]} if name == "mnist" else {"url": url}
-    return type(dataset.__name__, (dataset,), place)
+    dataset = getattr(datasets, name.upper())
+    if source is not None and "://" not in str(source):
+        return _from_copy(dataset, Path(source).expanduser())
+    if source is None:
+        for place in ("MNIST/raw",) if name == "mnist" else (dataset.base_folder, dataset.filename):
+            if (data_dir / place).exists():
+                try:
+                    return _from_copy(dataset, data_dir / place)
+                except DataError as error:
+                    print(f"Not used: {error}", file=sys.stderr)
+    else:  # torchvision derives MNIST's folder from the name of the class, so the name stays
+        at = {"mirrors": [source.rstrip("/") + "/"]} if name == "mnist" else {"url": source}
+        dataset = type(dataset.__name__, (dataset,), at)
+    addresses = getattr(dataset, "mirrors", None) or [dataset.url]
+    print(f"Fetching {name} from {' or '.join(addresses)}", file=sys.stderr)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        dataset(scratch, download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        files = getattr(dataset, "resources", None) or [(dataset.filename, dataset.tgz_md5)]
+        lines = [f"  address   {address}" for address in addresses]
+        lines += [f"  file      {file}  MD5 {md5}" for file, md5 in files]
+        raise DataError("\n".join([
+            f"{name} could not be fetched: {reason(error)}", *lines,
+            "Fetch it by hand on any machine, then:",
+            f"  python -m data.prepare {name} --data_dir {data_dir} --from "
+            f"{'FOLDER' if name == 'mnist' else 'FILE'}",
+            "To try without a network:",
+            "  python main.py --dataset digits",
+        ])) from error  # fmt: skip
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return _from_copy(dataset, Path(scratch))
 
 
-def _md5(path):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+def _from_copy(dataset, source):
+    """The arrays of the original files in or below a folder, or in CIFAR's archive."""
+    from torchvision.datasets.utils import check_integrity
+
+    if not source.exists():
+        raise DataError(f"there is no {source}")
+    if dataset.__name__ == "MNIST" and source.is_file():
+        source = source.parent
+    if source.is_dir():
+        inside = "MNIST/raw", "raw", getattr(dataset, "base_folder", "raw")
+        folder = next((source / x for x in inside if (source / x).is_dir()), source)
+        return _original(dataset, lambda name: _content(folder, name), folder)
+    if not check_integrity(source, dataset.tgz_md5):
+        raise DataError(
+            f"{source} is not the whole {dataset.filename}: its MD5 should be "
+            f"{dataset.tgz_md5}; fetch it again from {dataset.url}"
+        )
+    with tarfile.open(source) as archive:  # nothing is unpacked
+        folder = dataset.base_folder
+        return _original(dataset, lambda name: archive.extractfile(f"{folder}/{name}").read())
 
 
-def _addresses(dataset):
-    return getattr(dataset, "mirrors", None) or [dataset.url]
+def _content(folder, name):
+    """The first LARGEST bytes of a file, or of what name.gz holds; none if there are none."""
+    for path, open_file in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        if path.is_file():  # and no pipe
+            with contextlib.suppress(OSError, EOFError, zlib.error), open_file(path, "rb") as file:
+                return file.read(LARGEST)
+    return b""
 
 
-def _files(dataset):
-    return getattr(dataset, "resources", None) or [(dataset.filename, dataset.tgz_md5)]
+def _original(dataset, read, where="the archive"):
+    """The arrays of the original files, `read(name)` being the bytes of one.
 
+    Nothing is made of a file before its MD5 is the authors'. Then pickle may load it, and MNIST's
+    idx files need no parser: their headers have 16 bytes (images) and 8 (labels).
+    """
+    import numpy as np
 
-def _advice(name, dataset, error, data_dir):
-    files = "".join(f"\n  file      {file}  MD5 {md5}" for file, md5 in _files(dataset))
-    addresses = "".join(f"\n  address   {address}" for address in _addresses(dataset))
-    copy = "FOLDER" if name == "mnist" else "FILE"
-    return (
-        f"{name} could not be fetched: {' '.join(str(error).split())}{addresses}{files}\n"
-        f"Fetch it by hand on any machine, then:\n"
-        f"  python -m data.prepare {name} --data_dir {data_dir} --from {copy}\n"
-        "To try without a network:\n"
-        "  python main.py --dataset digits"
-    )
+    from data.arrays import KEYS
+
+    def verified(name, md5):
+        content = read(name)
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise DataError(f"{where}/{name} is missing or damaged")
+        return content
+
+    arrays = {}
+    if dataset.__name__ == "MNIST":
+        for key, file in zip(KEYS, MNIST_MD5.items()):
+            content = np.frombuffer(verified(*file), np.uint8)
+            arrays[key] = (content[8:].astype(np.int64) if "labels" in key else
+                           content[16:].reshape(-1, 28, 28, 1))  # fmt: skip
+        return arrays
+    for split, files in (("train", dataset.train_list), ("test", dataset.test_list)):
+        batches = [pickle.loads(verified(*file), encoding="latin1") for file in files]
+        images = np.concatenate([batch["data"] for batch in batches])
+        labels = [x for batch in batches for x in batch.get("labels") or batch["fine_labels"]]
+        arrays[f"{split}_images"] = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        arrays[f"{split}_labels"] = np.array(labels, np.int64)
+    return arrays
 
 
 def main(argv=None):
-    from cli import Parser  # what the data themselves do without
-
+    """The exit code of the command."""
     parser = Parser(
         prog="python -m data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=[*SETS, "imagenet"])
+    parser.add_argument("name", choices=["mnist", "cifar10", "cifar100", "imagenet"])
     parser.add_argument("--data_dir", default=default_data_dir(), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", metavar="FILE_OR_URL",
                         help="a copy to use; imagenet: a folder (default: $IMAGENET_PATH)")
     imagenet.add_flags(parser)
     args = parser.parse_args(argv)
+    given = {flag: value for flag in imagenet.FLAGS if (value := getattr(args, flag)) is not None}
+    source = args.source
     if args.name == "imagenet":
-        imagenet.run(parser, args)
-    for flag in imagenet.FLAGS:
-        if getattr(args, flag) is not None:
-            parser.error(f"--{flag} is for imagenet, not {args.name}")
+        source = source or os.environ.get("IMAGENET_PATH")
+        if not source:
+            parser.error("imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")
+    elif given:
+        parser.error(f"--{next(iter(given))} is for imagenet, not {args.name}")
     try:
+        if args.name == "imagenet":
+            return imagenet.prepare(source, args.data_dir, **given)
         path = Path(args.data_dir).expanduser() / f"{args.name}.npz"
-        if path.exists() and args.source is None:
+        if path.exists() and source is None:
             try:
-                load_arrays(path, *SETS[args.name][1:])
+                _check(path)
             except DataError as error:
                 print(f"Set aside: {error}", file=sys.stderr)
                 path.rename(path.with_suffix(".damaged"))
-        path = prepare(args.name, args.data_dir, args.source)
+        print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source)}")
+        return 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {args.data_dir}/{args.name} cannot be written: {error}; the same command "
+              "goes on from what is there", file=sys.stderr)  # fmt: skip
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    print(f"{args.name} is ready: {path}")
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

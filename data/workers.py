@@ -1,100 +1,84 @@
-"""Processes that do tasks, and what is seen of them while they do."""
+"""Worker processes: how many, which signals reach them, and tasks shared out among them."""
 
 import contextlib
-import json
+import multiprocessing
 import os
-import queue
-import subprocess
-import sys
+import signal
 import threading
-import time
-from pathlib import Path
-
-from tqdm import tqdm
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 from data.common import DataError
 
-WORKER = Path(__file__).with_name("resize.py")
-SECONDS = 30  # between two lines about progress where there is no terminal
-GO_ON = "the same command goes on from what is there"
+# Terminals and queues send these to every process of a job.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
+LAST = 30  # seconds that a worker lives on after SIGTERM
 
 
 def usable_cores():
+    """The number of cores that this process may use."""
     with contextlib.suppress(AttributeError):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def work(tasks, jobs):
-    """Yields (key, answer) for what the processes say of `tasks` {key: task}; see resize.do.
+def ignore_all(*_):
+    """In a worker process: ignore the signals of a terminal or a queue, which reach the main
+    process too. That one needs its workers until its step is done, and then ends them. SIGTERM
+    ends them after LAST seconds, because the interpreter sends it as it exits."""
+    for number in SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    They are ended with this generator, and end by themselves with this process.
-    """
-    answers, busy, left = queue.SimpleQueue(), {}, iter(tasks.items())
 
-    def listen(process):
-        with contextlib.suppress(ValueError):  # the line in which it was killed
-            for line in process.stdout:
-                answers.put((process, json.loads(line)))
-        answers.put((process, None))
-
-    def give(process):
-        key, task = next(left, (None, None))
-        if task is not None:
-            busy[process] = key
-            with contextlib.suppress(BrokenPipeError):  # listen() hears of it
-                process.stdin.write(json.dumps(task) + "\n")
-                process.stdin.flush()
-
-    processes = []
+@contextlib.contextmanager
+def held_back():
+    """Block signals while processes start: they inherit that, until they call ignore_all."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        for _ in range(min(jobs, len(tasks))):
-            processes.append(subprocess.Popen(
-                [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, start_new_session=True,
-            ))  # fmt: skip
-            threading.Thread(target=listen, args=processes[-1:], daemon=True).start()
-            give(processes[-1])
-        while busy:
-            process, answer = answers.get()
-            if answer is None:
-                raise DataError(
-                    f"a process that decodes images ended with {process.wait()} (-9: killed, "
-                    f"often for want of memory; try fewer --jobs); {GO_ON}"
-                )
-            yield busy[process], answer
-            if "done" in answer:
-                del busy[process]
-                give(process)
+        yield
     finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Progress:
-    """Images done in this command: a bar on a terminal, else a line now and then."""
+def work(function, tasks, jobs):
+    """Yield (key, function(*task)) of `tasks` {key: task}, as `jobs` processes finish them.
 
-    def __init__(self, total):
-        self.total, self.count, self.start = total, 0, time.monotonic()
-        self.told, self.seconds = self.start, 0
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=" images", dynamic_ncols=True,
-                        disable=not self.terminal or not total)  # fmt: skip
+    An exception of `function` is raised here; DataError says that a process was killed. The
+    processes end at once with this generator and with this process, even if it is killed: an
+    executor by itself would finish the tasks that have begun, or wait for more for ever.
+    """
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)) or 1, context, _begin, (theirs,))
+    try:
+        with held_back():
+            futures = {pool.submit(function, *task): key for key, task in tasks.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that decodes images was killed, often for lack of memory: try fewer "
+            "--jobs; the same command goes on from there"
+        ) from error
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
 
-    def add(self, n):
-        self.count += n
-        self.bar.update(n)
-        now = time.monotonic()
-        if not self.terminal and now - self.told > SECONDS:
-            self.told = now
-            print(f"{self.count:,} of {self.total:,} images, {self.rate(now):,.0f} images/s",
-                  file=sys.stderr, flush=True)  # fmt: skip
 
-    def rate(self, now):
-        return self.count / max(now - self.start, 1e-3)
+def _begin(pipe):
+    ignore_all()
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
 
-    def close(self):
-        self.bar.close()
-        self.seconds = time.monotonic() - self.start
+
+def _end_with(pipe):
+    with contextlib.suppress(EOFError, OSError):  # the other end has closed
+        pipe.recv()
+    os._exit(1)

@@ -1,13 +1,14 @@
-"""The paper's claims, each judged from the runs of the table: holds, does not hold, or not run.
+"""The paper's claims and their verdicts, judged from the runs of the table.
 
-A claim is a function of the Evidence of one scale that returns (whether it holds, the numbers
-behind that). What counts as holding stands in its docstring, which is printed with the verdict.
+CLAIMS is the table. `judge` gives a claim's verdict: holds, does not hold, or not run.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
+from scripts import majorisation
 from scripts.experiments import BATCHES, DEPTHS, WIDTHS
-from scripts.results import read_measurement
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
 
@@ -16,29 +17,37 @@ class Missing(Exception):
     """A run that the claim needs is not there."""
 
 
+class Claim(NamedTuple):
+    says: str
+    holds_if: str
+    evidence: Callable  # (Evidence) -> (whether it holds, the numbers)
+
+
 class Evidence:
-    """The runs of one scale, and a note of those that a claim rests on."""
+    """The runs of one scale; `used` are the runs behind a verdict."""
 
     def __init__(self, results):
-        self.results, self.scale, self.used = results, results.scale, []
+        self.results, self.widths, self.used = results, WIDTHS.get(results.scale), []
 
-    def grid(self, figure, panel, curve):
-        """All runs of a grid, or all seeds of a run."""
-        found = self.results.of(figure, panel, curve)
-        if not found or len(found) < len(self.results.planned(figure, panel, curve)):
+    def grid(self, *key):
+        """All runs of a (figure, panel, curve): a grid or seeds."""
+        runs = self.results.of(*key)
+        if not runs or len(runs) < len(self.results.planned(*key)):
             raise Missing
-        self.used += found
-        return found
+        self.used += runs
+        return runs
 
-    def one(self, figure, panel, curve):
-        """The run of the first seed."""
-        return self.grid(figure, panel, curve)[0]
+    def agd(self, figure, panel):
+        """AGD's run with the first seed."""
+        return self.grid(figure, panel, "AGD")[0]
 
-    def tuned(self, figure, panel, curve):
-        """The run of a grid that counts as tuned."""
-        self.grid(figure, panel, curve)
-        best = self.results.tuned(figure, panel, curve)
-        if best is None:
+    def tuned(self, figure, panel):
+        """{name: the tuned run} of Adam and SGD."""
+        best = {}
+        for name in ("Adam", "SGD"):
+            self.grid(figure, panel, name)
+            best[name] = self.results.tuned(figure, panel, name)
+        if None in best.values():
             raise Missing
         return best
 
@@ -47,208 +56,181 @@ def points(x):
     return f"{100 * x:.1f} %"
 
 
+def all_less(pairs, what):
+    """Whether each of `pairs`, place -> (less, more), is in order, and the places that are not."""
+    odd = [place for place, (less, more) in pairs.items() if not less < more]
+    words = f"{len(pairs) - len(odd)} of {len(pairs)} {what}"
+    return not odd, words + (f"; not at {', '.join(odd)}" if odd else "")
+
+
 def deep(runs):
-    """AGD trains the 32-layer FCN where Adam's and SGD's defaults stay at 10 %.
-
-    Holds if AGD's last train accuracy is over 20 % and those of Adam at 0.001 and SGD at 0.1 are
-    under 15 % in every epoch.
-    """
-    agd = runs.one("fig1", "deep", "AGD").last["train_acc"]
-    best = {x: max(runs.one("fig1", "deep", x).column("train_acc")) for x in ("Adam", "SGD")}
-    said = ", ".join(f"{name} {points(x)} at best" for name, x in best.items())
-    return agd > 2 * CHANCE and max(best.values()) < 1.5 * CHANCE, f"AGD {points(agd)}, {said}"
-
-
-def best_rates(runs):
-    """Adam's best rate is about three decades below SGD's.
-
-    Holds if, on the grid of tens, three steps lie between the rates with the least final train
-    loss; where figure 1 has the same network on the wider grid, there too.
-    """
-    holds, said = True, []
-    places = [("fig5", "fcn")]
-    network = [row.flags[:6] for row in runs.results.table if row.figure in ("fig1", "fig5")
-               and row.panel in ("fcn", "rates")]  # fmt: skip
-    if len(set(network)) == 1:
-        places.append(("fig1", "rates"))
-    for figure, panel in places:
-        rate = {x: runs.tuned(figure, panel, x).experiment.flag("--lr") for x in ("Adam", "SGD")}
-        rates = [row.flag("--lr") for row in runs.results.planned(figure, panel, "SGD")]
-        decades = math.log10(float(rate["SGD"]) / float(rate["Adam"]))
-        holds = holds and round(decades) == 3
-        said.append(f"Adam {rate['Adam']}, SGD {rate['SGD']} on {rates[0]} to {rates[-1]}")
-    return holds, "; ".join(said)
-
-
-def smaller_objective(runs):
-    """AGD and tuned Adam attain a smaller training objective than tuned SGD.
-
-    Holds if both last train losses are below tuned SGD's.
-    """
-    loss = {name: runs.tuned("fig5", "fcn", name).loss for name in ("Adam", "SGD")}
-    loss["AGD"] = runs.one("fig5", "fcn", "AGD").loss
-    said = ", ".join(f"{name} {loss[name]:.4f}" for name in ("AGD", "Adam", "SGD"))
-    return max(loss["AGD"], loss["Adam"]) < loss["SGD"], said
+    agd = runs.agd("fig1", "deep").last["train_acc"]
+    best = {name: max(runs.grid("fig1", "deep", name)[0].column("train_acc"))
+            for name in ("Adam", "SGD")}  # fmt: skip
+    words = ", ".join(f"{name} {points(acc)} at best" for name, acc in best.items())
+    return agd > 2 * CHANCE and max(best.values()) < 1.5 * CHANCE, f"AGD {points(agd)}, {words}"
 
 
 def comparable(runs):
-    """On ResNet-18, AGD's accuracy is comparable to the best of Adam and SGD over their rates.
-
-    Holds if AGD's last test accuracy is within 2.5 points of the best on the grid.
-    """
-    agd = runs.one("fig1", "rates", "AGD")
+    agd = runs.agd("fig1", "rates")
     if agd.experiment.flag("--arch") != "resnet18":
         raise Missing
-    best = max(x.last["test_acc"] for name in ("Adam", "SGD")
-               for x in runs.grid("fig1", "rates", name))  # fmt: skip
     acc = agd.last["test_acc"]
+    best = max(run.last["test_acc"] for name in ("Adam", "SGD")
+               for run in runs.grid("fig1", "rates", name))  # fmt: skip
     return acc > best - 0.025, f"AGD {points(acc)}, the best of the grids {points(best)}"
 
 
-def wider(runs):
-    """Wider is better in train loss.
+def best_rates(runs):
+    holds, words = True, []
+    networks = {row.flags[:6] for row in runs.results.table
+                if (row.figure, row.panel) in (("fig1", "rates"), ("fig5", "fcn"))}  # fmt: skip
+    # On the wider grid too, where figure 1 has the same network.
+    for place in [("fig5", "fcn"), ("fig1", "rates")][: 2 if len(networks) == 1 else 1]:
+        rate = {name: run.experiment.flag("--lr") for name, run in runs.tuned(*place).items()}
+        grid = [row.flag("--lr") for row in runs.results.planned(*place, "SGD")]
+        decades = math.log10(float(rate["SGD"]) / float(rate["Adam"]))
+        holds = holds and round(decades) == 3
+        words.append(f"Adam {rate['Adam']}, SGD {rate['SGD']} on {grid[0]} to {grid[-1]}")
+    return holds, "; ".join(words)
 
-    Holds if at every depth each width's last train loss is below that of the width before.
-    """
-    widths = WIDTHS[runs.scale]
-    pairs, odd = 0, []
-    for depth in DEPTHS:
-        losses = [
-            runs.one("fig6", f"{depth}x{width}", "AGD").loss for width in widths
-        ]
-        for width, narrow, wide in zip(widths[1:], losses, losses[1:]):
-            pairs += 1
-            if not wide < narrow:
-                odd.append(f"{depth}×{width}")
-    said = f"{pairs - len(odd)} of {pairs} steps in width"
-    return not odd, said + (f"; not at {', '.join(odd)}" if odd else "")
+
+def smaller_objective(runs):
+    loss = {"AGD": runs.agd("fig5", "fcn").loss}
+    loss |= {name: run.loss for name, run in runs.tuned("fig5", "fcn").items()}
+    words = ", ".join(f"{name} {loss[name]:.4f}" for name in loss)
+    return max(loss["AGD"], loss["Adam"]) < loss["SGD"], words
+
+
+def losses(runs, depths):
+    """{(depth, width): AGD's last train loss}."""
+    return {(depth, width): runs.agd("fig6", f"{depth}x{width}").loss
+            for depth in depths for width in runs.widths}  # fmt: skip
+
+
+def wider(runs):
+    loss, steps = losses(runs, DEPTHS), list(zip(runs.widths, runs.widths[1:]))
+    pairs = {f"{depth}×{wide}": (loss[depth, wide], loss[depth, narrow])
+             for depth in DEPTHS for narrow, wide in steps}  # fmt: skip
+    return all_less(pairs, "steps in width")
 
 
 def depth_32(runs):
-    """In train loss, depth 8 and depth 16 are superior to depth 32.
-
-    Holds if both are below it at every width.
-    """
-    odd, count = [], 0
-    for width in WIDTHS[runs.scale]:
-        loss = {
-            depth: runs.one("fig6", f"{depth}x{width}", "AGD").loss
-            for depth in (8, 16, 32)
-        }
-        for depth in (8, 16):
-            count += 1
-            if not loss[depth] < loss[32]:
-                odd.append(f"{depth}×{width}")
-    said = f"{count - len(odd)} of {count} comparisons"
-    return not odd, said + (f"; not at {', '.join(odd)}" if odd else "")
+    loss = losses(runs, (8, 16, 32))
+    pairs = {f"{depth}×{width}": (loss[depth, width], loss[32, width])
+             for width in runs.widths for depth in (8, 16)}  # fmt: skip
+    return all_less(pairs, "comparisons")
 
 
 def batches(runs):
-    """AGD converges at every batch size.
-
-    Holds if, with every seed, the last epoch's train loss is below the first's and within 2 % of
-    the least of all epochs, and the last train accuracy is over 20 %.
-    """
-    holds, said = True, []
+    holds, words = True, []
     for batch in BATCHES:
-        for found in runs.grid("fig7", f"batch {batch}", "AGD"):
-            loss = found.column("train_loss")
+        seeds = runs.grid("fig7", f"batch {batch}", "AGD")
+        for run in seeds:
+            loss = run.column("train_loss")
             holds = holds and loss[-1] < loss[0] and loss[-1] <= 1.02 * min(loss)
-            holds = holds and found.last["train_acc"] > 2 * CHANCE
-        first = runs.results.of("fig7", f"batch {batch}", "AGD")[0].column("train_loss")
-        said.append(f"{batch}: {first[0]:.3f} to {first[-1]:.3f}")
-    return holds, "train loss at " + ", ".join(said)
+            holds = holds and run.last["train_acc"] > 2 * CHANCE
+        first = seeds[0].column("train_loss")
+        words.append(f"{batch}: {first[0]:.3f} to {first[-1]:.3f}")
+    return holds, "train loss at " + ", ".join(words)
 
 
 def larger_batches(runs):
-    """Test accuracy generally improves with the batch size.
-
-    Holds if the last test accuracy at 1,024 and at 4,096 is above that at 32 and at 128, means over
-    the seeds.
-    """
     mean = {}
     for batch in BATCHES:
-        accs = [x.last["test_acc"] for x in runs.grid("fig7", f"batch {batch}", "AGD")]
+        accs = [run.last["test_acc"] for run in runs.grid("fig7", f"batch {batch}", "AGD")]
         mean[batch] = sum(accs) / len(accs)
-    said = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
-    return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), said
+    words = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
+    return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), words
 
 
 def two_phases(runs):
-    """η rises slowly, then falls once the training set is fitted.
-
-    Judged on a run that ends with a train accuracy of 95 % or more. Holds if η, its mean in an
-    epoch smoothed over a twentieth of the run, comes to its top after the first tenth of the run
-    and with more than half of the training set fitted, a quarter or more above its lowest value
-    before, and ends a tenth or more below the top.
-    """
     places = [("phases", "fcn")] + [("fig6", f"{d}x{w}") for d in (4, 8) for w in (2048, 512)]
-    for figure, panel in places:
+    for place in places:
         runs.used.clear()
         try:
-            found = runs.one(figure, panel, "AGD")
+            run = runs.agd(*place)
         except Missing:
             continue
-        if found.last["train_acc"] < 0.95:
-            continue
-        eta = found.column("eta_mean")
-        window = max(1, len(eta) // 20)
-        smooth = [sum(eta[i : i + window]) / window for i in range(len(eta) - window + 1)]
-        top = max(range(len(smooth)), key=smooth.__getitem__)
-        lowest = min(smooth[: top + 1])
-        epoch = top + window // 2 + 1
-        acc = found.epochs[epoch - 1]["train_acc"]
-        holds = (
-            top > len(eta) / 10
-            and acc > 0.5
-            and smooth[top] >= 1.25 * lowest
-            and smooth[-1] <= 0.9 * smooth[top]
-        )
-        return holds, (
-            f"η {lowest:.3f} to {smooth[top]:.3f} at epoch {epoch} (train accuracy {points(acc)}), "
-            f"then {smooth[-1]:.3f} at the end ({points(found.last['train_acc'])})"
-        )
+        if run.last["train_acc"] >= 0.95:
+            return rise_and_fall(run)
     raise Missing
 
 
+def rise_and_fall(run):
+    eta = run.column("eta_mean")
+    window = max(1, len(eta) // 20)
+    smooth = [sum(eta[i : i + window]) / window for i in range(len(eta) - window + 1)]
+    top = max(range(len(smooth)), key=smooth.__getitem__)
+    lowest, epoch = min(smooth[: top + 1]), top + window // 2 + 1
+    acc = run.epochs[epoch - 1]["train_acc"]
+    late = top > len(eta) / 10 and acc > 0.5
+    holds = late and smooth[top] >= 1.25 * lowest and smooth[-1] <= 0.9 * smooth[top]
+    return holds, (
+        f"η {lowest:.3f} to {smooth[top]:.3f} at epoch {epoch} (train accuracy {points(acc)}), "
+        f"then {smooth[-1]:.3f} at the end ({points(run.last['train_acc'])})"
+    )
+
+
 def bound(runs):
-    """The majorisation lies above the objective along AGD's direction.
-
-    Holds if it does at every point of figure 3 beyond its start, where they touch, at
-    initialisation and after training.
-    """
-    path = runs.results.folder / "fig3.json"
-    if not path.exists():
+    measured = majorisation.read(runs.results)
+    states = list(measured["states"].values()) if measured else []
+    if len(states) < 2:
         raise Missing
-    what = read_measurement(path)
-    (row,) = (row for row in runs.results.table if row.figure == "fig3")
-    states = list(what["states"].values())
-    if len(states) < 2 or what["run"]["epochs"] < row.epochs:
+    if measured["run"]["epochs"] < majorisation.planned(runs.results).epochs:
         raise Missing
-    pairs = [pair for state in states
-             for pair in zip(state["t"], state["loss"], state["bound"])]  # fmt: skip
-    beyond = [(loss, bound) for t, loss, bound in pairs if t > 0]
-    below = sum(loss <= bound for loss, bound in beyond)
+    points = [zip(state["t"], state["loss"], state["bound"]) for state in states]
+    beyond = [loss <= bound for curve in points for t, loss, bound in curve if t > 0]
     reach = max(state["t"][-1] / state["eta"] for state in states)
-    return below == len(beyond), f"{below} of {len(beyond)} points, up to t = {reach:g} η"
+    return all(beyond), f"{sum(beyond)} of {len(beyond)} points, up to t = {reach:g} η"
 
 
-CLAIMS = [deep, comparable, best_rates, smaller_objective, wider, depth_32, batches,
-          larger_batches, two_phases, bound]  # fmt: skip
+CLAIMS = [
+    Claim("AGD trains the 32-layer FCN where Adam's and SGD's defaults stay at 10 %.",
+          "Holds if AGD's last train accuracy is over 20 % and those of Adam at 0.001 and SGD at "
+          "0.1 are under 15 % in every epoch.", deep),
+    Claim("On ResNet-18, AGD's accuracy is comparable to the best of Adam and SGD over their "
+          "rates.", "Holds if AGD's last test accuracy is within 2.5 points of the best on the "
+          "grid.", comparable),
+    Claim("Adam's best rate is about three decades below SGD's.",
+          "Holds if, on the grid of tens, three steps lie between the rates with the least final "
+          "train loss; where figure 1 has the same network on the wider grid, there too.",
+          best_rates),
+    Claim("AGD and tuned Adam attain a smaller training objective than tuned SGD.",
+          "Holds if both last train losses are below tuned SGD's.", smaller_objective),
+    Claim("Wider is better in train loss.", "Holds if at every depth each width's last train loss "
+          "is below that of the width before.", wider),
+    Claim("In train loss, depth 8 and depth 16 are superior to depth 32.",
+          "Holds if both are below it at every width.", depth_32),
+    Claim("AGD converges at every batch size.", "Holds if, with every seed, the last epoch's train "
+          "loss is below the first's and within 2 % of the least of all epochs, and the last train "
+          "accuracy is over 20 %.", batches),
+    Claim("Test accuracy generally improves with the batch size.",
+          "Holds if the last test accuracy at 1,024 and at 4,096 is above that at 32 and at 128, "
+          "means over the seeds.", larger_batches),
+    Claim("η rises slowly, then falls once the training set is fitted.",
+          "Judged on a run that ends with a train accuracy of 95 % or more. Holds if η, its mean "
+          "in an epoch smoothed over a twentieth of the run, comes to its top after the first "
+          "tenth of the run and with more than half of the training set fitted, a quarter or more "
+          "above its lowest value before, and ends a tenth or more below the top.", two_phases),
+    Claim("The majorisation lies above the objective along AGD's direction.",
+          "Holds if it does at every point of figure 3 beyond its start, where they touch, at "
+          "initialisation and after training.", bound),
+]  # fmt: skip
 
 
 def judge(claim, results):
-    """("holds", "does not hold" or "not run", the numbers). Runs that have not come to their end
-    judge nothing; where they are equally long, the numbers say how it stands so far."""
-    evidence = Evidence(results)
+    """("holds", "does not hold" or "not run", the numbers). Unfinished runs judge nothing; where
+    they are equally long, the numbers are those so far."""
+    runs = Evidence(results)
     try:
-        holds, said = claim(evidence)
+        holds, words = claim.evidence(runs)
     except Missing:
         return "not run", ""
-    if not all(found.finished for found in evidence.used):
-        lengths = {(len(found.epochs), found.experiment.epochs)
-                   for found in evidence.used if not found.stopped}  # fmt: skip
+    if not all(run.finished for run in runs.used):
+        lengths = {(len(run.epochs), run.experiment.epochs)
+                   for run in runs.used if not run.stopped}  # fmt: skip
         if len(lengths) > 1:
             return "not run", ""
-        return "not run", "so far, {} of {} epochs: {}".format(*lengths.pop(), said)
-    return ("holds" if holds else "does not hold"), said
+        return "not run", "so far, {} of {} epochs: {}".format(*lengths.pop(), words)
+    return ("holds" if holds else "does not hold"), words

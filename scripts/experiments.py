@@ -28,6 +28,7 @@ SCALES = ("quick", "full")
 TUNED = tuple(f"1e{k}" for k in range(-5, 0))  # the grid over which a baseline is tuned
 WIDE = tuple(f"1e{k}" for k in range(-7, 2))  # the grid of figure 1
 SPECTRAL = "Spectral AGD"
+BASELINES = ("Adam", "SGD")
 RULES = {"AGD": "agd", SPECTRAL: "spectral"}  # with nothing to set, by the name of a curve
 PEERS = {  # at their defaults, the class by its dotted name
     "Prodigy": "prodigyopt.Prodigy",
@@ -66,6 +67,12 @@ def experiments(scale):
                 words += ["--seed", str(seed)]
                 rows.append(Experiment(figure, panel, curve, epochs, tuple(words)))
 
+    def versus(figure, panel, epochs, flags, baselines, rates, rules=("AGD",), seeds=(0,)):
+        for curve in rules:
+            add(figure, panel, curve, epochs, flags, seeds=seeds)
+        for curve in baselines:
+            add(figure, panel, curve, epochs, flags, rates)
+
     def cifar(depth, width):
         return f"--arch fcn --depth {depth} --width {width} --dataset cifar10 --test_bs 1000"
 
@@ -76,46 +83,34 @@ def experiments(scale):
     vgg = f"--arch vgg --dataset {{}} --test_bs 1000 {part.format(640)}"
     imagenet = "--arch resnet50 --dataset imagenet --loss xent --train_bs 1024 --test_bs 1000"
 
-    # Figure 1. Left: the defaults of Adam (0.001) and SGD (0.1) on a deep network.
-    epochs = 15 if quick else 1000
+    # Figure 1. Left: the defaults of Adam (0.001) and SGD (0.1) on a deep network. Middle: final
+    # accuracy against the learning rate; the quick scale in the smaller network. Right, and the
+    # last panel of figure 4: ImageNet, beyond the quick scale.
     for curve, rate in (("AGD", None), (SPECTRAL, None), ("Adam", "1e-3"), ("SGD", "1e-1")):
-        add("fig1", "deep", curve, epochs, cifar(32, 256), [rate])
-    # Middle: final accuracy against the learning rate; the quick scale in the smaller network.
+        add("fig1", "deep", curve, 15 if quick else 1000, cifar(32, 256), [rate])
     network, epochs = (eight, 5) if quick else (resnet, 2000)
-    for curve in RULES:
-        add("fig1", "rates", curve, epochs, network)
-    for curve in ("Adam", "SGD"):
-        add("fig1", "rates", curve, epochs, network, WIDE)
-    # Right, and the last panel of figure 4: ImageNet, beyond the quick scale.
+    versus("fig1", "rates", epochs, network, BASELINES, WIDE, RULES)
     if not quick:
-        add("fig1", "imagenet", "AGD", 350, imagenet)
-        add("fig1", "imagenet", "SGD", 350, imagenet, ["1e-1"])
+        versus("fig1", "imagenet", 350, imagenet, ["SGD"], ["1e-1"])
 
     # Figure 3 measures the network of figure 5 at its start and at its end.
     add("fig3", "majorisation", "AGD", 14 if quick else 2000, eight)
 
     # Figure 4. tiny100, where it is at hand, stands in for a CIFAR-100 that is not.
-    panels = (
+    for panel, flags, epochs in (
         ("fcn", cifar(16, 512), 3),
         ("resnet18", resnet, 6),
         ("vgg", vgg.format("cifar100"), 6),
         ("vgg, tiny100", vgg.format("npz:tiny100.npz"), 6),
-    )
-    for panel, flags, epochs in panels:
-        epochs = epochs if quick else 2000
-        add("fig4", panel, "AGD", epochs, flags)
-        add("fig4", panel, "Adam", epochs, flags, TUNED)
+    ):
+        versus("fig4", panel, epochs if quick else 2000, flags, ["Adam"], TUNED)
     if not quick:
-        add("fig4", "imagenet", "AGD", 350, imagenet)
-        add("fig4", "imagenet", "SGD", 350, imagenet, ["1e-1"])
+        versus("fig4", "imagenet", 350, imagenet, ["SGD"], ["1e-1"])
 
     # Figure 5, and figure 8 on the same runs with other optimisers that need no tuning.
     epochs = 14 if quick else 2000
     for figure in ("fig5", "fig8"):
-        for curve in RULES:
-            add(figure, "fcn", curve, epochs, eight, seeds=(0, 1, 2))
-        for curve in ("Adam", "SGD"):
-            add(figure, "fcn", curve, epochs, eight, TUNED)
+        versus(figure, "fcn", epochs, eight, BASELINES, TUNED, RULES, seeds=(0, 1, 2))
     for curve in PEERS:
         add("fig8", "fcn", curve, epochs, eight)
 

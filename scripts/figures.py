@@ -1,135 +1,88 @@
-"""Draw the paper's figures from the runs of the table: `scripts.reproduce FIGURE --draw`.
+"""The paper's figures, drawn from the runs of the table: `scripts.reproduce FIGURE --draw`.
 
-Numbered as in the authors' blog post. A panel whose runs are not there says so.
+Numbered as in the authors' blog post. A panel without runs says so.
 """
 
-import hashlib
 import math
-import os
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.lines import Line2D
 
-from scripts.experiments import BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
-from scripts.results import data_name, network_name, read_measurement
-from scripts.style import (
-    BLACK,
-    BLUE,
-    DASHED,
-    DOTTED,
-    ETA,
-    GREEN,
-    OBJECTIVE,
-    OPTIMIZERS,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    STYLE,
-    TEST,
-    TRAIN,
-    WIDTH,
-    band,
-    curve,
-    eta_loss_accuracy,
-    kinds,
-    legend,
-    log_axis,
-    log_values,
-    not_run,
-    only,
-    optimizer_key,
-    percent,
-    quantities,
-    right_axis,
-    share_range,
-    spaced,
-    title,
-    train_and_test,
-)  # fmt: skip
+from scripts import majorisation, style
+from scripts.experiments import BASELINES, BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
+from scripts.results import data_name, network_name, searched
+from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
+from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
 
 
 def draw(figure, results):
-    """The picture of a figure, or None where none of its runs has been run."""
-    with plt.style.context([STYLE]):
+    """The picture of a figure, or None before any of its runs."""
+    if figure not in ("fig2", "fig3") and not results.of(figure):
+        return None
+    with plt.style.context([style.STYLE]):
         return DRAWN[figure](results)
 
 
-def fingerprint(picture):
-    """A checksum of what is drawn, whatever draws it: the points of all lines and bands, the words
-    of titles, labels and legends."""
-    drawn = []
-    for ax in picture.axes:
-        points = [line.get_xydata() for line in ax.lines]
-        points += [path.vertices for band in ax.collections for path in band.get_paths()]
-        drawn += [f"{x:.6g}" for xy in points for x in np.asarray(xy, dtype=float).ravel()]
-        drawn += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
-        drawn += [text.get_text() for text in ax.texts]
-    drawn += [text.get_text() for legend in picture.legends for text in legend.get_texts()]
-    return hashlib.sha256("\n".join(drawn).encode()).hexdigest()
-
-
 def save(figure, results):
-    """Write a figure as PNG and PDF; returns their paths, or () where there is nothing to draw.
-
-    The PNG's "Source" is the fingerprint of what it shows.
-    """
+    """Write a figure as PNG and PDF; returns their paths, or () where there is nothing to draw."""
     picture = draw(figure, results)
     if picture is None:
         return ()
     folder = results.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{figure}.png", folder / f"{figure}.pdf"
-    with plt.style.context([STYLE]):
-        for path, words in zip(paths, ({"Source": fingerprint(picture)}, {"CreationDate": None})):
-            partial = path.with_suffix(".partial")
-            picture.savefig(partial, format=path.suffix[1:], metadata=words)
-            os.replace(partial, path)
-    plt.close(picture)
-    return paths
+    return style.save(picture, folder / f"{figure}.png", folder / f"{figure}.pdf")
+
+
+def empty(results, figure, panel, *axes):
+    """Whether a panel has no runs; its first axis gets the title, all of them say "not run"."""
+    axes[0].set_title(results.title(figure, panel))
+    runs = results.of(figure, panel)
+    for ax in () if runs else axes:
+        style.not_run(ax)
+    return not runs
+
+
+def longest(results):
+    return max((len(result.epochs) for result in results), default=1)
 
 
 def fig1(results):
-    found = {panel: results.of("fig1", panel) for panel in ("deep", "rates", "imagenet")}
-    planned = [panel for panel in found if any(
-        row[:2] == ("fig1", panel) for row in results.table)]  # fmt: skip
-    if not any(found.values()):
-        return None
-    figure, axes = plt.subplots(1, len(planned), figsize=(WIDTH / 3 * len(planned), 2.3))
-    for ax, panel in zip(axes, planned):
-        percent(ax, sum(found.values(), []))
-        if not found[panel]:
-            ax.set_title({"imagenet": "ResNet-50, ImageNet"}.get(panel, ""))
-            not_run(ax)
+    panels = results.panels("fig1")
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
+    for ax, panel in zip(axes, panels):
+        style.percent(ax, results.of("fig1"))
+        if empty(results, "fig1", panel, ax):
             continue
-        ax.set_title(title(found[panel][0]))
         if panel == "rates":
             _rates(ax, results)
             continue
-        for result in found[panel]:
-            train_and_test(ax, result, "acc", *OPTIMIZERS[result.experiment.curve], 100)
-        log_axis(ax, max(len(x.epochs) for x in found[panel]))
+        runs = results.of("fig1", panel)
+        for result in runs:
+            style.train_and_test(ax, result, "acc", *style.OPTIMIZERS[result.experiment.curve], 100)
+        style.log_axis(ax, longest(runs))
     axes[0].set_ylabel("accuracy (%)")
-    names = [x for x in (*RULES, "Adam", "SGD") if results.of("fig1", curve=x)]
-    legend(figure, [optimizer_key(name) for name in names] + kinds(), 3 if len(planned) < 3 else 6)
+    names = [name for name in (*RULES, *BASELINES) if results.of("fig1", curve=name)]
+    keys = [*map(style.optimizer_key, names), *style.kinds()]
+    style.legend(figure, keys, 3 if len(panels) < 3 else 6)
     return figure
 
 
 def _rates(ax, results):
     """Final accuracy against the learning rate; a run that broke off counts as it ended."""
-    for name in ("Adam", "SGD"):
-        found = [x for x in results.of("fig1", "rates", name) if x.finished]
-        x = [float(r.experiment.flag("--lr")) for r in found]
-        colour, marker = OPTIMIZERS[name]
-        for key, style in (("train", "-"), ("test", DOTTED)):
-            ax.plot(x, [100 * r.last[f"{key}_acc"] for r in found], color=colour, linestyle=style,
-                    marker=marker, markersize=3.2, markerfacecolor="white")  # fmt: skip
+    for name in BASELINES:
+        runs = [result for result in results.of("fig1", "rates", name) if result.finished]
+        x = [float(result.experiment.flag("--lr")) for result in runs]
+        colour, marker = style.OPTIMIZERS[name]
+        for kind, line in (("train", "-"), ("test", DOTTED)):
+            y = [100 * result.last[f"{kind}_acc"] for result in runs]
+            ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
+                    markerfacecolor="white")  # fmt: skip
     for name in RULES:
-        found = only(results, "fig1", "rates", name)
-        if found and found.finished:
-            ax.axhline(100 * found.last["train_acc"], color=OPTIMIZERS[name][0])
-            ax.axhline(100 * found.last["test_acc"], color=OPTIMIZERS[name][0], linestyle=DOTTED)
+        result = results.only("fig1", "rates", name)
+        for kind, line in (("train", "-"), ("test", DOTTED)):
+            if result and result.finished:
+                ax.axhline(100 * result.last[f"{kind}_acc"], color=style.OPTIMIZERS[name][0],
+                           linestyle=line)  # fmt: skip
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
@@ -145,16 +98,13 @@ def descent(rate, start=-1.2, steps=8):
 
 
 def fig2(results):
-    def f(w):
-        return w**2 / 2
-
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.1), sharey=True)
     grid = np.linspace(-2.2, 2.2, 300)
     for ax, (words, rate) in zip(axes, (("too small", 0.05), ("right", 0.7), ("too large", 2.07))):
-        x = descent(rate)
-        ax.plot(grid, f(grid), color=BLUE, linewidth=1.6)
-        ax.plot(x, f(x), color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
-        ax.plot(x[:1], f(x[:1]), color=RED, marker="o", markersize=5, linestyle="none")
+        w = descent(rate)
+        ax.plot(grid, grid**2 / 2, color=BLUE, linewidth=1.6)
+        ax.plot(w, w**2 / 2, color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
+        ax.plot(w[:1], w[:1] ** 2 / 2, color=RED, marker="o", markersize=5, linestyle="none")
         ax.set_title(f"learning rate {rate:g}: {words}")
         ax.set_xlim(-2.2, 2.2)
         ax.set_ylim(-0.15, 2.4)
@@ -165,14 +115,13 @@ def fig2(results):
 
 
 def fig3(results):
-    path = results.folder / "fig3.json"
-    if not path.exists():
+    measured = majorisation.read(results)
+    if measured is None:
         return None
-    what = read_measurement(path)
-    (row,) = (row for row in results.table if row.figure == "fig3")
+    row = majorisation.planned(results)
     figure = plt.figure(figsize=(WIDTH, 2.6))
     *axes, chain = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
-    for ax, (when, state) in zip(axes, what["states"].items()):
+    for ax, (when, state) in zip(axes, measured["states"].items()):
         t, loss, bound = (np.array(state[key]) for key in ("t", "loss", "bound"))
         ax.plot(t, bound, color=RED, linestyle=DASHED)
         ax.plot(t, loss, color=BLUE)
@@ -189,170 +138,154 @@ def fig3(results):
         ax.set_xticks([0, eta, 2 * eta], ["0", f"η = {eta:.3f}", "2η"])
         ax.set_title(when)
         ax.set_xlabel("$t$, along AGD's direction")
-    data = data_name(row.flag("--dataset"), what["run"]["data"])
     axes[0].set_ylabel(r"objective $\mathcal{L}$")
-    _chain(chain, what["states"])
-    keys = [
-        Line2D([], [], color=BLUE, label="objective, measured"),
-        Line2D([], [], color=RED, linestyle=DASHED, label="majorisation"),
-        Line2D([], [], color=BLACK, marker="x", linestyle="none", label="before the step"),
-        Line2D([], [], color=BLACK, marker=r"$\downarrow$", markersize=8, linestyle="none",
-               label="least of the bound: the step"),
-    ]  # fmt: skip
-    legend(figure, keys)
-    figure.supxlabel(f"{network_name(row)}, {what['images']:,} images of {data}", fontsize=7)
+    _chain(chain, measured["states"])
+    style.legend(figure, [
+        style.key("objective, measured", BLUE),
+        style.key("majorisation", RED, linestyle=DASHED),
+        style.key("before the step", BLACK, marker="x", linestyle="none"),
+        style.key("least of the bound: the step", BLACK, marker=r"$\downarrow$", markersize=8,
+                  linestyle="none"),
+    ])  # fmt: skip
+    data = data_name(row.flag("--dataset"), measured["run"]["data"])
+    words = f"{network_name(row)}, {measured['images']:,} images of {data}"
+    figure.supxlabel(words, fontsize=7)
     return figure
 
 
 def _chain(ax, states):
-    """The perturbation chain, each link with its measured size at t = eta."""
+    """The chain of perturbations, each with its measured size at t = eta."""
     ax.set_axis_off()
     ax.set_xlim(0, 4)
     ax.set_ylim(-0.2, 3.3)
-    links = ((r"$\Delta W$", "weights", "dW", ORANGE), (r"$\Delta f$", "outputs", "df", SKY),
-             (r"$\Delta\ell$", "losses", "dl", GREEN),
-             (r"$\Delta\mathcal{L}$", "objective", "dL", PINK))  # fmt: skip
+    centre = {"ha": "center", "va": "center"}
+    arrow = {"arrowstyle": "-|>", "color": BLACK}
+    links = ((r"$\Delta W$", "weights", "dW", style.ORANGE),
+             (r"$\Delta f$", "outputs", "df", style.SKY),
+             (r"$\Delta\ell$", "losses", "dl", style.GREEN),
+             (r"$\Delta\mathcal{L}$", "objective", "dL", style.PINK))  # fmt: skip
     for i, (symbol, word, key, colour) in enumerate(links):
-        ax.text(i + 0.5, 2.55, symbol, ha="center", va="center", fontsize=11, bbox={
+        ax.text(i + 0.5, 2.55, symbol, fontsize=11, **centre, bbox={
             "boxstyle": "round,pad=0.42", "facecolor": colour, "alpha": 0.35, "edgecolor": BLACK,
             "linewidth": 0.8})  # fmt: skip
-        ax.text(i + 0.5, 1.9, word, ha="center", va="center", fontsize=7)
+        ax.text(i + 0.5, 1.9, word, fontsize=7, **centre)
         if i < 3:
-            ax.annotate("", (i + 1.2, 2.55), (i + 0.8, 2.55),
-                        arrowprops={"arrowstyle": "-|>", "color": BLACK})  # fmt: skip
+            ax.annotate("", (i + 1.2, 2.55), (i + 0.8, 2.55), arrowprops=arrow)
         for row, state in enumerate(states.values()):
-            ax.text(i + 0.5, 1.05 - 0.75 * row, f"{state['chain'][key]:.2g}".replace("-", "−"),
-                    ha="center", va="center", fontsize=7.5)  # fmt: skip
+            number = f"{state['chain'][key]:.2g}".replace("-", "−")
+            ax.text(i + 0.5, 1.05 - 0.75 * row, number, fontsize=7.5, **centre)
     for row, when in enumerate(states):
         ax.text(0, 1.4 - 0.75 * row, when, fontsize=6.5, color="#666666", va="center")
     ax.set_title("how a perturbation travels, at $t=η$")
 
 
 def fig4(results):
+    # Tiny ImageNet, where it was run, stands in for a CIFAR-100 that was not.
     third = "vgg"
     if not results.of("fig4", "vgg") and results.of("fig4", "vgg, tiny100"):
         third = "vgg, tiny100"
-    planned = {row.panel: row for row in results.table if row.figure == "fig4"}
-    panels = [panel for panel in ("fcn", "resnet18", third, "imagenet") if panel in planned]
-    if not results.of("fig4"):
-        return None
+    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if x in results.panels("fig4")]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
     for (top, bottom), panel in zip(axes.T, panels):
-        found = results.of("fig4", panel)
-        if not found:
-            row = planned[panel]
-            words = f"{network_name(row)}, {data_name(row.flag('--dataset'), {})}"
-            top.set_title(words, fontsize=7.5)
-            not_run(top)
-            not_run(bottom)
+        nothing = empty(results, "fig4", panel, top, bottom)
+        top.title.set_fontsize(7.5)
+        if nothing:
             continue
-        top.set_title(title(found[0]), fontsize=7.5)
+        agd = results.only("fig4", panel, "AGD")
         baseline = results.tuned("fig4", panel, "SGD" if panel == "imagenet" else "Adam")
-        agd = only(results, "fig4", panel, "AGD")
-        for result, style in ((agd, {}), (baseline, {"linestyle": DASHED, "alpha": 0.65})):
+        for result, look in ((agd, {}), (baseline, {"linestyle": DASHED, "alpha": 0.65})):
             if result is not None:
-                curve(top, result, "train_loss", OBJECTIVE, **style)
-                curve(bottom, result, "train_acc", TRAIN, scale=100, **style)
-                curve(bottom, result, "test_acc", TEST, scale=100, **style)
+                style.curve(top, result, "train_loss", OBJECTIVE, **look)
+                style.curve(bottom, result, "train_acc", TRAIN, scale=100, **look)
+                style.curve(bottom, result, "test_acc", TEST, scale=100, **look)
         if agd:
-            band(top, agd, "eta", ETA)
-        log_axis(bottom, max(len(x.epochs) for x in found))
-    log_values(axes[0, 0])
-    percent(axes[1, 0], results.of("fig4"))
+            style.band(top, agd, "eta", ETA)
+        style.log_axis(bottom, longest(results.of("fig4", panel)))
+    style.log_values(axes[0, 0])
+    style.percent(axes[1, 0], results.of("fig4"))
     axes[0, 0].set_ylabel("objective and η")
     axes[1, 0].set_ylabel("accuracy (%)")
-    dashed = Line2D([], [], color="#555555", linestyle=DASHED, alpha=0.65,
-                    label="tuned Adam (ImageNet: SGD)")  # fmt: skip
-    legend(figure, [*quantities(test="-"), dashed], 3)
+    dashed = style.key("tuned Adam (ImageNet: SGD)", style.GREY, linestyle=DASHED, alpha=0.65)
+    style.legend(figure, [*style.quantities(test="-"), dashed], 3)
     return figure
 
 
 def fig5(results):
-    shown, keys = {}, []
-    for name in (*RULES, "Adam", "SGD"):
+    runs, keys = {}, []
+    for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
             continue
-        if name in RULES:
-            found, words = only(results, "fig5", "fcn", name), name
-        else:
-            found = results.tuned("fig5", "fcn", name)
-            rate = found and found.experiment.flag("--lr")
-            words = f"{name}, rate {rate}" if found else f"{name}: search not finished"
-        keys.append(optimizer_key(name, words))
-        if found is not None:
-            shown[name] = found
-    if not keys:
-        return None
+        pick = results.only if name in RULES else results.tuned
+        result, words = pick("fig5", "fcn", name), name
+        if name in BASELINES:
+            rate = f", rate {result.experiment.flag('--lr')}" if result else None
+            words += rate or ": search not finished"
+        keys.append(style.optimizer_key(name, words))
+        if result is not None:
+            runs[name] = result
     figure, (objective, accuracy, update) = plt.subplots(1, 3, figsize=(WIDTH, 2.4))
-    for name, result in shown.items():
-        train_and_test(objective, result, "loss", *OPTIMIZERS[name])
-        train_and_test(accuracy, result, "acc", *OPTIMIZERS[name], 100)
-        band(update, result, "update", OPTIMIZERS[name][0])
-    log_values(objective)
+    for name, result in runs.items():
+        colour, marker = style.OPTIMIZERS[name]
+        style.train_and_test(objective, result, "loss", colour, marker)
+        style.train_and_test(accuracy, result, "acc", colour, marker, 100)
+        style.band(update, result, "update", colour)
+    style.log_values(objective)
     update.set_yscale("log")
     objective.set_title("objective")
     accuracy.set_title("accuracy (%)")
     update.set_title(r"relative update $\|\Delta W\|_F\,/\,\|W\|_F$")
-    percent(accuracy, shown.values())
+    style.percent(accuracy, runs.values())
     for ax in (objective, accuracy, update):
-        log_axis(ax, max((len(x.epochs) for x in shown.values()), default=1))
-    legend(figure, keys + kinds())
+        style.log_axis(ax, longest(runs.values()))
+    style.legend(figure, keys + style.kinds())
     return figure
 
 
+def beside(axes, results, name, draw_panel=style.eta_loss_accuracy):
+    """Draw AGD's runs of the panels in `axes`, a dict: accuracies on the left axis, objective and
+    eta on the right one. Panels share their ranges."""
+    rights = {panel: style.right_axis(ax) for panel, ax in axes.items()}
+    for panel, ax in axes.items():
+        if not rights[panel].get_subplotspec().is_last_col():
+            rights[panel].tick_params(labelright=False)
+        result = results.only(name, panel, "AGD")
+        if result is None:
+            style.not_run(ax)
+        else:
+            draw_panel(ax, rights[panel], result)
+    style.percent(next(iter(axes.values())), results.of(name))
+    if len(axes) > 1:
+        style.share_range(rights.values())
+    return list(rights.values())
+
+
 def fig6(results):
-    every = results.of("fig6")
-    if not every:
-        return None
     widths = WIDTHS[results.scale]
-    figure, axes = plt.subplots(
-        len(DEPTHS), len(widths), figsize=(WIDTH, 5.9), sharex=True, sharey=True
-    )
-    found = {x.experiment.panel: x for x in reversed(every)}
-    rights = []
-    for i, depth in enumerate(DEPTHS):
-        axes[i, 0].set_ylabel(f"depth {depth}", fontsize=8.5)
-        for j, width in enumerate(widths):
-            ax, result = axes[i, j], found.get(f"{depth}x{width}")
-            axes[0, j].set_title(f"width {width}")
-            rights.append(right_axis(ax))
-            if j < len(widths) - 1:
-                rights[-1].tick_params(labelright=False)
-            if result is not None:
-                eta_loss_accuracy(ax, rights[-1], result)
-            else:
-                ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color="#777777")
-    percent(axes[0, 0], every)
-    share_range(rights)
-    log_axis(axes[0, 0], max(len(x.epochs) for x in every), "")
+    size = {"figsize": (WIDTH, 5.9), "sharex": True, "sharey": True}
+    figure, axes = plt.subplots(len(DEPTHS), len(widths), **size)
+    panels = [f"{depth}x{width}" for depth in DEPTHS for width in widths]
+    rights = beside(dict(zip(panels, axes.flat)), results, "fig6")
+    for ax, depth in zip(axes[:, 0], DEPTHS):
+        ax.set_ylabel(f"depth {depth}", fontsize=8.5)
+    for ax, width in zip(axes[0], widths):
+        ax.set_title(f"width {width}")
+    style.log_axis(axes[0, 0], longest(results.of("fig6")), "")
     figure.supxlabel("epochs", fontsize=8)
     figure.supylabel("accuracy (%)", fontsize=8)
     rights[len(widths) * (len(DEPTHS) // 2 + 1) - 1].set_ylabel("objective and η")
-    legend(figure, quantities())
+    style.legend(figure, style.quantities())
     return figure
 
 
 def fig7(results):
-    every = results.of("fig7")
-    if not every:
-        return None
     figure, axes = plt.subplots(1, len(BATCHES), figsize=(WIDTH, 2.4), sharey=True)
-    rights = []
+    panels = [f"batch {batch}" for batch in BATCHES]
+    rights = beside(dict(zip(panels, axes)), results, "fig7", _iterations)
     for ax, batch in zip(axes, BATCHES):
-        rights.append(right_axis(ax))
         ax.set_title(f"batch size {batch}")
-        result = only(results, "fig7", f"batch {batch}", "AGD")
-        if result is None:
-            not_run(ax)
-        else:
-            _iterations(ax, rights[-1], result)
-    percent(axes[0], every)
-    share_range(rights)
-    for right in rights[:-1]:
-        right.tick_params(labelright=False)
     axes[0].set_ylabel("accuracy (%)")
     rights[-1].set_ylabel("objective and η")
-    legend(figure, quantities())
+    style.legend(figure, style.quantities())
     return figure
 
 
@@ -368,81 +301,65 @@ def _iterations(ax, right, result):
     steps = [row for row in result.steps if row["epoch"] == 1]
     parts = bins(len(steps))
 
-    def column(key, of):
-        values = np.array([float("nan") if row[key] is None else row[key] for row in steps])
-        return np.array([of(values[part]) for part in parts])
+    def column(key, reduce=np.mean):
+        values = np.array([math.nan if row[key] is None else row[key] for row in steps])
+        return np.array([reduce(values[part]) for part in parts])
+
+    def eta(x, low, mean, high, **look):
+        right.fill_between(x, low, high, color=ETA, alpha=0.22, linewidth=0)
+        right.plot(x, mean, color=ETA, **look)
 
     x = [(part.start + 1 + part.stop) / 2 for part in parts]
-    right.fill_between(x, column("eta", np.min), column("eta", np.max), color=ETA, alpha=0.22,
-                       linewidth=0)  # fmt: skip
-    right.plot(x, column("eta", np.mean), color=ETA)
-    right.plot(x, column("loss", np.mean), color=OBJECTIVE)
-    ax.plot(x, 100 * column("acc", np.mean), color=TRAIN)
-    ends = len(steps) * np.arange(1, len(result.epochs) + 1)
-    low, high = result.column("eta_min"), result.column("eta_max")
-    right.fill_between(ends, low, high, color=ETA, alpha=0.22, linewidth=0)
+    eta(x, *(column("eta", reduce) for reduce in (np.min, np.mean, np.max)))
+    right.plot(x, column("loss"), color=OBJECTIVE)
+    ax.plot(x, 100 * column("acc"), color=TRAIN)
     dot = {"marker": "o", "markersize": 1.8}
-    right.plot(ends, result.column("eta_mean"), color=ETA, **dot)
+    ends = len(steps) * np.arange(1, len(result.epochs) + 1)
+    eta(ends, *(result.column(f"eta_{which}") for which in ("min", "mean", "max")), **dot)
     right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
-    ax.plot(ends, [100 * acc for acc in result.column("train_acc")], color=TRAIN, **dot)
-    ax.plot(ends, [100 * acc for acc in result.column("test_acc")], color=TEST,
-            linestyle=DOTTED, **dot)  # fmt: skip
-    log_axis(ax, int(ends[-1]), "iterations")
-
-
-def searched(grid):
-    """What a grid search has after each epoch of all its points: (the compute in epochs, in
-    seconds, the row of the point with the least train loss), an epoch at a time, as far as every
-    point goes that did not break off."""
-    alive = [len(found.epochs) for found in grid if not found.stopped]
-    for n in range(1, min(alive, default=0) + 1):
-        rows = [found.epochs[n - 1] for found in grid if len(found.epochs) >= n]
-        finite = [row for row in rows if row["train_loss"] is not None]
-        if finite:
-            spent = [row["seconds"] for found in grid for row in found.epochs[:n]]
-            yield len(spent), sum(spent), min(finite, key=lambda row: row["train_loss"])
+    for kind, colour, line in (("train", TRAIN, "-"), ("test", TEST, DOTTED)):
+        accuracies = 100 * np.array(result.column(f"{kind}_acc"))
+        ax.plot(ends, accuracies, color=colour, linestyle=line, **dot)
+    style.log_axis(ax, int(ends[-1]), "iterations")
 
 
 def fig8(results):
-    if not results.of("fig8"):
-        return None
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex="col", sharey="row")
     keys, seconds = [], []
-    for name in (*RULES, *PEERS, "Adam", "SGD"):
-        found = results.of("fig8", "fcn", name)
-        found = found[:1] if name in RULES else found  # the first seed
-        planned = 1 if name in RULES else len(results.planned("fig8", "fcn", name))
-        if not found:
+    for name in (*RULES, *PEERS, *BASELINES):
+        runs = results.of("fig8", "fcn", name)
+        planned = len(results.planned("fig8", "fcn", name))
+        if name in RULES:
+            runs, planned = runs[:1], 1  # the first seed
+        if not runs:
             continue
-        rates = f", {planned} rates searched" if planned > 1 else ""
-        curves = list(searched(found)) if len(found) == planned else []
-        keys.append(optimizer_key(name, name + (rates if curves else ": not finished")))
-        if not curves:
+        points = list(searched(runs)) if len(runs) == planned else []
+        words = f", {planned} rates searched" if planned > 1 else ""
+        keys.append(style.optimizer_key(name, name + (words if points else ": not finished")))
+        if not points:
             continue
-        *budgets, rows = zip(*curves)
-        seconds += [min(budgets[1]), max(budgets[1])]
-        colour, marker = OPTIMIZERS[name]
-        style = {"color": colour, "marker": marker, "markersize": 4.2, "markerfacecolor": "white",
-                 "markevery": spaced(len(rows), 6), "clip_on": False}  # fmt: skip
-        style |= {"linewidth": 2.2} if name in RULES else {}
+        *budgets, rows = zip(*points)
+        seconds += budgets[1]
+        colour, marker = style.OPTIMIZERS[name]
+        look = {"color": colour, "marker": marker, "markersize": 4.2, "markerfacecolor": "white",
+                "markevery": style.spaced(len(rows), 6), "clip_on": False}  # fmt: skip
+        look |= {"linewidth": 2.2} if name in RULES else {}
         for column, spent in enumerate(budgets):
-            axes[0, column].plot(spent, [100 * row["test_acc"] for row in rows], **style)
-            axes[1, column].plot(spent, [row["train_loss"] for row in rows], **style)
+            axes[0, column].plot(spent, [100 * row["test_acc"] for row in rows], **look)
+            axes[1, column].plot(spent, [row["train_loss"] for row in rows], **look)
     epochs = max((line.get_xdata()[-1] for line in axes[1, 0].lines), default=2)
-    log_axis(axes[1, 0], epochs, "compute: epochs of training, the search included")
+    style.log_axis(axes[1, 0], epochs, "compute: epochs of training, the search included")
     words = "seconds of the runs, the search included"
-    log_axis(axes[1, 1], max(seconds, default=2), words, min(seconds, default=1))
+    style.log_axis(axes[1, 1], max(seconds, default=2), words, min(seconds, default=1))
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("train loss")
-    log_values(axes[1, 0])
-    legend(figure, keys, 4)
+    style.log_values(axes[1, 0])
+    style.legend(figure, keys, 4)
     return figure
 
 
 def fig11(results):
-    result = only(results, "fig11", "fcn", SPECTRAL)
-    if result is None:
-        return None
+    result = results.only("fig11", "fcn", SPECTRAL)
     figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
     batch = int(result.experiment.flag("--train_bs", 128))
     steps = math.ceil(result.first["train_examples"] / batch)
@@ -450,41 +367,33 @@ def fig11(results):
     L = result.first["paths" if "paths" in result.first else "layers"]
     relative = np.array(result.column("eta_mean")) / L
     predicted = {"color": BLACK, "linestyle": DASHED, "linewidth": 1.0}
-    colour = OPTIMIZERS[SPECTRAL][0]
-    curve(length, result, "length", colour)
+    colour = style.OPTIMIZERS[SPECTRAL][0]
+    style.curve(length, result, "length", colour)
     length.plot(epochs, np.sqrt(1 + 3 * np.cumsum(steps * relative**2)), **predicted)
-    curve(turn, result, "turn", colour)
+    style.curve(turn, result, "turn", colour)
     turn.plot(epochs, 1 / np.sqrt(3 * steps * epochs), **predicted)
-    band(eta, result, "eta", ETA)
+    style.band(eta, result, "eta", ETA)
     length.set_title(r"length $\rho(Z)/s$")
     turn.set_title("turn of $Z$ in a step")
     eta.set_title("automatic learning rate η")
     for ax in (length, turn, eta):
-        log_values(ax)
-        log_axis(ax, len(result.epochs))
-    keys = [
-        Line2D([], [], color=colour, label="mean of the hidden layers"),
-        Line2D([], [], **predicted, label=r"predicted: $\sqrt{1+3\,\Sigma(\eta/L)^2}$ and "
-               r"$1/\sqrt{3t}$ after $t$ steps"),
-    ]  # fmt: skip
-    legend(figure, keys)
-    figure.supxlabel(f"{title(result)}, {steps} steps an epoch", fontsize=7)
+        style.log_values(ax)
+        style.log_axis(ax, len(result.epochs))
+    words = r"predicted: $\sqrt{1+3\,\Sigma(\eta/L)^2}$ and $1/\sqrt{3t}$ after $t$ steps"
+    keys = [style.key("mean of the hidden layers", colour), style.key(words, **predicted)]
+    style.legend(figure, keys)
+    figure.supxlabel(f"{results.title('fig11', 'fcn')}, {steps} steps an epoch", fontsize=7)
     return figure
 
 
 def phases(results):
-    result = only(results, "phases", "fcn", "AGD")
-    if result is None:
-        return None
     figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
-    right = right_axis(ax)
-    eta_loss_accuracy(ax, right, result)
-    percent(ax, [result])
-    log_axis(ax, len(result.epochs))
-    ax.set_title(title(result))
+    (right,) = beside({"fcn": ax}, results, "phases")
+    style.log_axis(ax, longest(results.of("phases")))
+    ax.set_title(results.title("phases", "fcn"))
     ax.set_ylabel("accuracy (%)")
     right.set_ylabel("objective and η")
-    legend(figure, quantities(), 2)
+    style.legend(figure, style.quantities(), 2)
     return figure
 
 

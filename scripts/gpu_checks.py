@@ -5,11 +5,12 @@
     python -m scripts.gpu_checks --plan spectral 4 minutes: SpectralAGD's agreement and speed
     python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
 
-Each check is a process with its part of the plan's time. Time that a check does not use goes to the
-later ones; a check that hangs or crashes takes no more than its own. If the kernels do not agree
-with torch's operations, later checks do without kernels. --out gets gpu_checks.json, the results,
-and gpu_checks.tgz, all files but checkpoints, both whole after every check. The same command goes
-on: it leaves out passed checks and takes failed ones last. `--device cpu` is a rehearsal.
+A check is a test marked `gpu`, a case of scripts.benchmark or runs of main.py, in a process with
+its part of the plan's time. Time that it leaves goes to later checks; one that hangs or crashes
+takes no more than its own. Where kernels disagree with torch's operations, later checks do without.
+--out gets gpu_checks.json, the results, and gpu_checks.tgz, all files but checkpoints, whole after
+every check. The same command goes on: it skips passed checks and takes failed ones last. `--device
+cpu` is a rehearsal.
 """
 
 import time
@@ -30,6 +31,7 @@ from torch.cuda import device_count
 
 from cli import Parser, number
 from data import default_data_dir
+from runs.files import write_whole
 from scripts.results import findings
 
 LEAST, GRACE, ARCHIVE = 20, 10, 15e6  # seconds of any check; to stop in; bytes at most
@@ -43,7 +45,8 @@ class Check(NamedTuple):
     target: str = ""
 
 
-TEST = "-m pytest -qo faulthandler_timeout={limit} --junitxml {folder}/t.xml tests/test_gpu.py -k "
+TEST = ("-m pytest -qm gpu -o faulthandler_timeout={limit} --junitxml {folder}/t.xml "
+        "tests/test_gpu.py -k ")  # fmt: skip
 WHERE = "--device {device} --out {folder} "  # and the data in $AGD_DATA
 MAIN = f"main.py {WHERE} --dataset cifar10 --test_bs 1000 "
 FIGURE = f"-m scripts.reproduce {WHERE} --scale full --time_limit {{limit}}s --together {{how}} "
@@ -78,7 +81,7 @@ PLANS = {  # name -> seconds in all, checks
         Check("fcn-epoch", 20, MAIN + "--arch fcn --depth 8 {short}", "0.15 s with its test"),
         Check("resnet18-epoch", 50, MAIN + "--arch resnet18 {fast} {compile} {short}", "1.0 s"),
         Check("many-threads", 55, TIMES + MANY + "on", "5 times one run"),
-        Check("crashes", 60, "-m scripts.crashtest --device {device} --cases digits --workers 1 "
+        Check("crashes", 60, "-m tests.crash --device {device} --cases digits --workers 1 "
               "--kills 1 --seconds 25 --out {folder}/crashtest.json"),
     ]),
     "spectral": (240, [
@@ -109,11 +112,10 @@ WORDS = {
 def run(check, seconds, args, failed):
     """The result of a check, a dict: it has so many seconds, and then GRACE to stop in."""
     (folder := args.work / check.name).mkdir(parents=True, exist_ok=True)
-    alone = failed & {"threads", "fig5", "fig7", "fig1"}
+    how = "off" if failed & {"threads", "fig5", "fig7", "fig1"} else "on"
     command = shlex.split(check.command.format(
-        device=args.device, folder=shlex.quote(str(folder)), limit=int(seconds) - 5,
-        how="off" if alone else "on", **WORDS[args.device],
-    ))  # fmt: skip
+        device=args.device, folder=shlex.quote(str(folder)), limit=int(seconds) - 5, how=how,
+        **WORDS[args.device]))  # fmt: skip
     env = {**os.environ, "AGD_DATA": str(args.data_dir.resolve()), "AGD_TEST_DEVICE": args.device,
            "TRITON_INTERPRET": str(int(args.device == "cpu")), "PYTHONFAULTHANDLER": "1"}
     env |= {"AGD_NO_COMPILER": "1"} if "kernels" in failed else {}
@@ -129,25 +131,24 @@ def run(check, seconds, args, failed):
             process.wait(seconds + GRACE + 5)  # a driver may hold even a killed process
         finally:
             process.terminate()
-    took, code, found = time.monotonic() - began, process.poll(), findings(folder)
-    said = output.read_text(errors="replace")[-2000:]
+    took, code, results = time.monotonic() - began, process.poll(), findings(folder)
+    text = output.read_text(errors="replace")[-2000:]
     # A run without an end of its own has to have finished an epoch.
     stopped = code == (75 if "time_limit" in check.command else 130) and "{long}" in check.command
-    bad = "timeout" if took >= seconds else "failed"
-    well = "passed" if code == 0 else "stopped" if stopped and found else bad
-    status = "failed" if well == "stopped" and " failed: " in said else well
+    status = "passed" if code == 0 else "timeout" if took >= seconds else "failed"
+    if code and stopped and results:
+        status = "failed" if " failed: " in text else "stopped"
     return {"status": status, "seconds": round(took, 1), "budget": round(seconds, 1), "code": code,
             "without kernels": "kernels" in failed, "command": shlex.join(["python", *command]),
-            "target": check.target, "found": found,
-            "output": "" if status in SUCCESS else said}  # fmt: skip
+            "target": check.target, "found": results,
+            "output": "" if status in SUCCESS else text}  # fmt: skip
 
 
 def keep(args, report):
     """Write the results, and the archive of all files."""
-    for folder in (args.work, args.out):  # which may be different disks
-        partial = folder / "gpu_checks.partial"
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "gpu_checks.json")
+    for folder in (args.work, args.out):
+        write_whole(folder / "gpu_checks.json", json.dumps(report, indent=1) + "\n")
+    partial = args.out / "gpu_checks.partial"
     leave_out = [f"--exclude={x}" for x in ("checkpoints", "./data", "gpu_checks.*")]
     # Its exit code is 1 for a file that has changed meanwhile.
     subprocess.run(["tar", "-C", args.work, *leave_out, "-czf", partial, "."], capture_output=True)

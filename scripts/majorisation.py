@@ -12,7 +12,6 @@ gradients and weights are well conditioned); nothing here makes them true.
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -22,20 +21,21 @@ from architecture import build
 from data import DATASETS
 from data.arrays import ArrayBatches, load_arrays
 from flags import parse
+from runs.files import write_whole
 from runs.log import RunError
-from scripts.results import log_name, read_measurement
+from scripts.results import log_name
 from training.losses import mse
 from training.optimizers import make_optimizer
 
-IMAGES = 10_000  # the first of the training set, as they are
+IMAGES = 10_000  # the first of the training set, uncropped
 CHUNK = 1000
 POINTS = 41  # of a curve, from t = 0
 REACH = 2.5  # its end, in units of eta
 
 
 def normalised(dataset, data_dir):
-    """Chunks of (inputs of norm sqrt(d_0), labels) in float64, the first IMAGES, uncropped; and
-    what identifies the images."""
+    """Chunks of (inputs of norm sqrt(d_0) (n, d_0) in float64, labels (n,)) of the first IMAGES;
+    and the checksums of the images."""
     spec, path = DATASETS[dataset], Path(data_dir).expanduser() / f"{dataset}.npz"
     arrays, source = load_arrays(path, spec.shape, spec.classes)
     batches = ArrayBatches(
@@ -54,8 +54,7 @@ def objective(net, chunks):
 
 
 def along(net, chunks, on_point=lambda: None):
-    """The curve from the weights that `net` has, a dict of numbers; `on_point` is called at each
-    of its points."""
+    """The curve from the weights of `net`, a dict of numbers. Calls `on_point` at each point."""
     optimizer = AGD(net.parameters())
     count = sum(len(y) for _, y in chunks)
     optimizer.zero_grad()
@@ -64,7 +63,7 @@ def along(net, chunks, on_point=lambda: None):
     start = [p.detach().clone() for p in net.parameters()]
     f, losses = objective(net, chunks)
     optimizer.step()
-    eta, G = float(optimizer.eta), float(optimizer.G)
+    L, G, eta = losses.mean().item(), float(optimizer.G), float(optimizer.eta)
     dW = [p.detach() - w for p, w in zip(net.parameters(), start)]
     f_after, losses_after = objective(net, chunks)
     ts = [REACH * eta * i / (POINTS - 1) for i in range(POINTS)]
@@ -76,20 +75,14 @@ def along(net, chunks, on_point=lambda: None):
                 p.copy_(w + t / eta * d)
         curve.append(objective(net, chunks)[1].mean().item())
     relative = [(d.norm() / w.norm()).item() for d, w in zip(dW, start)]
-    return {
-        "L": losses.mean().item(),
-        "G": G,
-        "eta": eta,
-        "t": ts,
-        "loss": curve,
-        "bound": majorisation(losses.mean().item(), G, ts),
-        "chain": {  # at t = eta
-            "dW": sum(relative) / len(relative),  # |dW|/|W|, the mean over layers
-            "df": ((f_after - f).norm(dim=1) / math.sqrt(f.shape[1])).mean().item(),
-            "dl": (losses_after - losses).abs().mean().item(),
-            "dL": (losses_after - losses).mean().item(),
-        },
+    chain = {  # at t = eta
+        "dW": sum(relative) / len(relative),  # |dW|/|W|, the mean over layers
+        "df": ((f_after - f).norm(dim=1) / math.sqrt(f.shape[1])).mean().item(),
+        "dl": (losses_after - losses).abs().mean().item(),
+        "dL": (losses_after - losses).mean().item(),
     }
+    return {"L": L, "G": G, "eta": eta, "t": ts, "loss": curve,
+            "bound": majorisation(L, G, ts), "chain": chain}  # fmt: skip
 
 
 def majorisation(L, G, ts):
@@ -97,12 +90,30 @@ def majorisation(L, G, ts):
     return [L - t * G + math.expm1(t) ** 2 / 2 for t in ts]
 
 
+def planned(results):
+    """The row of the table that is measured."""
+    return next(row for row in results.table if row.figure == "fig3")
+
+
+def read(results):
+    """The measurement of these results, or None. Raises RunError where it is damaged."""
+    path = results.folder / "fig3.json"
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured["run"]["epochs"], measured["states"].items()
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged; remove it, and figure 3 is measured anew") from error
+    return measured
+
+
 def measure(results, data_dir, on_point=lambda: None):
     """Measure figure 3's network at its start and at its last checkpoint; writes
-    `<folder>/fig3.json` unless it says that already. Returns its path; raises RunError where the
-    weights are missing. `on_point` is called now and then, and may raise to end it."""
-    (row,) = (row for row in results.table if row.figure == "fig3")
-    name, path = log_name(row.flags), results.folder / "fig3.json"
+    `<folder>/fig3.json` unless it holds that already, and returns its path. Raises RunError without
+    the weights. Calls `on_point` now and then, which may raise to end it."""
+    row, path = planned(results), results.folder / "fig3.json"
+    name = log_name(row.flags)
     weights = results.folder / "checkpoints" / f"{name}.pt"
     if not weights.exists():
         if path.exists():
@@ -114,22 +125,20 @@ def measure(results, data_dir, on_point=lambda: None):
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RunError(f"{weights} cannot be read ({type(error).__name__})") from error
     run = {"name": name, "epochs": checkpoint["epoch"], "data": settings["data"]}
-    if path.exists() and read_measurement(path)["run"] == run:
+    if (read(results) or {}).get("run") == run:
         return path
     on_point()
     args = parse([*row.flags, "--device", "cpu"])
-    (chunks, source), states = normalised(args.dataset, data_dir), {}
+    chunks, source = normalised(args.dataset, data_dir)
     if source != settings["data"]:
-        raise RunError(f"{weights} was trained on other images than those of {data_dir}")
+        raise RunError(f"{weights} was trained on other images than those in {data_dir}")
     height, side, channels = DATASETS[args.dataset].shape
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
     net = build(args.arch, shape, classes, args.depth, args.width)
     make_optimizer(args.optimizer, net, seed=args.seed)  # draws the weights
-    states["at initialisation"] = along(net.double(), chunks, on_point)
+    states = {"at initialisation": along(net.double(), chunks, on_point)}
     net.load_state_dict(checkpoint["net"])
     states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks, on_point)
-    what = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    measured = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
+    write_whole(path, json.dumps(measured, indent=1) + "\n")
     return path

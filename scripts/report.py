@@ -1,36 +1,41 @@
-"""`<out>/README.md`: the paper's numbers beside the runs that are there, and what is not."""
+"""`<out>/README.md`: the paper's numbers beside the runs that are there, and what is missing."""
 
 import math
-import os
 from pathlib import Path
 
+from runs.files import write_whole
 from runs.log import RunError
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
-from scripts.results import Results, data_name, network_name
+from scripts.results import Results, data_name, network_name, title
 
+MADE = "Written by `python -m scripts.reproduce`"
+INTRODUCTION = (
+    f"{MADE}; nothing here was typed. A quick run is a beginning: the paper's numbers are those of "
+    "1,000 to 2,000 epochs (ImageNet: 350), and a quick number beside one of them is not its "
+    "reproduction. 'JPEG CIFAR-10' are CIFAR-10's images after a pass through JPEG, which may move "
+    "an accuracy by a point or two."
+)
+TUNED = (
+    "Tuned means the least train loss in the last epoch (**bold**) over the grid, test accuracies "
+    "unseen; a run whose loss was no longer finite is kept as a failure."
+)
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.
 PAPER = {
-    ("fig1", "deep", "Adam"): "10",
-    ("fig1", "deep", "SGD"): "10",
-    ("fig4", "fcn", "AGD"): "52.7",
-    ("fig4", "fcn", "Adam"): "53.5",
-    ("fig4", "resnet18", "AGD"): "91.2",
-    ("fig4", "resnet18", "Adam"): "92.9",
-    ("fig4", "vgg", "AGD"): "67.4",
-    ("fig4", "vgg", "Adam"): "69.7",
-    ("fig4", "imagenet", "AGD"): "65.5",
-    ("fig5", "fcn", "Adam"): "at 1e-4",
-    ("fig5", "fcn", "SGD"): "at 1e-1",
-    ("fig6", "2x64", "AGD"): "42.55",
-    ("fig6", "4x2048", "AGD"): "63.7",
-    ("fig7", "batch 32", "AGD"): "55.0",
-    ("fig7", "batch 128", "AGD"): "58.0",
-    ("fig7", "batch 1024", "AGD"): "60.0",
-    ("fig7", "batch 4096", "AGD"): "59.8",
-}
-
+    "fig1": {("deep", "Adam"): "10", ("deep", "SGD"): "10"},
+    "fig4": {
+        ("fcn", "AGD"): "52.7", ("fcn", "Adam"): "53.5", ("resnet18", "AGD"): "91.2",
+        ("resnet18", "Adam"): "92.9", ("vgg", "AGD"): "67.4", ("vgg", "Adam"): "69.7",
+        ("imagenet", "AGD"): "65.5",
+    },
+    "fig5": {("fcn", "Adam"): "at 1e-4", ("fcn", "SGD"): "at 1e-1"},
+    "fig6": {("2x64", "AGD"): "42.55", ("4x2048", "AGD"): "63.7"},
+    "fig7": {
+        ("batch 32", "AGD"): "55.0", ("batch 128", "AGD"): "58.0", ("batch 1024", "AGD"): "60.0",
+        ("batch 4096", "AGD"): "59.8",
+    },
+}  # fmt: skip
 CAPTIONS = {
     "fig1": "Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral "
     "one, beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last "
@@ -64,75 +69,90 @@ CAPTIONS = {
     "measured η and from the number of steps t alone. No horizon is set.",
     "phases": "A part of the training set is fitted soon: η rises, then falls.",
 }
-MADE = "Written by `python -m scripts.reproduce`"
-TITLES = {key: f"Figure {key[3:]}: {what}" for key, what in FIGURES.items() if key[:3] == "fig"}
 
 
 def write(out):
-    """Write the page from what lies under `out`; returns its path."""
-    every = [Results(out, scale) for scale in SCALES]
-    every = [results for results in every if (results.folder / "logs").is_dir()]
-    parts = [
-        "# Results",
-        f"{MADE}; nothing here was typed. A quick run is a "
-        "beginning: the paper's numbers are those of 1,000 to 2,000 epochs (ImageNet: 350), and a "
-        "quick number beside one of them is not its reproduction. 'JPEG CIFAR-10' are CIFAR-10's "
-        "images after a pass through JPEG, which may move an accuracy by a point or two.",
-        claims(every),
-    ]
-    for results in every:
-        parts += [
-            f"## Scale: {results.scale}",
-            numbers(results),
-            widths_and_depths(results),
-            rates(results),
-            pictures(results),
-            extent(results),
-        ]
-    if (Path(out) / "measured" / "README.md").exists():
+    """Write the page from the files under `out`; returns its path. Raises RunError where the page
+    there is somebody else's."""
+    out, path = Path(out), Path(out, "README.md")
+    scales = [results for results in (Results(out, scale) for scale in SCALES)
+              if (results.folder / "logs").is_dir()]  # fmt: skip
+    parts = ["# Results", INTRODUCTION, claims(scales)]
+    for results in scales:
+        parts.append(f"## Scale: {results.scale}")
+        parts += [part(results) for part in (numbers, sizes, searches, pictures, extent)]
+    if (out / "measured" / "README.md").exists():
         parts.append("## More\n\n[Other runs and the benchmark](measured/README.md)")
-    path = Path(out) / "README.md"
     if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
         raise RunError(f"{path} is a page of somebody else's, and stays: choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
 def table(head, rows):
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def claims(every):
+def claims(scales):
     """Each claim of the paper with its verdict at each scale, and what holding means."""
-    head = ["claim", *(results.scale for results in every)]
-    rows = []
+    names, rows = [results.scale for results in scales], []
+    unseen = [] if "full" in names else ["full"]
     for claim in CLAIMS:
-        what, _, rule = claim.__doc__.partition("\n\n")
-        verdicts = [judge(claim, results) for results in every]
-        cells = [f"**{verdict}**" + (f": {said}" if said else "") for verdict, said in verdicts]
-        rows.append([f"{one_line(what)}<br><sub>{one_line(rule)}</sub>", *cells])
-    if "full" not in [results.scale for results in every]:
-        head, rows = [*head, "full"], [[*row, "not run"] for row in rows]
+        verdicts = [judge(claim, results) for results in scales]
+        cells = [f"**{verdict}**" + (f": {words}" if words else "") for verdict, words in verdicts]
+        cells += ["not run"] * len(unseen)
+        rows.append([f"{claim.says}<br><sub>{claim.holds_if}</sub>", *cells])
     words = "A quick verdict is one on the beginning of training."
-    return f"## The paper's claims\n\n{words}\n\n" + table(head, rows)
+    return f"## The paper's claims\n\n{words}\n\n" + table(["claim", *names, *unseen], rows)
 
 
-def one_line(text):
-    return " ".join(text.split())
+def in_numbers(figure, panel, curve):
+    """Whether a curve gets a row. Figure 8's other runs are figure 5's, the rates of figure 1 stand
+    with the searches."""
+    return (
+        (panel, curve) in PAPER.get(figure, {})
+        or figure in ("fig4", "fig5", "fig11", "phases")
+        or (figure == "fig8" and curve in PEERS)
+        or (figure == "fig1" and (panel != "rates" or curve in RULES))
+    )
 
 
-def shown(results, key):
-    """The runs that a number is of: the equally long seeds, or the tuned point of a grid."""
-    found = results.of(*key)
+def numbers(results):
+    """The paper's numbers, ours, and the hardware and commands behind ours."""
+    head = ["", "paper, test %", "here, test %", "here, train %", "epochs", "made with", "command"]
+    rows = []
+    for key in dict.fromkeys(row[:3] for row in results.table):
+        if not in_numbers(*key):
+            continue
+        (figure, panel, curve), planned, there = key, results.planned(*key), results.of(*key)
+        data = there[0].data if there else data_name(planned[0].flag("--dataset"))
+        what = f"{short(figure)}, {title(planned[0], data)}"
+        what += f", {panel}, {curve}" if panel.startswith("batch") else f", {curve}"
+        shown, paper = comparable(results, key, there), PAPER.get(figure, {}).get(key[1:], "")
+        if not shown:
+            begun = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
+            rows.append([what, paper, "not run" + begun, *[""] * 4])
+            continue
+        run = shown[0].experiment
+        rate = f" at {run.flag('--lr')}" if run.flag("--lr") else ""
+        accuracies = [spread([100 * x.last[f"{kind}_acc"] for x in shown])
+                      for kind in ("test", "train")]  # fmt: skip
+        made = "; ".join(dict.fromkeys(made_with(x.first) for x in shown))
+        command = f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`"
+        rows.append([what + rate, paper, *accuracies, length(shown[0]), made, command])
+    return "### Numbers\n\n" + table(head, rows)
+
+
+def comparable(results, key, there):
+    """The runs behind a number: the tuned point of a grid, or the equally long seeds."""
     if len({row.flag("--lr") for row in results.planned(*key)}) > 1:
         best = results.tuned(*key)
         return [best] if best else []
-    longest = max((len(x.epochs) for x in found), default=0)
-    return [x for x in found if len(x.epochs) == longest or x.stopped]
+    longest = max((len(x.epochs) for x in there), default=0)
+    return [x for x in there if len(x.epochs) == longest or x.stopped]
 
 
 def spread(values):
@@ -143,52 +163,11 @@ def spread(values):
     return f"{mean} ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
 
 
-def numbers(results):
-    """The paper's numbers, ours, and what they were made with."""
-    head = ["", "paper, test %", "here, test %", "here, train %", "epochs", "made with", "command"]
-    rows = []
-    for key in dict.fromkeys(row[:3] for row in results.table):
-        figure, panel, name = key
-        # Figure 8's other runs are figure 5's, the rates of figure 1 stand with the searches.
-        mine = figure in ("fig4", "fig5", "fig11", "phases")
-        mine = mine or (figure == "fig8" and name in PEERS)
-        mine = mine or (figure == "fig1" and (panel != "rates" or name in RULES))
-        if not (mine or key in PAPER):
-            continue
-        planned, there, found = results.planned(*key), results.of(*key), shown(results, key)
-        data = there[0].data if there else data_name(planned[0].flag("--dataset"), {})
-        what = f"{short(figure)}, {network_name(planned[0])}, {data}"
-        what += f", {panel}" if panel.startswith("batch") else ""
-        images = planned[0].flag("--train_examples")
-        what += f", {int(images):,} images" if images else ""
-        if not found:
-            under_way = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
-            rows.append([f"{what}, {name}", PAPER.get(key, ""), "not run" + under_way, *[""] * 4])
-            continue
-        run = found[0].experiment
-        rate = f" at {run.flag('--lr')}" if run.flag("--lr") else ""
-        rows.append([
-            f"{what}, {name}{rate}",
-            PAPER.get(key, ""),
-            spread([100 * x.last["test_acc"] for x in found]),
-            spread([100 * x.last["train_acc"] for x in found]),
-            length(found[0]),
-            "; ".join(dict.fromkeys(made_with(x.first) for x in found)),
-            f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`",
-        ])  # fmt: skip
-    return "### Numbers\n\n" + table(head, rows)
-
-
-def part(found, planned):
-    """Words for runs that lack others to compare with."""
-    return f" ({len(found)} of {len(planned)} runs)" if len(found) < len(planned) else ""
-
-
-def length(found):
-    """Its epochs, and how many they should be."""
-    done, planned = len(found.epochs), found.experiment.epochs
-    if found.stopped:
-        return f"stopped in {done}: {found.stopped.split(';')[0]}"
+def length(result):
+    """The number of its epochs, and how many are planned."""
+    done, planned = len(result.epochs), result.experiment.epochs
+    if result.stopped:
+        return f"stopped in {done}: {result.stopped.split(';')[0]}"
     return f"{done}" if done == planned else f"{done} of {planned}"
 
 
@@ -196,23 +175,8 @@ def short(figure):
     return f"fig. {figure[3:]}" if figure.startswith("fig") else figure
 
 
-def widths_and_depths(results):
-    """Figure 6 in numbers."""
-    if not results.of("fig6"):
-        return ""
-    rows = []
-    for depth in DEPTHS:
-        row = [f"depth {depth}"]
-        for width in WIDTHS[results.scale]:
-            found = results.of("fig6", f"{depth}x{width}")
-            row.append(figures_of(found[0]) if found else "not run")
-        rows.append(row)
-    head = ["train loss, test accuracy", *(f"width {width}" for width in WIDTHS[results.scale])]
-    return "### Width and depth\n\n" + table(head, rows)
-
-
 def made_with(first):
-    """Hardware, version and date of a run, and those that it went on with."""
+    """Hardware, version and date of a run, and of its resumptions elsewhere."""
     parts = [f"{hardware(first)}; {first['date'][:10]}"]
     for later in first.get("resumed", []):
         if {"device_name", "torch", "threads"} & set(later):
@@ -221,49 +185,56 @@ def made_with(first):
 
 
 def hardware(first):
-    threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''} a run"
-    cores = f", {first['cores']} cores" if "cores" in first else ""
-    gpu = first["device"].startswith("cuda")
-    return f"{first['device_name']}{'' if gpu else cores + threads}, torch {first['torch']}"
+    words = [first["device_name"]]
+    if not first["device"].startswith("cuda"):
+        words += [f"{first['cores']} cores"] if "cores" in first else []
+        words += [f"{first['threads']} thread{'s' if first['threads'] > 1 else ''} a run"]
+    return ", ".join([*words, f"torch {first['torch']}"])
 
 
-def figures_of(found):
-    """Train loss and test accuracy, and how far the run is if it is not through."""
-    if found.stopped:
-        return f"stopped in epoch {len(found.epochs)}: {found.stopped.split(' at ')[0]}"
-    loss = "not finite" if math.isnan(found.loss) else f"{found.loss:.4f}"
-    cut = "" if found.finished else f" ({length(found)} epochs)"
-    return f"{loss}, {100 * found.last['test_acc']:.1f} %{cut}"
+def outcome(result):
+    """Train loss and test accuracy, and the epochs of a run that is not finished."""
+    if result.stopped:
+        return f"stopped in epoch {len(result.epochs)}: {result.stopped.split(' at ')[0]}"
+    loss = "not finite" if math.isnan(result.loss) else f"{result.loss:.4f}"
+    cut = "" if result.finished else f" ({length(result)} epochs)"
+    return f"{loss}, {100 * result.last['test_acc']:.1f} %{cut}"
+
+
+def sizes(results):
+    """Figure 6 in numbers."""
+    if not results.of("fig6"):
+        return ""
+    widths, rows = WIDTHS[results.scale], []
+    for depth in DEPTHS:
+        runs = [results.only("fig6", f"{depth}x{width}", "AGD") for width in widths]
+        rows.append([f"depth {depth}", *(outcome(x) if x else "not run" for x in runs)])
+    head = ["train loss, test accuracy", *(f"width {width}" for width in widths)]
+    return "### Width and depth\n\n" + table(head, rows)
 
 
 def grids(results):
-    """(figure, words for network and optimiser, its runs, the tuned one or None while some are
-    missing) of each grid that has runs."""
-    keys = dict.fromkeys(row[:3] for row in results.table if row.flag("--lr"))
-    for key in keys:
-        planned, found = results.planned(*key), results.of(*key)
-        if key[0] == "fig8" or len(planned) < 2 or not found:  # figure 8's are figure 5's
+    """(figure, words for network and optimiser, runs, the tuned run or None) of each grid with
+    runs. Figure 8's are figure 5's."""
+    for key in dict.fromkeys(row[:3] for row in results.table if row.flag("--lr")):
+        planned, runs = results.planned(*key), results.of(*key)
+        if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
-        words = f"{network_name(planned[0])}, {found[0].data}, {key[2]}{part(found, planned)}"
-        yield key[0], words, found, results.tuned(*key)
+        words = f"{network_name(planned[0])}, {runs[0].data}, {key[2]}"
+        if len(runs) < len(planned):
+            words += f" ({len(runs)} of {len(planned)} runs)"
+        yield key[0], words, runs, results.tuned(*key)
 
 
-def rates(results):
+def searches(results):
     """Every point of every grid, the failures too."""
     parts = []
-    for figure, words, found, best in grids(results):
-        winner = best and best.experiment
-        cells = [figures_of(x) for x in found]
-        cells = [f"**{cell}**" if x.experiment == winner else cell for x, cell in zip(found, cells)]
-        head = [f"{short(figure)}, {words}", *(x.experiment.flag("--lr") for x in found)]
+    for figure, words, runs, best in grids(results):
+        cells = [f"**{outcome(x)}**" if best and x.experiment == best.experiment else outcome(x)
+                 for x in runs]  # fmt: skip
+        head = [f"{short(figure)}, {words}", *(x.experiment.flag("--lr") for x in runs)]
         parts.append(table(head, [["train loss, test accuracy", *cells]]))
-    if not parts:
-        return ""
-    rule = (
-        "Tuned means the least train loss in the last epoch (**bold**) over the grid, test "
-        "accuracies unseen; a run whose loss was no longer finite is kept as a failure."
-    )
-    return "### The searches\n\n" + rule + "\n\n" + "\n\n".join(parts)
+    return "\n\n".join(["### The searches", TUNED, *parts]) if parts else ""
 
 
 def pictures(results):
@@ -271,28 +242,27 @@ def pictures(results):
     for figure, what in FIGURES.items():
         path = results.folder / "figures" / f"{figure}.png"
         if path.exists():
-            name = TITLES.get(figure, what.capitalize())
+            number = figure.removeprefix("fig")
+            name = what.capitalize() if number == figure else f"Figure {number}: {what}"
             place = path.relative_to(results.out).as_posix()
             parts.append(f"#### {name}\n\n![{name}]({place})\n\n{CAPTIONS[figure]}")
-    return "### Figures\n\n" + "\n\n".join(parts) if parts else ""
+    return "\n\n".join(["### Figures", *parts]) if parts else ""
 
 
 def extent(results):
-    """How much of the table has been run, and what it took."""
+    """How much of the table has been run, and how long it took."""
     rows = []
     for figure in FIGURES:
         planned = [row for row in results.table if row.figure == figure]
-        if not planned:
-            continue
-        found = results.of(figure)
-        done = [x for x in found if x.finished]
-        seconds = sum(row["seconds"] for x in done for row in x.epochs)
+        done = [x for x in results.of(figure) if x.finished]
         finished = {x.experiment for x in done}
-        missing = [row for row in planned if row not in finished]
-        panels = list(dict.fromkeys(f"{x.panel}, {x.curve}" for x in missing))
-        rest = "; ".join(panels[:4]) + (f"; {len(panels) - 4} more" if len(panels) > 4 else "")
+        seconds = sum(row["seconds"] for x in done for row in x.epochs)
+        missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in finished)
+        rest = "; ".join([*missing][:4])
+        rest += f"; {len(missing) - 4} more" if len(missing) > 4 else ""
         if figure == "fig3" and not (results.folder / "fig3.json").exists():
             rest = "not measured"
-        rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])
+        if planned:
+            rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])
     head = ["figure", "runs", "minutes of its runs, added up", "not run"]
     return "### What has been run\n\n" + table(head, rows)

@@ -20,6 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -27,102 +28,52 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import flags
-from cli import Parser, number, one_of
-from data import DataError, default_data_dir
+from cli import Parser, UserError, number, one_of
+from data import default_data_dir
+from data.workers import usable_cores
 from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done
-from scripts.runner import Availability, Runner, cores, is_finished, tasks
+from scripts.runner import Process, Runner, availability, is_finished, tasks
+from scripts.together import STREAMS, Host
 
 TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def duration(text):
-    """Seconds of 90s, 9m, 1.5h, 1h30m."""
+    """An argument type: seconds of 90s, 9m, 1.5h, 1h30m."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
     seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError("no time at all")
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
     return seconds
 
 
 def chosen_runs(text):
-    """A function of the tasks, a list: the numbers in it of those that --runs names."""
+    """An argument type: a function of the tasks that returns the numbers that --runs names."""
     if re.search("[A-Za-z]", text):
         return lambda tasks: [i for i, task in enumerate(tasks) if text in task.name]
     try:
-        found = sorted({int(number) for number in text.split(",")})
+        numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers: 0,2,5") from None
-    return lambda tasks: found
+    return lambda tasks: numbers
 
 
 def words(text):
-    """The words of --sbatch."""
+    """An argument type: the words of --sbatch."""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def count(n, what="run"):
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def submit(args, numbers, results):
-    """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
-    root = Path(__file__).resolve().parent.parent
-    again = [*args.figures, "--scale", args.scale, "--out", os.path.abspath(args.out)]
-    again += ["--data_dir", os.path.abspath(os.path.expanduser(args.data_dir))]
-    again += ["--device", args.device] if args.device else []
-    again += ["--epochs", str(args.epochs)] if args.epochs else []
-    folder = os.path.abspath(results.folder / "output")
-    os.makedirs(folder, exist_ok=True)
-
-    def sbatch(*options, last=()):
-        done = subprocess.run(
-            ["sbatch", "--parsable", *args.sbatch, *options, root / "scripts/slurm/array.sh",
-             *again, *last],
-            cwd=root, text=True, capture_output=True, stdin=subprocess.DEVNULL,
-            env={"AGD_PYTHON": sys.executable, "AGD_REPO": str(root), **os.environ},
-        )  # fmt: skip
-        if done.returncode:
-            said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-            raise RunError(f"the queue refused the job: {said}")
-        return done.stdout.strip().split(";")[0]
-
-    at_once = f"%{args.jobs}" if args.jobs else ""
-    try:
-        array = sbatch(
-            f"--array={','.join(map(str, numbers))}{at_once}", f"--output={folder}/slurm-%A_%a.txt"
-        )
-    except FileNotFoundError:
-        raise RunError("there is no sbatch here: --submit slurm is for a SLURM cluster") from None
-    print(f"Job {array}, an array of {count(len(numbers))}; what they say: {folder}", flush=True)
-    after = sbatch(
-        f"--dependency=afterany:{array}", "--job-name=agd-draw", f"--output={folder}/slurm-%j.txt",
-        last=["--draw"],
-    )  # fmt: skip
-    print(f"Job {after} draws when they have ended")
-    return 0
-
-
-def show(args, every, results, available):
-    """The table of the runs and where they stand."""
-    for i, task in enumerate(every):
-        done = min(task.epochs, epochs_done(results.folder / "logs" / f"{task.name}.jsonl"))
-        state = f"{done}/{task.epochs} epochs"
-        if is_finished(results, task):
-            state = "finished" if done == task.epochs else f"stopped after {done} epochs"
-        elif reason := available.lacking(task):
-            state += f", left out: {reason}"
-        print(f"{i:3}  {task.name}  {state}")
-
-
 def parse(argv):
+    """(the parser, the arguments)."""
     parser = Parser(
         prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -156,9 +107,7 @@ def parse(argv):
     add("--sbatch", default=[], metavar="OPTIONS", type=words,
         help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'")
     args = parser.parse_args(argv)
-    if "all" in args.figures:
-        args.figures = list(FIGURES)
-    args.figures = [figure for figure in FIGURES if figure in args.figures]
+    args.figures = [x for x in FIGURES if x in args.figures or "all" in args.figures]
     if args.submit and (args.draw or args.runs or args.time_limit):
         parser.error("--submit sends whole runs: leave out --draw, --runs and --time_limit")
     if args.sbatch and not args.submit:
@@ -167,11 +116,13 @@ def parse(argv):
         parser.error("--fresh would start a run over whenever the queue does; leave it out")
     if args.device and not (args.submit or args.draw or args.list):
         flags.parse(["--device", args.device])  # ends with a sentence where there is none
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file")
     return parser, args
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line; returns the exit code."""
     parser, args = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -184,76 +135,129 @@ def main(argv=None):
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (RunError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RunError) else 1
+        return getattr(error, "exit_code", 1)
 
 
 def reproduce(parser, args):
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file")
-    if not (args.list or args.draw):
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--out {args.out} cannot be made: {error.strerror}")
-    fetch = not (args.list or args.draw)
-    results, available = Results(args.out, args.scale), Availability(args.data_dir, fetch)
+    """List, run, submit or draw what the arguments ask for; returns the exit code."""
+    results, code = Results(args.out, args.scale), 0
     every = tasks(results, args.figures, args.epochs)
     if args.list:
-        show(args, every, results, available)
+        show(args, every, results)
         return 0
     chosen = range(len(every)) if args.runs is None else args.runs(every)
     if args.runs and not chosen:
         parser.error("--runs: there is no run of that name; --list shows them")
     if any(not 0 <= i < len(every) for i in chosen):
         parser.error(f"--runs: the list has the numbers 0 to {len(every) - 1}")
-    code = 0
     if not args.draw:
-        todo, left_out = [], {}
-        for i in chosen:
-            if is_finished(results, every[i]):
-                continue
-            reason = available.lacking(every[i])
-            if reason:
-                left_out.setdefault(reason, []).append(every[i])
-            else:
-                todo.append(i)
-        done = len(chosen) - len(todo) - sum(map(len, left_out.values()))
-        print(f"{count(len(chosen))}: {done} finished, {len(todo)} to do"
-              + (f", {len(chosen) - done - len(todo)} left out" if left_out else ""), flush=True)
-        for reason, lost in left_out.items():
-            flags_of = {task.flags for task in lost}
-            of = dict.fromkeys(row.figure for row in results.table if row.flags in flags_of)
-            of = ", ".join(figure for figure in of if figure in args.figures)
-            print(f"  left out, {len(lost)} of {of}: {reason}", flush=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {args.out} cannot be made: {error.strerror}")
+        todo = left_to_do(args, every, chosen, results)
         if args.submit and todo:
             return submit(args, todo, results)
-        if todo:
-            code = run(args, [every[i] for i in todo], results)
+        code = run(args, [every[i] for i in todo], results) if todo else 0
     if args.runs is None and not args.submit:
         code = max(code, draw(args, results))
     return code
 
 
+def show(args, every, results):
+    """Print the table of the runs with their states."""
+    lacking = availability(args.data_dir, fetch=False)
+    for i, task in enumerate(every):
+        done = min(task.epochs, epochs_done(results.log(task.name)))
+        state = f"{done}/{task.epochs} epochs"
+        if is_finished(results, task):
+            state = "finished" if done == task.epochs else f"stopped after {done} epochs"
+        elif reason := lacking(task):
+            state += f", left out: {reason}"
+        print(f"{i:3}  {task.name}  {state}")
+
+
+def left_to_do(args, every, chosen, results):
+    """The numbers of the unfinished runs that can be run here; prints what is left out, and why."""
+    lacking, todo, left_out, done = availability(args.data_dir, fetch=True), [], {}, 0
+    for i in chosen:
+        if is_finished(results, every[i]):
+            done += 1
+        elif reason := lacking(every[i]):
+            left_out.setdefault(reason, []).append(every[i].flags)
+        else:
+            todo.append(i)
+    lost = len(chosen) - done - len(todo)
+    print(f"{count(len(chosen))}: {done} finished, {len(todo)} to do"
+          + (f", {lost} left out" if lost else ""), flush=True)
+    for reason, lost in left_out.items():
+        of = dict.fromkeys(row.figure for row in results.table if row.flags in lost)
+        of = ", ".join(figure for figure in of if figure in args.figures)
+        print(f"  left out, {len(lost)} of {of}: {reason}", flush=True)
+    return todo
+
+
+def count(n):
+    return f"{n} run" if n == 1 else f"{n} runs"
+
+
+def submit(args, numbers, results):
+    """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
+    options = {"scale": args.scale, "out": args.out.absolute(), "device": args.device,
+               "data_dir": Path(args.data_dir).expanduser().absolute(), "epochs": args.epochs}
+    again = [*args.figures]
+    for name, value in options.items():
+        again += [f"--{name}", str(value)] if value else []
+    folder = results.folder.absolute() / "output"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def sbatch(*options, last=()):
+        try:
+            done = subprocess.run(
+                ["sbatch", "--parsable", *args.sbatch, *options, ROOT / "scripts/slurm/array.sh",
+                 *again, *last],
+                cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL,
+                env={"AGD_PYTHON": sys.executable, "AGD_REPO": str(ROOT), **os.environ},
+            )  # fmt: skip
+        except FileNotFoundError:
+            words = "there is no sbatch here: --submit slurm is for a SLURM cluster"
+            raise RunError(words) from None
+        if done.returncode:
+            reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+            raise RunError(f"the queue refused the job: {reason}")
+        return done.stdout.strip().split(";")[0]
+
+    tickets = ",".join(map(str, numbers)) + (f"%{args.jobs}" if args.jobs else "")
+    array = sbatch(f"--array={tickets}", f"--output={folder}/slurm-%A_%a.txt")
+    print(f"Job {array}, an array of {count(len(numbers))}; their output: {folder}", flush=True)
+    after = sbatch(f"--dependency=afterany:{array}", "--job-name=agd-draw",
+                   f"--output={folder}/slurm-%j.txt", last=["--draw"])  # fmt: skip
+    print(f"Job {after} draws when they have ended")
+    return 0
+
+
 def run(args, todo, results):
     """Run the tasks; returns the exit code."""
-    cpu = on_cpu(args.device)
-    jobs = args.jobs or (min(cores(), 8) if cpu else 1)
+    cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
+    jobs = min(args.jobs or (min(usable_cores(), 8) if cpu else 1), len(todo))
     together = args.together == "on" or (args.together == "auto" and not cpu and jobs > 1)
-    place = ["--data_dir", str(args.data_dir)] + (["--device", args.device] if args.device else [])
-    place += ["--fresh"] if args.fresh else []
-    title = " ".join(args.figures[:3])
-    runner = Runner(results, min(jobs, len(todo)), place, deadline(args), title, together)
-    whole = runner.run(todo)
+    place = ["--data_dir", str(args.data_dir)] + (["--fresh"] if args.fresh else [])
+    place += ["--device", args.device] if args.device else []
+    with Host() if together else contextlib.nullcontext(Process) as start:
+        jobs = min(jobs, STREAMS) if together else jobs
+        title = " ".join(args.figures[:3])
+        runner = Runner(results, jobs, place, deadline(args), title, start)
+        in_time = runner.run(todo)
     for name, reason in runner.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
-    if whole:
+    if in_time:
         return 1 if runner.failed else 0
-    said = f"{len(runner.ended)} of {count(len(todo))} came to their end; the same command goes on"
+    words = f"{len(runner.ended)} of {count(len(todo))} have ended; the same command goes on"
     if not runner.gained():
-        said = "no run has finished an epoch in it, and none would: give it a longer one"
-    print(f"The time is up: {said}", flush=True)
+        words = "no run has finished an epoch in it, and none would: give it a longer one"
+    print(f"The time is up: {words}", flush=True)
     return TIME_IS_UP
 
 
@@ -264,22 +268,14 @@ def deadline(args):
     return BEGAN + args.time_limit - min(8 + 3 * len(args.figures), args.time_limit / 3)
 
 
-def on_cpu(device):
-    if device is None:
-        import torch
-
-        return not torch.cuda.is_available()
-    return device == "cpu"
-
-
 def draw(args, results):
-    """Draw the figures for which there is something, and write the page that shows them; returns
-    the exit code."""
+    """Draw the figures that have runs, and write the page that shows them; returns the exit code.
+    """
     from scripts import figures, majorisation, report
 
-    code = 0
     if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
         return TIME_IS_UP
+    code = 0
 
     def in_time():
         if args.time_limit is not None and time.monotonic() > deadline(args):
@@ -288,7 +284,7 @@ def draw(args, results):
     if "fig3" in args.figures:
         try:
             majorisation.measure(results, args.data_dir, in_time)
-        except (RunError, DataError, TimeoutError) as error:
+        except (UserError, TimeoutError) as error:
             print(f"fig3: not measured, {error}", flush=True)
             code = TIME_IS_UP if isinstance(error, TimeoutError) else 0
     for figure in args.figures:
@@ -300,8 +296,8 @@ def draw(args, results):
             code = max(code, 1)
             continue
         print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
-        for _, words, found, best in searches:
-            print(f"  {words}: the least final train loss of {len(found)} rates is "
+        for _, what, runs, best in searches:
+            print(f"  {what}: the least final train loss of {len(runs)} rates is "
                   f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
     print(f"All of it: {report.write(args.out)}")
     return code

@@ -1,123 +1,220 @@
-"""How training scales to many GPUs, on paper: `python -m scripts.scaling`.
+"""Data-parallel training on 1 to 1,024 GPUs, on paper: `python -m scripts.scaling`.
 
-Prints the tables of docs/scaling.md, made by scripts/plan.py from the model and the sourced inputs
-of scripts/costs.py; --write renews them there, with the picture. --measure prints, as JSON, what
-this machine does (all its GPUs, or two processes on its CPU); --from FILE takes that for an input.
+Prints the tables of docs/distributed.md; --write renews them there. Times are in seconds, sizes in
+bytes, bandwidths in GB/s.
 """
 
 import argparse
-import json
-import os
+import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.lines import Line2D
+import torch
 
-from architecture import NETWORKS
-from cli import Parser
-from data import DataError
-from scripts import links
-from scripts.costs import known
-from scripts.figures import fingerprint
-from scripts.plan import GPUS, Plan, tables
-from scripts.style import BLACK, BLUE, DASHED, GREEN, ORANGE, RED, STYLE, WIDTH, legend
+from architecture import NETWORKS, build
+from cli import Parser, number
+from runs.files import write_whole
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
 START, END = "<!-- tables: python -m scripts.scaling --write -->", "<!-- end of the tables -->"
+DLE = "NVIDIA/DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5/README.md"
+TUNING = "NVIDIA/nccl, src/graph/tuning.cc at 01afd20"
+INPUTS = {  # name: (value, unit, source); "assumed" is a guess that a measurement should replace
+    "TF32": (938, "images/s", f"published, one A100 80GB, batch 256, SGD: {DLE}"),
+    "mixed": (2470, "images/s", "published, the same table"),
+    "8 × TF32": (7248, "images/s", "published, the same table, one DGX A100"),
+    "8 × mixed": (16621, "images/s", "published, the same table, one DGX A100"),
+    "launch": (20e-6, "s a kernel", "assumed; the batch-1 forward pass there (V100) gives 46e-6"),
+    "kernels": (7.5, "a weight tensor", "counted: 404 of both passes of ResNet-50, 54 weights"),
+    "backward": (2 / 3, "of compute", "assumed: twice the forward pass, as the FLOPs are"),
+    "memory": (2039, "GB/s", "A100 80GB: 5,120 bits at 1,593 MHz, twice a clock"),
+    "inter_share": (0.8, "of line rate", "assumed, as github.com/NVIDIA/nccl-tests/issues/212"),
+    "base": (8.4e-6, "s", f"latency of a ring, protocol Simple: {TUNING}"),
+    "near": (3.4e-6, "s a step", "the same over NVLink"),
+    "far": (9.6e-6, "s a step", "the same over the network"),
+    "node_link": (235, "GB/s", "NCCL's limit for A100 over NVLink 3 (line rate 300): the same"),
+    "decode": (1126, "images/s a core", "measured 2026-11-22: results/benchmark/data.json"),
+    "file": (115364, "bytes", "the mean of ILSVRC 2012's training files, 147.8 GB in all"),
+    "file, 256": (17446, "bytes", "measured: the mean of 1,000 files, shorter side 256"),
+}
+KNOWN = {name: value for name, (value, *_) in INPUTS.items()}
+# Line rates of a node, GB/s.
+LINKS = {"8 × HDR 200": 200, "1 × HDR 200": 25, "100 GbE": 12.5, "25 GbE": 3.125}
+GPUS, SHOWN = [2**k for k in range(11)], (64, 1024)
+LARGEST = 256  # images of a micro-batch
+BUCKETS = (1 << 20, 25 << 20)  # bytes, the first and the others: DistributedDataParallel's
 
 
-def draw(plan):
-    """Efficiency at constant batch a GPU and in all, and images a second of the latter."""
-    shown = dict(zip([k for k in plan.links if k != "8 × NDR 400"], (BLACK, BLUE, ORANGE, RED)))
-    weak, strong = plan.args.batch_per_gpu[0], plan.args.batch[-1]
-    panels = [("weak", weak, 2, f"{weak} images a GPU: efficiency"),
-              ("strong", strong, 2, f"{strong:,} images in all: efficiency"),
-              ("strong", strong, 1, f"{strong:,} images in all: images/s")]  # fmt: skip
-    with plt.style.context([STYLE]):
-        figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
-        for ax, (kind, batch, column, title) in zip(axes, panels):
-            for work, style in zip(plan.works.values(), ("-", DASHED)):
-                for link, colour in shown.items():
-                    y = [getattr(plan, kind)(work, plan.links[link], n, batch)[column]
-                         for n in GPUS]  # fmt: skip
-                    ax.plot(GPUS, y, color=colour, linestyle=style)
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(GPUS[::2], [f"{n:,}" for n in GPUS[::2]])
-            ax.set_xlabel("GPUs")
-            ax.set_title(title)
-            if column == 1:
-                ax.set_yscale("log")
-            else:
-                ax.set_ylim(0, 1.05)
-                ax.axhline(0.8, color=GREEN, linewidth=0.7)
-                ax.axhline(0.5, color=GREEN, linewidth=0.7)
-        keys = [Line2D([], [], color=colour, label=link) for link, colour in shown.items()]
-        keys += [Line2D([], [], color="#555555", linestyle=style, label=name)
-                 for name, style in zip(plan.works, ("-", DASHED))]  # fmt: skip
-        legend(figure, keys)
-    return figure
+def count(arch, side):
+    """[(bytes, FLOPs of a forward pass of one image)] of the weights, in the order of the forward
+    pass. Nothing is computed (device meta)."""
+    weights = []
+
+    def note(module, inputs, output):
+        places, size = output.numel() // output.shape[1], module.weight.numel()
+        weights.append((4 * size, 2 * places * size))
+
+    with torch.device("meta"):
+        net = build(arch, (3, side, side), 1000)
+        for module in net.modules():
+            if getattr(module, "weight", None) is not None:
+                module.register_forward_hook(note)
+        net(torch.empty(1, 3, side, side))
+    return weights
 
 
-def write(plan, folder=DOCS):
-    """Renew the tables of scaling.md between their markers, and scaling.png."""
-    path = folder / "scaling.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    text = f"{before}{START}\n\n{tables(plan)}\n\n{END}{rest.split(END)[1]}"
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    figure = draw(plan)
-    with plt.style.context([STYLE]):
-        figure.savefig(folder / "scaling.png", metadata={"Source": fingerprint(figure)})
-    plt.close(figure)
+def buckets(weights):
+    """[(bytes, share of the backward pass that has filled it)] of DistributedDataParallel's
+    messages: from the last layer on, each closes once it has reached its limit."""
+    filled, size, done, limit = [], 0, 0, BUCKETS[0]
+    for n, flops in reversed(weights):
+        size, done = size + n, done + flops
+        if size >= limit:
+            filled.append((size, done / sum(f for _, f in weights)))
+            size, limit = 0, BUCKETS[1]
+    return filled + [(size, 1.0)] * bool(size)
 
 
-def parser():
-    p = Parser(
-        prog="python -m scripts.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = p.add_argument
-    add("--arch", default="resnet50", choices=NETWORKS)
-    add("--image_size", type=int, default=224)
-    add("--images_per_second", type=float, metavar="R", help="of one GPU, forward, backward, step")
-    add("--rate_batch", type=int, default=256, help="the batch of that rate (default: 256)")
-    add("--gpus_per_node", type=int, default=known("gpus_per_node"))
-    add("--node_link", type=float, default=known("node_link"), metavar="GB/s",
-        help="that an all-reduce reaches a GPU inside a node (default: %(default)s)")
-    add("--inter_link", type=float, nargs="+", metavar="GB/s", help="line rates of a node")
-    add("--batch_per_gpu", type=int, nargs="+", default=[32, 256], help="(default: 32 256)")
-    add("--batch", type=int, nargs="+", default=[1024, 8192], help="in all (default: 1024 8192)")
-    add("--results", default=DOCS.parent / "results", help="where measurements are")
-    add("--from", dest="source", metavar="FILE", help="what --measure has printed elsewhere")
-    add("--measure", action="store_true", help="print what this machine does, as JSON")
-    add("--images", metavar="FOLDER", help="with --measure: decode these, one folder a class")
-    add("--write", action="store_true", help="renew docs/scaling.md and docs/scaling.png")
-    return p
+def all_reduce(size, n, inter, node, width):
+    """Seconds over n GPUs in nodes of `width`, with links of `inter` and `node` GB/s: a ring inside
+    the nodes, halving and doubling between them."""
+    if n == 1:
+        return 0.0
+    width, nodes = min(n, width), math.ceil(n / width)
+    wait = 2 * (width - 1) * KNOWN["near"] + 2 * math.ceil(math.log2(nodes)) * KNOWN["far"]
+    share = (width - 1) / width / node + (nodes - 1) / nodes / inter
+    return KNOWN["base"] + wait + 2 * size * share / 1e9
+
+
+class Model:
+    """Training `weights` at t(b) = t0 + b / r, from a GPU's `rate` in images a second at batch
+    `at`; `link`: the last arguments of all_reduce."""
+
+    def __init__(self, weights, rate, at, link, launch=KNOWN["launch"]):
+        self.link, self.buckets = link, buckets(weights)
+        self.t0 = KNOWN["kernels"] * len(weights) * launch
+        if at / rate <= self.t0:
+            raise ValueError(f"{rate} images/s at {at} leave no time for launches")
+        self.rate = at / (at / rate - self.t0)
+        # AGD reads every gradient twice and every weight once, and writes it once.
+        self.update = 4 * sum(size for size, _ in weights) / KNOWN["memory"] / 1e9
+
+    def step(self, n, batch, micro=1, overlap=True):
+        """Seconds: (passes and update, all communication, what of it the backward pass does not
+        hide, the step) of n GPUs with `batch` images each, in `micro` parts that communicate once.
+        """
+        passes = micro * self.t0 + batch / self.rate
+        images = sent = all_reduce(4, n, *self.link)  # the images are counted before the passes
+        backward = KNOWN["backward"] * passes / micro * overlap
+        arrived = 0.0
+        for size, ready in self.buckets:
+            arrived = max(arrived, ready * backward) + all_reduce(size, n, *self.link)
+            sent += all_reduce(size, n, *self.link)
+        compute, exposed = passes + self.update, images + arrived - backward if n > 1 else 0.0
+        return compute, sent, exposed, compute + exposed
+
+    def efficiency(self, n, batch, in_all):
+        """(step, images a second, efficiency beside one GPU) of `batch` images a GPU, or in all."""
+        each, parts = batch / n if in_all else batch, n if in_all else 1
+        one, many = (self.step(k, b, math.ceil(b / LARGEST)) for k, b in ((1, batch), (n, each)))
+        return many, n * each / many[-1], one[-1] / parts / many[-1]
+
+    def reach(self, batch, in_all):
+        """How many GPUs, by powers of two, keep an efficiency of 0.8, and of 0.5."""
+        counts = [n for n in GPUS if n <= batch or not in_all]
+        return " / ".join(f"{max(n for n in counts if self.efficiency(n, batch, in_all)[2] >= x):,}"
+                          for x in (0.8, 0.5))  # fmt: skip
+
+    def least(self, n):
+        """The smallest batch a GPU at which n GPUs reach 0.8 of one GPU's best rate."""
+        goal = 0.8 * LARGEST / self.step(1, LARGEST)[-1]
+        sizes = (b for b in range(1, LARGEST) if b / self.step(n, b)[-1] >= goal)
+        return next(sizes, f"over {LARGEST}")
+
+
+def table(title, *lines):
+    head, *rows = [f"| {' | '.join(map(str, x))} |" for x in lines]
+    return "\n".join([f"### {title}\n", head, "| --- " * len(lines[0]) + "|", *rows])
+
+
+def figures(x):
+    """Three of them, with commas."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def tables(args):
+    """All tables, in Markdown."""
+    weights, width = count(args.arch, args.image_size), args.gpus_per_node
+    rates = {"given": args.images_per_second} if args.images_per_second else {
+        name: KNOWN[name] for name in ("TF32", "mixed")}  # fmt: skip
+    links = {f"{x:g} GB/s": x for x in args.inter_link or ()} or LINKS
+    models = {(rate, link): Model(weights, value, args.rate_batch, (
+        KNOWN["inter_share"] * speed, args.node_link, width))
+        for rate, value in rates.items() for link, speed in links.items()}  # fmt: skip
+    (rate, link), first = next(iter(models.items()))
+    cases = {f"{b:,} a GPU": (b, False) for b in args.batch_per_gpu}
+    cases |= {f"{b:,} in all": (b, True) for b in args.batch}
+    inputs = [(k, f"{v:,.6g}" if v >= 1e-3 else f"{v:.2g}", *x) for k, (v, *x) in INPUTS.items()]
+    lines = ", ".join(f"{x:g}" for x in links.values())
+    inputs.append(("links", lines, "GB/s a node", f"line rates: {', '.join(links)}"))
+    size = sum(size for size, _ in weights) / 1e6
+    inputs += [("gradient", f"{size:.1f}", "MB", f"counted: {len(weights)} weights, {args.arch}"),
+               ("t0", f"{1e3 * first.t0:.1f}", "ms", "launches of a step"),
+               ("AGD's step", f"{1e3 * first.update:.2f}", "ms", "4 passes over the weights")]
+    steps, reach, node = [], [], []
+    for name, case in cases.items():
+        for n in (n for n in SHOWN if n <= case[0] or not case[1]):
+            step, images, efficiency = first.efficiency(n, *case)
+            times = (figures(1e3 * x) for x in step[:3])
+            steps.append((name, n, *times, figures(images), f"{efficiency:.2f}"))
+    for names, m in models.items():
+        ways = ((m.step(1, 32 * x, x)[-1], m.step(64, 32 * x, x, y)[-1])
+                for x, y in ((1, False), (1, True), (4, True)))  # fmt: skip
+        reach.append((*names, *(m.reach(*case) for case in cases.values()), m.least(1024),
+                      " / ".join(f"{one / many:.2f}" for one, many in ways)))  # fmt: skip
+    for name, value in rates.items():
+        none = Model(weights, value, args.rate_batch, first.link, 0)
+        need = width * LARGEST / models[name, link].step(1, LARGEST)[-1]
+        read = (f"{need * KNOWN[x] / 1e9:.2f}" for x in ("file", "file, 256"))
+        node.append((name, figures(need), figures(KNOWN.get(f"{width} × {name}", math.nan)),
+                     figures(need / KNOWN["decode"]), *read,
+                     *(none.reach(b, True) for b in args.batch)))  # fmt: skip
+    return "\n\n".join([
+        table("Inputs, and what follows", ("input", "value", "unit", "source"), *inputs),
+        table(f"A step, {rate}, {link}", ("batch", "GPUs", "compute, ms", "all-reduce, ms",
+              "of which shows, ms", "images/s", "efficiency"), *steps),
+        table("GPUs up to which the efficiency is at least 0.8 / 0.5", ("rate", "link of a node",
+              *cases, "least batch", "64 GPUs × 32"), *reach),
+        table(f"A node of {width}, and launches that cost nothing", ("rate", "images/s",
+              "published", "cores", "GB/s of files", "at 256 pixels",
+              *(f"{b:,} in all" for b in args.batch)), *node),
+    ])  # fmt: skip
 
 
 def main(argv=None):
-    p = parser()
-    args = p.parse_args(argv)
-    if args.measure:
-        batches_tried = [2**k for k in range(3, 10)]
-        try:
-            found = links.measure(args.arch, args.image_size, batches_tried, images=args.images)
-        except DataError as error:
-            p.error(str(error))
-        print(json.dumps(found, indent=1))
-        return
-    if args.source and not Path(args.source).is_file():
-        p.error(f"there is no file {args.source}")
+    parser = Parser(prog="python -m scripts.scaling", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add, positive, whole = parser.add_argument, number(float, 1e-6), number(int, 1)
+    add("--arch", default="resnet50", choices=NETWORKS)
+    add("--image_size", type=number(int, 8, 8192), default=224)
+    add("--images_per_second", type=positive, metavar="R", help="of one GPU, a whole step")
+    add("--rate_batch", type=whole, default=256, help="the batch of that rate (256)")
+    add("--gpus_per_node", type=whole, default=8)
+    add("--node_link", type=positive, default=KNOWN["node_link"], metavar="GB/s", help="that an "
+        "all-reduce reaches a GPU inside a node (default: %(default)s)")
+    add("--inter_link", type=positive, nargs="+", metavar="GB/s", help="line rates of a node")
+    add("--batch_per_gpu", type=whole, nargs="+", default=[32, 256])
+    add("--batch", type=whole, nargs="+", default=[1024, 8192], help="in all")
+    add("--write", action="store_true", help=f"renew the tables of docs/{PAGE.name}")
+    args = parser.parse_args(argv)
     try:
-        plan = Plan(args)
-    except (ValueError, KeyError, TypeError) as error:
-        p.error(f"no plan comes of these numbers: {error}")
-    if args.write:
-        write(plan)
-    else:
-        print(tables(plan))
+        text = tables(args)
+    except ValueError as error:
+        parser.error(f"no plan comes of these numbers: {error}")
+    if not args.write:
+        print(text)
+        return
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    write_whole(PAGE, f"{before}{START}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,18 @@
     rows     polar factors of blocks of rows, beside those of whole matrices
     moment   the momentum in bfloat16, beside float32
 
-A case has parts, of a few minutes each. A part that is done is added to <out>/spectral/CASE.json,
-and is not run again. `--list` prints their names, `--only` runs those that have a text in their
-name. SpectralAGD is scored at its average X, a baseline at its last weights.
-
-`report` writes the tables of all cases into the README.md there, `draw` the figure. A case takes
-one thread.
+A part of a case, of a few minutes, that is done is added to <out>/spectral/CASE.json, and is not
+run again; `--list` prints the parts, `--only` runs those with a text in their name. `report` writes
+the tables of all cases into the README.md there, `draw` the figure. SpectralAGD is scored at its
+average X, a baseline at its last weights. A case takes one thread.
 """
 
-import argparse
 import copy
-import functools
 import itertools
-import json
 import math
 import sys
-import time
 import warnings
+from functools import partial
 from unittest import mock
 
 import torch
@@ -37,9 +32,9 @@ from agd import AGD, SpectralAGD, init_weights
 from architecture import build, with_vectors
 from architecture.resnet import BASIC, PostActivation, conv
 from data import load
-from scripts import any_model, any_model_report, spectral_report
-from scripts.any_model import CPU, Characters, adamw, cifar, row, score, text_loss, texts
-from scripts.spectral_report import Limit
+from scripts import any_model, style
+from scripts import comparisons as lab
+from scripts.comparisons import Limit
 from training.losses import LOSSES, mse, xent
 from training.step import train_epoch
 
@@ -70,24 +65,15 @@ SETTINGS = {
     "moment": {**FCN, **TEXT, "epochs": 2, "width": (256,), "steps": 600, "text_width": (64,),
                "moments": ("float32", "bfloat16")},
 }  # fmt: skip
-SMALL = {"depth": 3, "width": 16, "batch": 16, "images": 64, "test": 32}
-SMALL_TEXT = {"layers": 2, "heads": 2, "context": 16, "texts": 4, "held": 64}
-QUICK = {  # what a test has time for
-    "fcn": {**SMALL, "marks": {0: (1, 2, 3), 1: (1,)}, "horizons": {1: (0, 1), 2: (0,)}},
-    "gpt": {**SMALL_TEXT, "width": 16, "every": 2, "marks": {0: (2, 4, 6), 1: (2, 4)},
-            "rates": (1e-2,), "horizons": {4: (0,)}, "warm_up": 2},
-    "resnet8": {"channels": (4, 8, 8), "images": 64, "test": 32, "batch": 16, "epochs": 1,
-                "seeds": (0,)},
-    "stock": {"layers": 2, "width": 16, "context": 16, "texts": 4, "text_steps": 4, "images": 64,
-              "test": 32, "batch": 16, "image_steps": 2, "seeds": (0,), "rates": (1e-3,),
-              "warm_up": 1},
-    "adapt": {**SMALL, "epochs": 1, "before": 1, "rates": (1e-3,), "seeds": (0,), "hidden": 16,
-              "digits": 64, "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,)},
-    "units": {**SMALL, "epochs": 1},
-    "rows": {**SMALL, **SMALL_TEXT, "epochs": 1, "width": (160,), "steps": 2,
-             "text_width": (80,)},
-    "moment": {**SMALL, **SMALL_TEXT, "epochs": 1, "width": (16,), "steps": 2,
-               "text_width": (16,)},
+QUICK = {None: {  # tiny, for tests; a case's own win
+    "depth": 3, "width": 16, "batch": 16, "images": 64, "test": 32, "layers": 2, "heads": 2,
+    "context": 16, "texts": 4, "held": 64, "epochs": 1, "steps": 2, "seeds": (0,), "warm_up": 1,
+    "before": 1, "rates": (1e-3,), "channels": (4, 8, 8), "text_steps": 4, "image_steps": 2,
+    "hidden": 16, "digits": 64, "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,)},
+    "fcn": {"marks": {0: (1, 2, 3), 1: (1,)}, "horizons": {1: (0, 1), 2: (0,)},
+            "rates": (3e-4, 1e-3)},
+    "gpt": {"every": 2, "marks": {0: (2, 4, 6), 1: (2, 4)}, "horizons": {4: (0,)}},
+    "rows": {"width": (160,), "text_width": (80,)}, "moment": {"width": (16,), "text_width": (16,)},
 }  # fmt: skip
 
 
@@ -95,43 +81,20 @@ def ours(net, steps=None):
     return SpectralAGD(net)
 
 
-def beside_adamw(args):
+def rules(args):
     """{name: function from a network and a number of steps to its optimiser}."""
-    return {OURS: ours, **{f"AdamW {x:g}": lambda net, steps, x=x: adamw(net, x, steps, args)
-                           for x in args.rates}}  # fmt: skip
-
-
-class Clock:
-    """Adds up the seconds of its `with` blocks: by the wall, and of this process's CPU time."""
-
-    seconds = cpu = 0.0
-
-    def __enter__(self):
-        self.begun = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *error):
-        self.seconds += time.perf_counter() - self.begun[0]
-        self.cpu += time.process_time() - self.begun[1]
-
-
-def line(run, seed, optimizer, clock, curve=(), **numbers):
-    """A row, with the seconds of training and, of SpectralAGD, the clock of its weights."""
-    numbers |= {"seconds": clock.seconds, "CPU_seconds": clock.cpu}
-    if isinstance(optimizer, SpectralAGD):
-        length, turn = optimizer.clock()
-        numbers |= {"length": length.item(), "turn": turn.item()}
-    return row(run, seed, optimizer, curve, **numbers)
+    return {OURS: ours, **{f"AdamW {x:g}": partial(lab.adamw, x, args) for x in args.rates}}
 
 
 def follow(net, optimizer, chunks, loss, read, run, seed, marks, unit="epochs", size=1):
     """Train on `chunks`, iterables of batches that are `size` epochs or steps each; after each,
     read() has the network's numbers. Returns a row at each of `marks`; the last has the history."""
-    rows, history, clock = [], [], Clock()
+    rows, history, clock = [], [], lab.Clock()
     for i, chunk in enumerate(itertools.islice(chunks, max(marks) // size), 1):
         with clock:
             totals = train_epoch(net, chunk, loss, optimizer).read()
-        read_at = line(f"{run}, {i * size} {unit}", seed, optimizer, clock,
-                       train_loss=totals["loss"], **read())  # fmt: skip
+        read_at = lab.row(f"{run}, {i * size} {unit}", seed, optimizer, clock=clock,
+                      train_loss=totals["loss"], **read())  # fmt: skip
         history.append({unit: i * size, **read_at["numbers"]})
         print(read_at["run"], seed, read_at["numbers"], flush=True)
         if i * size in marks:
@@ -151,9 +114,8 @@ def planned(args, unit, train):
     plan = [(OURS, seed, marks) for seed, marks in args.marks.items()]
     plan += [(f"AdamW {rate:g}", seed, (end,)) for end, seeds in args.horizons.items()
              for rate in args.rates for seed in seeds]  # fmt: skip
-    rules = beside_adamw(args)
     return {f"{run}, {marks[-1]} {unit}, seed {seed}":
-            functools.partial(train, args, run, rules[run], seed, marks)
+            partial(train, args, run, rules(args)[run], seed, marks)
             for run, seed, marks in plan}  # fmt: skip
 
 
@@ -163,13 +125,13 @@ def train_fcn(args, run, make, seed, marks, loss=mse, width=None):
     torch.manual_seed(seed)
     net = build("fcn", (3, 32, 32), 10, args.depth, width or args.width, bias=True)
     init_weights(net, torch.Generator().manual_seed(seed))
-    data = load("cifar10", args.data_dir, args.batch, 1000, CPU, seed,
+    data = load("cifar10", args.data_dir, args.batch, 1000, lab.CPU, seed,
                 train_examples=args.images, test_examples=args.test)  # fmt: skip
     args.data = data.source
     optimizer = make(net, max(marks) * len(data.train))
 
     def read():
-        return dict(zip(("test_loss", "test_accuracy"), score(net, data.test, mse)))
+        return dict(zip(("test_loss", "test_accuracy"), lab.score(net, data.test, mse)))
 
     return follow(net, optimizer, epochs_of(data.train), loss, read, run, seed, marks)
 
@@ -224,22 +186,24 @@ class GPT(nn.Module):
 def train_gpt(args, run, make, seed, marks, width=None, every=None):
     """Rows of a small GPT with an orthogonal start, read after `marks` steps on the first `held`
     characters of the validation text."""
-    text, held, letters = texts(args)
+    text, held, letters = lab.texts(args)
     torch.manual_seed(seed)
     net = GPT(letters, width or args.width, args.heads, args.layers, args.context)
     init_weights(net, torch.Generator().manual_seed(seed))
-    sizes = argparse.Namespace(context=args.context, batch=args.texts)
-    optimizer, tests = make(net, max(marks)), Characters(held[: args.held + 1], sizes)
-    stream, every = iter(Characters(text, sizes, max(marks), seed)), every or args.every
+    optimizer = make(net, max(marks))
+    tests = lab.Characters(held[: args.held + 1], args, batch=args.texts)
+    stream = iter(lab.Characters(text, args, max(marks), seed, args.texts))
+    every = every or args.every
     s = net.head.weight.norm().item()
 
     def read():
         gains = [x.weight.norm().item() for x in net.modules() if isinstance(x, nn.LayerNorm)]
-        return {"validation_loss": score(net, tests, text_loss)[0], "largest_gain": max(gains),
+        return {"validation_loss": lab.score(net, tests, lab.text_loss)[0],
+                "largest_gain": max(gains),
                 "output_layer_/_s": net.head.weight.norm().item() / s}  # fmt: skip
 
     chunks = (itertools.islice(stream, every) for _ in itertools.count())
-    return follow(net, optimizer, chunks, text_loss, read, run, seed, marks, "steps", every)
+    return follow(net, optimizer, chunks, lab.text_loss, read, run, seed, marks, "steps", every)
 
 
 def gpt(args):
@@ -260,32 +224,21 @@ def resnet8(args):
         )  # fmt: skip
         return with_vectors(net, False, True)
 
-    def train(name, run, make, orthogonal, seed):
-        torch.manual_seed(seed)
-        net, clock = net_of(), Clock()
+    def work(name, orthogonal, seed):
+        net = net_of()
         if orthogonal:
             init_weights(net, torch.Generator().manual_seed(seed))
-        batches, tests = cifar(args, seed, pad=args.pad, flip=args.flip)
-        optimizer = make(net, args.epochs * (batches.examples // batches.batch_size))
-        with clock:
-            curve = any_model.train(net, optimizer, batches, LOSSES[name], args.epochs)
-        agd.recalibrate(net, itertools.islice(batches, 8))
-        loss, accuracy = score(net, tests, LOSSES[name])
-        return [line(f"{name}, {run}", seed, optimizer, clock, curve, train_loss=curve[-1],
-                     test_loss=loss, test_accuracy=accuracy)]  # fmt: skip
+        return net, *lab.cifar(args, seed, pad=args.pad, flip=args.flip), LOSSES[name], None
 
-    def adam(net, steps):
-        return adamw(net, args.rate, steps, args)
-
-    baseline = f"AdamW {args.rate:g}"
-    runs = {OURS: (ours, True), f"{baseline}, torch's start": (adam, False),
-            f"{baseline}, orthogonal start": (adam, True)}  # fmt: skip
-    parts = {f"{name}, {run}, seed {seed}": functools.partial(train, name, run, *runs[run], seed)
-             for name, run, seed in itertools.product(args.losses, runs, args.seeds)}  # fmt: skip
+    baseline, adam = f"AdamW {args.rate:g}", partial(lab.adamw, args.rate, args)
+    rules = {OURS: (ours, True), f"{baseline}, torch's start": (adam, False),
+             f"{baseline}, orthogonal start": (adam, True)}  # fmt: skip
+    runs = {f"{name}, {run}": (partial(work, name, orthogonal), rule)
+            for name in args.losses for run, (rule, orthogonal) in rules.items()}  # fmt: skip
     limits = [Limit(f"{name}, {OURS}", *x) for name, *x in (
         ("xent", "test accuracy", 64, True), ("xent", "test loss", 1.0),
         ("mse", "test accuracy", 61, True), ("mse", "test loss", 0.54))]  # fmt: skip
-    return parts, limits
+    return lab.parts(args, runs, recalibrate=True), limits
 
 
 class LSTM(nn.Module):
@@ -302,8 +255,6 @@ class LSTM(nn.Module):
 
 def stock(args):
     """Networks with the weights that their libraries give them; L is read from their graphs."""
-    text = argparse.Namespace(**{**vars(args), "batch": args.texts})
-
     def vit():
         from timm.models import VisionTransformer
 
@@ -315,46 +266,35 @@ def stock(args):
 
         return getattr(models, name)(num_classes=10)
 
-    def train(name, run, make, seed):
-        torch.manual_seed(seed)
-        if of_text := name in languages:
-            training, held, letters = texts(text)
-            net, loss, steps = languages[name](letters), text_loss, args.text_steps
-            batches, tests = Characters(training, text, steps, seed), Characters(held, text)
-        else:
-            net, loss, steps = images[name](), xent, args.image_steps
-            batches, tests = cifar(args, seed, flip=args.flip)
-        optimizer, clock = make(net, steps), Clock()
-        with clock:
-            curve = any_model.train_steps(net, optimizer, batches, loss, steps)
-        if not of_text:
-            agd.recalibrate(net, itertools.islice(batches, 8))
-        loss, accuracy = score(net, tests, loss)
-        numbers = {} if of_text else {"accuracy": accuracy}
-        return [line(f"{name}, {run}", seed, optimizer, clock, curve, train_loss=curve[-1],
-                     validation_loss=loss, **numbers)]  # fmt: skip
+    def images(make, seed):
+        return make(), *lab.cifar(args, seed, flip=args.flip), xent, args.image_steps
 
-    languages = {"GPT-2": lambda letters: any_model.stock_gpt2(text, letters), "LSTM": LSTM}
-    images = {"ViT": vit, "ResNet-18": lambda: torchvision("resnet18"),
-              "MobileNet-V3 small": lambda: torchvision("mobilenet_v3_small")}  # fmt: skip
-    limits = {"GPT-2": 2.20, "LSTM": 2.02, "ViT": 1.42, "ResNet-18": 0.96,
-              "MobileNet-V3 small": 1.70}  # fmt: skip
-    rules = beside_adamw(args)
-    parts = {f"{name}, {run}, seed {seed}": functools.partial(train, name, run, rules[run], seed)
-             for name in limits for run in rules
-             for seed in (args.seeds if run == OURS else args.rate_seeds)}  # fmt: skip
-    return parts, [Limit(f"{name}, {OURS}", "validation loss", x) for name, x in limits.items()]
+    def text(make, seed):
+        return lab.of_text(args, make, args.text_steps, seed, args.texts)
+
+    kinds = {  # the work, its measures, and the bound on its validation loss
+        "GPT-2": (partial(text, partial(lab.stock_gpt2, args)), 2.20),
+        "LSTM": (partial(text, LSTM), 2.02), "ViT": (partial(images, vit), 1.42),
+        "ResNet-18": (partial(images, partial(torchvision, "resnet18")), 0.96),
+        "MobileNet-V3 small": (partial(images, partial(torchvision, "mobilenet_v3_small")), 1.70),
+    }  # fmt: skip
+    parts = {}
+    for (name, (work, _)), (run, rule) in itertools.product(kinds.items(), rules(args).items()):
+        keys = ("validation_loss", "accuracy")[: 1 if work.func is text else 2]
+        parts |= lab.parts(args, {f"{name}, {run}": (work, rule)}, keys=keys,
+                           seeds=args.seeds if run == OURS else args.rate_seeds,
+                           recalibrate=work.func is images)  # fmt: skip
+    return parts, [Limit(f"{name}, {OURS}", "validation loss", x) for name, (_, x) in kinds.items()]
 
 
 def adapt(args):
     def of_images():
         runs = {OURS: SpectralAGD, **any_model.beside_adam(args)}
-        rows, _ = any_model.finetune(args, runs)
+        rows = [x for seed in args.seeds for x in any_model.adapted(args, runs, seed)]
         return [{**x, "run": f"images, {x['run']}"} for x in rows]
 
-    parts = {f"digits, seed {seed}": functools.partial(adapt_to_digits, args, seed)
-             for seed in args.seeds}  # fmt: skip
-    return {"images": of_images, **parts}, []
+    return {"images": of_images, **{f"digits, seed {seed}": partial(adapt_to_digits, args, seed)
+                                    for seed in args.seeds}}, []  # fmt: skip
 
 
 def aged(age, fresh, net):
@@ -379,7 +319,7 @@ def aged(age, fresh, net):
 def adapt_to_digits(args, seed):
     """Rows of a network that AdamW has trained on digits, and that then sees `digits` of them
     mirrored and moved by a pixel; scored on the test set changed likewise (new) and as it is."""
-    old, new = (load("digits", None, args.digit_batch, 512, CPU, seed, train_examples=n)
+    old, new = (load("digits", None, args.digit_batch, 512, lab.CPU, seed, train_examples=n)
                 for n in (None, args.digits))  # fmt: skip
     for part in new.train, new.test:
         part.images.copy_(part.images.flip(3).roll((1, 1), (2, 3)))
@@ -389,20 +329,20 @@ def adapt_to_digits(args, seed):
     start = nn.Sequential(nn.Flatten(), *layers[:-1])
     fresh = copy.deepcopy(start)
     before = torch.optim.AdamW(start.parameters(), args.digit_rate_before)
-    any_model.train(start, before, old.train, xent, args.digit_before, iter)
+    lab.train(start, before, old.train, xent, args.digit_before, iter)
     runs = {OURS: SpectralAGD, "AGD": AGD}
-    runs |= {f"{OURS}, clock at {x}": functools.partial(aged, x, fresh) for x in args.ages}
+    runs |= {f"{OURS}, clock at {x}": partial(aged, x, fresh) for x in args.ages}
     runs |= {f"AdamW {x:g}": lambda net, x=x: torch.optim.AdamW(net.parameters(), x)
              for x in args.digit_rates}  # fmt: skip
 
     def read(net):
-        return {"new_accuracy": score(net, new.test, xent)[1],
-                "old_accuracy": score(net, old.test, xent)[1]}  # fmt: skip
+        return {"new_accuracy": lab.score(net, new.test, xent)[1],
+                "old_accuracy": lab.score(net, old.test, xent)[1]}  # fmt: skip
 
-    rows = [row("digits, before", seed, **read(start))]
+    rows = [lab.row("digits, before", seed, **read(start))]
     for run, make in runs.items():
         net = copy.deepcopy(start)
-        rows += follow(net, make(net), epochs_of(new.train), xent, functools.partial(read, net),
+        rows += follow(net, make(net), epochs_of(new.train), xent, partial(read, net),
                        f"digits, {run}", seed, args.digit_marks)  # fmt: skip
     return rows
 
@@ -417,7 +357,7 @@ def units(args):
         rows[-1]["warnings"] = [str(x.message) for x in caught]
         return rows
 
-    parts = {f"loss × {x:g}": functools.partial(train, f"loss × {x:g}", x) for x in args.scales}
+    parts = {f"loss × {x:g}": partial(train, f"loss × {x:g}", x) for x in args.scales}
     whole, half, large, small = (f"{name}, {args.epochs} epochs" for name in parts)
     return parts, [
         Limit(whole, "test loss", 0.01, than=half), Limit(half, "test loss", 0.01, than=whole),
@@ -442,7 +382,7 @@ def compared(args, constant, values):
         runs = {label: f"{kind} {width}, {label}" for label, value in values.items()
                 if constant != "ROWS" or value is None or value < width}  # fmt: skip
         for label, run in runs.items():
-            parts[run] = functools.partial(train, run, values[label], network, width, **settings)
+            parts[run] = partial(train, run, values[label], network, width, **settings)
         first, *others = (f"{run}, {settings['marks'][0]} {unit}" for run in runs.values())
         limits += [Limit(run, key, noise, than=first) for run in others]
     return parts, limits
@@ -461,52 +401,42 @@ CASES = {"fcn": fcn, "gpt": gpt, "resnet8": resnet8, "stock": stock, "adapt": ad
          "units": units, "rows": rows, "moment": moment}  # fmt: skip
 
 
-def stored(path, args):
-    """What a case's file holds, or will. Exits where the file has been measured otherwise."""
-    found = {**any_model.circumstances(args, SETTINGS[args.case]),
-             "parts": {}, "rows": [], "bounds": []}  # fmt: skip
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] != json.loads(json.dumps(found["settings"])):
-            sys.exit(f"{path} has other settings: move it away, or give another --out")
-        found |= {key: kept[key] for key in ("parts", "rows", "bounds")}
-        found["data"] = found["data"] or kept["data"]
-    return found
+PANELS = (  # case, x, y, title
+    ("fcn", "epochs", "test accuracy", "FCN"), ("fcn", "CPU seconds", "test accuracy", "FCN"),
+    ("gpt", "steps", "validation loss", "GPT"), ("gpt", "steps", "norm", "GPT, free weights"),
+)  # fmt: skip
+FREE = {"largest gain": "-", "output layer / s": style.DOTTED}
+
+
+def draw(folder, results):
+    """The figure: both rules over epochs, steps and seconds, and the norms of free weights."""
+    import matplotlib.pyplot as plt
+
+    with plt.style.context([style.STYLE]):
+        figure, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 4.4))
+        for ax, (case, x, y, title) in zip(axes.flat, PANELS):
+            lines, values = {}, []
+            for line in (r for r in results[case]["rows"] if "history" in r):
+                ours, history = line["run"].startswith(OURS), line["history"]
+                name = OURS if ours else "AdamW, each rate and horizon"
+                look = {"color": style.RED if ours else style.ORANGE,
+                        "linewidth": 1.2 if ours else 0.8}  # fmt: skip
+                keys = {y: "-"} if y != "norm" else FREE if ours else {}
+                for key, dots in keys.items():
+                    values += history[key]
+                    label = key if y == "norm" else name
+                    (lines[label],) = ax.plot(history[x], history[key], linestyle=dots, **look)
+            ax.set(title=title, xlabel=x, ylabel=y, xlim=0)
+            ax.legend(lines.values(), lines)
+            if y == "validation loss":
+                low = min(values)
+                ax.set_ylim(low - 0.05, min(low + 0.8, max(values) + 0.05))
+        figure.savefig(folder / "spectral.png")
+    plt.close(figure)
 
 
 def main(argv=None):
-    parser = any_model.parser("spectral", __doc__, CASES)
-    parser.add_argument("--only", default="", metavar="TEXT", help="parts with it in their names")
-    parser.add_argument("--list", action="store_true", help="name the parts, and run none")
-    args = parser.parse_args(argv)
-    folder = args.out / "spectral"
-    if args.case == "report":
-        any_model_report.report(folder, CASES, "SpectralAGD beside tuned baselines")
-    if args.case == "draw":
-        spectral_report.draw(folder, CASES)
-    if args.case not in CASES:
-        return
-    for key, value in SETTINGS[args.case].items():
-        setattr(args, key, QUICK[args.case].get(key, value) if args.quick else value)
-    path = folder / f"{args.case}.json"
-    parts, limits = CASES[args.case](args)
-    for name, run in parts.items():
-        found = stored(path, args)
-        if args.list:
-            print(name, "(done)" * (name in found["parts"]))
-        if args.list or args.only not in name or name in found["parts"]:
-            continue
-        clock = Clock()
-        with clock:
-            rows = [{**x, "part": name} for x in run()]
-        found = stored(path, args)  # other processes may have added parts
-        found["parts"][name] = {"date": found["date"], "seconds": round(clock.seconds),
-                                "commit": found["environment"]["commit"]}  # fmt: skip
-        found["rows"] = [x for part in parts for x in found["rows"] + rows if x["part"] == part]
-        found["bounds"] = spectral_report.judged(found["rows"], limits)
-        any_model_report.write(path, json.dumps(found, indent=1) + "\n")
-    if not args.list:
-        print(any_model_report.tables(stored(path, args)))
+    return lab.main(globals(), "SpectralAGD beside tuned baselines", argv)
 
 
 if __name__ == "__main__":

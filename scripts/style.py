@@ -1,16 +1,19 @@
-"""How the figures are drawn: colours, axes, and the curves of a run."""
+"""How pictures look and how they are saved: colours, axes, legends, the curves of a run."""
 
+import hashlib
+import io
 import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scripts.results import network_name
+from runs.files import write_whole
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDTH = 7.2  # inches, the text of a page
@@ -20,6 +23,7 @@ WIDTH = 7.2  # inches, the text of a page
 BLACK, BLUE, ORANGE, GREEN, PINK, SKY, RED = (
     "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 )  # fmt: skip
+GREY = "#555555"
 OPTIMIZERS = {  # colour and marker
     "AGD": (BLACK, None),
     "Spectral AGD": (RED, "P"),
@@ -34,17 +38,43 @@ DOTTED = (0, (1, 1.2))
 DASHED = (0, (4, 1.8))
 
 
-def percent(ax, found=()):
+def fingerprint(picture):
+    """A checksum of the content of a picture, whichever version draws it: the points of all lines
+    and bands, the words of titles, labels and legends."""
+    drawn = []
+    for ax in picture.axes:
+        points = [line.get_xydata() for line in ax.lines]
+        points += [path.vertices for band in ax.collections for path in band.get_paths()]
+        drawn += [f"{x:.6g}" for xy in points for x in np.asarray(xy, dtype=float).ravel()]
+        drawn += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+        drawn += [text.get_text() for text in ax.texts]
+    drawn += [text.get_text() for legend in picture.legends for text in legend.get_texts()]
+    return hashlib.sha256("\n".join(drawn).encode()).hexdigest()
+
+
+def save(picture, *paths):
+    """Write a picture as PNG, PDF or SVG, by the suffix of each path, and close it. Returns the
+    paths. A PNG's "Source" is the fingerprint of the picture."""
+    for path in map(Path, paths):
+        words = {".png": {"Source": fingerprint(picture)}, ".pdf": {"CreationDate": None}}
+        file = io.BytesIO()
+        with plt.style.context([STYLE]):
+            picture.savefig(file, format=path.suffix[1:], metadata=words.get(path.suffix))
+        write_whole(path, file.getvalue())
+    plt.close(picture)
+    return paths
+
+
+def percent(ax, results=()):
     """Accuracies in %, from 0 to the quarter above the highest of the runs."""
-    highest = max((row[key] for x in found for row in x.epochs
+    highest = max((row[key] for result in results for row in result.epochs
                    for key in ("train_acc", "test_acc")), default=1)  # fmt: skip
     ax.set_ylim(0, min(25 * math.ceil(4 * highest + 0.02), 102))
     ax.yaxis.set_major_locator(FixedLocator(range(0, 101, 25)))
 
 
 def log_axis(ax, last, label="epochs", first=1):
-    """From `first` to `last`: by tens, in between where there is room, and, from 1, `last` itself.
-    """
+    """A log axis of x from `first` to `last`: ticks at 1, 2, 5 or tens alone, and at `last`."""
     last = max(last, 2 * first)
     ticks = [k * 10**n for n in range(8) for k in (1, 2, 5) if first <= k * 10**n <= last]
     tens_alone = len(ticks) > 7
@@ -55,21 +85,15 @@ def log_axis(ax, last, label="epochs", first=1):
     ax.set_xlim(first, last)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
-    short = tens if tens_alone and last >= 1000 else plain
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    powers = tens_alone and last >= 1000
+    ax.xaxis.set_major_formatter(FuncFormatter(
+        lambda x, _: f"$10^{{{math.log10(x):.0f}}}$" if powers and x != 1 else f"{x:g}"
+    ))  # fmt: skip
     ax.set_xlabel(label)
 
 
-def plain(x):
-    return f"{x:g}"
-
-
-def tens(x):
-    return "1" if x == 1 else f"$10^{{{math.log10(x):.0f}}}$"
-
-
 def log_values(ax):
-    """A log axis of values: decimal labels where it spans less than two decades."""
+    """A log axis of y: decimal labels where it spans less than two decades."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 100:
@@ -79,7 +103,7 @@ def log_values(ax):
 
 
 def right_axis(ax):
-    """A log axis on the right, for what lies beneath the accuracies."""
+    """A log axis on the right, whose curves lie beneath those of `ax`."""
     right = ax.twinx()
     right.set_yscale("log")
     ax.grid(False)  # it would lie above the curves on the right
@@ -91,9 +115,9 @@ def right_axis(ax):
 
 
 def share_range(axes):
-    """One range for all of these log axes, a little wider than what is drawn."""
-    drawn = [ax.dataLim.intervaly for ax in axes if ax.has_data()]
-    low, high = min(low for low, _ in drawn), max(high for _, high in drawn)
+    """Give these log axes one range, a little wider than their curves."""
+    ranges = [ax.dataLim.intervaly for ax in axes if ax.has_data()]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     for ax in axes:
         ax.set_ylim(low / 1.3, high * 1.3)
         ax.yaxis.set_major_locator(LogLocator(numticks=5))
@@ -112,19 +136,19 @@ def spaced(count, shown):
     return sorted({round(n) - 1 for n in np.geomspace(1, count, shown)})
 
 
-def curve(ax, result, key, colour, marker=None, scale=1.0, **style):
-    """A line over the epochs, from the first on; a few markers on a log axis."""
+def curve(ax, result, key, colour, marker=None, scale=1.0, **look):
+    """A value of a run over its epochs, with a few markers."""
     y = [scale * value for value in result.column(key)]
     if marker:
-        style |= {"marker": marker, "markevery": spaced(len(y), 4), "markersize": 3.6}
-        style |= {"markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}
+        look |= {"marker": marker, "markevery": spaced(len(y), 4), "markersize": 3.6,
+                 "markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}  # fmt: skip
     elif len(y) == 1:
-        style |= {"marker": "o", "markersize": 3}
-    ax.plot(range(1, len(y) + 1), y, color=colour, **style)
+        look |= {"marker": "o", "markersize": 3}
+    ax.plot(range(1, len(y) + 1), y, color=colour, **look)
 
 
 def band(ax, result, key, colour):
-    """The mean of an epoch's values within the range from their least to their greatest."""
+    """The mean of a value in each epoch, within its range."""
     x = range(1, len(result.epochs) + 1)
     low, high = result.column(f"{key}_min"), result.column(f"{key}_max")
     ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
@@ -132,51 +156,37 @@ def band(ax, result, key, colour):
 
 
 def train_and_test(ax, result, kind, colour, marker=None, scale=1.0):
+    """The "loss" or "acc" of a run: in training solid, in testing dotted."""
     curve(ax, result, f"train_{kind}", colour, marker, scale)
     curve(ax, result, f"test_{kind}", colour, None, scale, linestyle=DOTTED)
 
 
 def eta_loss_accuracy(ax, right, result):
-    """All that a run of AGD logs, over the epochs."""
+    """The log of a run of AGD: accuracies, and objective and eta on the right."""
     band(right, result, "eta", ETA)
     curve(right, result, "train_loss", OBJECTIVE)
     curve(ax, result, "train_acc", TRAIN, scale=100)
     curve(ax, result, "test_acc", TEST, scale=100, linestyle=DOTTED)
 
 
+def key(label, color, **look):
+    """A line of a legend."""
+    return Line2D([], [], color=color, label=label, **look)
+
+
 def optimizer_key(name, label=None):
     colour, marker = OPTIMIZERS[name]
-    return Line2D([], [], color=colour, marker=marker, markersize=3.6, markerfacecolor="white",
-                  label=label or name)  # fmt: skip
+    return key(label or name, colour, marker=marker, markersize=3.6, markerfacecolor="white")
 
 
-def kinds():
-    """The keys of train and test."""
-    return [Line2D([], [], color="#555555", label="train"),
-            Line2D([], [], color="#555555", linestyle=DOTTED, label="test")]  # fmt: skip
+def kinds(test=DOTTED):
+    return [key("train", GREY), key("test", GREY, linestyle=test)]
 
 
 def quantities(test=DOTTED):
-    return [
-        Line2D([], [], color=ETA, label="automatic learning rate η"),
-        Line2D([], [], color=OBJECTIVE, label="objective"),
-        Line2D([], [], color=TRAIN, label="train accuracy"),
-        Line2D([], [], color=TEST, linestyle=test, label="test accuracy"),
-    ]
+    return [key("automatic learning rate η", ETA), key("objective", OBJECTIVE),
+            key("train accuracy", TRAIN), key("test accuracy", TEST, linestyle=test)]  # fmt: skip
 
 
 def legend(figure, handles, ncols=None):
     figure.legend(handles=handles, loc="outside upper center", ncols=ncols or len(handles))
-
-
-def only(results, figure, panel, name):
-    """The run of a curve that a picture shows, the first of its seeds; None where none is there."""
-    found = results.of(figure, panel, name)
-    return found[0] if found else None
-
-
-def title(found):
-    """Network and data of a run."""
-    part = found.experiment.flag("--train_examples")
-    images = f", {int(part):,} images" if part else ""
-    return f"{network_name(found.experiment)}, {found.data}{images}"

@@ -1,3 +1,5 @@
+"""Data sets as batches: order, crops, flips, normalisation; how the small sets are prepared."""
+
 import gzip
 import hashlib
 import http.server
@@ -16,34 +18,42 @@ from PIL import Image
 import data.prepare
 from data import DATASETS, DataError, load
 from data.arrays import ArrayBatches, load_arrays
+from data.common import reason
 from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
 from data.prepare import MNIST_MD5, prepare
-from data.resize import reason
 
 CPU = torch.device("cpu")
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
+AUGMENTED = {"shuffle": True, "pad": 4, "flip": True}
 
 
 def batches(images, labels, batch_size=7, **options):
     return ArrayBatches(images, labels, MEAN, STD, batch_size, CPU, **options)
 
 
-def real_images(samples, count=40):
-    with np.load(samples("cifar10") / "cifar10.npz") as file:
-        return file["train_images"][:count], file["train_labels"][:count]
-
-
 def some_images(count=40):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return images, np.arange(count) % 10
+    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 10
 
 
-def test_crop_and_flip_match_a_loop_over_images(samples):
-    images, labels = real_images(samples)
-    ours = batches(images, labels, shuffle=True, pad=4, flip=True, seed=3)
+def write_npz(path, images, labels):
+    np.savez(path, **{f"{split}_{key}": array for split in ("train", "test")
+                      for key, array in (("images", images), ("labels", labels))})  # fmt: skip
+
+
+def joined(batches):
+    """(inputs, labels) of a pass."""
+    return tuple(map(torch.cat, zip(*batches)))
+
+
+def test_crop_and_flip_match_a_loop_over_images():
+    """Order, crops and flips are these functions of (seed, epoch): published runs had them."""
+    images, labels = some_images()
+    ours = batches(images, labels, **AUGMENTED, seed=3)
     ours.set_epoch(5)
-    order, top, left, mirror = ours._draw()
+    rng = np.random.default_rng((3, 5))
+    order, (top, left), mirror = (
+        rng.permutation(40), rng.integers(0, 9, (2, 40)), rng.integers(0, 2, 40))  # fmt: skip
     expected = []
     for i in order:
         padded = np.zeros((40, 40, 3), np.uint8)
@@ -51,78 +61,54 @@ def test_crop_and_flip_match_a_loop_over_images(samples):
         crop = padded[top[i] : top[i] + 32, left[i] : left[i] + 32]
         crop = crop[:, ::-1] if mirror[i] else crop
         expected.append(((crop / 255 - MEAN) / STD).transpose(2, 0, 1))
-    got = list(ours)
-    assert [len(x) for x, _ in got] == [7] * 5 + [5]
-    assert torch.cat([x for x, _ in got]).numpy() == pytest.approx(np.stack(expected), abs=1e-5)
-    assert torch.cat([y for _, y in got]).tolist() == labels[order].tolist()
-    assert sorted(order) == list(range(40))
-    assert {*top} <= {*range(9)} and {*mirror} == {False, True}
+    passed = list(ours)
+    assert [len(x) for x, _ in passed] == [7] * 5 + [5] and len(ours) == ours.position == 6
+    inputs, targets = joined(passed)
+    assert inputs.numpy() == pytest.approx(np.stack(expected), abs=1e-5)
+    assert targets.tolist() == labels[order].tolist() and ours.order().tolist() == order.tolist()
+    # from a batch on; other epochs and seeds differ
+    ours.set_epoch(5, start=4)
+    assert ours.position == 4 and torch.equal(joined(ours)[0], inputs[28:])
+    for seed, epoch in ((3, 6), (4, 5)):
+        others = batches(images, labels, **AUGMENTED, seed=seed)
+        others.set_epoch(epoch)
+        assert not torch.equal(joined(others)[0], inputs)
 
 
-@pytest.mark.parametrize("options", [{"shuffle": True, "pad": 4, "flip": True}, {}])
+@pytest.mark.parametrize("pixels", [False, True])  # as CPUs gather images, as GPUs do
+@pytest.mark.parametrize("options", [AUGMENTED, {}])
 @pytest.mark.parametrize("side", [(32, 32), (28, 20)])
-def test_a_batch_at_a_position_is_that_of_the_iteration(options, side):
-    """Epoch after epoch, from the same memory; and pixel by pixel, as GPUs gather it."""
+def test_a_batch_at_a_position_is_that_of_the_iteration(options, side, pixels):
+    """Epoch after epoch, from the same memory."""
     images, labels = some_images()
     ours = batches(np.ascontiguousarray(images[:, : side[0], : side[1]]), labels, **options)
-    position, held = torch.zeros((), dtype=torch.int64), set()
+    position, places = torch.zeros((), dtype=torch.int64), set()
     for epoch in (1, 2):
         ours.set_epoch(epoch)
+        expected = list(ours)
         ours.hold()
-        held.add(ours.held.data_ptr())
+        places.add(ours.held.data_ptr())
+        if pixels:
+            ours._images = ours._pixels
         position.zero_()
-        for inputs, targets in ours:
-            for rows in (ours._rows, ours._pixels):
-                ours._images = rows
-                found = ours.at(position, len(targets))
-                assert torch.equal(found[0], inputs) and torch.equal(found[1], targets)
+        for i, (inputs, targets) in enumerate(expected):
+            assert ours.position == i
+            ours.advance()
+            there = ours.at(position, len(targets))
+            assert torch.equal(there[0], inputs) and torch.equal(there[1], targets)
             position += len(targets)
         assert position == 40
-    assert len(held) == 1
-
-
-def test_normalisation_matches_torchvision(samples):
-    transforms = pytest.importorskip("torchvision.transforms")
-    images, labels = real_images(samples)
-    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    expected = torch.stack([theirs(Image.fromarray(image)) for image in images])
-    got = torch.cat([x for x, _ in batches(images, labels)])
-    assert torch.allclose(got, expected, atol=1e-6)
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_index():
-    images, labels = some_images()
-
-    def epoch(n, **options):
-        b = batches(images, labels, **{"shuffle": True, "pad": 4, "flip": True, **options})
-        b.set_epoch(n)
-        return torch.cat([x for x, _ in b])
-
-    assert torch.equal(epoch(1), epoch(1))
-    assert not torch.equal(epoch(1), epoch(2))
-    assert not torch.equal(epoch(1), epoch(1, seed=1))
-    # The draws lie at about the frequencies they should.
-    b = batches(*some_images(9000), shuffle=True, pad=4, flip=True)
-    _, top, left, mirror = b._draw()
-    for offsets in (top, left):
-        assert (np.abs(np.bincount(offsets, minlength=9) - 1000) < 200).all()
-    assert mirror.mean() == pytest.approx(0.5, abs=0.03)
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_share_the_batches_out(size):
     images, labels = some_images()
-    options = {"shuffle": True, "pad": 4, "flip": True}
-    whole = list(batches(images, labels, **options))
-    parts = [list(batches(images, labels, rank=r, size=size, **options)) for r in range(size)]
+    whole = list(batches(images, labels, **AUGMENTED))
+    parts = [list(batches(images, labels, **AUGMENTED, rank=r, size=size)) for r in range(size)]
     for i, (inputs, _) in enumerate(whole):
         for r in range(size):
             assert torch.equal(parts[r][i][0], inputs[r::size])
-
-
-def test_test_images_come_once_and_in_order():
-    images, labels = some_images()
-    assert torch.cat([y for _, y in batches(images, labels)]).tolist() == labels.tolist()
 
 
 def test_digits_need_no_network(monkeypatch):
@@ -130,38 +116,80 @@ def test_digits_need_no_network(monkeypatch):
     digits = load("digits", "/nowhere", 128, 128, CPU)
     assert (digits.train.examples, digits.test.examples) == (1437, 360)
     assert (digits.shape, digits.classes) == ((1, 8, 8), 10)
-    inputs = torch.cat([x for x, _ in digits.train])
+    # What old logs and checkpoints hold, and compare.
+    assert digits.source == {"file": "digits.npz", "crc32": {
+        "train_images": "957032ef", "train_labels": "bbcb8173",
+        "test_images": "5220ba60", "test_labels": "2743dfea"}}  # fmt: skip
+    inputs, labels = joined(digits.train)
     assert inputs.mean().item() == pytest.approx(0, abs=1e-5)
     assert inputs.std().item() == pytest.approx(1, abs=1e-3)
-    counts = torch.cat([y for _, y in digits.train]).bincount() / 1437
-    assert counts.min() > 0.08
+    assert (labels.bincount() / 1437).min() > 0.08
 
 
-@pytest.mark.parametrize(
-    "fault", ["cut", "flipped byte", "labels", "dtype", "shape", "empty", "no zip"]
-)
-def test_damaged_arrays_are_named(fault, tmp_path):
-    path = tmp_path / "cifar10.npz"
-    images, labels = some_images()
-    if fault == "labels":
-        labels = labels + 5
-    if fault == "dtype":
-        images = images.astype(np.float32)
-    if fault == "shape":
-        images = images[:, :28]
-    if fault == "empty":
-        images, labels = images[:0], labels[:0]
-    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    content = bytearray(path.read_bytes())
-    if fault == "cut":
-        content = content[: len(content) // 2]
-    if fault == "flipped byte":
-        content[len(content) // 3] ^= 1
-    if fault == "no zip":
-        content = b"<html>not found</html>"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cifar10\.npz is damaged.*data\.prepare cifar10"):
-        load_arrays(path, (32, 32, 3), 10)
+@pytest.mark.parametrize("name, pad, flip", [
+    ("mnist", 0, False), ("cifar10", 4, True), ("cifar100", 4, True)])  # fmt: skip
+def test_sets_are_normalised_and_augmented_as_documented(name, pad, flip, tmp_path):
+    shape, classes, mean, std, *_ = DATASETS[name]
+    images = np.full((200, *shape), 51, np.uint8)  # 0.2
+    images[:, :, 0] = 255
+    labels = np.arange(200) % classes
+    write_npz(tmp_path / f"{name}.npz", images, labels)
+    ours = load(name, tmp_path, 50, 50, CPU)
+    assert (ours.shape, ours.classes) == ((shape[2], *shape[:2]), classes)
+    inputs, targets = joined(ours.test)
+    for x, level in ((inputs[..., 1], 0.2), (inputs[..., 0], 1.0)):  # nothing moved in testing
+        expected = (level - np.array(mean)) / np.array(std)
+        assert x.mean((0, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert targets.tolist() == labels.tolist()
+    inputs, targets = joined(ours.train)
+    assert targets.tolist() != labels.tolist()
+    left, right = inputs[:, 0, :, 0].amax(1), inputs[:, 0, :, -1].amax(1)
+    assert bool((right > left).any()) == flip  # the white column on the other side
+    black = inputs[:, 0].amin((1, 2)) < (0.1 - mean[0]) / std[0]
+    assert bool(black.any()) == (pad > 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_prepared_file_of_ones_own(channels, tmp_path):
+    """Classes, side, mean and deviation come from the file; colours are augmented like CIFAR's."""
+    images = np.random.default_rng(0).integers(0, 90, (60, 16, 16, channels), dtype=np.uint8)
+    images[..., 0] = 7  # a blank channel is no division by zero
+    write_npz(tmp_path / "mine.npz", images, np.arange(60) % 7)
+    ours = load("npz:mine.npz", tmp_path, 20, 20, CPU)
+    assert (ours.shape, ours.classes) == ((channels, 16, 16), 7)
+    inputs = joined(ours.test)[0].double()
+    assert inputs.mean((0, 2, 3)).tolist() == pytest.approx([0] * channels, abs=1e-4)
+    deviations = [0, 1, 1][:channels]
+    assert inputs.std((0, 2, 3)).tolist() == pytest.approx(deviations, abs=1e-3)
+    moved = not torch.equal(joined(ours.train)[0].sum(), inputs.float().sum())
+    assert moved == (channels == 3)
+    elsewhere = load(f"npz:{tmp_path / 'mine.npz'}", "nowhere", 20, 20, CPU)
+    assert elsewhere.source == ours.source and ours.source["file"] == "mine.npz"
+
+
+def test_a_part_of_a_set_is_its_first_images(tmp_path):
+    images, labels = some_images(40)
+    write_npz(tmp_path / "cifar10.npz", images, labels)
+    part = load("cifar10", tmp_path, 8, 8, CPU, train_examples=12, test_examples=12)
+    assert (part.train.examples, part.test.examples, part.classes) == (12, 12, 10)
+    assert torch.equal(joined(part.test)[0], joined(batches(images[:12], labels[:12]))[0])
+    assert sorted(joined(part.train)[1].tolist()) == sorted(labels[:12].tolist())
+    with pytest.raises(DataError, match="40 images for --test_examples, not 41"):
+        load("cifar10", tmp_path, 8, 8, CPU, test_examples=41)
+
+
+@pytest.mark.slow
+def test_real_mnist_in_torchvisions_layout(samples):
+    mnist = load("mnist", samples("mnist"), 128, 1000, CPU)
+    assert (mnist.train.examples, mnist.test.examples, mnist.shape) == (60000, 10000, (1, 28, 28))
+    assert joined(mnist.test)[0].mean().item() == pytest.approx(0, abs=0.02)
+
+
+# Preparation
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
 
 
 def cifar_archive(tmp_path, monkeypatch, images, labels):
@@ -181,18 +209,15 @@ def cifar_archive(tmp_path, monkeypatch, images, labels):
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-
-    def md5(content):
-        return hashlib.md5(content).hexdigest()
-
-    cifar = datasets.CIFAR10
     lists = [[[n, md5(contents[n])] for n in files if (n == "test_batch") == test]
              for test in (False, True)]  # fmt: skip
-    monkeypatch.setattr(cifar, "tgz_md5", md5(path.read_bytes()))
-    monkeypatch.setattr(cifar, "train_list", lists[0])
-    monkeypatch.setattr(cifar, "test_list", lists[1])
-    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5(contents["batches.meta"])})
-    monkeypatch.setattr(cifar, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # refused
+    facts = {
+        "tgz_md5": md5(path.read_bytes()), "train_list": lists[0], "test_list": lists[1],
+        "meta": {**datasets.CIFAR10.meta, "md5": md5(contents["batches.meta"])},
+        "url": "http://127.0.0.1:9/cifar-10-python.tar.gz",  # refused
+    }  # fmt: skip
+    for key, value in facts.items():
+        monkeypatch.setattr(datasets.CIFAR10, key, value)
     return path
 
 
@@ -207,7 +232,7 @@ def web(tmp_path):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -237,146 +262,63 @@ def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
     assert arrays["test_labels"].tolist() == labels[25:].tolist()
     left = {p.name for p in folder.iterdir()} - {archive.name, "cifar-10-batches-py"}
     assert left == {"cifar10.npz"}
-    # from now on nothing but the one file is touched
-    monkeypatch.setattr(data.prepare, "_find", None)
+    archive.unlink(missing_ok=True)  # from now on the one file is enough
     assert prepare("cifar10", folder) == path
 
 
-@pytest.mark.parametrize("fault", ["refused", "cut file", "cut url", "missing", "web page", "npz"])
-def test_what_cannot_be_had_is_told_and_leaves_the_good_file(fault, tmp_path, monkeypatch, web):
+@pytest.mark.parametrize("fault, words", [
+    ("refused", ["http://127.0.0.1:9/", "cifar-10-python.tar.gz", "MD5", "--from FILE",
+                 "--dataset digits"]),
+    ("cut file", ["MD5", "cifar-10-python.tar.gz"]),
+    ("cut url", ["127.0.0.1", "MD5", "--from FILE"]),
+    ("web page", ["127.0.0.1", "MD5"]),
+    ("missing", ["there is no", "missing.tar.gz"]),
+    ("npz", ["cifar10.npz is damaged or another data set"]),
+])  # fmt: skip
+def test_what_cannot_be_had_leaves_the_good_file(fault, words, tmp_path, monkeypatch, web):
     images, labels = some_images()
     archive = cifar_archive(tmp_path, monkeypatch, images, labels)
     folder = tmp_path / "data"
     good = prepare("cifar10", folder, archive).read_bytes()
-    source = {"cut file": archive, "cut url": f"{web}/{archive.name}",
-              "web page": f"{web}/", "missing": tmp_path / "missing.tar.gz",
+    source = {"cut file": archive, "cut url": f"{web}/{archive.name}", "web page": f"{web}/",
+              "missing": tmp_path / "missing.tar.gz",
               "npz": tmp_path / "cifar100.npz"}.get(fault)  # fmt: skip
-    rest = {f"{s}_{k}": v for s in ("train", "test") for k, v in
-            (("images", images), ("labels", np.arange(40) % 20))}  # fmt: skip
-    np.savez(tmp_path / "cifar100.npz", **rest)
+    write_npz(tmp_path / "cifar100.npz", images, np.arange(40) % 20)
     archive.write_bytes(archive.read_bytes()[:500])
     if fault == "refused":
         (folder / "cifar10.npz").rename(folder / "kept")
     with pytest.raises(DataError) as error:
         prepare("cifar10", folder, source)
-    words = {
-        "refused": ["http://127.0.0.1:9/", "cifar-10-python.tar.gz", "MD5", "--from FILE",
-                    "--dataset digits"],
-        "cut file": ["MD5", str(archive)],
-        "cut url": [web, "MD5", "--from FILE"],
-        "web page": [web, "MD5"],
-        "missing": ["there is no", "missing.tar.gz"],
-        "npz": ["cifar10.npz is damaged or another data set"],
-    }  # fmt: skip
-    assert all(word in str(error.value) for word in words[fault]), error.value
-    left = [p for p in folder.iterdir() if p.is_file()]
-    assert [p.read_bytes() for p in left] == [good]
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-
-
-def idx(array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return header + array.tobytes()
+    assert all(word in str(error.value) for word in words), error.value
+    assert [p.read_bytes() for p in folder.iterdir()] == [good]
 
 
 @pytest.mark.parametrize("way", ["packed", "unpacked", "layout"])
 def test_prepare_mnist(way, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
     labels = np.arange(30, dtype=np.uint8) % 10
-    parts = [images[:20], labels[:20], images[20:], labels[20:]]
     folder = tmp_path / "data" / "MNIST" / "raw" if way == "layout" else tmp_path / "copy"
     folder.mkdir(parents=True)
-    for name, part in zip(list(MNIST_MD5), parts):
-        content = idx(part)
-        monkeypatch.setitem(MNIST_MD5, name, hashlib.md5(content).hexdigest())
-        if way == "packed":
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
+    for name, part in zip(list(MNIST_MD5), [images[:20], labels[:20], images[20:], labels[20:]]):
+        sides = b"".join(n.to_bytes(4, "big") for n in part.shape)
+        content = bytes([0, 0, 8, part.ndim]) + sides + part.tobytes()
+        monkeypatch.setitem(MNIST_MD5, name, md5(content))
+        packed = gzip.compress(content) if way == "packed" else content
+        (folder / (f"{name}.gz" if way == "packed" else name)).write_bytes(packed)
     path = prepare("mnist", tmp_path / "data", None if way == "layout" else folder)
     arrays, _ = load_arrays(path, (28, 28, 1), 10)
     assert np.array_equal(arrays["train_images"][..., 0], images[:20])
     assert arrays["test_labels"].tolist() == labels[20:].tolist()
-    if way == "packed":
-        damaged = folder / "t10k-labels-idx1-ubyte.gz"
-        damaged.write_bytes(damaged.read_bytes()[:10])
-        with pytest.raises(DataError, match="t10k-labels"):
-            prepare("mnist", tmp_path / "data", folder)
-        assert load_arrays(path, (28, 28, 1), 10)
 
 
 def test_prepare_makes_a_damaged_file_anew(tmp_path, monkeypatch, capsys):
-    archive = cifar_archive(tmp_path, monkeypatch, *some_images())
-    (tmp_path / "data").mkdir()
-    archive.rename(tmp_path / "data" / archive.name)
-    flags = ["cifar10", "--data_dir", str(tmp_path / "data")]
-    data.prepare.main(flags)
-    good = (tmp_path / "data" / "cifar10.npz").read_bytes()
-    (tmp_path / "data" / "cifar10.npz").write_bytes(good[:1000])
-    data.prepare.main(flags)
-    assert "Set aside" in capsys.readouterr().err
-    assert load_arrays(tmp_path / "data" / "cifar10.npz", (32, 32, 3), 10)
-
-
-@pytest.mark.parametrize(
-    "name, shape, classes, mean, std, pad, flip",
-    [
-        ("mnist", (1, 28, 28), 10, [0.1307], [0.3081], 0, False),
-        ("cifar10", (3, 32, 32), 10, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010], 4, True),
-        ("cifar100", (3, 32, 32), 100, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761], 4,
-         True),
-    ],
-)  # fmt: skip
-def test_sets_are_normalised_and_augmented_as_documented(
-    name, shape, classes, mean, std, pad, flip, tmp_path
-):
-    images = np.full((200, *shape[1:], shape[0]), 51, np.uint8)  # 0.2
-    images[:, :, 0] = 255
-    arrays = {"images": images, "labels": np.arange(200) % classes}
-    np.savez(tmp_path / f"{name}.npz",
-             **{f"{s}_{k}": v for s in ("train", "test") for k, v in arrays.items()})  # fmt: skip
-    found = load(name, tmp_path, 50, 50, CPU)
-    assert (found.shape, found.classes) == (shape, classes)
-    inputs = torch.cat([x for x, _ in found.test])
-    for x, level in ((inputs[..., 1], 0.2), (inputs[..., 0], 1.0)):  # nothing moved in testing
-        expected = (level - np.array(mean)) / np.array(std)
-        assert x.mean((0, 2)).tolist() == pytest.approx(expected, abs=1e-5)
-    assert torch.cat([y for _, y in found.test]).tolist() == arrays["labels"].tolist()
-    train = found.train
-    assert (train.pad, train.flip, train.shuffle) == (pad, flip, True)
-    assert torch.cat([y for _, y in train]).tolist() != arrays["labels"].tolist()
-    inputs = torch.cat([x for x, _ in train])
-    left, right = inputs[:, 0, :, 0].amax(1), inputs[:, 0, :, -1].amax(1)
-    assert bool((right > left).any()) == flip  # the white column on the other side
-    black = inputs[:, 0].amin((1, 2)) < (0.1 - mean[0]) / std[0]
-    assert bool(black.any()) == (pad > 0)
-
-
-def test_folders_are_normalised_and_augmented_as_documented(folder):
-    found = open_folder(folder)
-    train, test = found.train.loader.dataset, found.test.loader.dataset
-    assert train.train and not test.train
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    first = next(iter(found.test))[0][0]
-    expected = (centre_crop(decode(test.samples[0][0]), 32).numpy() / 255 - mean) / std
-    assert first.numpy() == pytest.approx(expected.transpose(2, 0, 1), abs=1e-5)
-    # half of the training images are mirrored: brighter on the left or on the right
-    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)[None, :, None].expand(64, 64, 3)
-    sides = [
-        random_crop_and_flip(ramp, 32, np.random.default_rng(i)).double() for i in range(200)
-    ]
-    mirrored = np.mean([(x[:, 0].mean() > x[:, -1].mean()).item() for x in sides])
-    assert 0.35 < mirrored < 0.65
-
-
-def test_real_mnist_in_torchvisions_layout(samples):
-    root = samples("mnist")
-    mnist = load("mnist", root, 128, 1000, CPU)
-    assert (mnist.train.examples, mnist.test.examples, mnist.shape) == (60000, 10000, (1, 28, 28))
-    inputs = torch.cat([x for x, _ in mnist.test])
-    assert inputs.mean().item() == pytest.approx(0, abs=0.02)
+    cifar_archive(tmp_path, monkeypatch, *some_images())
+    flags, path = ["cifar10", "--data_dir", str(tmp_path)], tmp_path / "cifar10.npz"
+    assert data.prepare.main(flags) == 0
+    path.write_bytes(path.read_bytes()[:1000])
+    assert data.prepare.main(flags) == 0
+    assert "Set aside" in capsys.readouterr().err and load_arrays(path, (32, 32, 3), 10)
 
 
 # Image folders
@@ -390,8 +332,7 @@ def folder(tmp_path):
         for c, name in enumerate(("apple", "pear", "plum")):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                size = rng.integers(40, 90, 2)
-                pixels = rng.integers(0, 30, (*size, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 30, (*rng.integers(40, 90, 2), 3), dtype=np.uint8)
                 pixels[..., c] += 200
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
     return tmp_path
@@ -403,50 +344,67 @@ def open_folder(path, **options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_yields_every_image_once(folder, workers):
-    found = open_folder(folder, workers=workers)
-    assert (found.shape, found.classes) == ((3, 32, 32), 3)
-    assert (found.train.examples, found.test.examples, len(found.train)) == (15, 9, 4)
-    for part, count in ((found.train, 5), (found.test, 3)):
+    ours = open_folder(folder, workers=workers)
+    assert (ours.shape, ours.classes) == ((3, 32, 32), 3)
+    assert (ours.train.examples, ours.test.examples, len(ours.train)) == (15, 9, 4)
+    for part, count in ((ours.train, 5), (ours.test, 3)):
         part.set_epoch(1)
-        got = list(part)
-        labels = torch.cat([y for _, y in got])
-        assert labels.bincount().tolist() == [count] * 3
-        inputs = torch.cat([x for x, _ in got])
-        assert inputs.dtype == torch.float32 and all(x.is_contiguous() for x, _ in got)
+        inputs, labels = joined(part)
+        assert labels.bincount().tolist() == [count] * 3 and inputs.dtype == torch.float32
+        assert inputs.is_contiguous() and part.position == len(part) and part.missing == 0
         assert torch.equal(inputs.mean((2, 3)).argmax(1), labels)  # image and label belong together
+        part.close()
 
 
-def test_folder_order_and_augmentation_do_not_depend_on_workers_or_history(folder):
-    def epoch(n, before=0, **options):
+def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(folder):
+    """They do not depend on workers or on earlier epochs, and these are the functions."""
+    def epoch(n, before=0, start=0, **options):
         train = open_folder(folder, **options).train
         for i in range(before):
             train.set_epoch(i)
             list(train)
-        train.set_epoch(n)
-        return torch.cat([x for x, _ in train])
+        train.set_epoch(n, start)
+        return joined(train)[0], train.order()
 
-    one = epoch(3)
-    assert torch.equal(one, epoch(3, before=2, workers=2))
-    assert not torch.equal(one, epoch(4))
-    assert not torch.equal(one, epoch(3, seed=1))
+    one, order = epoch(3)
+    assert torch.equal(one, epoch(3, before=2, workers=2)[0])
+    assert torch.equal(one[8:], epoch(3, start=2)[0])
+    assert not torch.equal(one, epoch(4)[0]) and not torch.equal(one, epoch(3, seed=1)[0])
+    assert order.tolist() == np.random.default_rng((0, 3)).permutation(15).tolist()
+    ours, rng = open_folder(folder), np.random.default_rng((0, 3, order[5]))
+    paths, mean, std = ours.files[1], np.array([0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]
+    for image, inputs in (
+        (random_crop_and_flip(decode(paths[order[5]]), 32, rng), one[5]),
+        (centre_crop(decode(paths[15]), 32), next(iter(ours.test))[0][0]),  # behind 15 of train/
+    ):
+        expected = ((image.numpy() / 255 - mean) / std).transpose(2, 0, 1)
+        assert inputs.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_random_crop_draws_as_torchvisions(samples):
+def test_half_of_the_training_images_are_mirrored():
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)[None, :, None].expand(64, 64, 3)
+    crops = [random_crop_and_flip(ramp, 32, np.random.default_rng(i)).double() for i in range(200)]
+    assert 0.35 < np.mean([(x[:, 0].mean() > x[:, -1].mean()).item() for x in crops]) < 0.65
+
+
+def test_a_rank_without_a_share_yields_empty_batches(folder):
+    parts = [list(open_folder(folder, rank=r, size=6, workers=1).test) for r in range(6)]
+    whole = list(open_folder(folder).test)
+    for i, (inputs, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([part[i][0] for part in parts]), inputs)
+        assert torch.equal(torch.cat([part[i][1] for part in parts]), labels)
+    assert parts[5][0][0].shape == (0, 3, 32, 32)
+
+
+def test_random_crop_draws_as_torchvisions():
     """The windows' areas and ratios have the distribution of RandomResizedCrop's."""
     transforms = pytest.importorskip("torchvision.transforms")
-    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
-    image = Image.open(next(root.glob("*/*"))).convert("RGB")
-    windows = []
-    for i in range(4000):
-        top, left, h, w = random_window(image.height, image.width, np.random.default_rng(i))
-        windows.append((h * w, w / h, top, left))
     torch.manual_seed(0)
-    theirs = []
-    tensor = torch.empty(3, image.height, image.width)
-    for _ in range(4000):
-        top, left, h, w = transforms.RandomResizedCrop.get_params(tensor, (0.08, 1), (3 / 4, 4 / 3))
-        theirs.append((h * w, w / h, top, left))
-    for ours, expected in zip(np.array(windows).T, np.array(theirs).T):
+    draw, tensor = transforms.RandomResizedCrop.get_params, torch.empty(3, 333, 500)
+    pairs = [(random_window(333, 500, np.random.default_rng(i)),
+              draw(tensor, (0.08, 1), (3 / 4, 4 / 3))) for i in range(4000)]  # fmt: skip
+    top, left, h, w = np.array(pairs, float).transpose(2, 1, 0)  # each (ours and theirs, 4000)
+    for ours, expected in (h * w, w / h, top, left):
         for q in (0.1, 0.5, 0.9):
             spread = expected.max() - expected.min()
             assert abs(np.quantile(ours, q) - np.quantile(expected, q)) < 0.05 * spread
@@ -459,16 +417,11 @@ def test_a_window_that_never_fits_falls_back_to_the_centre():
     assert out.shape == (32, 32, 3)
 
 
-def noise(height, width):
-    """A picture that shows every fault of a filter: black and white at random."""
-    return np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
-
-
 @pytest.mark.parametrize("size", [(70, 90), (500, 333), (333, 500), (48, 48), (9, 30), (1, 7)])
 def test_crops_are_those_of_pil_to_within_rounding(size):
-    """Windows, flips and the filter: PIL's bilinear one, which antialiases."""
+    """Windows, flips and the filter, PIL's bilinear one, on noise, which shows every fault."""
     transforms = pytest.importorskip("torchvision.transforms")
-    image = noise(*size)
+    image = np.random.default_rng(0).integers(0, 2, (*size, 3), dtype=np.uint8) * 255
     picture, pixels = Image.fromarray(image), torch.from_numpy(image)
 
     def differ(ours, theirs):
@@ -488,18 +441,6 @@ def test_crops_are_those_of_pil_to_within_rounding(size):
             expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         differ(random_crop_and_flip(pixels, 42, np.random.default_rng(i)), expected)
     differ(resize(pixels, 31, 77), picture.resize((77, 31), Image.Resampling.BILINEAR))
-
-
-def test_images_of_the_sample_are_those_of_pil(samples):
-    transforms = pytest.importorskip("torchvision.transforms")
-    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
-    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    for path in sorted(root.glob("*/*"))[:20]:
-        image = Image.open(path).convert("RGB")
-        ours = decode(path)
-        assert np.array_equal(ours.numpy(), np.asarray(image))
-        difference = centre_crop(ours, 224).numpy().astype(int) - np.asarray(theirs(image))
-        assert np.abs(difference).max() <= 1
 
 
 def encoded(kind):
@@ -549,17 +490,18 @@ def test_every_kind_of_image_is_decoded_as_pil_does(kind, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         if kind not in OTHERS:  # these take the quicker way
             patch.setattr(Image.Image, "convert", None)
-        found = decode(path)
-    assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), expected)
+        image = decode(path)
+    assert image.dtype == torch.uint8 and np.array_equal(image.numpy(), expected)
     monkeypatch.delattr("torchvision.io.decode_jpeg")  # a later torchvision
     assert np.array_equal(decode(path).numpy(), expected)
 
 
 def outcome(read, path):
+    """The pixels, or the error in a line."""
     try:
         return np.asarray(read(path))
     except Exception as error:
-        return f"{type(error).__name__}: {reason(error)}"
+        return type(error).__name__ if "identify" in str(error) else reason(error)
 
 
 def by_pil(path):
@@ -567,25 +509,14 @@ def by_pil(path):
         return file.convert("RGB")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG restarting"])
-def test_a_cut_jpeg_is_bad_wherever_it_is_cut(kind, tmp_path):
-    path, whole = tmp_path / "image.jpg", encoded(kind)
-    for n in {*range(0, len(whole), 7), *range(len(whole) - 20, len(whole))}:
-        path.write_bytes(whole[:n])
-        found = outcome(decode, path)
-        assert np.array_equal(found, outcome(by_pil, path)), n
-        # Of grey images PIL forgives that the end is not marked.
-        assert isinstance(found, str) or (kind == "JPEG L" and n >= len(whole) - 2), n
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PIL, on EXIF data
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG turned"])
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG restarting"])
 def test_a_damaged_jpeg_is_what_pil_makes_of_it(kind, tmp_path):
-    """Bytes changed, left out or at the end: the same pixels, or the same error."""
+    """Cut anywhere, or with bytes changed: the same pixels, or the same error."""
     path, whole = tmp_path / "image.jpg", encoded(kind)
-    rng = np.random.default_rng(0)
-    cases = [whole + b"and more", whole[:-400] + whole[-2:]]
-    for i in range(150):
+    rng, cases = np.random.default_rng(0), [whole + b"and more", whole[:-400] + whole[-2:]]
+    cases += [whole[:n] for n in {*range(0, len(whole), 13), *range(len(whole) - 20, len(whole))}]
+    for i in range(100):
         content = bytearray(whole)
         for at in rng.integers(0, 700 if i % 2 else len(whole), 3):
             content[at] = rng.integers(0, 256)
@@ -593,30 +524,13 @@ def test_a_damaged_jpeg_is_what_pil_makes_of_it(kind, tmp_path):
     seen = {str: 0, np.ndarray: 0}
     for content in cases:
         path.write_bytes(content)
-        found, expected = outcome(decode, path), outcome(by_pil, path)
-        assert np.array_equal(found, expected)
-        seen[type(found)] += 1
+        ours, expected = outcome(decode, path), outcome(by_pil, path)
+        assert np.array_equal(ours, expected) or "not an image" in ours and "Unid" in expected
+        seen[type(ours)] += 1
+        if whole.startswith(content) and content != whole:
+            # Of grey images PIL forgives that the end is not marked.
+            assert isinstance(ours, str) or kind == "JPEG L" and len(content) >= len(whole) - 2
     assert min(seen.values()) > 10
-
-
-def test_a_jpeg_that_claims_a_monstrous_size_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "image.jpg").write_bytes(encoded("JPEG"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 90 // 2 - 1)  # PIL allows twice that
-    with pytest.raises(Image.DecompressionBombError):
-        decode(tmp_path / "image.jpg")
-
-
-def test_a_worker_fills_a_batch_in_shared_memory(folder, monkeypatch):
-    images = open_folder(folder).train.loader.dataset
-    items = [(0, 3), (0, 14), (0, 7)]
-    here, labels, bad = images.__getitems__(items)
-    monkeypatch.setattr(data.folders, "get_worker_info", lambda: "a worker")
-    there, _, _ = images.__getitems__(items)
-    assert there.is_shared() and not here.is_shared()
-    assert torch.equal(here, there) and here.shape == (3, 32, 32, 3)
-    assert (labels.tolist(), bad) == ([0, 2, 1], [])
-    assert torch.equal(here[1], images[0, 14][0])
-    assert images.__getitems__([])[0].shape == (0, 32, 32, 3)  # a rank without a share
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -629,108 +543,34 @@ def test_bad_images_stop_the_run_or_are_left_out(folder, workers):
     train = open_folder(folder, workers=workers, skip_bad_images=True).train
     for n in range(2):
         train.set_epoch(n)
-        images, labels = (torch.cat(parts) for parts in zip(*train))
+        images, labels = joined(train)
         assert len(labels) == 13 and torch.equal(images.mean((2, 3)).argmax(1), labels)
+        assert train.missing == 2
     assert {Path(p).name for p in train.bad_images} == {"1.jpg", "2.jpg"}
-
-
-def test_a_folder_of_nothing_but_bad_images(folder):
     for path in folder.glob("train/*/*"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of the 15 images"):
         list(open_folder(folder, skip_bad_images=True).train)
 
 
-def test_folder_faults_are_named(folder, tmp_path):
+def test_folders_that_differ_are_named(folder, tmp_path):
     with pytest.raises(DataError, match="no folder .*train"):
         open_folder(tmp_path / "nowhere")
+    (folder / "imagenet").symlink_to(".")
+    with pytest.raises(DataError, match="3 class folders, not 1000"):
+        load("imagenet", folder, 4, 4, CPU)
     (folder / "val" / "plum").rename(folder / "val" / "grape")
     with pytest.raises(DataError, match="grape, plum"):
         open_folder(folder)
-    (folder / "val" / "grape").rename(folder / "val" / "plum")
-    (folder / "imagenet").mkdir()
-    for split in ("train", "val"):
-        (folder / split).rename(folder / "imagenet" / split)
-    with pytest.raises(DataError, match="3 class folders, not 1000"):
-        load("imagenet", folder, 4, 4, CPU)
-    for path in (folder / "imagenet" / "train" / "pear").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match="no images under"):
-        open_folder(folder / "imagenet")
 
 
-def test_the_imagenet_sample(samples, tmp_path):
+@pytest.mark.slow
+def test_photographs_are_those_of_pil(samples):
+    transforms = pytest.importorskip("torchvision.transforms")
     root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
-    (tmp_path / "imagenet").mkdir()
-    for split in ("train", "val"):
-        (tmp_path / "imagenet" / split).symlink_to(root)
-    found = load("imagenet", tmp_path, 100, 100, CPU, workers=2)
-    assert (found.classes, found.shape, found.train.examples) == (1000, (3, 224, 224), 1000)
-    inputs, labels = next(iter(found.test))
-    assert inputs.shape == (100, 3, 224, 224)
-    assert labels.tolist() == list(range(100))
-    assert inputs.mean().abs() < 0.5
-
-
-def write_npz(path, images, labels):
-    np.savez(path, **{f"{s}_{k}": v for s in ("train", "test")
-                      for k, v in (("images", images), ("labels", labels))})  # fmt: skip
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_prepared_file_of_ones_own(channels, tmp_path):
-    """Classes, side, mean and deviation come from the file; colours are augmented like CIFAR's."""
-    images = np.random.default_rng(0).integers(0, 90, (60, 16, 16, channels), dtype=np.uint8)
-    write_npz(tmp_path / "mine.npz", images, np.arange(60) % 7)
-    found = load("npz:mine.npz", tmp_path, 20, 20, CPU)
-    assert (found.shape, found.classes) == ((channels, 16, 16), 7)
-    assert (found.train.pad, found.train.flip) == ((2, True) if channels == 3 else (0, False))
-    inputs = torch.cat([x for x, _ in found.test]).double()
-    assert inputs.mean((0, 2, 3)).tolist() == pytest.approx([0] * channels, abs=1e-4)
-    assert inputs.std((0, 2, 3)).tolist() == pytest.approx([1] * channels, abs=1e-3)
-    elsewhere = load(f"npz:{tmp_path / 'mine.npz'}", "nowhere", 20, 20, CPU)
-    assert elsewhere.source == found.source and found.source["file"] == "mine.npz"
-
-
-@pytest.mark.parametrize("fault", ["missing", "no archive", "shape", "labels", "gap"])
-def test_a_file_of_ones_own_with_a_fault_is_named(fault, tmp_path):
-    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
-    if fault == "shape":
-        images = images[..., 0]
-    if fault == "labels":
-        labels = labels + 1
-    if fault == "gap":
-        labels = labels * 2
-    if fault == "no archive":
-        (tmp_path / "mine.npz").write_bytes(b"mine")
-    elif fault != "missing":
-        write_npz(tmp_path / "mine.npz", images, labels)
-    said = "mine.npz is damaged or another.*data.prepare --help"
-    with pytest.raises(DataError, match="no .*mine.npz" if fault == "missing" else said):
-        load("npz:mine.npz", tmp_path, 2, 2, CPU)
-
-
-def test_a_blank_channel_is_no_division_by_zero(tmp_path):
-    images = np.zeros((6, 8, 8, 3), np.uint8)
-    write_npz(tmp_path / "mine.npz", images, np.arange(6) % 3)
-    for x, _ in load("npz:mine.npz", tmp_path, 2, 2, CPU).test:
-        assert bool((x == 0).all())
-
-
-def test_a_part_of_a_set_is_its_first_images(tmp_path):
-    images, labels = some_images(40)
-    write_npz(tmp_path / "cifar10.npz", images, labels)
-    whole = load("cifar10", tmp_path, 8, 8, CPU)
-    part = load("cifar10", tmp_path, 8, 8, CPU, train_examples=12, test_examples=40)
-    assert (part.train.examples, part.test.examples, part.classes) == (12, 40, 10)
-    assert torch.equal(part.train.images, whole.train.images[:12])
-    assert part.train.labels.tolist() == whole.train.labels[:12].tolist()
-    with pytest.raises(DataError, match="40 images for --test_examples, not 41"):
-        load("cifar10", tmp_path, 8, 8, CPU, test_examples=41)
-
-
-def test_channel_statistics_are_numpys():
-    images = some_images(30)[0]
-    mean, std = data.channel_statistics(images)
-    assert mean == pytest.approx((images / 255).mean((0, 1, 2)), rel=1e-12)
-    assert std == pytest.approx((images / 255).std((0, 1, 2)), rel=1e-12)
+    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for path in sorted(root.glob("*/*"))[:20]:
+        image = Image.open(path).convert("RGB")
+        assert np.array_equal(decode(path).numpy(), np.asarray(image))
+        difference = centre_crop(decode(path), 224).numpy().astype(int) - np.asarray(theirs(image))
+        assert np.abs(difference).max() <= 1

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from agd import AGD, SpectralAGD
-from tests.stock import assert_falls, characters, digits
-from tests.test_any_library import gpt2
+from tests.stock import assert_falls, characters, digits, gpt2
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
 # What AGD warns of: nothing here gives it a reason.
@@ -90,18 +89,51 @@ def test_torch_resumes_from_a_state_dict(rule, tmp_path):
     assert_same_optimiser(optimizer, reference)
 
 
+def loss_of(net, batches):
+    """The mean loss in evaluation mode, the network's mode left as it is."""
+    mode = net.training
+    net.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(net(images), labels).item() for images, labels in batches]
+    net.train(mode)
+    return sum(losses) / len(losses)
+
+
+def assert_is_of_the_average(loss, net, optimizer, batches):
+    """Not of the weights that training holds."""
+    optimizer.train()
+    held = loss_of(net, batches)
+    optimizer.eval()
+    average = loss_of(net, batches)
+    assert loss == pytest.approx(average, rel=1e-5) and loss != pytest.approx(held, rel=1e-4)
+
+
 def test_lightning(rule, tmp_path):
+    """Lightning calls no optimiser's eval() and train() by itself: README's callback does."""
     lightning = pytest.importorskip("lightning")
+    modes = hasattr(rule, "eval")
+
+    class Average(lightning.Callback):
+        def on_validation_start(self, trainer, module):
+            for optimizer in trainer.optimizers:
+                optimizer.eval()
+
+        def on_validation_end(self, trainer, module):
+            for optimizer in trainer.optimizers:
+                optimizer.train()
 
     class Module(lightning.LightningModule):
         def __init__(self, seed):
             super().__init__()
-            self.net, self.losses = small(seed), []
+            self.net, self.losses, self.tested = small(seed), [], []
 
         def training_step(self, batch):
             loss = F.cross_entropy(self.net(batch[0]), batch[1])
             self.losses.append(loss.item())
             return loss
+
+        def validation_step(self, batch):
+            self.tested.append(F.cross_entropy(self.net(batch[0]), batch[1]).item())
 
         def configure_optimizers(self):
             return rule(self.net)
@@ -110,31 +142,39 @@ def test_lightning(rule, tmp_path):
         module = Module(seed)
         saver = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", logger=False,
-                                    callbacks=[saver], enable_progress_bar=False,
+                                    callbacks=[saver] + [Average()] * modes,
+                                    enable_progress_bar=False,
                                     enable_model_summary=False)  # fmt: skip
-        trainer.fit(module, loader(), ckpt_path=resume, weights_only=False)
+        trainer.fit(module, loader(), loader(), ckpt_path=resume, weights_only=False)
         return module, trainer.optimizers[0]
 
     whole, reference = fit(0, 5)
     assert_falls(whole.losses)
     resumed, optimizer = fit(1, 5, resume=tmp_path / "epoch=1.ckpt")
-    assert resumed.losses == whole.losses[8:]
+    assert resumed.losses == whole.losses[8:] and resumed.tested[-4:] == whole.tested[-4:]
     assert_same(resumed, whole)
     assert_same_optimiser(optimizer, reference)
+    if modes:
+        last = sum(whole.tested[-4:]) / 4
+        assert_is_of_the_average(last, whole.net, reference, list(loader()))
 
 
-def test_accelerate(rule, tmp_path):
+@pytest.mark.parametrize("rule, mode", [(AGD, None), (SpectralAGD, "train"), (SpectralAGD, "eval")])
+def test_accelerate(rule, mode, tmp_path):
+    """It hands on the modes, which it does not call; a checkpoint of either mode goes on."""
     accelerate = pytest.importorskip("accelerate")
 
     def prepare(seed):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         net = small(seed)
-        agd = rule(net)
-        net, optimizer, batches = accelerator.prepare(net, agd, loader())
-        return accelerator, net, optimizer, batches, agd
+        own = rule(net)
+        net, optimizer, batches = accelerator.prepare(net, own, loader())
+        return accelerator, net, optimizer, batches, own
 
-    def epochs(count, accelerator, net, optimizer, batches, agd):
+    def epochs(count, accelerator, net, optimizer, batches, own):
         losses = []
+        if mode:
+            optimizer.train()
         for _ in range(count):
             for images, labels in batches:
                 with accelerator.accumulate(net):
@@ -147,14 +187,20 @@ def test_accelerate(rule, tmp_path):
 
     run = prepare(0)
     losses = epochs(2, *run)
-    run[0].save_state(tmp_path)
-    losses += epochs(2, *run)
-    assert_falls(losses)
+    accelerator, net, optimizer, batches, own = run
+    if mode:
+        optimizer.eval()
+        assert_is_of_the_average(loss_of(net, batches), net, own, batches)
+        getattr(optimizer, mode)()
+    accelerator.save_state(tmp_path)
     resumed = prepare(1)
     resumed[0].load_state(tmp_path)
+    assert_same(resumed[1], net)
+    losses += epochs(2, *run)
+    assert_falls(losses)
     assert epochs(2, *resumed) == losses[8:]
-    assert_same(resumed[1], run[1])
-    assert_same_optimiser(resumed[4], run[4])
+    assert_same(resumed[1], net)
+    assert_same_optimiser(resumed[4], own)
 
 
 def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches(rule):
@@ -178,32 +224,41 @@ def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches(rule):
 
 
 def test_the_trainer_of_transformers(rule, tmp_path):
+    """It calls eval() and train() by itself, and saves in either mode."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     texts = [{"input_ids": x, "labels": x} for x in characters(32, 24)]
 
     def trainer(seed):
         torch.manual_seed(seed)
-        net = gpt2()
+        net = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         optimizer = rule(net)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=20, save_steps=10, logging_steps=1, max_grad_norm=0,
-            per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
-            logging_strategy="steps",
+            str(tmp_path), max_steps=20, save_steps=10, eval_steps=5, eval_strategy="steps",
+            max_grad_norm=0, per_device_train_batch_size=8, per_device_eval_batch_size=8,
+            logging_strategy="steps", logging_steps=1, use_cpu=True, report_to="none",
+            disable_tqdm=True,
         )  # fmt: skip
-        return transformers.Trainer(net, arguments, train_dataset=texts,
+        return transformers.Trainer(net, arguments, train_dataset=texts, eval_dataset=texts,
                                     optimizers=(optimizer, constant)), optimizer  # fmt: skip
 
     whole, reference = trainer(0)
     whole.train()
-    losses = [float(row["loss"]) for row in whole.state.log_history if "loss" in row]
-    assert len(losses) == 20
+    losses, tested = ([float(row[key]) for row in whole.state.log_history if key in row]
+                      for key in ("loss", "eval_loss"))  # fmt: skip
+    assert len(losses) == 20 and len(tested) == 4
     assert_falls(losses)
     resumed, optimizer = trainer(1)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert_same(resumed.model, whole.model)
     assert_same_optimiser(optimizer, reference)
+    if rule is SpectralAGD:
+        assert reference.param_groups[0]["train_mode"] is False  # the last of all was an evaluation
+        reference.train()
+        held = [p.detach().clone() for p in whole.model.parameters()]
+        assert whole.evaluate()["eval_loss"] == pytest.approx(tested[-1], rel=1e-6)
+        assert not all(torch.equal(p, q) for p, q in zip(held, whole.model.parameters()))
 
 
 def test_timm(rule, tmp_path):
@@ -272,155 +327,13 @@ def test_a_scaled_gradient_is_unscaled_before_the_step(rule):
     assert etas[1] == pytest.approx(etas[0], rel=1e-5)
 
 
-def loss_of(net, batches):
-    """The mean loss in evaluation mode, the network's mode left as it is."""
-    mode = net.training
-    net.eval()
-    with torch.no_grad():
-        losses = [F.cross_entropy(net(images), labels).item() for images, labels in batches]
-    net.train(mode)
-    return sum(losses) / len(losses)
-
-
-def assert_is_of_the_average(loss, net, optimizer, batches):
-    """Not of the weights that training holds."""
-    optimizer.train()
-    held = loss_of(net, batches)
-    optimizer.eval()
-    average = loss_of(net, batches)
-    assert loss == pytest.approx(average, rel=1e-5) and loss != pytest.approx(held, rel=1e-4)
-
-
-def test_lightning_evaluates_the_average_by_a_callback(tmp_path):
-    """Lightning calls no optimiser's eval() and train() by itself: README's callback does."""
-    lightning = pytest.importorskip("lightning")
-
-    class Average(lightning.Callback):
-        def on_validation_start(self, trainer, module):
-            for optimizer in trainer.optimizers:
-                optimizer.eval()
-
-        def on_validation_end(self, trainer, module):
-            for optimizer in trainer.optimizers:
-                optimizer.train()
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-            self.tested = []
-
-        def training_step(self, batch):
-            return F.cross_entropy(self.net(batch[0]), batch[1])
-
-        def validation_step(self, batch):
-            self.tested.append(F.cross_entropy(self.net(batch[0]), batch[1]).item())
-
-        def configure_optimizers(self):
-            return SpectralAGD(self.net)
-
-    def fit(epochs, average, resume=None):
-        torch.manual_seed(0)
-        module = Module()
-        saver = lightning.pytorch.callbacks.ModelCheckpoint(
-            tmp_path / str(average), "{epoch}", save_top_k=-1)  # fmt: skip
-        trainer = lightning.Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-            callbacks=[saver] + [Average()] * average, enable_model_summary=False)  # fmt: skip
-        trainer.fit(module, loader(), loader(), ckpt_path=resume, weights_only=False)
-        return module, trainer.optimizers[0]
-
-    module, optimizer = fit(4, True)
-    batches = list(loader())
-    last = sum(module.tested[-4:]) / 4
-    assert_is_of_the_average(last, module.net, optimizer, batches)
-    resumed, its = fit(4, True, tmp_path / "True" / "epoch=1.ckpt")
-    its.eval()
-    assert resumed.tested[-4:] == module.tested[-4:]
-    assert_same(resumed, module)
-    assert_same_optimiser(its, optimizer)
-    plain, optimizer = fit(4, False)
-    assert sum(plain.tested[-4:]) / 4 == pytest.approx(loss_of(plain.net, batches), rel=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_accelerate_has_the_modes(mode, tmp_path):
-    """It does not call them, and hands on who does; a checkpoint of either mode goes on."""
-    accelerate = pytest.importorskip("accelerate")
-
-    def prepare(seed):
-        accelerator = accelerate.Accelerator(cpu=True)
-        net = small(seed)
-        own = SpectralAGD(net)
-        net, optimizer, batches = accelerator.prepare(net, own, loader())
-        return accelerator, net, optimizer, batches, own
-
-    def epochs(count, accelerator, net, optimizer, batches, own):
-        optimizer.train()
-        for _ in range(count):
-            for images, labels in batches:
-                optimizer.zero_grad()
-                accelerator.backward(F.cross_entropy(net(images), labels))
-                optimizer.step()
-
-    run = prepare(0)
-    epochs(2, *run)
-    _, net, optimizer, batches, own = run
-    optimizer.eval()
-    assert_is_of_the_average(loss_of(net, batches), net, own, batches)
-    getattr(optimizer, mode)()
-    run[0].save_state(tmp_path)
-    resumed = prepare(1)
-    resumed[0].load_state(tmp_path)
-    assert_same(resumed[1], net)
-    epochs(2, *run), epochs(2, *resumed)
-    assert_same(resumed[1], net)
-    assert_same_optimiser(resumed[4], own)
-
-
-def test_the_trainer_of_transformers_evaluates_the_average(tmp_path):
-    """It calls eval() and train() by itself, and saves in either mode."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    texts = [{"input_ids": x, "labels": x} for x in characters(32, 24)]
-
-    def trainer(seed, best=False):
-        torch.manual_seed(seed)
-        net = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        optimizer = SpectralAGD(net)
-        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=20, save_steps=10, eval_steps=5, eval_strategy="steps",
-            max_grad_norm=0, per_device_train_batch_size=8, per_device_eval_batch_size=8,
-            use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
-        return transformers.Trainer(net, arguments, train_dataset=texts, eval_dataset=texts,
-                                    optimizers=(optimizer, constant)), optimizer  # fmt: skip
-
-    whole, reference = trainer(0)
-    whole.train()
-    tested = [row["eval_loss"] for row in whole.state.log_history if "eval_loss" in row]
-    assert len(tested) == 4 and tested[-1] < tested[0]
-    assert reference.param_groups[0]["train_mode"] is False  # the last of all was an evaluation
-    assert whole.evaluate()["eval_loss"] == pytest.approx(tested[-1], rel=1e-6)
-    resumed, optimizer = trainer(1)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert_same(resumed.model, whole.model)
-    assert_same_optimiser(optimizer, reference)
-    reference.train()
-    held = [p.detach().clone() for p in whole.model.parameters()]
-    loss = whole.evaluate()["eval_loss"]
-    assert loss == pytest.approx(tested[-1], rel=1e-6)
-    assert not all(torch.equal(p, q) for p, q in zip(held, whole.model.parameters()))
-
-
 @pytest.mark.parametrize(
     "name, library",
     [
         ("accelerate_digits", "accelerate"),
         ("lightning_digits", "lightning"),
         ("timm_digits", "timm"),
-        ("trainer_text", "transformers"),
+        pytest.param("trainer_text", "transformers", marks=pytest.mark.slow),
     ],
 )
 def test_an_example_trains(name, library, capsys):

@@ -353,7 +353,7 @@ def test_what_cannot_be_replayed_is_said_at_once(tmp_path, monkeypatch):
         ({}, ["--seed", 1], "leave out --seed"),
         ({}, ["--epochs", 200], "leave out --epochs"),  # the default, but given
         ({"flags": {"tempo": 3}}, [], "--tempo, which no longer exists; its commit has it: abc"),
-        ({"results": []}, [], "has not come to its end"),
+        ({"results": []}, [], "has not finished"),
         ({"flags": {"arch": "--check"}}, [], "argument --arch: no '--check' among"),
         ({"flags": {"seed": True}}, [], "argument --seed: expected one argument"),
     ):

@@ -1,59 +1,74 @@
-"""Several runs in one process, as on a GPU, beside processes of their own."""
+"""Several runs in one process, as on a GPU, beside processes of their own: --together."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from scripts import results, runner
-from scripts.results import Results
+import main as program
+from scripts import results
+from scripts.runner import GRACE
+from scripts.together import Host
 from tests.conftest import ROOT
-from tests.test_reproduce import DIGITS, call, lasting, logs, small_table, start, wait_for
+from tests.test_reproduce import (
+    DIGITS,
+    NAME,
+    call,
+    epochs_in,
+    lasting,
+    logs,
+    small_table,
+    start,
+    wait_for,
+)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # their number has a say in the last digits
 
 
-def test_runs_that_share_a_process_come_out_as_alone(one_thread, monkeypatch, tmp_path, capsys):
-    """To the bit, weights included, one of them wrong and four of them at once."""
+def with_seed(row, seed, **words):
+    flags = [words.get(x, x) for x in row.flags[:-1]]
+    return row._replace(flags=(*flags, str(seed)))
+
+
+def how(*more):
+    return ["--jobs", "4", "--device", "cpu", "--together", *more]
+
+
+def test_runs_that_share_a_process_come_out_as_alone(monkeypatch, tmp_path, capsys):
+    """To the bit, weights included, one of them broken; their output and a library's stays apart.
+    """
     (tmp_path / "broken.npz").write_bytes(b"no archive")
-
-    def table(scale):
-        rows = small_table(scale)
-        words = [*rows[0].flags[:-1], "1"]
-        words[words.index("digits")] = "npz:broken.npz"
-        odd = rows[0]._replace(flags=tuple(words))
-        return [*rows, odd, *(row._replace(flags=(*row.flags[:-1], "1")) for row in rows)]
-
-    monkeypatch.setattr(results, "experiments", table)
-    found = []
-    for together in ("on", "off"):
-        out = tmp_path / together
-        how = ["--jobs", "4", "--together", together, "--device", "cpu", "--data_dir", tmp_path]
-        assert call("fig5", "--out", out, *how) == 1
-        said = capsys.readouterr()
-        assert "broken.npz is damaged" in said.err and "Traceback" not in said.err
-        found.append({name: lasting(rows) for name, rows in logs(out).items()})
-        found[-1]["weights"] = [
-            torch.load(path, weights_only=True)["net"]
-            for path in sorted((out / "quick" / "checkpoints").glob("*.pt"))
-        ]
-        assert (out / "quick" / "output" / "worker.txt").exists() == (together == "on")
-    assert len(found[0]) == 9 and found[0].keys() == found[1].keys()
-    mine, theirs = (one.pop("weights") for one in found)
-    assert found[0] == found[1]
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(mine, theirs, strict=True) for k in a)
+    rows = small_table("")  # of 128 units, wide enough for oneDNN, which prints its work
+    table = [with_seed(row, 0, **{"16": "128"}) for row in rows]
+    bad = with_seed(rows[0], 1, digits="npz:broken.npz")
+    monkeypatch.setattr(results, "experiments", lambda scale: [*table, bad])
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    assert call("fig5", "--out", tmp_path, *how("on"), "--data_dir", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "broken.npz is damaged" in error and "Traceback" not in error
+    assert "onednn" in (tmp_path / "quick" / "output" / "worker.txt").read_text()
+    assert len(logs(tmp_path)) == 4
+    torch.set_num_threads(1)
+    for row in table:
+        program.main([*row.flags, "--epochs", "3", "--out", str(tmp_path / "alone")])
+    for name, alone in logs(tmp_path, "alone").items():
+        assert lasting(logs(tmp_path)[name]) == lasting(alone)
+        text = (tmp_path / "quick" / "output" / f"{name}.txt").read_text()
+        assert text.count("Finished 3 epochs") == 1 and "onednn" not in text
+        ours, theirs = (
+            torch.load(tmp_path / folder / "checkpoints" / f"{name}.pt", weights_only=True)["net"]
+            for folder in ("quick", "alone")
+        )
+        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
 
 
 UNRECORDABLE = """
 import sys
 sys.path.insert(0, ROOT)
+import flags
 import training.cuda_graph as replay
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -83,113 +98,62 @@ main = program.main
 """
 
 
-def test_runs_whose_process_cannot_record_a_graph_start_again_without(
-    one_thread, monkeypatch, tmp_path, capsys
-):
+@pytest.mark.slow
+def test_runs_whose_process_cannot_record_a_graph_start_again_without(monkeypatch, tmp_path):
     """With torch before 2.12 no other run of the process could replay its graphs."""
     (tmp_path / "main.py").write_text(UNRECORDABLE.replace("ROOT", repr(str(ROOT))))
-
-    def table(scale):
-        agd, adam, *_ = small_table(scale, 12)
-        seeds = (agd._replace(flags=(*agd.flags[:-1], str(seed))) for seed in range(3))
-        return [*seeds, adam]
-
-    monkeypatch.setattr(results, "experiments", table)
-    found = []
+    agd, adam, *_ = small_table("", 12)
+    table = [*(with_seed(agd, seed) for seed in range(3)), adam]
+    monkeypatch.setattr(results, "experiments", lambda scale: table)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    came_out = []
     for out, where in (("broken", tmp_path), ("whole", ROOT)):
         monkeypatch.chdir(where)  # whose main.py the process takes
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        how = ["--jobs", "4", "--together", "on", "--device", "cpu", "--fresh"]
-        assert call("fig5", "--out", tmp_path / out, *how) == 0, capsys.readouterr()
-        found.append(logs(tmp_path / out))
-    broken, whole = found
-    first = broken["fcn3x16-digits-mse-bs128-agd-seed0-updates"][0]
-    assert first["no_cuda_graph"] == "--cuda_graph off"
+        assert call("fig5", "--out", tmp_path / out, *how("on"), "--fresh") == 0
+        came_out.append(logs(tmp_path / out))
+    broken, whole = came_out
+    assert broken[NAME][0]["no_cuda_graph"] == "--cuda_graph off"
     assert broken.keys() == whole.keys() and len(whole) == 4
     for name, rows in broken.items():
         assert lasting(rows)[1:] == lasting(whole[name])[1:]
 
 
-def test_what_they_print_stays_apart(one_thread, monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "experiments", small_table)
-    how = ["--jobs", "4", "--together", "on", "--device", "cpu"]
-    assert call("fig5", "--out", tmp_path, *how) == 0
-    folder = tmp_path / "quick" / "output"
-    texts = {path.stem: path.read_text() for path in folder.glob("*.txt")}
-    assert texts.pop("worker") == ""
-    assert texts.keys() == logs(tmp_path).keys()
-    for name, text in texts.items():
-        assert text.count("Finished 3 epochs") == text.count("epoch 3/3") == 1
-        assert [line for line in text.splitlines() if line.startswith("Log ")][0].endswith(
-            f"{name}.jsonl"
-        )
+@pytest.mark.slow
+def test_a_time_limit_stops_all_of_them(tmp_path):
+    process = start(tmp_path, *how("on"), "--time_limit", "20s", epochs=10**5)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75 and "Traceback" not in output, output
+    ends = [rows[-1] for rows in logs(tmp_path).values()]
+    assert [end["stopped"] for end in ends] == ["interrupted"] * 4
+    assert all(end["epochs"] for end in ends)
 
 
-def test_a_time_limit_stops_all_of_them_and_the_command_goes_on(one_thread, tmp_path):
-    how = ["--jobs", "2", "--together", "on", "--time_limit", "20s"]
-    process = start(tmp_path, *how, epochs=10**5)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 75 and "Traceback" not in said, said
-    first = logs(tmp_path)
-    assert {rows[-1]["stopped"] for rows in first.values()} == {"interrupted"} and len(first) == 2
-    done = {name: rows[-1]["epochs"] for name, rows in first.items()}
-    assert all(done.values())
-
-
+@pytest.mark.slow
 def test_killed_it_takes_its_runs_along(tmp_path):
-    process = start(tmp_path, "--jobs", "4", "--together", "on", epochs=100000)
-    there = tmp_path / "quick" / "logs"
-    wait_for(lambda: there.exists() and sum(map(results.epochs_done, there.glob("*.jsonl"))) > 4)
+    process = start(tmp_path, *how("on"), epochs=10**5)
+    wait_for(lambda: epochs_in(tmp_path) > 4)
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.communicate()
     time.sleep(2)
-    sizes = [path.stat().st_size for path in there.glob("*.jsonl")]
+    done = epochs_in(tmp_path)
     time.sleep(1)
-    assert sizes == [path.stat().st_size for path in there.glob("*.jsonl")]
+    assert epochs_in(tmp_path) == done
 
 
-def test_a_host_that_dies_fails_its_runs_and_the_others_get_a_new_one(one_thread, tmp_path):
-    there = Results(tmp_path, "quick")
-    some = runner.Runner(there, 1, ["--device", "cpu"], None, "fig5", together=True)
-    long = [runner.Task(f"long{i}", (*DIGITS.split(), "--seed", str(i)), 100000) for i in (1, 2)]
-    try:
-        some._start(long[0])
-        ((first, _),) = some.running.items()
+@pytest.mark.slow
+def test_a_host_that_dies_fails_its_runs_and_the_next_gets_another(monkeypatch, tmp_path):
+    def run(seed):
+        words = [*DIGITS.split(), "--epochs", "100000", "--device", "cpu", "--seed", seed]
+        return start([*words, "--out", str(tmp_path)], tmp_path / f"{seed}.txt", {})
+
+    monkeypatch.chdir(ROOT)
+    with Host() as start:
+        first = run("1")
         assert first.poll() is None
-        first.host.process.kill()
+        first.kill()
         assert first.wait(20) and first.poll() == -9
-        some.running.clear()
-        some._start(long[1])
-        ((second, _),) = some.running.items()
-        assert second.host is not first.host and second.poll() is None
-        wait_for(lambda: list(tmp_path.glob("quick/logs/*.jsonl")))
-    finally:
-        began = time.monotonic()
-        some.stop()
-    assert second.poll() == 130 and time.monotonic() - began < runner.GRACE
-    assert some.host is None and second.host.process.returncode == 0
-
-
-def test_what_a_library_prints_does_not_come_between(one_thread, monkeypatch, tmp_path):
-    def table(scale):
-        rows = [list(row.flags) for row in small_table(scale)[:2]]
-        for words in rows:  # wide enough for oneDNN, which prints what it does
-            words[words.index("16")] = "128"
-        return [x._replace(flags=tuple(f)) for x, f in zip(small_table(scale), rows)]
-
-    monkeypatch.setattr(results, "experiments", table)
-    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
-    how = ["--jobs", "2", "--together", "on", "--device", "cpu"]
-    assert call("fig5", "--out", tmp_path, *how) == 0
-
-
-def test_a_worker_without_runs_ends_with_its_input():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.worker"], cwd=ROOT, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    order = {"run": 7, "flags": ["--arch", "fnc"], "output": os.devnull}
-    said = process.communicate(json.dumps({"stop": True}) + "\n" + json.dumps(order) + "\n", 60)[0]
-    assert process.returncode in (0, 1)  # the input may end before the run has
-    assert said in ("", '{"run": 7, "code": 2}\n')
+        second, wrong = run("2"), run("x")
+        wait_for(lambda: list(tmp_path.glob("logs/*.jsonl")))
+        assert wrong.wait(20) and wrong.poll() == 2 and second.poll() is None
+        second.stop()
+        assert second.wait(GRACE) and second.poll() == 130

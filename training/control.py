@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
 
 from distributed.delayed import DelayedMax
 
@@ -94,30 +93,3 @@ def ignore():
     drops handlers, and a signal would kill it then."""
     for number in (*ENDING, *ANNOUNCING):
         signal.signal(number, signal.SIG_IGN)
-
-
-LAST = 30
-
-
-def ignore_all(*_):
-    """In a worker process: a signal to a terminal or a job reaches every process of it, and the
-    main one, which needs its workers to the end of a step, ends them. What else ends them, as the
-    interpreter does when it stops, has to wait a little."""
-    [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, *ANNOUNCING)]
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, *ANNOUNCING})
-
-
-@contextmanager
-def held_back():
-    """While processes are made: what is sent to them waits until they have called ignore_all."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, *ANNOUNCING})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

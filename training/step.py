@@ -63,7 +63,8 @@ def steps(step, batches, totals):
 
 
 def train_epoch(net, batches, loss_fn, optimizer, log_updates=False):
-    """Train one epoch of `batches` (inputs, labels) in a single process. Returns its Totals.
+    """Train one epoch of `batches` (inputs, labels) in a single process, without a Trainer: for
+    scripts. Returns its Totals.
 
     An optimiser with `train` and `eval`, as SpectralAGD and the schedule-free ones, shows the
     weights of its answer when this returns; batch-norm statistics stay those of training.

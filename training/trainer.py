@@ -7,6 +7,7 @@ all of it: a run that resumes is, on the same hardware, to the bit the run that 
 import json
 import math
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -25,7 +26,8 @@ from distributed.slurm import in_a_job, requeue
 from distributed.sync_bn import average_statistics
 from runs.checkpoint import validate
 from runs.log import RunError
-from training.control import ANNOUNCED, NOTHING, STOP, ignore
+from training import display
+from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
 from training.gradient import Gradient
 from training.metrics import Totals, epoch_row, step_rows
@@ -47,7 +49,8 @@ class Ending(NamedTuple):
     final: bool = True
     facts: dict = {}
     exit_code: int = 0
-    failure: tuple | None = None  # distributed.Failure of an exception
+    failed: bool = False  # by an exception
+    told: bool = False  # the reason has been printed, here or by another rank
     bad_images: tuple = ()  # paths of images that could not be decoded
 
 
@@ -229,12 +232,16 @@ class Trainer:
         return ending._replace(bad_images=tuple(sorted(bad)))
 
     def _failed(self, error):
-        if self.world.size > 1:  # a second Ctrl-C changes nothing while ranks tell each other
-            ignore()
         failure = self.world.failed(error)
         code = error.exit_code if isinstance(error, UserError) else 1
         code = 130 if failure.reason == "interrupted" else code
-        return Ending(failure.reason, False, {}, code, failure)
+        # The summary of a single process has the reason; of several, a launcher may end this one.
+        told = self.world.size > 1 or code == UserError.exit_code
+        if told and failure.first:
+            display.error(failure.reason, failure.trace)
+        elif failure.trace and failure.first:
+            print(failure.trace, end="", file=sys.stderr)
+        return Ending(failure.reason, False, {}, code, failed=True, told=told)
 
     def _run_epoch(self, profile):
         """Train, test, log and save one epoch. Returns why the run cannot go on, or None."""

@@ -1,98 +1,90 @@
-"""The benchmark's picture, and its tables in README, from what the cases wrote."""
+"""The benchmark's picture, and the tables of docs/performance.md, from the files of the cases."""
 
 import json
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from scripts.benchmark.checkpoint import PERCENT
+from runs.files import write_whole
+from scripts.benchmark.epoch import PERCENT
 from scripts.benchmark.step import GRAPH, GROWING, NETS, YARDSTICK
 from scripts.figures import fingerprint
 from scripts.results import data_name
-from scripts.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    SKY,
-    STYLE,
-    WIDTH,
-    legend,
-    log_values,
-)
+from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, STYLE, WIDTH, legend, log_values
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 START, END = "<!-- benchmark: python -m scripts.benchmark draw -->", "<!-- end of the benchmark -->"
-DEVICES = {"cpu": "", "cuda": "-cuda"}  # type -> what its files' names end in
+DEVICES = {"cpu": "", "cuda": "-cuda"}  # type -> the end of its files' names
 COLOURS = {
-    "AGD": BLACK, "SGD, fused": BLUE, "SGD with momentum, fused": SKY, "AdamW, fused": ORANGE,
+    "AGD": BLACK, YARDSTICK: BLUE, "SGD with momentum, fused": SKY, "AdamW, fused": ORANGE,
     "AdamW, foreach": PINK, "Muon": GREEN,
 }  # fmt: skip
-SHOWN = list(NETS)[:3]
-GREY = "#555555"
+PEERS, SHOWN = [name for name in COLOURS if name != YARDSTICK], list(NETS)[:3]
+WORDS = {  # keys of the epoch's ratios, in the tables
+    "ours, training / bare": "an epoch of training, {} / its bare passes",
+    "ours / bare": "the same with its test / the bare passes",
+    "conventional / ours": "the conventional pipeline / an epoch with its test",
+}
 
 
 def file_name(case, device):
-    """Of what a case found on a type of device. The data are read by the processor."""
+    """The file of a case on a type of device. The processor reads the data on any."""
     return f"{case}{'' if case == 'data' else DEVICES.get(device, f'-{device}')}.json"
 
 
 def read(folder, device):
-    """{case: what it found} of those that are there."""
-    cases = "step", "epoch", "many", "checkpoint"
+    """{case: its result} of the files in a folder."""
+    cases = ["step", "epoch", "many", "checkpoint", *["data"] * (device == "cpu")]
     paths = {case: Path(folder, file_name(case, device)) for case in cases}
-    if device == "cpu":
-        paths["data"] = Path(folder, file_name("data", device))
     return {case: json.loads(path.read_text(encoding="utf-8"))
             for case, path in paths.items() if path.exists()}  # fmt: skip
 
 
-def draw(found):
-    """A figure of the cases `found`, a panel each, and those of their growth."""
-    where = GRAPH if f"ratios{GRAPH}" in found.get("step", {}) else ""
+def draw(results):
+    """A figure of {case: result}."""
     with plt.style.context([STYLE]):
         figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.5))
-        for ax, case, panel in (
-            (axes[0, 0], "step", lambda ax, x: steps(ax, x, where)),
-            (axes[0, 1], "step", lambda ax, x: weights(ax, x.get("growth"))),
-            (axes[0, 2], "many", runs),
-            (axes[1, 0], "epoch", lambda ax, x: sizes(ax, x["growth"], "width")),
-            (axes[1, 1], "epoch", lambda ax, x: sizes(ax, x["growth"], "depth")),
-            (axes[1, 2], "epoch", lambda ax, x: sizes(ax, x["growth"], "batch_size")),
-        ):
-            if case in found:
-                panel(ax, found[case])
-            else:
-                ax.set_axis_off()
-        if "epoch" in found:
+        for ax in axes.flat:
+            ax.set_axis_off()
+        if "step" in results:
+            steps(axes[0, 0], results["step"])
+        if growth := results.get("step", {}).get("growth"):
+            for name in GROWING:
+                lines(axes[0, 1], growth["weights"], growth["seconds"][name], 1e3, COLOURS[name])
+            axes[0, 1].set(xscale="log", yscale="log", xlabel="weights",
+                           title="Milliseconds of a step")  # fmt: skip
+        if rates := results.get("many", {}).get("epochs a second"):
+            counts = sorted(map(int, rates))
+            lines(axes[0, 2], counts, [rates[str(k)] for k in counts], 1, BLACK)
+            powers(axes[0, 2], counts)
+            axes[0, 2].set(ylim=(0, None), xlabel="runs at once", title="Epochs a second, all runs")
+        if "epoch" in results:
+            for ax, key in zip(axes[1], ("width", "depth", "batch_size")):
+                sizes(ax, results["epoch"]["growth"], key)
             axes[1, 0].legend()
-        peers = [name for name in COLOURS if name != YARDSTICK]
-        keys = [plt.Line2D([], [], color=COLOURS[name], linewidth=4, label=name)
-                for name in (*peers[:1], YARDSTICK, *peers[1:])]  # fmt: skip
-        legend(figure, keys, ncols=3)
+        legend(figure, [plt.Line2D([], [], color=COLOURS[name], linewidth=4, label=name)
+                        for name in (*PEERS[:1], YARDSTICK, *PEERS[1:])], ncols=3)  # fmt: skip
     return figure
 
 
-def steps(ax, found, where):
+def steps(ax, result):
     """Bars of the peers for each network, with their quartiles."""
-    peers = [name for name in COLOURS if name != YARDSTICK]
-    ratios, spread = found[f"ratios{where}"], found[f"quartiles{where}"]
+    where = GRAPH if f"ratios{GRAPH}" in result else ""
+    ratios, quartiles = result[f"ratios{where}"], result[f"quartiles{where}"]
     nets = [name for name in SHOWN if name in ratios]
-    for i, name in enumerate(peers):
-        there = [(x, net) for x, net in enumerate(nets) if name in ratios[net]]
-        if not there:
-            continue
-        at = np.array([x for x, _ in there]) + (i - (len(peers) - 1) / 2) * 0.16
-        y = np.array([ratios[net][name] for _, net in there])
-        ends = np.array([spread[net][name] for _, net in there]).T
-        ax.bar(at, y - 1, 0.15, bottom=1, color=COLOURS[name])
-        # The median of a ratio lies within its quartiles up to the rounding of a file.
-        around = np.maximum(abs(ends - y), 0)
-        ax.errorbar(at, y, around, fmt="none", ecolor="#888888", elinewidth=0.8)
+    for i, name in enumerate(PEERS):
+        here = [net for net in nets if name in ratios[net]]
+        if here:
+            at = np.array([nets.index(net) for net in here]) + (i - (len(PEERS) - 1) / 2) * 0.16
+            y = np.array([ratios[net][name] for net in here])
+            ends = np.array([quartiles[net][name] for net in here]).T
+            ax.bar(at, y - 1, 0.15, bottom=1, color=COLOURS[name])
+            # The median of a ratio lies within its quartiles up to the rounding of a file.
+            ax.errorbar(at, y, np.maximum(abs(ends - y), 0), fmt="none", ecolor="#888888",
+                        elinewidth=0.8)  # fmt: skip
+    ax.set_axis_on()
     ax.axhline(1, color=COLOURS[YARDSTICK])
     log_values(ax)
     ax.set_ylim(bottom=ax.get_ylim()[0] / 1.2)
@@ -102,47 +94,27 @@ def steps(ax, found, where):
     ax.set_title("Time of a step / fused SGD's")
 
 
-def weights(ax, growth):
-    if growth is None:
-        return ax.set_axis_off()
-    for name in GROWING:
-        lines(ax, growth["weights"], growth["seconds"][name], 1e3, COLOURS[name])
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("weights")
-    ax.set_title("Milliseconds of a step")
-
-
-def runs(ax, found):
-    spread = found["epochs a second"]
-    counts = sorted(map(int, spread))
-    lines(ax, counts, [spread[str(k)] for k in counts], 1, BLACK)
-    powers(ax, counts)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("runs at once")
-    ax.set_title("Epochs a second, all runs")
-
-
 def sizes(ax, growth, key):
-    for name, colour, label in (("ours", BLACK, "training"), ("bare", GREY, "bare passes")):
-        style = "-" if name == "ours" else (0, (4, 1.8))
+    for name, colour, label, style in (("ours", BLACK, "training", "-"),
+                                       ("bare", "#555555", "bare passes", (0, (4, 1.8)))):
         lines(ax, growth[key]["values"], growth[key][name], 1, colour, linestyle=style, label=label)
     powers(ax, growth[key]["values"])
     log_values(ax)
     low, high = ax.get_ylim()
-    if high / low >= 30:  # where log_values has left what matplotlib makes of it
+    if high / low >= 30:  # where log_values has left matplotlib's own
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel({"batch_size": "batch"}.get(key, key))
-    ax.set_title(f"Seconds of {growth['images']:,} images")
+    ax.set(xlabel={"batch_size": "batch"}.get(key, key),
+           title=f"Seconds of {growth['images']:,} images")  # fmt: skip
 
 
-def lines(ax, x, told, scale, colour, **style):
+def lines(ax, x, spreads, scale, colour, **style):
     """Medians within their quartiles, of [median, lower, upper]."""
-    median, lower, upper = scale * np.array(told).T
+    median, lower, upper = scale * np.array(spreads).T
     ax.fill_between(x, lower, upper, color=colour, alpha=0.2, linewidth=0)
     ax.plot(x, median, color=colour, marker="o", markersize=2.5, **style)
+    ax.set_axis_on()
 
 
 def powers(ax, x):
@@ -153,17 +125,13 @@ def powers(ax, x):
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def row(*cells):
-    return f"| {' | '.join(cells)} |"
-
-
 def table(head, rows):
-    return "\n".join([row(*head), row(*["---"] * len(head)), *(row(*cells) for cells in rows)])
+    return "\n".join(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *rows))
 
 
-def step_table(found, where=""):
-    """Ratios to fused SGD, contiguous weights and where there are others channels_last ones."""
-    ratios = found[f"ratios{where}"]
+def step_table(result, where=""):
+    """Ratios to fused SGD: of contiguous weights, and after a slash of channels_last ones."""
+    ratios = result[f"ratios{where}"]
     nets = [net for net in SHOWN if net in ratios]
 
     def cell(net, peer):
@@ -171,88 +139,71 @@ def step_table(found, where=""):
         return " / ".join(f"{form[peer]:.2f}" for form in forms if peer in form) or "–"
 
     peers = dict.fromkeys(peer for net in nets for peer in ratios[net])
-    head = [f"a step / one of fused SGD{where}", *nets]
-    return table(head, [[peer, *(cell(net, peer) for net in nets)] for peer in peers])
+    return table([f"a step / one of fused SGD{where}", *nets],
+                 [[peer, *(cell(net, peer) for net in nets)] for peer in peers])  # fmt: skip
 
 
-def figures(found):
-    """What the other cases found: (what, how much)."""
-    epoch, data, many = (found.get(case, {}) for case in ("epoch", "data", "many"))
-    rows = []
+def numbers(results):
+    """(what, how much) of the other cases."""
+    epoch, data, many = (results.get(case, {}) for case in ("epoch", "data", "many"))
+    rows, ratios, seconds = [], epoch.get("ratios", {}), epoch.get("seconds", {})
     if epoch:
         flags = epoch["flags"]
         of = f"FCN {flags['depth']}×{flags['width']}, {data_name(flags['dataset'], epoch['data'])}"
-        words = {
-            "ours, training / bare": f"an epoch of training, {of} / its bare passes",
-            "ours / bare": "the same with its test / the bare passes",
-            "conventional / ours": "the conventional pipeline / an epoch with its test",
-        }
-        rows += [(text, f"{epoch['ratios'][key]:.2f}") for key, text in words.items()]
-    if "conventional / ours" in data.get("ratios", {}):
+        rows += [(text.format(of), f"{ratios[key]:.2f}") for key, text in WORDS.items()]
+    for ratio in data.get("ratios", {}).values():
         rows.append(("reading a folder of JPEGs, a core: the conventional pipeline / ours",
-                     f"{data['ratios']['conventional / ours']:.2f}"))  # fmt: skip
-    start = epoch.get("seconds", {}).get("main.py, to its first step")
-    if start:
-        torch_alone = epoch["seconds"]["import torch"][0]
-        told = f"{start[0]:.1f} s; a process that imports torch and ends: {torch_alone:.1f} s"
-        rows.append(("from the command to the end of the first step", told))
+                     f"{ratio:.2f}"))  # fmt: skip
+    if seconds:
+        start, alone = (seconds[k][0] for k in ("main.py, to its first step", "import torch"))
+        rows.append(("from the command to the end of the first step",
+                     f"{start:.1f} s; a process that imports torch and ends: {alone:.1f} s"))
     if many.get("ratios"):
         count, times = max(many["ratios"].items(), key=lambda item: item[1])
-        rows.append((f"epochs a second of small runs, {count}",
-                     f"{times:.2f}"))  # fmt: skip
-    for run, percent in found.get("checkpoint", {}).get(PERCENT, {}).items():
+        rows.append((f"epochs a second of small runs, {count}", f"{times:.2f}"))
+    for run, percent in results.get("checkpoint", {}).get(PERCENT, {}).items():
         rows.append((f"checkpoints, of the time of an epoch, {run}", f"{percent:.2f} %"))
-    for net, told in found.get("step", {}).get("memory in bytes", {}).items():
+    for net, held in results.get("step", {}).get("memory in bytes", {}).items():
         if net in SHOWN:
-            agd, adamw = (told["scratch"][k] + told["kept"][k] for k in ("AGD", "AdamW, fused"))
+            agd, adamw = ((held["scratch"][k] + held["kept"][k]) / 1e6 for k in GROWING[::2])
             rows.append((f"memory beside weights and gradients, {net}",
-                         f"AGD {agd / 1e6:.1f} MB, fused AdamW {adamw / 1e6:.1f} MB; "
-                         f"the largest weight has {told['largest weight'] / 1e6:.1f} MB"))
+                         f"AGD {agd:.1f} MB, fused AdamW {adamw:.1f} MB; the largest weight has "
+                         f"{held['largest weight'] / 1e6:.1f} MB"))  # fmt: skip
     return rows
 
 
 def block(folder):
-    """What README says of speed."""
+    """The tables and the picture of docs/performance.md, in Markdown."""
     parts = []
     for device, suffix in DEVICES.items():
-        found = read(folder, device)
-        if not found:
+        if not (results := read(folder, device)):
             continue
-        names = dict.fromkeys(x["environment"]["device_name"] for x in found.values())
-        versions = dict.fromkeys(x["environment"]["torch"].split("+")[0] for x in found.values())
-        parts.append(f"On {' and '.join(names)}, torch {' and '.join(versions)}, medians of peers "
-                     "that take\nturns: `python -m scripts.benchmark all`. Bare passes are forward "
-                     "and backward alone, on batches\nthat lie ready; the conventional pipeline is "
-                     "a DataLoader of PIL images.")  # fmt: skip
-        if "step" in found:
-            parts.append(f"![Times of a step and of an epoch, beside their peers, against sizes]"
-                         f"(results/benchmark/benchmark{suffix}.png)")  # fmt: skip
-            parts.append("Of two numbers the second is that of weights in channels_last.")
-            parts.append(step_table(found["step"]))
-            if f"ratios{GRAPH}" in found["step"]:
-                parts.append(step_table(found["step"], GRAPH))
-        parts.append(table(["", ""], figures(found)))
+        here = [x["environment"] for x in results.values()]
+        names = " and ".join(dict.fromkeys(x["device_name"] for x in here))
+        versions = " and ".join(dict.fromkeys(x["torch"].split("+")[0] for x in here))
+        parts.append(f"On {names}, torch {versions}.")
+        if "step" in results:
+            parts.append("![Times of a step and of an epoch, beside their peers, against sizes]"
+                         f"(../results/benchmark/benchmark{suffix}.png)")  # fmt: skip
+            parts += [step_table(results["step"], where) for where in ("", GRAPH)
+                      if f"ratios{where}" in results["step"]]  # fmt: skip
+        parts.append(table(["", ""], numbers(results)))
     return "\n\n".join(parts)
 
 
-def write(folder, readme=README):
-    """Renew the pictures, and README's block if `folder` is where README's numbers are from;
-    returns the paths."""
+def write(folder, page=PAGE):
+    """Renew the pictures and, where `folder` is the results' own, the page's block; returns the
+    paths."""
     paths = []
     for device, suffix in DEVICES.items():
-        found = read(folder, device)
-        if "step" not in found:
-            continue
-        figure = draw(found)
-        paths.append(Path(folder, f"benchmark{suffix}.png"))
-        with plt.style.context([STYLE]):
-            figure.savefig(paths[-1], metadata={"Source": fingerprint(figure)})
-        plt.close(figure)
-    if Path(folder).resolve() == readme.parent / "results" / "benchmark":
-        before, rest = readme.read_text(encoding="utf-8").split(START)
-        text = f"{before}{START}\n\n{block(folder)}\n\n{END}{rest.split(END)[1]}"
-        partial = readme.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, readme)
-        paths.append(readme)
+        if "step" in (results := read(folder, device)):
+            figure = draw(results)
+            paths.append(Path(folder, f"benchmark{suffix}.png"))
+            with plt.style.context([STYLE]):
+                figure.savefig(paths[-1], metadata={"Source": fingerprint(figure)})
+            plt.close(figure)
+    if Path(folder).resolve() == page.parents[1] / "results" / "benchmark":
+        before, rest = page.read_text(encoding="utf-8").split(START)
+        write_whole(page, f"{before}{START}\n\n{block(folder)}\n\n{END}{rest.split(END)[1]}")
+        paths.append(page)
     return paths

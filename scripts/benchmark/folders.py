@@ -1,40 +1,15 @@
-"""What a core takes to read a folder of images for training."""
-
-import statistics
+"""The seconds of one core that reads a folder of images for training: case `data`."""
 
 import torch
 
 from data import IMAGENET_MEAN, IMAGENET_STD
+from data.folders import FolderBatches
 from data.imagenet import find
-from scripts.benchmark.measure import (
-    by_clock,
-    medians,
-    quartiles,
-    ratios,
-    spread,
-    take_turns,
-)
-
-
-def ours(args):
-    """(an epoch through the loader of main.py, its number of images)."""
-    from data.folders import FolderBatches
-
-    batches = FolderBatches(
-        args.folder / "train", args.batch_size, args.image_size, IMAGENET_MEAN, IMAGENET_STD, "cpu",
-        train=True,
-    )  # fmt: skip
-    epochs = iter(range(1, 1000))
-
-    def epoch():
-        batches.set_epoch(next(epochs))
-        for _ in batches:
-            pass
-
-    return epoch, batches.examples
+from scripts.benchmark.measure import by_clock, compared, take_turns
 
 
 def conventional(args):
+    """A DataLoader of torchvision's ImageFolder and transforms, without workers."""
     from torchvision import datasets, transforms
 
     chain = [
@@ -42,29 +17,26 @@ def conventional(args):
         transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ]  # fmt: skip
     folder = datasets.ImageFolder(args.folder / "train", transforms.Compose(chain))
-    loader = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True)
-
-    def epoch():
-        for _ in loader:
-            pass
-
-    return epoch
+    return torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True)
 
 
 def case(args, device):
-    """Seconds of the process itself, of one thread."""
+    """Images a second of one thread, by the process's own clock: the loader of main.py without
+    workers, and the conventional one."""
     args.folder = (args.folder or find(args.data_dir)).expanduser()
     torch.set_num_threads(1)
-    epoch, images = ours(args)
-    works = {"ours": epoch, "conventional": conventional(args)}
+    batches = FolderBatches(args.folder / "train", args.batch_size, args.image_size, IMAGENET_MEAN,
+                            IMAGENET_STD, "cpu", train=True)  # fmt: skip
+    epochs, loader = iter(range(1, 1000)), conventional(args)
+
+    def ours():
+        batches.set_epoch(next(epochs))
+        return sum(len(labels) for _, labels in batches)
+
+    works = {"ours": ours, "conventional": lambda: sum(len(labels) for _, labels in loader)}
     seconds = take_turns(works, args.repeats, by_clock(device, "process"), say="data")
-    rates = {name: images / statistics.median(times) for name, times in seconds.items()}
-    each = ratios(seconds, [("conventional", "ours")])
-    return {
-        "ratios": medians(each),
-        "quartiles": quartiles(each),
-        "images_per_second_per_core": rates["ours"],
-        "conventional": rates["conventional"],
-        "images": images,
-        "seconds": spread(seconds),
-    }
+    told = compared(seconds, [("conventional", "ours")])
+    ours, theirs = (batches.examples / told["seconds"][name][0] for name in works)
+    return {"ratios": told["ratios"], "quartiles": told["quartiles"],
+            "images_per_second_per_core": ours, "conventional": theirs,
+            "images": batches.examples, "seconds": told["seconds"]}  # fmt: skip

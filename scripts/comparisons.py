@@ -1,0 +1,361 @@
+"""Optimisers beside one another on small workloads: the engine of scripts.any_model and
+scripts.spectral. A case is {part: function that returns its rows} and bounds on them; a part runs
+once, and its rows, a page and a figure stay under --out."""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from contextlib import suppress
+from datetime import date
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import agd
+from agd import AGD, SpectralAGD
+from cli import Parser
+from data import DATASETS, default_data_dir
+from data.arrays import ArrayBatches, load_arrays
+from data.prepare import prepare
+from runs.files import write_whole
+from runs.provenance import environment
+from training.losses import xent
+from training.step import evaluate, train_epoch
+
+CPU = torch.device("cpu")
+LIBRARIES = ("torch", "numpy", "torchvision", "transformers", "timm")
+
+
+class Limit(NamedTuple):
+    """That a number of a run is at most, or at `least`, `limit`: at its worst seed; or its
+    difference from the best one of `than`; or that from the same seed of `than`, if `paired`."""
+
+    run: str
+    key: str
+    limit: float
+    least: bool = False
+    than: str | None = None
+    paired: bool = False
+
+
+def judged(rows, limits):
+    """The bounds whose runs are there: {"what", "found", "limit", "least"}."""
+    values, bounds = {}, []
+    for x in rows:
+        for key, number in x["numbers"].items():
+            values.setdefault((x["run"], key), {})[x["seed"]] = number
+    for run, key, limit, least, than, paired in limits:
+        ours, theirs = values.get((run, key)), values.get((than, key))
+        worst, best = (min, max) if least else (max, min)
+        if ours is None or (than and theirs is None):
+            continue
+        what = f"{run}: {key}{f', minus that of {than}' if than else ''}"
+        if paired:
+            told = {f"{what}, seed {k}": ours[k] - theirs[k] for k in ours.keys() & theirs.keys()}
+        else:
+            told = {what: worst(ours.values()) - (best(theirs.values()) if than else 0)}
+        bounds += [{"what": k, "found": x, "limit": limit, "least": least} for k, x in told.items()]
+    return bounds
+
+
+def verdict(bound):
+    """The cells of a bound's line."""
+    limit, least = bound["limit"], bound["least"]
+    by = (bound["found"] - limit) * (1 if least else -1)
+    return [bound["what"], f"{bound['found']:.4g}", f"{'≥' if least else '≤'} {limit:g}",
+            f"{'**holds**' if by >= 0 else '**does not hold**'}, by {abs(by):.2g}"]  # fmt: skip
+
+
+def grid(head, rows):
+    lines = [f"| {' | '.join(map(str, x))} |" for x in (head, *rows)]
+    return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
+
+
+def tables(result):
+    """A case in Markdown: runs with the numbers of each seed, bounds, how it was made."""
+    keys, runs = list(dict.fromkeys(key for x in result["rows"] for key in x["numbers"])), {}
+    for x in result["rows"]:
+        cells = runs.setdefault(x["run"], {key: [] for key in keys})
+        for key, number in x["numbers"].items():
+            cells[key].append(f"{number:.4g}")
+    lines = grid(["run", *keys], [[run, *("; ".join(dict.fromkeys(cells[key])) for key in keys)]
+                                  for run, cells in runs.items()])  # fmt: skip
+    if result["bounds"]:
+        lines += ["", *grid(["bound on", "found", "limit", "verdict"],
+                            map(verdict, result["bounds"]))]  # fmt: skip
+    told = [", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("settings", "versions")]
+    machine = result["environment"]
+    told.append(f"{machine['device_name']}, threads: {machine['threads']}.</sub>")
+    lines += ["", f"<sub>`{result['command']}`, {result['date']}; {'; '.join(told)}"]
+    return "\n".join(lines)
+
+
+def read(folder, cases):
+    """{case: its result} of the cases with a file."""
+    paths = {case: folder / f"{case}.json" for case in cases}
+    return {case: json.loads(path.read_text(encoding="utf-8"))
+            for case, path in paths.items() if path.exists()}  # fmt: skip
+
+
+def report(folder, cases, title):
+    """Put each case's tables between its marks in README.md, or at its end without marks."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
+    for case, result in read(folder, cases).items():
+        begin, end = f"<!-- {case} -->", f"<!-- end of {case} -->"
+        if begin not in text:
+            text += f"\n## {case}\n\n{begin}{end}\n"
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{tables(result)}\n{end}{after}"
+    write_whole(path, text)
+
+
+def stored(path, args, settings, parts):
+    """What a case's file holds, or will. Exits where the file was measured with other settings. One
+    without parts was measured as a whole."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    result = {"command": f"python -m scripts.{args.script} {args.case}" + " --quick" * args.quick,
+              "date": date.today().isoformat(), "settings": {k: getattr(args, k) for k in settings},
+              "data": args.data, "versions": versions, "environment": environment(CPU),
+              "parts": {}, "rows": [], "bounds": []}  # fmt: skip
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["settings"] != json.loads(json.dumps(result["settings"])):
+            sys.exit(f"{path} has other settings: move it away, or give another --out")
+        kept = {"parts": dict.fromkeys(parts), **kept}
+        result |= {key: kept[key] for key in ("parts", "rows", "bounds")}
+        result["data"] = result["data"] or kept["data"]
+    return result
+
+
+def main(module, title, argv=None):
+    """The command line of a script: `module` has CASES, SETTINGS, QUICK and draw."""
+    script, cases = Path(module["__file__"]).stem, module["CASES"]
+    parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("case", choices=[*cases, "report", "draw"])
+    add("--data_dir", default=default_data_dir())
+    add("--out", type=Path, default=Path("results"))
+    add("--quick", action="store_true", help="tiny, to see that it runs")
+    add("--only", default="", metavar="TEXT", help="parts with it in their names")
+    add("--list", action="store_true", help="name the parts, and run none")
+    parser.set_defaults(script=script, data=None)
+    args = parser.parse_args(argv)
+    folder = args.out / script
+    if args.case == "report":
+        return report(folder, cases, title)
+    if args.case == "draw":
+        return module["draw"](folder, read(folder, cases))
+    settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
+    quick = module["QUICK"]  # None: of all cases
+    tiny = {**quick[None], **quick.get(args.case, {})} if args.quick else {}
+    for key, value in settings.items():
+        setattr(args, key, tiny.get(key, value))
+    parts, limits = cases[args.case](args)
+    for name, run in parts.items():
+        result = stored(path, args, settings, parts)
+        if args.list:
+            print(name, "(done)" * (name in result["parts"]))
+        if args.list or args.only not in name or name in result["parts"]:
+            continue
+        begun = time.perf_counter()
+        rows = [{**x, "part": name} for x in run()]
+        seconds = round(time.perf_counter() - begun)
+        result = stored(path, args, settings, parts)  # other processes may have added parts
+        result["parts"][name] = {"date": result["date"], "seconds": seconds,
+                                 "commit": result["environment"]["commit"]}  # fmt: skip
+        rows += result["rows"]
+        result["rows"] = [x for part in parts for x in rows if x["part"] == part]
+        result["bounds"] = judged(result["rows"], limits)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(result, indent=1) + "\n")
+    if not args.list:
+        print(tables(stored(path, args, settings, parts)))
+
+
+class Clock:
+    """Adds up the seconds of its `with` blocks: of the wall, and of this process's CPU time."""
+
+    seconds = cpu = 0.0
+
+    def __enter__(self):
+        self.begun = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *error):
+        self.seconds += time.perf_counter() - self.begun[0]
+        self.cpu += time.process_time() - self.begun[1]
+
+
+def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
+    """One run: its numbers, seconds of training, L and the last eta of AGD, the clock of
+    SpectralAGD's weights."""
+    if clock:
+        numbers |= {"seconds": clock.seconds, "CPU_seconds": clock.cpu}
+    if isinstance(optimizer, SpectralAGD):
+        numbers |= dict(zip(("length", "turn"), map(float, optimizer.clock())))
+    if isinstance(optimizer, AGD):
+        numbers |= {"L": optimizer.L, "η": optimizer.eta.item()}
+    numbers = {key.replace("_", " "): float(f"{x:.5g}") for key, x in numbers.items()}
+    return {"run": run, "seed": seed, "numbers": numbers, "curve": [round(x, 5) for x in curve]}
+
+
+def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=None,
+            recalibrate=False, more=lambda net, batches, curve: {}):  # fmt: skip
+    """[row] of a run. work(seed): (net, training batches, test batches, loss, steps), where steps
+    are None for args.epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; take: the
+    batches of an epoch that train (whole ones); more: further numbers."""
+    torch.manual_seed(seed)
+    net, batches, tests, loss, steps = work(seed)
+    count = steps or args.epochs * (batches.examples // batches.batch_size)
+    optimizer, clock = rule(net, count), Clock()
+    with clock:
+        curve = (train_steps(net, optimizer, batches, loss, steps) if steps else
+                 train(net, optimizer, batches, loss, args.epochs, take or whole))  # fmt: skip
+    if recalibrate:
+        agd.recalibrate(net, itertools.islice(batches, 8))
+    numbers = {"train_loss": curve[-1], **dict(zip(keys, score(net, tests, loss)))}
+    return [row(run, seed, optimizer, curve, clock, **numbers | more(net, batches, curve))]
+
+
+def parts(args, runs, seeds=None, **how):
+    """{part: function} that measures each of {run: (work, rule)} at each seed."""
+    return {f"{run}, seed {seed}": partial(measure, args, run, *what, seed, **how)
+            for run, what in runs.items() for seed in seeds or args.seeds}  # fmt: skip
+
+
+def cifar(args, seed, part=slice(None), pad=0, flip=False):
+    """(training, test) batches of CIFAR-10, `images` and `test` of them drawn from the whole set,
+    which may be sorted by class; of the training images, `part`, cropped by `pad` and mirrored."""
+    spec, path, both = DATASETS["cifar10"], prepare("cifar10", args.data_dir), []
+    arrays, args.data = load_arrays(path, spec.shape, spec.classes)
+    for i, (split, count) in enumerate((("train", args.images), ("test", args.test))):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        order = np.random.RandomState(i).permutation(len(labels))[:count]
+        order = order if i else order[part]
+        augment = {} if i else {"pad": pad, "flip": flip, "shuffle": True}
+        both.append(ArrayBatches(images[order], labels[order], spec.mean, spec.std, args.batch,
+                                 CPU, seed=seed, **augment))  # fmt: skip
+    return both
+
+
+def whole(batches):
+    """The batches of the full size: the rest of an epoch may be a few images."""
+    return (batch for batch in batches if len(batch[1]) == batches.batch_size)
+
+
+def train(net, optimizer, batches, loss, epochs, take=whole):
+    """Returns the mean loss of each epoch."""
+    curve = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        curve.append(train_epoch(net, take(batches), loss, optimizer).read()["loss"])
+    return curve
+
+
+def train_steps(net, optimizer, batches, loss, steps, width=10):
+    """Train `steps` whole batches. Returns the means of each `width` losses."""
+
+    def endless():
+        for epoch in itertools.count():
+            batches.set_epoch(epoch)
+            yield from whole(batches)
+
+    totals = train_epoch(net, itertools.islice(endless(), steps), loss, optimizer)
+    losses = totals.read()["steps"]["loss"]
+    return [statistics.fmean(losses[i : i + width]) for i in range(0, steps, width)]
+
+
+def score(net, batches, loss):
+    """(loss, accuracy in %) of the network on all of `batches`."""
+    result = evaluate(net, batches, loss).read()
+    return result["loss"], 100 * result["acc"]
+
+
+class Characters:
+    """Batches of (characters (B, T), the following ones (B, T)): `steps` at random places of a
+    text, or, if it is None, all of the text."""
+
+    def __init__(self, text, args, steps=None, seed=0, batch=None):
+        self.text, self.context, self.steps, self.seed = text, args.context, steps, seed
+        self.batch_size = batch or args.batch
+
+    def set_epoch(self, epoch):
+        """There is one."""
+
+    def __iter__(self):
+        last, rng = len(self.text) - self.context, np.random.default_rng(self.seed)
+        for _ in range(self.steps or 0):
+            yield self._batch(rng.integers(0, last, self.batch_size))
+        places = [] if self.steps else range(0, last, self.context)
+        for i in range(0, len(places), 128):
+            yield self._batch(places[i : i + 128])
+
+    def _batch(self, places):
+        windows = torch.stack([self.text[i : i + self.context + 1] for i in places])
+        return windows[:, :-1], windows[:, 1:]
+
+
+def of_text(args, net, steps, seed, batch=None):
+    """The work of a network, net(letters), that reads characters."""
+    text, held, letters = texts(args)
+    batches = Characters(text, args, steps, seed, batch)
+    return net(letters), batches, Characters(held, args, batch=batch), text_loss, steps
+
+
+def texts(args):
+    """(training text, validation text, number of letters): places in the alphabet, (N,) int64."""
+    path = Path(args.data_dir).expanduser() / "shakespeare.txt"
+    letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
+    text, cut = torch.from_numpy(text), 9 * len(text) // 10
+    return text[:cut], text[cut:], len(letters)
+
+
+def text_loss(outputs, labels):
+    """The mean cross-entropy of each text, (B,). outputs (B, V, T), labels (B, T)."""
+    return xent(outputs, labels).mean(1)
+
+
+def stock_gpt2(args, letters):
+    """transformers' GPT-2 with a tied head and without dropout, from characters to (B, V, T)."""
+    import transformers
+
+    class Logits(transformers.GPT2LMHeadModel):
+        def forward(self, x):
+            return super().forward(input_ids=x).logits.transpose(1, 2)
+
+    config = {"vocab_size": letters, "n_positions": args.context, "n_embd": args.width,
+              "n_layer": args.layers, "n_head": args.heads, "resid_pdrop": 0, "embd_pdrop": 0,
+              "attn_pdrop": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return Logits(transformers.GPT2Config(**config))
+
+
+def adamw(rate, args, net, steps):
+    """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
+    optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
+                                  weight_decay=args.weight_decay)  # fmt: skip
+    count = itertools.count(1)
+
+    def before(*_):
+        t = next(count)
+        done = max(0, t - args.warm_up) / (steps - args.warm_up)
+        factor = min(1, t / max(args.warm_up, 1)) * (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = rate * factor
+        if args.clip:
+            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+
+    optimizer.register_step_pre_hook(before)
+    return optimizer
