@@ -1,4 +1,4 @@
-"""What the tests share that run main.py: its flags, stand-ins for signals, what a run leaves."""
+"""Helpers of the tests that run main.py: flags, requests at given steps, a run's rows and weights."""
 
 import json
 from pathlib import Path

@@ -61,7 +61,7 @@ def epoch_of(graphed):
 @pytest.mark.parametrize("log_updates", [False, True])
 @pytest.mark.parametrize("rule", [AGD, SpectralAGD])
 def test_replayed_steps_are_the_loop_s_and_read_nothing_back(rule, log_updates):
-    """They write to the same places whatever the epoch: a graph knows no others."""
+    """Replays write to the same addresses in every epoch."""
     batches, twin, other = start(rule)
     data, net, optimizer = start(rule)
     graph, places = Graph(optimizer), set()

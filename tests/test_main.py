@@ -55,7 +55,7 @@ def test_readme_first_command_reaches_97_percent(run_main, tmp_path):
 
 
 def test_the_rows_of_epochs_are_the_means_of_their_steps(tmp_path):
-    """Of those that are logged, here in two epochs; to log them changes nothing."""
+    """In the two epochs whose steps are logged; logging changes no weight."""
     name = "fcn3x32-digits-mse-bs128-agd-seed3"
     flags = [*QUICK, "--seed", 3, "--out", tmp_path]
     assert train(*flags) == 0
@@ -175,7 +175,7 @@ def wait_for(process, text):
     pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):
-    """After SIGUSR1 and SIGUSR2, which have it save and go on."""
+    """SIGUSR1 and SIGUSR2 have it save and go on, before `how` ends it."""
     flags, whole, broken = [*QUICK[:-1], 100], tmp_path / "whole", tmp_path / "broken"
     assert train(*flags, "--out", whole) == 0
     process = start(*flags, out=broken)
@@ -298,8 +298,8 @@ def test_one_epoch_of_cifar_stays_where_it_was(samples, tmp_path):
 
 
 def test_a_spectral_run_is_tested_and_saved_at_its_average(tmp_path, monkeypatch):
-    """With batch-norm statistics of its first batches there; the log has the length of Z, and the
-    angle by which the last step has turned it."""
+    """Batch norm has its statistics there, too. The log has the length of Z, and the angle by which
+    the last step has turned it."""
     monkeypatch.setattr(program, "build", with_norms)
     flags = ["--dataset", "digits", "--optimizer", "spectral", "--epochs", 3, "--log_steps"]
     assert train(*flags, "--out", tmp_path) == 0
@@ -360,7 +360,7 @@ def test_the_first_row_has_what_makes_a_run_fast_and_the_name_its_precision(tmp_
 def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(
     fails, replays, tmp_path, monkeypatch, capsys
 ):
-    """The first, or that of the ragged batch: then the first graph is dropped, too."""
+    """Where the second graph fails, of the ragged batch, the first one is dropped, too."""
 
     def recorder():
         recorded = []
@@ -387,7 +387,7 @@ def test_a_graph_that_fails_is_noted_once_and_the_run_goes_on(
 
 
 def test_compilation_happens_once_and_leaves_the_names(tmp_path, monkeypatch):
-    """For training; the ragged last batch and the test set go through the network itself."""
+    """The ragged last batch and the test set go through the network itself."""
     compiled, compile_ = [], torch.compile
 
     def set_backend(backend):

@@ -9,25 +9,23 @@ from training import precision
 
 
 @pytest.fixture
-def restored(monkeypatch):
-    """Restore the process's switches after the test."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after the test
+def switches(monkeypatch):
+    """Turn all switches off, and restore them after the test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # which monkeypatch restores, if it is unset
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 @pytest.mark.parametrize("workspace, expected", [(None, ":4096:8"), (":16:8", ":16:8")])
 def test_deterministic_sets_every_switch_and_fills_no_memory(
-    workspace, expected, restored, monkeypatch
+    workspace, expected, switches, monkeypatch
 ):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     if workspace is not None:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
-    torch.backends.cudnn.benchmark = True
     precision.set_deterministic()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -36,7 +34,7 @@ def test_deterministic_sets_every_switch_and_fills_no_memory(
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
 
 
-def test_an_operation_that_torch_refuses_is_named_in_one_sentence(restored):
+def test_an_operation_that_torch_refuses_is_named_in_one_sentence(switches):
     precision.set_deterministic()
     with pytest.raises(RuntimeError) as error:
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))

@@ -50,8 +50,8 @@ def test_a_run_that_is_stopped_at_any_look_is_the_unbroken_one(
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_images_that_batch_norm_reads_again_are_not_counted_again(workers, tmp_path, monkeypatch):
-    """Of a folder with a bad one among the first batches, which workers read ahead. Without
-    --skip_bad_images the run ends there, and the same command tries again."""
+    """Workers read ahead, and one image of the first batches is bad. Without --skip_bad_images it
+    ends the run, and the same command tries again."""
     folder = tmp_path / "små images"  # a name that needs care
     for split, count in (("train", 24), ("val", 6)):
         for i in range(count):
@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_unbroken_one(tmp_path):
     ("agd", False), ("spectral", False), ("sgd", False), ("adam", False), ("agd", True),
 ])  # fmt: skip
 def test_a_run_by_graphs_is_the_run_without(optimizer, norms, replays, tmp_path, monkeypatch):
-    """To the bit, stopped and resumed anywhere, with graphs or without them."""
+    """A run by graphs has the same bits, wherever it stops, and resumes with graphs or without."""
     if norms:
         monkeypatch.setattr(program, "build", with_norms)
     flags = [*QUICK, "--epochs", 2, "--log_steps", "--log_updates", "--optimizer", optimizer]
@@ -149,7 +149,7 @@ def test_a_job_that_starts_over_does_so_once(launcher, tmp_path, monkeypatch, ca
 def test_the_micro_batch_that_memory_allowed_stays_until_another_is_requested(
     flags, micro_bs, replays, tmp_path, monkeypatch, capsys
 ):
-    """And while it does, there are no graphs, which hold whole batches."""
+    """Micro-batches run without graphs, which hold whole batches."""
     forward, limit = FCN.forward, [6]
 
     def small(net, x):
@@ -243,7 +243,7 @@ def test_signals_are_noted_once_a_run_listens(monkeypatch):
 
 
 def test_the_state_of_the_next_step_follows_from_seed_and_step(tmp_path, monkeypatch):
-    """What an optimiser draws from torch's generator, too."""
+    """An optimiser that draws from torch's generator draws the same numbers after a break."""
     (tmp_path / "noisy.py").write_text(
         "import torch\n\n\nclass Noisy(torch.optim.SGD):\n    def step(self):\n"
         "        for group in self.param_groups:\n            for p in group['params']:\n"
@@ -258,7 +258,7 @@ def test_the_state_of_the_next_step_follows_from_seed_and_step(tmp_path, monkeyp
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
-    """What it holds within an epoch, and which layer differs; the rest: test_bad_inputs.py."""
+    """A checkpoint within an epoch; test_bad_inputs.py has checkpoints between epochs."""
     assert train(*SMALL, "--out", tmp_path, asked={3: STOP}) == 130
     path = tmp_path / "checkpoints" / f"{only(tmp_path)}.pt"
     good = torch.load(path, weights_only=True)
@@ -299,7 +299,7 @@ def spoil(monkeypatch, factor, bad):
 
 @pytest.mark.parametrize("rule", ["agd", "spectral"])
 def test_twenty_steps_without_a_gradient_end_the_run(rule, tmp_path, monkeypatch, capsys):
-    """From the 5th step on; the checkpoint before stays, and the log says which images."""
+    """The checkpoint before the 5th step stays, and the log has the images of the skipped steps."""
     passes = spoil(monkeypatch, float("nan"), range(5, 10**6))
     passes[0] -= rule == "spectral"  # which reads its paths first
     flags = [*QUICK, "--save_every", 3, "--optimizer", rule, "--out", tmp_path]
