@@ -1,4 +1,4 @@
-"""Helpers of the tests that run main.py: flags, requests at given steps, a run's rows and weights."""
+"""Helpers of the tests that run main.py: flags, requests at given steps, what a run leaves."""
 
 import json
 from pathlib import Path
