@@ -66,7 +66,7 @@ def test_an_epoch_and_an_evaluation_read_nothing_back(log_updates):
     with Reads() as reads:
         totals = train_epoch(net, data.train, mse, optimizer, log_updates)
         tested = evaluate(net, data.test, mse)
-        assert (reads.count, reads.kernels > 1000) == (0, True)
+        assert reads.count == 0 and reads.kernels > 300
         metrics = [totals.read(), tested.read()]
         assert reads.count > 0
     assert np.isfinite([x["loss"] for x in metrics]).all()
