@@ -320,7 +320,7 @@ def test_a_spectral_run_is_tested_and_saved_at_its_average(tmp_path, monkeypatch
     assert not saved["optimizer"]["param_groups"][0]["train_mode"]
     lengths = []
     for p, entry in zip(net.parameters(), saved["optimizer"]["state"].values()):
-        assert not torch.equal(p, entry["weights"])  # which are those that train
+        assert not torch.equal(p, entry["weights"])  # the weights that train
         rho = entry["z"].flatten(1).norm() / min(p.flatten(1).shape) ** 0.5
         lengths.append((rho / entry["s"]).item())
     lengths.pop()  # of the output layer, which has none
