@@ -20,7 +20,7 @@ from training.control import Requests
 from training.gradient import Gradient
 from training.losses import mse
 from training.metrics import Totals
-from training.step import Step, evaluate, set_training, steps
+from training.step import Step, evaluate, set_training, take_steps
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def digits(world, train_bs=100):
 def one_epoch(step, batches):
     totals = Totals()
     set_training(step.net, step.optimizer)
-    list(steps(step, batches, totals))
+    list(take_steps(step, batches, totals))
     return totals
 
 

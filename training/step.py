@@ -47,7 +47,7 @@ class Step:
         return losses, outputs, {"eta": eta, "update": update}
 
 
-def steps(step, batches, totals):
+def take_steps(step, batches, totals):
     """Take a step with each batch, add it to `totals`, and yield its eta (None of a baseline)."""
     iterator = iter(batches)
     while True:
@@ -71,7 +71,7 @@ def train_epoch(net, batches, loss_fn, optimizer, log_updates=False):
     """
     totals = Totals()
     set_training(net, optimizer)
-    for _ in steps(Step(net, loss_fn, optimizer, log_updates=log_updates), batches, totals):
+    for _ in take_steps(Step(net, loss_fn, optimizer, log_updates=log_updates), batches, totals):
         pass
     show_average(optimizer)
     return totals

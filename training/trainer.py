@@ -34,7 +34,7 @@ from training.metrics import Totals, epoch_row, step_rows
 from training.nonfinite import first_nonfinite
 from training.optimizers import set_capturable
 from training.precision import refused
-from training.step import Step, evaluate, largest_share, set_training, show_average, steps
+from training.step import Step, evaluate, largest_share, set_training, show_average, take_steps
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
 RECALIBRATING = 8  # batches from which batch norm takes the statistics of the average
@@ -104,13 +104,13 @@ class Trainer:
             whole=len(range(world.rank, images, world.size)),
         )  # fmt: skip
         self.model = model
-        self.take_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
+        self.one_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
         self.graphs = self.graphed = None
         if graphs is not None:
             self.graphs = graphs
             required = graphs == "on" or control.requests.shared
             eager = profile.last if profile else 0  # a profile shows kernels
-            self.graphed = GraphedSteps(self.take_step, data.train, required, after=eager)
+            self.graphed = GraphedSteps(self.one_step, data.train, required, after=eager)
 
     # -- Where the run stands -------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class Trainer:
         epoch, began, data, world = self.epoch + 1, time.perf_counter(), self.data, self.world
         micro_bs, failure = self.gradient.micro_bs, self.graphed and self.graphed.failure
         earlier = self.seconds
-        trained = self._train(epoch, profile).read(world.all_reduce_in_order)
+        trained = self._train_epoch(epoch, profile).read(world.all_reduce_in_order)
         if self.graphed and self.graphed.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
         if self.gradient.micro_bs != micro_bs:
@@ -279,14 +279,14 @@ class Trainer:
                 profile.write()
                 self.progress.profile(profile)
         self.rows.append(row)
-        reason = None if self.take_step.automatic else diverged(epoch, trained["steps"]["loss"])
+        reason = None if self.one_step.automatic else diverged(epoch, trained["steps"]["loss"])
         if reason is None:
             self.epoch, self.step, self.totals = epoch, 0, None
             self.seconds, self.missing = 0.0, 0
             self.save(None)
         return reason
 
-    def _train(self, epoch, profile):
+    def _train_epoch(self, epoch, profile):
         """Train the steps of an epoch from the current one on. Returns the Totals of the epoch."""
         self.data.train.set_epoch(epoch, self.step)
         self._seed_step()
@@ -299,7 +299,7 @@ class Trainer:
             if self.graphed is not None:
                 etas, self.so_far = self.graphed.steps(totals), self.graphed.totals
             else:
-                etas = steps(self.take_step, self.data.train, totals)
+                etas = take_steps(self.one_step, self.data.train, totals)
                 self.so_far = lambda: totals
             for eta in etas:
                 self.progress.step((epoch - 1) * self.batches + self.data.train.position)
