@@ -112,8 +112,6 @@ class Trainer:
             eager = profile.last if profile else 0  # a profile shows kernels
             self.graphed = GraphedSteps(self.one_step, data.train, required, after=eager)
 
-    # -- Where the run stands -------------------------------------------------------------------
-
     def resume(self, checkpoint):
         """Go on from a checkpoint. Raises RunError where it does not fit this network."""
         now, then = self.net.state_dict(), checkpoint["net"]
@@ -195,8 +193,6 @@ class Trainer:
     def seconds_of_epoch(self):
         """Seconds of training in the current epoch, before an interruption included."""
         return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
-
-    # -- The run ----------------------------------------------------------------------------------
 
     def run(self):
         """Train the remaining epochs. Returns the Ending; an exception becomes one, too."""
