@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from runs.files import write_whole
+from runs.files import cannot, write_whole
 from runs.log import RunError, as_logged, json_line
 from runs.provenance import code, data_sha256, hardware, tilde, variables, versions
 
@@ -161,7 +161,7 @@ class Record:
             write_whole(self.path, json.dumps(content, indent=1) + "\n")
             self.problem = None
         except OSError as error:
-            self.problem = f"{self.path} cannot be written: {error}"
+            self.problem = cannot(self.path, "written", error)
 
 
 def read(path):
