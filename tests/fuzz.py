@@ -115,12 +115,12 @@ def write_image(path, data, program):
 
 
 def write_folders(path, data, program):
-    """The image `data` in folders with a change for every two bytes of `program`: a name is taken
-    away, and something else is put there."""
+    """The image `data` in folders with a change for each of the first two pairs in `program`: a
+    name is taken away, and something else is put there."""
     root = path.with_name("images")
     shutil.rmtree(root, ignore_errors=True)
     write_image(path, data, b"")
-    for where, what in zip(program[::2], program[1::2]):
+    for where, what in zip(program[:4:2], program[1:4:2]):
         folder = CLASSES[where % 4]
         target = f"{root}/" + (folder, f"{folder}/x.jpg", f"{folder}/\n.jpg", "val")[where // 64]
         with contextlib.suppress(OSError):
@@ -229,9 +229,7 @@ def feed(reader, files, inputs, folder, seed, seconds, counts):
     counts[:] = 0, 0, 0
     sys.addaudithook(audit)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(
-        resource.RLIMIT_AS, [pages * resource.getpagesize() + reader.memory] * 2
-    )
+    resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + reader.memory] * 2)
     for first in range(0, inputs, BATCH):
         limits = hypothesis.settings(
             max_examples=min(BATCH, inputs - first), deadline=None, database=None,

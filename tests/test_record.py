@@ -1,12 +1,10 @@
 import hashlib
-import io
 import json
 import os
 import shlex
 import shutil
 import struct
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,30 +185,27 @@ def test_the_hash_of_images(tmp_path, monkeypatch):
 
 
 def test_the_code_that_counts_and_where_it_comes_from(tmp_path, monkeypatch):
-    tree(tmp_path, {"main.py": b"x = 1\n", "data/arrays.py": b"y = 1\n"})
-    bare = code(tmp_path)
-    assert (bare["commit"], bare["diff"], bare["untracked"]) == (None, None, [])
-    tree(tmp_path, {"tests/test_main.py": b"nothing that a run imports\n"})
-    assert code(tmp_path)["sha256"] == bare["sha256"]
+    def now(**files):
+        tree(tmp_path, {name.replace("_", "/") + ".py": x.encode() for name, x in files.items()})
+        return code(tmp_path)
 
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *words], check=True)
-    clean = code(tmp_path)
+    bare = now(main="x = 1\n", data_arrays="y = 1\n")
+    assert (bare["commit"], bare["diff"], bare["untracked"]) == (None, None, [])
+    assert now(tests_main="nothing that a run imports\n") == bare
+    for words in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
+    clean = now()
     assert clean["diff"] == "" and len(clean["commit"]) == 40
     assert clean["sha256"] == bare["sha256"]  # with or without git
-    tree(tmp_path, {"data/arrays.py": b"y = 2\n", "new.py": b"z = 1\n"})
-    edited = code(tmp_path)
+    edited = now(data_arrays="y = 2\n", new="z = 1\n")
     assert edited["sha256"] != clean["sha256"] and edited["commit"] == clean["commit"]
     assert "-y = 1\n+y = 2\n" in edited["diff"] and edited["untracked"] == ["new.py"]
     (tmp_path / "new.py").rename(tmp_path / "other.py")
-    assert code(tmp_path)["sha256"] != edited["sha256"]
-    (tmp_path / "data" / "arrays.py").write_text("y = 3\n" * 2**16)
-    assert "[cut here: it has " in code(tmp_path)["diff"][2**18 :]
+    assert now()["sha256"] != edited["sha256"]
+    assert "[cut here: it has " in now(data_arrays="y = 3\n" * 2**16)["diff"][2**18 :]
     monkeypatch.setenv("PATH", "")  # no git
-    assert code()["commit"] is None
     environment = provenance.environment(torch.device("cpu"))
-    assert environment["commit"] is None
+    assert code()["commit"] is None is environment["commit"]
     assert json.loads(json.dumps(environment))["torch"] == torch.__version__
 
 
@@ -329,7 +324,21 @@ def test_the_command_of_a_record_gives_its_flags_again(flags):
     assert not {"--out=o", "--fresh"} & set(words)
 
 
-def test_what_cannot_be_replayed_is_said_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("parts", "flags", "noun"), [
+    ({}, ["--seed", "1"], "leave out --seed"),
+    ({}, ["--epochs", "200"], "leave out --epochs"),  # the default, but given
+    ({"flags": {"tempo": 3}}, [], "--tempo, which no longer exists; its commit has it: abc"),
+    ({"results": []}, [], "has not finished"),
+    ({"flags": {"arch": "--check"}}, [], "argument --arch: no '--check' among"),
+    ({"flags": {"seed": True}}, [], "argument --seed: expected one argument"),
+])  # fmt: skip
+def test_what_cannot_be_replayed_is_said_at_once(parts, flags, noun, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--replay", str(laid(tmp_path / "a.run.json", **parts)), *flags])
+    assert noun in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_replay_takes_the_records_flags_and_its_data_where_it_is(tmp_path):
     path = laid(tmp_path / "a.run.json")
     taken = parse(["--replay", str(path), "--out", "o"], check=False)
     assert (taken.seed, taken.epochs, taken.out, taken.fresh) == (0, 2, "o", True)
@@ -337,19 +346,6 @@ def test_what_cannot_be_replayed_is_said_at_once(tmp_path, monkeypatch):
     for there, expected in ((str(tmp_path), str(tmp_path)), ("/nowhere", default_data_dir())):
         laid(path, flags={"data_dir": there})
         assert parse(["--replay", str(path)], check=False).data_dir == expected
-    for parts, flags, noun in (
-        ({}, ["--seed", 1], "leave out --seed"),
-        ({}, ["--epochs", 200], "leave out --epochs"),  # the default, but given
-        ({"flags": {"tempo": 3}}, [], "--tempo, which no longer exists; its commit has it: abc"),
-        ({"results": []}, [], "has not finished"),
-        ({"flags": {"arch": "--check"}}, [], "argument --arch: no '--check' among"),
-        ({"flags": {"seed": True}}, [], "argument --seed: expected one argument"),
-    ):
-        laid(path, **parts)
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        with pytest.raises(SystemExit) as end:
-            parse(["--replay", str(path), *map(str, flags)])
-        assert end.value.code == 2 and noun in sys.stderr.getvalue().splitlines()[0]
 
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2"]
@@ -373,7 +369,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_record(finished):
     path, file = finished
-    record = read(path)
+    record, (end,) = read(path), read(path)["results"]
     assert record["flags"]["dataset"] == "npz:mine.npz" and record["flags"]["log_steps"] == "all"
     assert record["data"]["sha256"] == sha256(file.read_bytes())
     assert record["code"] == json.loads(json.dumps(code()))
@@ -381,12 +377,10 @@ def test_a_run_leaves_its_record(finished):
                                 "layers": 3, "epoch_steps": 12}  # fmt: skip
     assert record["versions"]["torch"] == torch.__version__ and "numpy" in record["versions"]
     assert record["hardware"]["threads"] == torch.get_num_threads()
-    (end,) = record["results"]
-    name = path.name.removesuffix(".run.json")
-    checkpoint = path.parent.parent / "checkpoints" / f"{name}.pt"
+    (checkpoint,), (log,) = file.parent.glob("checkpoints/*.pt"), path.parent.glob("*.jsonl")
     net = torch.load(checkpoint, weights_only=True)["net"]
     assert end["epochs"] == 2 and end["weights_sha256"] == weights_sha256(net)
-    assert end["log_sha256"] == log_sha256(read_rows(path.with_name(f"{name}.jsonl")))
+    assert end["log_sha256"] == log_sha256(read_rows(log))
     assert record["resumed"] == [] and not list(path.parent.glob("*.partial"))
 
 
@@ -396,9 +390,9 @@ def test_a_run_in_parts_has_the_record_of_a_whole_one(finished, tmp_path):
     for epochs in (1, 2):
         assert call(*QUICK, *flags, "--log_steps", "--epochs", epochs) == 0
     (whole,), parts = read(path)["results"], read(tmp_path / "logs" / path.name)
-    assert [x["epochs"] for x in parts["results"]] == [1, 2] and parts["resumed"] == []
-    assert parts["results"][1] == {**whole, "date": parts["results"][1]["date"]}
-    assert parts["results"][0]["epoch_crc32"] == whole["epoch_crc32"][:1]
+    one, two = parts["results"]
+    assert parts["resumed"] == [] and two == {**whole, "date": two["date"]}
+    assert (one["epochs"], one["epoch_crc32"]) == (1, whole["epoch_crc32"][:1])
 
 
 def test_a_replay_has_the_same_bits(finished, tmp_path, capsys):
