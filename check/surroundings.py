@@ -83,8 +83,7 @@ def images(args):
         splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
         if splits["val"].flat or not all(split.tidy for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
-            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` makes it "
-                        "ready")  # fmt: skip
+            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` mends it")
     elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
         raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
                     f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
