@@ -9,13 +9,12 @@
 
 A part that is done is added to <out>/any_model/CASE.json, and is not run again; `--list` prints the
 parts, `--only` runs those with a text in their name. `report` writes the tables of all cases into
-the README.md there, `draw` figure 9. Images are neither cropped nor mirrored.
+the README.md there. Images are neither cropped nor mirrored.
 """
 
 import copy
 import itertools
 import math
-import statistics
 import sys
 from functools import partial
 
@@ -26,7 +25,6 @@ from agd import AGD, init_weights
 from architecture import build, with_vectors
 from data import load
 from scripts import comparisons as lab
-from scripts import style
 from scripts.comparisons import Limit
 from training.losses import mse, xent
 
@@ -82,8 +80,9 @@ def stacks(args):
     return lab.parts(args, runs, take=iter), limits
 
 
-def on_and_off(args, name, make, key, limit, take=None):
-    """Parts that train make(False) and make(True), drawn anew, on the square loss."""
+def on_and_off(args, name, make, key, limit):
+    """Parts that train make(False) and make(True), drawn anew, on the square loss; with it on, the
+    number `key` is lower by at least `limit`."""
 
     def work(on, seed):
         net = make(on)
@@ -94,22 +93,14 @@ def on_and_off(args, name, make, key, limit, take=None):
         return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": curve[-1]}
 
     runs = {f"{name} {'on' if on else 'off'}": (partial(work, on), ours) for on in (False, True)}
-    return lab.parts(args, runs, take=take, more=more), [
-        Limit(f"{name} off", key, limit, True, f"{name} on", True)]  # fmt: skip
-
-
-def in_batches(args, name, *rest):
-    """In whole batches, and with the images that are left over at the end of an epoch."""
-    last = f"last {args.images % args.batch} images too, {name}"
-    first, limits = on_and_off(args, name, *rest)
-    return {**first, **on_and_off(args, last, *rest, iter)[0]}, limits
+    return lab.parts(args, runs, more=more), [Limit(f"{name} off", key, limit, True, f"{name} on")]
 
 
 def biases(args):
     def make(on):
         return build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=on)
 
-    return in_batches(args, "biases", make, "train loss", 0.005)
+    return on_and_off(args, "biases", make, "train loss", 0.005)
 
 
 def affine(args):
@@ -125,10 +116,10 @@ def affine(args):
         head = nn.Linear(before * (positions if flat else 1), 10, bias=False)
         return with_vectors(nn.Sequential(*layers, nn.Flatten(), head), False, on)
 
-    first, limits = in_batches(args, "affine", partial(make, False), "last epoch", 0.015)
-    name = "all positions, affine"
-    more, bounds = on_and_off(args, name, partial(make, True), "last epoch", 0.015)
-    return {**first, **more}, limits + bounds
+    names = {"affine": False, "all positions, affine": True}
+    both = [on_and_off(args, name, partial(make, flat), "last epoch", 0.015)
+            for name, flat in names.items()]  # fmt: skip
+    return both[0][0] | both[1][0], both[0][1] + both[1][1]
 
 
 def gpt2(args):
@@ -145,21 +136,26 @@ def gpt2(args):
 def adapted(args, runs, seed):
     """Rows of the network of `biases`, by Adam on the first half of the images; then on the second,
     by each of `runs`."""
-    rows, half = [], args.images // 2
     torch.manual_seed(seed)
     start = build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=True)
+    half = args.images // 2
     old, tests = lab.cifar(args, seed, slice(half))
     new, _ = lab.cifar(args, seed, slice(half, None))
-    before = torch.optim.Adam(start.parameters(), args.rate_before)
-    lab.train(start, before, old, mse, args.before)
-    for run, make in {"before": None, **runs}.items():
+
+    def train(net, optimizer, batches, epochs):
+        list(lab.train(net, optimizer, lab.epochs(batches, epochs, lab.whole), mse))
+
+    def scores(run, net, optimizer=None):
+        return lab.row(run, seed, optimizer, test_accuracy=lab.score(net, tests, mse)[1],
+                       new_half_loss=lab.score(net, new, mse)[0],
+                       old_half_loss=lab.score(net, old, mse)[0])  # fmt: skip
+
+    train(start, torch.optim.Adam(start.parameters(), args.rate_before), old, args.before)
+    rows = [scores("before", start)]
+    for run, make in runs.items():
         net = copy.deepcopy(start)
-        optimizer = make and make(net)
-        if optimizer:
-            lab.train(net, optimizer, new, mse, args.epochs)
-        rows.append(lab.row(run, seed, optimizer, test_accuracy=lab.score(net, tests, mse)[1],
-                            new_half_loss=lab.score(net, new, mse)[0],
-                            old_half_loss=lab.score(net, old, mse)[0]))  # fmt: skip
+        train(net, optimizer := make(net), new, args.epochs)
+        rows.append(scores(run, net, optimizer))
     return rows
 
 
@@ -191,51 +187,6 @@ def families(args):
 
 CASES = {"stacks": stacks, "biases": biases, "affine": affine, "gpt2": gpt2,
          "finetune": finetune, "families": families}  # fmt: skip
-
-
-def draw(folder, results):
-    """Figure 9: train losses with vectors on and off, and of five families beside Adam."""
-    import matplotlib.pyplot as plt
-
-    adam = {"color": style.ORANGE, "marker": "o", "markevery": 3, "markersize": 3.2,
-            "markerfacecolor": "white"}  # fmt: skip
-    with plt.style.context([style.STYLE]):
-        figure, axes = plt.subplots(2, 4, figsize=(style.WIDTH, 3.5))
-        titles = {"biases": "FCN, biases", "affine": "Conv net, gains and biases"}
-        for ax, (case, title) in zip(axes[:, 0], titles.items()):
-            for run, dots in ("off", style.DOTTED), ("on", "-"):
-                for x in (x for x in results[case]["rows"] if x["run"] == f"{case} {run}"):
-                    ax.plot(range(1, len(x["curve"]) + 1), x["curve"], color=style.BLUE,
-                            linewidth=1, label=None if x["seed"] else run, linestyle=dots)
-            ax.set(title=title, xlabel="epochs", ylabel="train loss")
-            ax.xaxis.set_major_locator(plt.MultipleLocator(2))
-            ax.legend()
-        rows = results["families"]["rows"]
-        names = dict.fromkeys(x["run"].rpartition(", ")[0] for x in rows)
-        for ax, name in zip(axes[:, 1:].flat, names):
-            best = best_adam(rows, name)
-            for run, look in ("AGD", {"color": style.BLACK}), (best, adam):
-                for x in (x for x in rows if x["run"] == f"{name}, {run}"):
-                    ax.plot([10 * (i + 1) for i in range(len(x["curve"]))], x["curve"], **look)
-            ax.set(title=name, xlabel="steps", xlim=0)
-            ax.text(0.04, 0.05, best, transform=ax.transAxes, fontsize=7)
-        losses = [y for x in rows for y in x["curve"] if x["run"].endswith("AGD")]
-        for ax in axes[:, 1:].flat:
-            ax.set_ylim(min(losses) - 0.4, max(losses) + 0.05)
-        axes[1, 3].set_axis_off()
-        axes[1, 3].legend(handles=[style.optimizer_key("AGD"), style.optimizer_key(
-            "Adam", "Adam, best of 3 rates")], loc="center")  # fmt: skip
-        figure.savefig(folder / "fig9.png")
-    plt.close(figure)
-
-
-def best_adam(rows, name):
-    """The rate of Adam that is best for a network, by the last train loss."""
-    losses = {}
-    for x in rows:
-        if x["run"].startswith(f"{name}, Adam"):
-            losses.setdefault(x["run"], []).append(x["numbers"]["train loss"])
-    return min(losses, key=lambda run: statistics.fmean(losses[run])).rpartition(", ")[2]
 
 
 def main(argv=None):

@@ -1,13 +1,12 @@
 """Optimisers beside one another on small workloads: the engine of scripts.any_model and
 scripts.spectral. A case is {part: function that returns its rows} and bounds on them; a part runs
-once, and its rows, a page and a figure stay under --out."""
+once, and its rows and a page stay under --out."""
 
 import argparse
 import itertools
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from contextlib import suppress
@@ -29,6 +28,7 @@ from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
 from runs.provenance import environment
+from scripts.markdown import renew, table
 from training.losses import xent
 from training.step import evaluate, train_epoch
 
@@ -37,15 +37,14 @@ LIBRARIES = ("torch", "numpy", "torchvision", "transformers", "timm")
 
 
 class Limit(NamedTuple):
-    """That a number of a run is at most, or at `least`, `limit`: at its worst seed; or its
-    difference from the best one of `than`; or that from the same seed of `than`, if `paired`."""
+    """That a number of a run, or its difference from the same seed of `than`, is at most, or at
+    `least`, `limit` at its worst seed."""
 
     run: str
     key: str
     limit: float
     least: bool = False
     than: str | None = None
-    paired: bool = False
 
 
 def judged(rows, limits):
@@ -54,17 +53,13 @@ def judged(rows, limits):
     for x in rows:
         for key, number in x["numbers"].items():
             values.setdefault((x["run"], key), {})[x["seed"]] = number
-    for run, key, limit, least, than, paired in limits:
-        ours, theirs = values.get((run, key)), values.get((than, key))
-        worst, best = (min, max) if least else (max, min)
-        if ours is None or (than and theirs is None):
-            continue
-        what = f"{run}: {key}{f', minus that of {than}' if than else ''}"
-        if paired:
-            told = {f"{what}, seed {k}": ours[k] - theirs[k] for k in ours.keys() & theirs.keys()}
-        else:
-            told = {what: worst(ours.values()) - (best(theirs.values()) if than else 0)}
-        bounds += [{"what": k, "found": x, "limit": limit, "least": least} for k, x in told.items()]
+    for run, key, limit, least, than in limits:
+        ours = values.get((run, key), {})
+        theirs = values.get((than, key), {}) if than else dict.fromkeys(ours, 0)
+        if seeds := ours.keys() & theirs.keys():
+            worst = (min if least else max)(ours[seed] - theirs[seed] for seed in seeds)
+            what = f"{run}: {key}{f', minus that of {than}' if than else ''}"
+            bounds.append({"what": what, "found": worst, "limit": limit, "least": least})
     return bounds
 
 
@@ -76,48 +71,35 @@ def verdict(bound):
             f"{'**holds**' if by >= 0 else '**does not hold**'}, by {abs(by):.2g}"]  # fmt: skip
 
 
-def grid(head, rows):
-    lines = [f"| {' | '.join(map(str, x))} |" for x in (head, *rows)]
-    return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
-
-
 def tables(result):
     """A case in Markdown: runs with the numbers of each seed, bounds, how it was made."""
     keys, runs = list(dict.fromkeys(key for x in result["rows"] for key in x["numbers"])), {}
     for x in result["rows"]:
-        cells = runs.setdefault(x["run"], {key: [] for key in keys})
+        cells = runs.setdefault(x["run"], {key: {} for key in keys})
         for key, number in x["numbers"].items():
-            cells[key].append(f"{number:.4g}")
-    lines = grid(["run", *keys], [[run, *("; ".join(dict.fromkeys(cells[key])) for key in keys)]
-                                  for run, cells in runs.items()])  # fmt: skip
+            cells[key][f"{number:.4g}"] = None  # a number that several seeds share, once
+    parts = [table(["run", *keys], [[run, *map("; ".join, cells.values())]
+                                    for run, cells in runs.items()])]  # fmt: skip
     if result["bounds"]:
-        lines += ["", *grid(["bound on", "found", "limit", "verdict"],
-                            map(verdict, result["bounds"]))]  # fmt: skip
-    told = [", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("settings", "versions")]
-    machine = result["environment"]
-    told.append(f"{machine['device_name']}, threads: {machine['threads']}.</sub>")
-    lines += ["", f"<sub>`{result['command']}`, {result['date']}; {'; '.join(told)}"]
-    return "\n".join(lines)
-
-
-def read(folder, cases):
-    """{case: its result} of the cases with a file."""
-    paths = {case: folder / f"{case}.json" for case in cases}
-    return {case: json.loads(path.read_text(encoding="utf-8"))
-            for case, path in paths.items() if path.exists()}  # fmt: skip
+        head = ["bound on", "found", "limit", "verdict"]
+        parts.append(table(head, map(verdict, result["bounds"])))
+    words = [", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("settings", "versions")]
+    words.append("{device_name}, threads: {threads}.</sub>".format(**result["environment"]))
+    parts.append(f"<sub>`{result['command']}`, {result['date']}; {'; '.join(words)}")
+    return "\n\n".join(parts)
 
 
 def report(folder, cases, title):
     """Put each case's tables between its marks in README.md, or at its end without marks."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
-    for case, result in read(folder, cases).items():
-        begin, end = f"<!-- {case} -->", f"<!-- end of {case} -->"
-        if begin not in text:
-            text += f"\n## {case}\n\n{begin}{end}\n"
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = f"{before}{begin}\n{tables(result)}\n{end}{after}"
-    write_whole(path, text)
+    page = folder / "README.md"
+    for case in cases:
+        if not (path := folder / f"{case}.json").exists():
+            continue
+        text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
+        marks = f"<!-- {case} -->", f"<!-- end of {case} -->"
+        if marks[0] not in text:
+            write_whole(page, f"{text}\n## {case}\n\n{''.join(marks)}\n")
+        renew(page, *marks, tables(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def stored(path, args, settings, parts):
@@ -133,21 +115,22 @@ def stored(path, args, settings, parts):
               "parts": {}, "rows": [], "bounds": []}  # fmt: skip
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] != json.loads(json.dumps(result["settings"])):
+        ours = json.loads(json.dumps(result["settings"]))
+        if ours != {key: kept["settings"].get(key) for key in ours}:
             sys.exit(f"{path} has other settings: move it away, or give another --out")
-        kept = {"parts": dict.fromkeys(parts), **kept}
-        result |= {key: kept[key] for key in ("parts", "rows", "bounds")}
+        result["parts"] = kept.get("parts", dict.fromkeys(parts))
+        result |= {key: kept[key] for key in ("rows", "bounds")}
         result["data"] = result["data"] or kept["data"]
     return result
 
 
 def main(module, title, argv=None):
-    """The command line of a script: `module` has CASES, SETTINGS, QUICK and draw."""
+    """The command line of a script: `module` has CASES, SETTINGS and QUICK."""
     script, cases = Path(module["__file__"]).stem, module["CASES"]
     parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("case", choices=[*cases, "report", "draw"])
+    add("case", choices=[*cases, "report"])
     add("--data_dir", default=default_data_dir())
     add("--out", type=Path, default=Path("results"))
     add("--quick", action="store_true", help="tiny, to see that it runs")
@@ -158,8 +141,6 @@ def main(module, title, argv=None):
     folder = args.out / script
     if args.case == "report":
         return report(folder, cases, title)
-    if args.case == "draw":
-        return module["draw"](folder, read(folder, cases))
     settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
     quick = module["QUICK"]  # None: of all cases
     tiny = {**quick[None], **quick.get(args.case, {})} if args.quick else {}
@@ -187,24 +168,8 @@ def main(module, title, argv=None):
         print(tables(stored(path, args, settings, parts)))
 
 
-class Clock:
-    """Adds up the seconds of its `with` blocks: of the wall, and of this process's CPU time."""
-
-    seconds = cpu = 0.0
-
-    def __enter__(self):
-        self.begun = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *error):
-        self.seconds += time.perf_counter() - self.begun[0]
-        self.cpu += time.process_time() - self.begun[1]
-
-
-def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
-    """One run: its numbers, seconds of training, L and the last eta of AGD, the clock of
-    SpectralAGD's weights."""
-    if clock:
-        numbers |= {"seconds": clock.seconds, "CPU_seconds": clock.cpu}
+def row(run, seed, optimizer=None, curve=(), **numbers):
+    """One run: its numbers, L and the last eta of AGD, the clock of SpectralAGD's weights."""
     if isinstance(optimizer, SpectralAGD):
         numbers |= dict(zip(("length", "turn"), map(float, optimizer.clock())))
     if isinstance(optimizer, AGD):
@@ -213,22 +178,28 @@ def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
     return {"run": run, "seed": seed, "numbers": numbers, "curve": [round(x, 5) for x in curve]}
 
 
-def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=None,
+def whole(batches):
+    """The batches of the full size: the rest of an epoch may be a few images."""
+    return (batch for batch in batches if len(batch[1]) == batches.batch_size)
+
+
+def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=whole,
             recalibrate=False, more=lambda net, batches, curve: {}):  # fmt: skip
     """[row] of a run. work(seed): (net, training batches, test batches, loss, steps), where steps
     are None for args.epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; take: the
-    batches of an epoch that train (whole ones); more: further numbers."""
+    batches of an epoch that train (whole ones); more: further numbers. The curve has the mean loss
+    of each epoch, or of 10 steps."""
     torch.manual_seed(seed)
     net, batches, tests, loss, steps = work(seed)
-    count = steps or args.epochs * (batches.examples // batches.batch_size)
-    optimizer, clock = rule(net, count), Clock()
-    with clock:
-        curve = (train_steps(net, optimizer, batches, loss, steps) if steps else
-                 train(net, optimizer, batches, loss, args.epochs, take or whole))  # fmt: skip
+    optimizer = rule(net, steps or args.epochs * (batches.examples // batches.batch_size))
+    chunks = epochs(batches, None if steps else args.epochs, take)
+    chunks = in_steps(chunks, steps, 10) if steps else chunks
+    curve, seconds = zip(*train(net, optimizer, chunks, loss))
     if recalibrate:
         agd.recalibrate(net, itertools.islice(batches, 8))
     numbers = {"train_loss": curve[-1], **dict(zip(keys, score(net, tests, loss)))}
-    return [row(run, seed, optimizer, curve, clock, **numbers | more(net, batches, curve))]
+    numbers |= seconds[-1] | more(net, batches, curve)
+    return [row(run, seed, optimizer, curve, **numbers)]
 
 
 def parts(args, runs, seeds=None, **how):
@@ -252,31 +223,41 @@ def cifar(args, seed, part=slice(None), pad=0, flip=False):
     return both
 
 
-def whole(batches):
-    """The batches of the full size: the rest of an epoch may be a few images."""
-    return (batch for batch in batches if len(batch[1]) == batches.batch_size)
-
-
-def train(net, optimizer, batches, loss, epochs, take=whole):
-    """Returns the mean loss of each epoch."""
-    curve = []
-    for epoch in range(epochs):
+def epochs(batches, count=None, take=iter):
+    """Each of `count` epochs, or of epochs without an end."""
+    for epoch in range(count) if count else itertools.count():
         batches.set_epoch(epoch)
-        curve.append(train_epoch(net, take(batches), loss, optimizer).read()["loss"])
-    return curve
+        yield take(batches)
 
 
-def train_steps(net, optimizer, batches, loss, steps, width=10):
-    """Train `steps` whole batches. Returns the means of each `width` losses."""
+def in_steps(epochs, steps, size):
+    """The first `steps` batches, by `size`."""
+    stream = itertools.chain.from_iterable(epochs)
+    return (itertools.islice(stream, min(size, steps - i)) for i in range(0, steps, size))
 
-    def endless():
-        for epoch in itertools.count():
-            batches.set_epoch(epoch)
-            yield from whole(batches)
 
-    totals = train_epoch(net, itertools.islice(endless(), steps), loss, optimizer)
-    losses = totals.read()["steps"]["loss"]
-    return [statistics.fmean(losses[i : i + width]) for i in range(0, steps, width)]
+def train(net, optimizer, chunks, loss):
+    """Train on each of `chunks`, iterables of batches. Yields (its mean loss, the seconds of
+    training so far: of the wall, and of this process's CPU time)."""
+    clocks = {"seconds": time.perf_counter, "CPU_seconds": time.process_time}
+    seconds = dict.fromkeys(clocks, 0.0)
+    for chunk in chunks:
+        begun = {key: clock() for key, clock in clocks.items()}
+        mean = train_epoch(net, chunk, loss, optimizer).read()["loss"]
+        seconds = {key: seconds[key] + clock() - begun[key] for key, clock in clocks.items()}
+        yield mean, seconds
+
+
+def follow(net, optimizer, chunks, loss, read, run, seed, marks, unit="epochs", size=1):
+    """Rows of a run at each of `marks`: train on `chunks` of `size` epochs or steps; read() has the
+    network's numbers, and the train loss is that of the last chunk."""
+    rows, chunks = [], itertools.islice(chunks, max(marks) // size)
+    for i, (mean, seconds) in enumerate(train(net, optimizer, chunks, loss), 1):
+        if i * size in marks:
+            name = f"{run}, {i * size} {unit}"
+            rows.append(row(name, seed, optimizer, train_loss=mean, **read(), **seconds))
+            print(name, seed, rows[-1]["numbers"], flush=True)
+    return rows
 
 
 def score(net, batches, loss):
