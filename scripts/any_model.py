@@ -89,8 +89,8 @@ def on_and_off(args, name, make, key, limit):
         init_weights(net, torch.Generator().manual_seed(seed))
         return net, *lab.cifar(args, seed), mse, None
 
-    def more(net, batches, curve):
-        return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": curve[-1]}
+    def more(net, batches, loss):
+        return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": loss}
 
     runs = {f"{name} {'on' if on else 'off'}": (partial(work, on), ours) for on in (False, True)}
     return lab.parts(args, runs, more=more), [Limit(f"{name} off", key, limit, True, f"{name} on")]

@@ -183,23 +183,38 @@ def whole(batches):
     return (batch for batch in batches if len(batch[1]) == batches.batch_size)
 
 
-def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=whole,
-            recalibrate=False, more=lambda net, batches, curve: {}):  # fmt: skip
+def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), marks=None,
+            width=10, take=whole, recalibrate=False,
+            more=lambda net, batches, loss: {}):  # fmt: skip
     """[row] of a run. work(seed): (net, training batches, test batches, loss, steps), where steps
-    are None for args.epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; take: the
-    batches of an epoch that train (whole ones); more: further numbers. The curve has the mean loss
-    of each epoch, or of 10 steps."""
+    are None for epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; marks: the
+    epochs or steps after which a row is read, instead of one at the end of args.epochs or steps;
+    width: the steps between two points of the curve, which has mean train losses; take: the batches
+    of an epoch that train; more(net, batches, train loss): further numbers."""
     torch.manual_seed(seed)
     net, batches, tests, loss, steps = work(seed)
-    optimizer = rule(net, steps or args.epochs * (batches.examples // batches.batch_size))
-    chunks = epochs(batches, None if steps else args.epochs, take)
-    chunks = in_steps(chunks, steps, 10) if steps else chunks
-    curve, seconds = zip(*train(net, optimizer, chunks, loss))
-    if recalibrate:
-        agd.recalibrate(net, itertools.islice(batches, 8))
-    numbers = {"train_loss": curve[-1], **dict(zip(keys, score(net, tests, loss)))}
-    numbers |= seconds[-1] | more(net, batches, curve)
-    return [row(run, seed, optimizer, curve, **numbers)]
+    last = max(marks or [steps or args.epochs])
+    if steps:
+        unit, optimizer = "steps", rule(net, last)
+        chunks = in_steps(epochs(batches, None, take), last, width)
+    else:
+        unit, width = "epochs", 1
+        size = batches.examples // batches.batch_size if take is whole else len(batches)
+        optimizer, chunks = rule(net, last * size), epochs(batches, last, take)
+    rows, curve = [], []
+    for mean, seconds in train(net, optimizer, chunks, loss):
+        curve.append(mean)
+        done = min(len(curve) * width, last)
+        if done not in (marks or [last]):
+            continue
+        if recalibrate:
+            agd.recalibrate(net, itertools.islice(batches, 8))
+        numbers = {"train_loss": mean, **dict(zip(keys, score(net, tests, loss)))}
+        numbers |= seconds | more(net, batches, mean)
+        name = f"{run}, {done} {unit}" if marks else run
+        rows.append(row(name, seed, optimizer, [] if marks else curve, **numbers))
+        print(name, seed, rows[-1]["numbers"], file=sys.stderr, flush=True)
+    return rows
 
 
 def parts(args, runs, seeds=None, **how):
@@ -246,18 +261,6 @@ def train(net, optimizer, chunks, loss):
         mean = train_epoch(net, chunk, loss, optimizer).read()["loss"]
         seconds = {key: seconds[key] + clock() - begun[key] for key, clock in clocks.items()}
         yield mean, seconds
-
-
-def follow(net, optimizer, chunks, loss, read, run, seed, marks, unit="epochs", size=1):
-    """Rows of a run at each of `marks`: train on `chunks` of `size` epochs or steps; read() has the
-    network's numbers, and the train loss is that of the last chunk."""
-    rows, chunks = [], itertools.islice(chunks, max(marks) // size)
-    for i, (mean, seconds) in enumerate(train(net, optimizer, chunks, loss), 1):
-        if i * size in marks:
-            name = f"{run}, {i * size} {unit}"
-            rows.append(row(name, seed, optimizer, train_loss=mean, **read(), **seconds))
-            print(name, seed, rows[-1]["numbers"], flush=True)
-    return rows
 
 
 def score(net, batches, loss):

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from agd import AGD, SpectralAGD, init_weights
+from agd import SpectralAGD, init_weights
 from architecture import build, with_vectors
 from architecture.resnet import BASIC, PostActivation, conv
 from data import load
@@ -73,34 +73,27 @@ def rules(args):
     return {OURS: ours, **{f"AdamW {x:g}": partial(lab.adamw, x, args) for x in args.rates}}
 
 
-def planned(args, unit, train):
+def planned(args, unit, work, **how):
     """The parts of a case that reads SpectralAGD at several marks, and AdamW at its horizons."""
     plan = [(OURS, seed, marks) for seed, marks in args.marks.items()]
     plan += [(f"AdamW {rate:g}", seed, (end,)) for end, seeds in args.horizons.items()
              for rate in args.rates for seed in seeds]  # fmt: skip
     return {f"{run}, {marks[-1]} {unit}, seed {seed}":
-            partial(train, args, run, rules(args)[run], seed, marks)
+            partial(lab.measure, args, run, work, rules(args)[run], seed, marks=marks, **how)
             for run, seed, marks in plan}  # fmt: skip
 
 
-def train_fcn(args, run, make, seed, marks):
-    """Rows of a fully connected network with biases and an orthogonal start, read after `marks`
-    epochs of CIFAR-10 with the square loss."""
-    torch.manual_seed(seed)
-    net = build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=True)
-    init_weights(net, torch.Generator().manual_seed(seed))
-    data = load("cifar10", args.data_dir, args.batch, 1000, lab.CPU, seed,
-                train_examples=args.images, test_examples=args.test)  # fmt: skip
-    args.data = data.source
-    optimizer = make(net, max(marks) * len(data.train))
-
-    def read():
-        return dict(zip(("test_loss", "test_accuracy"), lab.score(net, data.test, mse)))
-
-    return lab.follow(net, optimizer, lab.epochs(data.train), mse, read, run, seed, marks)
-
-
 def fcn(args):
+    """Fully connected networks with biases and an orthogonal start, on the square loss."""
+
+    def work(seed):
+        net = build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=True)
+        init_weights(net, torch.Generator().manual_seed(seed))
+        data = load("cifar10", args.data_dir, args.batch, 1000, lab.CPU, seed,
+                    train_examples=args.images, test_examples=args.test)  # fmt: skip
+        args.data = data.source
+        return net, data.train, data.test, mse, None
+
     first, second, *_, last = args.marks[0]
     run = {mark: f"{OURS}, {mark} epochs" for mark in args.marks[0]}
     limits = [
@@ -110,7 +103,7 @@ def fcn(args):
     ]  # fmt: skip
     limits += [Limit(run[end], "test accuracy", 4, True, f"AdamW 0.001, {end} epochs")
                for end in args.horizons]  # fmt: skip
-    return planned(args, "epochs", train_fcn), limits
+    return planned(args, "epochs", work, take=iter), limits
 
 
 class Block(nn.Module):
@@ -147,34 +140,31 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(y))).transpose(1, 2)
 
 
-def train_gpt(args, run, make, seed, marks):
-    """Rows of a small GPT with an orthogonal start, read after `marks` steps on the first `held`
-    characters of the validation text."""
-    text, held, letters = lab.texts(args)
-    torch.manual_seed(seed)
-    net = GPT(letters, args.width, args.heads, args.layers, args.context)
-    init_weights(net, torch.Generator().manual_seed(seed))
-    optimizer = make(net, max(marks))
-    tests = lab.Characters(held[: args.held + 1], args, batch=args.texts)
-    stream = lab.Characters(text, args, max(marks), seed, args.texts)
-    s = net.head.weight.norm().item()
-
-    def read():
-        gains = [x.weight.norm().item() for x in net.modules() if isinstance(x, nn.LayerNorm)]
-        return {"validation_loss": lab.score(net, tests, lab.text_loss)[0],
-                "largest_gain": max(gains),
-                "output_layer_/_s": net.head.weight.norm().item() / s}  # fmt: skip
-
-    chunks = lab.in_steps([stream], max(marks), args.every)
-    return lab.follow(net, optimizer, chunks, lab.text_loss, read, run, seed, marks, "steps",
-                      args.every)  # fmt: skip
-
-
 def gpt(args):
+    """Small GPTs with an orthogonal start, scored on the first `held` characters of the validation
+    text."""
+    starts = {}
+
+    def work(seed):
+        text, held, letters = lab.texts(args)
+        net = GPT(letters, args.width, args.heads, args.layers, args.context)
+        init_weights(net, torch.Generator().manual_seed(seed))
+        starts[seed] = net.head.weight.norm().item()
+        most = max(max(args.horizons), *map(max, args.marks.values()))
+        stream = lab.Characters(text, args, most, seed, args.texts)
+        tests = lab.Characters(held[: args.held + 1], args, batch=args.texts)
+        return net, stream, tests, lab.text_loss, most
+
+    def more(net, stream, loss):
+        gains = [x.weight.norm().item() for x in net.modules() if isinstance(x, nn.LayerNorm)]
+        return {"largest_gain": max(gains),
+                "output_layer_/_s": net.head.weight.norm().item() / starts[stream.seed]}
+
     first, second, last = (f"{OURS}, {mark} steps" for mark in args.marks[0])
     key = "validation loss"
     limits = [Limit(first, key, 1.70), Limit(second, key, 1.60), Limit(last, key, 0, than=second)]
-    return planned(args, "steps", train_gpt), limits
+    return planned(args, "steps", work, width=args.every, more=more,
+                   keys=["validation_loss"]), limits  # fmt: skip
 
 
 def resnet8(args):
@@ -253,7 +243,7 @@ def stock(args):
 
 def adapt(args):
     def of_images():
-        runs = {OURS: SpectralAGD, **any_model.beside_adam(args)}
+        runs = {OURS: ours, **any_model.beside_adam(args)}
         rows = [x for seed in args.seeds for x in any_model.adapted(args, runs, seed)]
         return [{**x, "run": f"images, {x['run']}"} for x in rows]
 
@@ -274,19 +264,21 @@ def adapt_to_digits(args, seed):
     start = nn.Sequential(nn.Flatten(), *layers[:-1])
     before = torch.optim.AdamW(start.parameters(), args.digit_rate_before)
     list(lab.train(start, before, lab.epochs(old.train, args.digit_before), xent))
-    runs = {OURS: SpectralAGD, "AGD": AGD}
-    runs |= {f"AdamW {x:g}": lambda net, x=x: torch.optim.AdamW(net.parameters(), x)
+    runs = {OURS: ours, "AGD": any_model.ours}
+    runs |= {f"AdamW {x:g}": lambda net, steps, x=x: torch.optim.AdamW(net.parameters(), x)
              for x in args.digit_rates}  # fmt: skip
 
-    def read(net):
+    def work(seed):
+        return copy.deepcopy(start), new.train, new.test, xent, None
+
+    def more(net, *_):
         return {"new_accuracy": lab.score(net, new.test, xent)[1],
                 "old_accuracy": lab.score(net, old.test, xent)[1]}  # fmt: skip
 
-    rows = [lab.row("digits, before", seed, **read(start))]
+    rows = [lab.row("digits, before", seed, **more(start))]
     for run, make in runs.items():
-        net = copy.deepcopy(start)
-        rows += lab.follow(net, make(net), lab.epochs(new.train), xent, partial(read, net),
-                           f"digits, {run}", seed, args.digit_marks)  # fmt: skip
+        rows += lab.measure(args, f"digits, {run}", work, make, seed, keys=(), take=iter,
+                            marks=args.digit_marks, more=more)  # fmt: skip
     return rows
 
 
