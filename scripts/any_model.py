@@ -12,7 +12,6 @@ parts, `--only` runs those with a text in their name. `report` writes the tables
 the README.md there. Images are neither cropped nor mirrored.
 """
 
-import copy
 import itertools
 import math
 import sys
@@ -42,11 +41,6 @@ SETTINGS = {
     "families": {**IMAGES, "images": 5000, "batch": 64, "steps": 120, "seeds": (0,),
                  "rates": (3e-4, 1e-3, 3e-3)},
 }  # fmt: skip
-QUICK = {None: {  # tiny, for tests
-    "depths": (3,), "depth": 3, "width": 16, "epochs": 1, "before": 1, "images": 64, "test": 32,
-    "batch": 16, "seeds": (0,), "channels": (4, 4, 4), "layers": 2, "context": 16, "steps": 4,
-    "warm_up": 2, "activations": ("ReLU", "Tanh"), "rates": (1e-3,),
-}}  # fmt: skip
 
 
 def ours(net, steps=None):
@@ -133,7 +127,7 @@ def gpt2(args):
     return lab.parts(args, runs, keys=["validation_loss"]), [Limit("AGD", "validation loss", 2.52)]
 
 
-def adapted(args, runs, seed):
+def adapted(args, runs, seed, name=""):
     """Rows of the network of `biases`, by Adam on the first half of the images; then on the second,
     by each of `runs`."""
     torch.manual_seed(seed)
@@ -142,21 +136,14 @@ def adapted(args, runs, seed):
     old, tests = lab.cifar(args, seed, slice(half))
     new, _ = lab.cifar(args, seed, slice(half, None))
 
-    def train(net, optimizer, batches, epochs):
-        list(lab.train(net, optimizer, lab.epochs(batches, epochs, lab.whole), mse))
+    def more(net, *_):
+        return {"test_accuracy": lab.score(net, tests, mse)[1],
+                "new_half_loss": lab.score(net, new, mse)[0],
+                "old_half_loss": lab.score(net, old, mse)[0]}  # fmt: skip
 
-    def scores(run, net, optimizer=None):
-        return lab.row(run, seed, optimizer, test_accuracy=lab.score(net, tests, mse)[1],
-                       new_half_loss=lab.score(net, new, mse)[0],
-                       old_half_loss=lab.score(net, old, mse)[0])  # fmt: skip
-
-    train(start, torch.optim.Adam(start.parameters(), args.rate_before), old, args.before)
-    rows = [scores("before", start)]
-    for run, make in runs.items():
-        net = copy.deepcopy(start)
-        train(net, optimizer := make(net), new, args.epochs)
-        rows.append(scores(run, net, optimizer))
-    return rows
+    before = torch.optim.Adam(start.parameters(), args.rate_before)
+    list(lab.train(start, before, lab.epochs(old, args.before, lab.whole), mse))
+    return lab.adapted(args, name, start, new, tests, mse, runs, seed, more=more)
 
 
 def finetune(args):

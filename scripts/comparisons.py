@@ -3,6 +3,7 @@ scripts.spectral. A case is {part: function that returns its rows} and bounds on
 once, and its rows and a page stay under --out."""
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -34,6 +35,13 @@ from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
 LIBRARIES = ("torch", "numpy", "torchvision", "transformers", "timm")
+TINY = {  # settings of --quick, for tests; a case's own win
+    "depth": 3, "depths": (3,), "width": 16, "layers": 2, "heads": 2, "channels": (4, 8, 8),
+    "batch": 16, "images": 64, "test": 32, "context": 16, "texts": 4, "held": 64, "seeds": (0,),
+    "epochs": 1, "before": 1, "steps": 4, "text_steps": 4, "image_steps": 2, "warm_up": 1,
+    "activations": ("ReLU", "Tanh"), "rates": (1e-3,), "hidden": 16, "digits": 64,
+    "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,),
+}  # fmt: skip
 
 
 class Limit(NamedTuple):
@@ -125,7 +133,7 @@ def stored(path, args, settings, parts):
 
 
 def main(module, title, argv=None):
-    """The command line of a script: `module` has CASES, SETTINGS and QUICK."""
+    """The command line of a script: `module` has CASES, SETTINGS and perhaps QUICK."""
     script, cases = Path(module["__file__"]).stem, module["CASES"]
     parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -142,8 +150,7 @@ def main(module, title, argv=None):
     if args.case == "report":
         return report(folder, cases, title)
     settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
-    quick = module["QUICK"]  # None: of all cases
-    tiny = {**quick[None], **quick.get(args.case, {})} if args.quick else {}
+    tiny = TINY | module.get("QUICK", {}).get(args.case, {}) if args.quick else {}
     for key, value in settings.items():
         setattr(args, key, tiny.get(key, value))
     parts, limits = cases[args.case](args)
@@ -214,6 +221,19 @@ def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"),
         name = f"{run}, {done} {unit}" if marks else run
         rows.append(row(name, seed, optimizer, [] if marks else curve, **numbers))
         print(name, seed, rows[-1]["numbers"], file=sys.stderr, flush=True)
+    return rows
+
+
+def adapted(args, name, start, new, tests, loss, runs, seed, **how):
+    """Rows of a trained network, `start`, and of its copies that each of `runs` trains on the
+    batches `new`."""
+
+    def work(seed):
+        return copy.deepcopy(start), new, tests, loss, None
+
+    rows = [row(f"{name}before", seed, **how["more"](start))]
+    for run, rule in runs.items():
+        rows += measure(args, f"{name}{run}", work, rule, seed, keys=(), **how)
     return rows
 
 
@@ -293,19 +313,15 @@ class Characters:
         return windows[:, :-1], windows[:, 1:]
 
 
-def of_text(args, net, steps, seed, batch=None):
-    """The work of a network, net(letters), that reads characters."""
-    text, held, letters = texts(args)
-    batches = Characters(text, args, steps, seed, batch)
-    return net(letters), batches, Characters(held, args, batch=batch), text_loss, steps
-
-
-def texts(args):
-    """(training text, validation text, number of letters): places in the alphabet, (N,) int64."""
+def of_text(args, net, steps, seed, batch=None, held=None):
+    """The work of a network, net(letters), that reads characters; it is tested on the first `held`
+    of the last tenth of the text."""
     path = Path(args.data_dir).expanduser() / "shakespeare.txt"
     letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
-    return text[:cut], text[cut:], len(letters)
+    stream = Characters(text[:cut], args, steps, seed, batch)
+    tests = Characters(text[cut:][:held], args, batch=batch)
+    return net(len(letters)), stream, tests, text_loss, steps
 
 
 def text_loss(outputs, labels):

@@ -12,7 +12,6 @@ the tables of all cases into the README.md there. SpectralAGD is scored at its a
 at its last weights. A case takes one thread.
 """
 
-import copy
 import itertools
 import math
 import sys
@@ -53,11 +52,7 @@ SETTINGS = {
               "digit_before": 20, "digit_rate_before": 1e-3, "digit_marks": (1, 3, 10),
               "digit_rates": (1e-4, 1e-3, 3e-3)},
 }  # fmt: skip
-QUICK = {None: {  # tiny, for tests; a case's own win
-    "depth": 3, "width": 16, "batch": 16, "images": 64, "test": 32, "layers": 2, "heads": 2,
-    "context": 16, "texts": 4, "held": 64, "epochs": 1, "steps": 2, "seeds": (0,), "warm_up": 1,
-    "before": 1, "rates": (1e-3,), "channels": (4, 8, 8), "text_steps": 4, "image_steps": 2,
-    "hidden": 16, "digits": 64, "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,)},
+QUICK = {
     "fcn": {"marks": {0: (1, 2, 3), 1: (1,)}, "horizons": {1: (0, 1), 2: (0,)},
             "rates": (3e-4, 1e-3)},
     "gpt": {"every": 2, "marks": {0: (2, 4, 6), 1: (2, 4)}, "horizons": {4: (0,)}},
@@ -145,15 +140,15 @@ def gpt(args):
     text."""
     starts = {}
 
+    def make(letters):
+        return GPT(letters, args.width, args.heads, args.layers, args.context)
+
     def work(seed):
-        text, held, letters = lab.texts(args)
-        net = GPT(letters, args.width, args.heads, args.layers, args.context)
-        init_weights(net, torch.Generator().manual_seed(seed))
-        starts[seed] = net.head.weight.norm().item()
-        most = max(max(args.horizons), *map(max, args.marks.values()))
-        stream = lab.Characters(text, args, most, seed, args.texts)
-        tests = lab.Characters(held[: args.held + 1], args, batch=args.texts)
-        return net, stream, tests, lab.text_loss, most
+        steps = max(*args.horizons, *map(max, args.marks.values()))
+        work = lab.of_text(args, make, steps, seed, args.texts, args.held + 1)
+        init_weights(work[0], torch.Generator().manual_seed(seed))
+        starts[seed] = work[0].head.weight.norm().item()
+        return work
 
     def more(net, stream, loss):
         gains = [x.weight.norm().item() for x in net.modules() if isinstance(x, nn.LayerNorm)]
@@ -244,8 +239,7 @@ def stock(args):
 def adapt(args):
     def of_images():
         runs = {OURS: ours, **any_model.beside_adam(args)}
-        rows = [x for seed in args.seeds for x in any_model.adapted(args, runs, seed)]
-        return [{**x, "run": f"images, {x['run']}"} for x in rows]
+        return [x for seed in args.seeds for x in any_model.adapted(args, runs, seed, "images, ")]
 
     return {"images": of_images, **{f"digits, seed {seed}": partial(adapt_to_digits, args, seed)
                                     for seed in args.seeds}}, []  # fmt: skip
@@ -268,18 +262,12 @@ def adapt_to_digits(args, seed):
     runs |= {f"AdamW {x:g}": lambda net, steps, x=x: torch.optim.AdamW(net.parameters(), x)
              for x in args.digit_rates}  # fmt: skip
 
-    def work(seed):
-        return copy.deepcopy(start), new.train, new.test, xent, None
-
     def more(net, *_):
         return {"new_accuracy": lab.score(net, new.test, xent)[1],
                 "old_accuracy": lab.score(net, old.test, xent)[1]}  # fmt: skip
 
-    rows = [lab.row("digits, before", seed, **more(start))]
-    for run, make in runs.items():
-        rows += lab.measure(args, f"digits, {run}", work, make, seed, keys=(), take=iter,
-                            marks=args.digit_marks, more=more)  # fmt: skip
-    return rows
+    return lab.adapted(args, "digits, ", start, new.train, new.test, xent, runs, seed, take=iter,
+                       marks=args.digit_marks, more=more)  # fmt: skip
 
 
 CASES = {"fcn": fcn, "gpt": gpt, "resnet8": resnet8, "stock": stock, "adapt": adapt}

@@ -10,12 +10,10 @@ import tarfile
 import time
 
 import pytest
-import torch
 
 from scripts import gpu_checks
 from scripts.gpu_checks import PLANS, Check
 from tests.conftest import ROOT
-from tests.test_gpu import worst
 
 HANG = """-c '"{folder}"; import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)
 time.sleep(99)'"""
@@ -95,19 +93,22 @@ def call(out, *flags):
 
 
 def test_a_check_that_crashes_or_raises_costs_the_others_nothing(plan, tmp_path, capfd):
-    plan(Check("crash", 1, CRASH), Check("raise", 1, RAISE), Check("up", 1, TIME_UP % (LOG, "")),
-         Check("broken", 1, TIME_UP % (LOG, "x failed: y")), Check("fine", 15, FINE))
+    plan(Check("crash", 1, CRASH), Check("threads", 1, RAISE), Check("up", 1, TIME_UP % (LOG, "")),
+         Check("broken", 1, TIME_UP % (LOG, "x failed: y")), Check("fine", 15, FINE),
+         Check("tell", 1, TELL))  # fmt: skip
     assert call(tmp_path) == 1
     found, names = results(tmp_path)
     assert {name: x["status"] for name, x in found.items()} == {
-        "crash": "failed", "raise": "failed", "up": "stopped", "broken": "failed",
-        "fine": "passed"}  # fmt: skip
+        "crash": "failed", "threads": "failed", "up": "stopped", "broken": "failed",
+        "fine": "passed", "tell": "passed"}  # fmt: skip
     assert found["crash"]["code"] in (-signal.SIGSEGV, 128 + signal.SIGSEGV)
     assert "string_at" in found["crash"]["output"]  # where it was
-    assert "the reason" in found["raise"]["output"] and len(found["raise"]["output"]) == 2000
+    assert "the reason" in found["threads"]["output"] and len(found["threads"]["output"]) == 2000
     assert found["fine"]["found"] == {"ratios": {"a / b": 1.5}} and found["fine"]["output"] == ""
     assert {"fine/b.json", "crash/output.txt"} <= names
-    assert "Not well or not run: crash, raise, broken" in capfd.readouterr().out
+    assert "Not well or not run: crash, threads, broken" in capfd.readouterr().out
+    # Runs share no process once threads have failed.
+    assert (tmp_path / "tell" / "output.txt").read_text() == "None off\n"
 
 
 @pytest.mark.slow
@@ -145,23 +146,17 @@ def test_the_same_command_goes_on_with_what_failed_last(plan, tmp_path, capfd, m
     assert results(tmp_path)[0]["fine"]["status"] == "failed"
 
 
-def test_runs_share_no_process_once_threads_have_failed(plan, tmp_path):
-    plan(Check("threads", 1, RAISE), Check("tell", 1, TELL))
-    call(tmp_path)
-    assert (tmp_path / "tell" / "output.txt").read_text() == "None off\n"
-
-
-def wait_for(condition, process=None):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end and (process is None or process.poll() is None)
-        time.sleep(0.05)
-
-
 def running(folder):
     """The ids of the processes whose commands name the folder."""
     lines = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in lines.splitlines() if str(folder) in line]
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -172,7 +167,7 @@ def test_a_command_that_is_ended_leaves_whole_results(tmp_path, kind):
     process = subprocess.Popen([sys.executable, "-c", KILLED, *where], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE)  # fmt: skip
     try:
-        wait_for(lambda: running(tmp_path / "work" / "hang"), process)
+        wait_for(lambda: running(tmp_path / "work" / "hang"))
         process.send_signal(kind)
         assert process.wait(10) == (130 if kind == signal.SIGINT else -kind)
         if kind == signal.SIGINT:
@@ -185,13 +180,6 @@ def test_a_command_that_is_ended_leaves_whole_results(tmp_path, kind):
                 os.kill(left, signal.SIGKILL)
     found, names = results(tmp_path / "out")
     assert found.keys() == {"fine"} and "fine/b.json" in names
-
-
-def test_a_nan_is_a_difference():
-    """In what a GPU's tests compare."""
-    x, nan = torch.ones(3), torch.full((3,), torch.nan)
-    assert worst([x, x], [x, x]) == 0
-    assert not worst([x, nan], [x, x]) < 1 and not worst([nan, x], [x, x]) < 1
 
 
 def test_refusals_are_a_sentence(monkeypatch, capsys, tmp_path):
