@@ -1,6 +1,5 @@
 """scripts.benchmark, by its command; its clocks; the published tables."""
 
-import argparse
 import itertools
 import json
 
@@ -76,16 +75,6 @@ def test_peers_of_a_step_share_their_weights_and_layout():
     assert all(p.isfinite().all() for p in weights)
     fcn = step.peers(step.with_gradients(build("fcn", (3, 32, 32), 10)))
     assert ("Muon" in fcn) == hasattr(torch.optim, "Muon")
-
-
-def test_a_step_of_a_gpu_is_timed_by_the_clock_and_as_a_graph(monkeypatch):
-    monkeypatch.setattr(step, "by_clock", lambda *args: lambda work: 2.0)
-    monkeypatch.setattr(step, "by_graph", lambda device: lambda work: 1.0)
-    args, gpu = argparse.Namespace(repeats=3, clock="wall"), argparse.Namespace(type="cuda")
-    works = dict.fromkeys(("AGD", step.YARDSTICK, "AdamW, foreach"))
-    times = step.compare(works, args, gpu, "", graphed=["AGD", step.YARDSTICK])
-    assert times["ratios"] == {"AGD": 1, "AdamW, foreach": 1}
-    assert times["ratios as a CUDA graph"] == {"AGD": 1}
 
 
 def test_the_memory_of_a_step_is_the_most_at_a_time():
