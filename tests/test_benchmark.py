@@ -112,6 +112,7 @@ def test_a_case_is_measured_and_written(case, images, capsys):
         assert all(0 < low <= x <= high for x, low, high in result["seconds"].values())
 
 
+@pytest.mark.slow
 def test_checkpoints_are_timed_by_the_log_of_a_run(images, monkeypatch):
     monkeypatch.setattr(epoch, "RUNS", {"a part": ("fcn", "adam", 32, 64)})
     result = run("checkpoint", images, "--repeats", 1, "--data_dir", images)
@@ -122,9 +123,13 @@ def test_checkpoints_are_timed_by_the_log_of_a_run(images, monkeypatch):
     assert result[epoch.PERCENT]["a part"] == pytest.approx(share, rel=2e-3)
     assert result["bytes"]["a part"] > 3 * 3072 * 8 * 4  # two numbers a weight beside it
     assert sorted(x.name for x in images.iterdir()) == ["benchmark", "cifar10.npz"]
+
+
+def test_a_run_that_fails_says_why(images):
     args = benchmark.parse(["epoch", *SMALL, "--data_dir", str(images), "--batch_size", "256"])
-    with pytest.raises(UserError, match="64 images"):  # a run that fails says why
+    with pytest.raises(UserError, match="64 images") as error:
         epoch.first_step(args, CPU)
+    assert error.value.exit_code == 2
 
 
 def test_a_folder_is_read(tmp_path, capsys):
