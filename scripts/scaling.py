@@ -60,12 +60,12 @@ def count(side):
 def buckets(weights):
     """[(bytes, share of the backward pass that has filled it)] of DistributedDataParallel's
     messages: from the last layer on, each closes once it has reached its limit."""
-    filled, size, done, limit = [], 0, 0, BUCKETS[0]
+    filled, size, done, total = [], 0, 0, sum(flops for _, flops in weights)
     for n, flops in reversed(weights):
         size, done = size + n, done + flops
-        if size >= limit:
-            filled.append((size, done / sum(f for _, f in weights)))
-            size, limit = 0, BUCKETS[1]
+        if size >= BUCKETS[bool(filled)]:
+            filled.append((size, done / total))
+            size = 0
     return filled + [(size, 1.0)] * bool(size)
 
 
@@ -133,7 +133,7 @@ def figures(x):
 
 def tables(args):
     """All tables, in Markdown."""
-    weights = count(args.image_size)
+    weights = count(224)
     rates = {"given": args.images_per_second} if args.images_per_second else {
         name: KNOWN[name] for name in ("TF32", "mixed")}  # fmt: skip
     links = {f"{x:g} GB/s": x for x in args.inter_link or ()} or LINKS
@@ -174,7 +174,6 @@ def main(argv=None):
     parser = Parser(prog="python -m scripts.scaling", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, positive, whole = parser.add_argument, number(float, 1e-6), number(int, 1)
-    add("--image_size", type=number(int, 8, 8192), default=224)
     add("--images_per_second", type=positive, metavar="R", help="of one GPU, a whole step")
     add("--rate_batch", type=whole, default=256, help="the batch of that rate (256)")
     add("--gpus_per_node", type=whole, default=8)
