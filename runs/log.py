@@ -221,7 +221,13 @@ class RunLog:
         try:
             self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
             LOCKS.add(self.lock)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(20):
+                try:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:  # for a moment of a child between fork and exec
+                    time.sleep(0.01)
+            raise BlockingIOError
         except BlockingIOError:
             self.release()  # so that a later call does not take it for locked
             raise RunError(f"another process is making {self.log_path}; wait for it, or choose "

@@ -32,7 +32,7 @@ COMMANDS = {
     "data.prepare": "--data_dir --from --jobs --resize --shard",
     "scripts.plot": "-o", "scripts.any_model": "--only",
     "scripts.spectral": "--only",
-    "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together --time_limit",
+    "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
     "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out",
     "scripts.scaling": "", "tests.crash": "", "tests.fuzz": "",
 }  # fmt: skip
