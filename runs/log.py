@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,13 +222,14 @@ class RunLog:
         try:
             self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
             LOCKS.add(self.lock)
-            for _ in range(20):
+            end = time.monotonic() + 0.2  # a child between fork and exec holds it for a moment
+            while True:
                 try:
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:  # for a moment of a child between fork and exec
+                    return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise
                     time.sleep(0.01)
-            raise BlockingIOError
         except BlockingIOError:
             self.release()  # so that a later call does not take it for locked
             raise RunError(f"another process is making {self.log_path}; wait for it, or choose "
