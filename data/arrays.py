@@ -54,10 +54,6 @@ class ArrayBatches(Batches):
             self.advance()
             yield self._batch(*draws[:, share])
 
-    def advance(self):
-        """Count a batch that was taken by `at`."""
-        self.position += 1
-
     def hold(self):
         """Make `at` give the batches of this epoch, from the same memory in every epoch."""
         draws, self.position = self._draws(), self.start
@@ -154,24 +150,20 @@ def _read(path):
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
     with zipfile.ZipFile(path) as archive:
-        entries = {key: [] for key in KEYS}
-        for entry in archive.infolist():
-            entries.get(entry.filename.removesuffix(".npy"), []).append(entry)
-        total = sum(entry.file_size for ours in entries.values() for entry in ours)
+        entries = {key: archive.getinfo(f"{key}.npy") for key in KEYS}
+        total = sum(entry.file_size for entry in entries.values())
         if total > MODEST + RATIO * size:
             raise ValueError(f"{size:,} bytes are said to hold {total:,}")
-        for key, ours in entries.items():
-            if len(ours) != 1:
-                raise ValueError(f"it holds {len(ours) or 'no'} {key}")
+        for key, entry in entries.items():
             # zipfile bounds what it unpacks at a time of these alone.
-            if ours[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{key} is compressed in a way that numpy does not write")
-            with archive.open(ours[0]) as file:  # numpy takes memory for what the header claims
+            with archive.open(entry) as file:  # numpy takes memory for what the header claims
                 dims, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-                rest = ours[0].file_size - file.tell()
+                rest = entry.file_size - file.tell()
             if math.prod(dims) * dtype.itemsize != rest:
                 raise ValueError(f"{key} has {rest:,} bytes, not those of its shape {dims}")
-            with archive.open(ours[0]) as file:  # compares the CRC as it reads the last byte
+            with archive.open(entry) as file:  # compares the CRC as it reads the last byte
                 arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
-            crc32[key] = f"{ours[0].CRC:08x}"
+            crc32[key] = f"{entry.CRC:08x}"
     return arrays, crc32

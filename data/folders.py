@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cli import printable
 from data.batches import Batches
 from data.common import DataError, reason
-from data.imagenet_layout import entries_of, few, is_image
+from data.imagenet_layout import entries_of, few, is_image, unreadable
 from data.resize import open_image, read_image
 from data.workers import held_back, ignore_all
 
@@ -103,16 +103,15 @@ def list_images(root):
     classes = [name for name, is_folder in entries_of(root) if is_folder]
     samples, empty = [], []
     for label, name in enumerate(classes):
-        images, seen, folders = [], set(), [os.path.join(root, name)]
-        while folders:
-            folder = folders.pop()
-            inside, place = entries_of(folder), os.stat(folder)
+        images, seen = [], set()
+        for folder, _, names in os.walk(os.path.join(root, name), onerror=unreadable,
+                                        followlinks=True):  # fmt: skip
+            place = os.stat(folder)
             if (place.st_dev, place.st_ino) in seen:
                 raise DataError(f"{folder} is a link to a folder that class {name} has already: "
                                 "remove one of them")  # fmt: skip
             seen.add((place.st_dev, place.st_ino))
-            folders += [os.path.join(folder, n) for n, is_folder in inside if is_folder]
-            images.append((folder, [n for n, is_folder in inside if not is_folder and is_image(n)]))
+            images.append((folder, sorted(filter(is_image, names))))
         paths = [os.path.join(folder, n) for folder, names in sorted(images) for n in names]
         samples += [(path, label) for path in paths]
         if not paths:
