@@ -52,9 +52,7 @@ class FolderBatches(Batches):
 
     def __iter__(self):
         self.missing, self.position = 0, self.start
-        with held_back():
-            batches = iter(self.loader)
-        for images, labels, bad in batches:
+        for images, labels, bad in self._loaded():
             self.advance()
             for path, why in bad:
                 if not self.skip_bad_images:
@@ -69,6 +67,11 @@ class FolderBatches(Batches):
                 yield self.normalised(images), labels.to(self.device, non_blocking=True)
         if self.size == 1 and self.missing == self.examples:
             raise DataError(f"none of the {self.examples} images under {self.root} can be decoded")
+
+    def _loaded(self):
+        """No local of __iter__: a traceback would keep it, and the workers, beyond close()."""
+        with held_back():
+            return iter(self.loader)
 
 
 def open_folders(root, classes, train_bs, test_bs, image_size, **options):

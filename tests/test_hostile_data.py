@@ -129,7 +129,7 @@ def changed(**arrays_changed):
 
 LABELS = np.arange(12) % 3
 FORGED = [  # what makes the file, words of the sentence
-    *((forged(text), "") for text in (
+    *((forged(text), "mine.npz") for text in (
         header("'|O'"), header("'<f4'"), header("[('a', '|u1')]"), header("'no'"),
         header(shape="(1000000000, 1000, 1000, 3)"), header(shape=f"({'9' * 4000},)"),
         header(shape="(-12, -8, 8, 3)"), header(shape="(0, 99999999999999999999)"),
