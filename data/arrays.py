@@ -57,10 +57,7 @@ class ArrayBatches(Batches):
     def hold(self):
         """Make `at` give the batches of this epoch, from the same memory in every epoch."""
         draws, self.position = self._draws(), self.start
-        if self.held is None:
-            self.held = draws
-        else:
-            self.held.copy_(draws)
+        self.held = draws if self.held is None else self.held.copy_(draws)
 
     def at(self, position, size):
         """The batch of `size` images from image `position` on, a 0-dim int64 tensor on the device:
@@ -84,22 +81,16 @@ class ArrayBatches(Batches):
     def _draws(self):
         """The images of this epoch in its order, (3, N) int64 on the device: the offset of the
         crop's first pixel, whether it is mirrored, the label."""
-        order, top, left, mirror = self._draw()
+        rng, N = np.random.default_rng((self.seed, self.epoch)), self.examples
+        order, none = self.order(rng), np.zeros(N, np.int64)
+        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (none, none)
+        mirror = rng.integers(0, 2, N) if self.flip else none
         image, _, row, _ = self.images.stride()
         places = order * image + top[order] * row + left[order]
         draws = torch.from_numpy(np.stack([places, mirror[order], self.labels[order]]))
         if self.device.type == "cuda":  # copied without a wait; torch keeps the source until then
             return draws.pin_memory().to(self.device, non_blocking=True)
         return draws.to(self.device)
-
-    def _draw(self):
-        """This epoch's order of all N images; each image's crop offsets and flip, by its index."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        N = self.examples
-        order = self.order(rng)
-        none = np.zeros(N, np.int64)
-        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (none, none)
-        return order, top, left, rng.integers(0, 2, N) if self.flip else none
 
 
 def channel_statistics(images):

@@ -54,11 +54,10 @@ def find(data_dir):
         return path
     if given and Path(given).expanduser().is_dir():
         return Path(given).expanduser()
-    also = f"nor a folder {given}, which $IMAGENET_PATH names" if given else (
-        "and $IMAGENET_PATH is not set")  # fmt: skip
     raise DataError(
-        f"there is no {path}, {also}. `python -m data.prepare imagenet --from DIR` makes the "
-        "first; if DIR is sorted into classes, IMAGENET_PATH=DIR will do."
+        f"there is no folder {path}, nor $IMAGENET_PATH ({given or 'not set'}). `python -m "
+        "data.prepare imagenet --from DIR` makes the first; if DIR is sorted into classes, "
+        "IMAGENET_PATH=DIR will do."
     )
 
 

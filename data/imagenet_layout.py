@@ -168,7 +168,8 @@ def entries_of(folder):
     """[(name, whether it is a folder)], sorted, of what lies in `folder`."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry.name, _is_folder(entry)) for entry in entries)
+            return sorted((e.name, e.is_dir(follow_symlinks=False) or
+                           e.is_symlink() and os.path.isdir(e)) for e in entries)  # fmt: skip
     except OSError as error:
         unreadable(error)
 
@@ -176,13 +177,6 @@ def entries_of(folder):
 def unreadable(error):
     """Raise the DataError of a folder that cannot be listed; an `onerror` of os.walk."""
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-
-def _is_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def is_image(name):

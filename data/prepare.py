@@ -115,15 +115,13 @@ def _arrays(name, data_dir, source, scratch):
         dataset(scratch, download=True)
     except (OSError, RuntimeError, EOFError) as error:
         files = getattr(dataset, "resources", None) or [(dataset.filename, dataset.tgz_md5)]
-        lines = [f"  address   {address}" for address in addresses]
-        lines += [f"  file      {file}  MD5 {md5}" for file, md5 in files]
         raise DataError("\n".join([
-            f"{name} could not be fetched: {reason(error)}", *lines,
-            "Fetch it by hand on any machine, then:",
-            f"  python -m data.prepare {name} --data_dir {data_dir} --from "
-            f"{'FOLDER' if name == 'mnist' else 'FILE'}",
-            "To try without a network:",
-            "  python main.py --dataset digits",
+            f"{name} could not be fetched: {reason(error)}",
+            *(f"  address   {address}" for address in addresses),
+            *(f"  file      {file}  MD5 {md5}" for file, md5 in files),
+            f"Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
+            f"python -m data.prepare {name} --data_dir {data_dir} --from FILE",
+            "To try without a network:\n  python main.py --dataset digits",
         ])) from error  # fmt: skip
     finally:
         socket.setdefaulttimeout(timeout)
@@ -208,15 +206,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     given = {flag: value for flag in imagenet.FLAGS if (value := getattr(args, flag)) is not None}
     source = args.source
-    if args.name == "imagenet":
-        source = source or os.environ.get("IMAGENET_PATH")
-        if not source:
-            parser.error("imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")
-    elif given:
-        parser.error(f"--{next(iter(given))} is for imagenet, not {args.name}")
     try:
         if args.name == "imagenet":
+            source = source or os.environ.get("IMAGENET_PATH") or parser.error(
+                "imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")  # fmt: skip
             return imagenet.prepare(source, args.data_dir, **given)
+        for flag in given:
+            parser.error(f"--{flag} is for imagenet, not {args.name}")
         print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source, check=True)}")
         return 0
     except DataError as error:

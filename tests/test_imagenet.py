@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from data import DATASETS, DataError, load
-from data.common import reason
 from data.prepare import main
 from data.resize import shrink
 
@@ -127,16 +126,6 @@ def test_an_image_is_shrunk_to_an_rgb_jpeg(mode, kind, width, height):
     assert np.abs(np.asarray(small, float) - np.asarray(seen, float)).mean() < 4
     longer = min(width, height), 2000, None  # these leave the file as it is, to the byte
     assert all(shrink(original, size) is original for size in longer)
-
-
-@pytest.mark.parametrize("damaged", [content(picture(300, 300))[:5000], b"<html>", b""])
-def test_damage_is_told_in_the_same_words_each_time(damaged):
-    messages = set()
-    for size in (None, 20, 20):
-        with pytest.raises(OSError, match="truncated|not an image") as error:
-            shrink(damaged, size)
-        messages.add(reason(error.value))
-    assert len(messages) == 1
 
 
 # The whole command
@@ -589,30 +578,10 @@ def test_training_takes_the_prepared_folder_then_imagenet_path(tree, tmp_path, m
                  "python -m data.prepare imagenet --from DIR"):  # fmt: skip
         assert word in str(error.value)
     monkeypatch.setenv("IMAGENET_PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="nowhere, which .IMAGENET_PATH names"):
+    with pytest.raises(DataError, match="nor .IMAGENET_PATH .*nowhere"):
         load("imagenet", tmp_path, 4, 4, cpu)
     monkeypatch.setenv("IMAGENET_PATH", str(tree))
     assert load("imagenet", tmp_path, 4, 4, cpu, image_size=32).files[0] == tree
     shutil.copytree(tree, tmp_path / "imagenet")
     ours = load("imagenet", tmp_path, 4, 4, cpu, image_size=32)
     assert (ours.files[0], ours.train.examples) == (tmp_path / "imagenet", 12)
-
-
-@pytest.mark.slow
-def test_the_imagenet_sample(samples, command, tmp_path, monkeypatch):
-    classes(monkeypatch, 1000)
-    train = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
-    root, labels = tmp_path / "original", {}
-    (root / "val").mkdir(parents=True)
-    (root / "train").symlink_to(train)
-    for i, path in enumerate(sorted(train.glob("*/*")), 1):
-        (root / "val" / val_name(i)).symlink_to(path)
-        labels[val_name(i)] = path.parent.name
-    path = two_columns(tmp_path, labels)
-    code, printed = command("--from", root, "--resize", 64, "--val_labels", path, "--jobs", 2)
-    assert code == 0 and "train 1,000 of 1,000 classes, 1,000 of" in printed, printed
-    ours = load("imagenet", tmp_path / "out", 50, 50, torch.device("cpu"), image_size=64)
-    assert (ours.train.examples, ours.test.examples, ours.classes) == (1000, 1000, 1000)
-    inputs, targets = next(iter(ours.test))
-    assert inputs.shape == (50, 3, 64, 64) and targets.tolist() == list(range(50))
-    assert inputs.mean().abs() < 0.7 and 0.5 < inputs.std() < 2
