@@ -55,9 +55,9 @@ def find(data_dir):
     if given and Path(given).expanduser().is_dir():
         return Path(given).expanduser()
     raise DataError(
-        f"there is no folder {path}, nor $IMAGENET_PATH ({given or 'not set'}). `python -m "
-        "data.prepare imagenet --from DIR` makes the first; if DIR is sorted into classes, "
-        "IMAGENET_PATH=DIR will do."
+        f"there is no folder {path}, nor {given or 'another'}, which $IMAGENET_PATH names. "
+        "`python -m data.prepare imagenet --from DIR` makes the first; if DIR is sorted into "
+        "classes, IMAGENET_PATH=DIR will do."
     )
 
 

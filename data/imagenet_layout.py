@@ -14,7 +14,6 @@ from data.common import DataError, reason
 
 # ILSVRC 2012: the contents of the official archives
 OFFICIAL = {"train": 1_281_167, "val": 50_000}
-DEVKIT = "ILSVRC2012_devkit_t12"
 
 # Training reads files with these endings.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -24,12 +23,8 @@ UNPACK = """ImageNet is a folder with train/CLASS/ and val/, which hold the imag
   mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train
   (cd train && for f in n*.tar; do mkdir -p "${{f%.tar}}" && tar -xf "$f" -C "${{f%.tar}}"; done)
   mkdir -p val && tar -xf ILSVRC2012_img_val.tar -C val"""
-LABELS = f"""its images get their classes from --val_labels FILE, or from what lies in or beside \
-that folder:
-  LOC_val_solution.csv       of Kaggle's copy
-  val_labels.txt             lines of two columns: ILSVRC2012_val_00000001.JPEG n01751748
-  Annotations/CLS-LOC/val    the folder of XML files
-  {DEVKIT}      the folder of the official development kit, unpacked"""
+LABELS = ("LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val",
+          "ILSVRC2012_devkit_t12")  # fmt: skip
 
 
 class Split(NamedTuple):
@@ -116,10 +111,13 @@ def labels_of(root, path=None):
     """{stem of a file name: class} of a flat val/, from `path` or from files in or above `root`."""
     if path is None:
         places = [root, *root.parents][:4]  # Kaggle's copy has its images three folders deep
-        kinds = ["LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val", DEVKIT]
-        paths = [place / kind for place in places for kind in kinds if (place / kind).exists()]
+        paths = [place / name for place in places for name in LABELS if (place / name).exists()]
         if not paths:
-            raise DataError(f"{root / 'val'} is not sorted into class folders; {LABELS}")
+            raise DataError(
+                f"{root / 'val'} is not sorted into class folders: its images get their classes "
+                f"from --val_labels FILE, or from {', '.join(LABELS)} in or beside {root}. "
+                "val_labels.txt has two columns, a file name and its class"
+            )
         path = paths[0]
     path = Path(path).expanduser()
     print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)

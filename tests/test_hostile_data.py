@@ -24,7 +24,6 @@ from PIL import Image
 from data import DataError, load
 from data.arrays import KEYS, load_arrays
 from data.folders import LONG, centre_crop, list_images
-from data.imagenet_layout import labels_of
 from data.prepare import prepare
 
 CPU = torch.device("cpu")
@@ -353,11 +352,3 @@ def test_original_files_that_are_not_the_authors_are_never_read(fault, name, tmp
     assert tracemalloc.get_traced_memory()[1] < 2**30
     tracemalloc.stop()
     assert {p.name for p in tmp_path.iterdir()} == {"copy", "out"} and not list(out.iterdir())
-
-
-@pytest.mark.parametrize("content", [b"a,b\0\n\"" + b"x" * 200_000, b"\xff\xfe,", None])
-def test_hostile_labels_of_a_flat_val_are_refused(content, tmp_path):
-    path = tmp_path / "labels.csv"
-    os.mkfifo(path) if content is None else path.write_bytes(content)
-    with pytest.raises(DataError, match="labels.csv"):
-        labels_of(tmp_path, path)

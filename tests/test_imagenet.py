@@ -308,27 +308,6 @@ def packed(tree, name):
     (tree / name).write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda t: shutil.rmtree(t / "train"), ["no train/ in", "train/CLASS/"]),
-    (lambda t: packed(t, "ILSVRC2012_img_train.tar"),
-     ["no train/ in", "tar -xf ILSVRC2012_img_train.tar", "for f in n*.tar"]),
-    (lambda t: packed(t, "train/n01440764.tar"), ["tar files of classes", "for f in n*.tar"]),
-    (lambda t: (t / "train/n00000004").mkdir(), ["4 class folders, not ImageNet's 3",
-                                                 "--dataset folder:PATH"]),
-    (lambda t: (t / "val" / CLASSES[0]).rename(t / "val/n00000009"),
-     ["differ in 2 classes: n00000001, n00000009"]),
-    (lambda t: [p.unlink() for p in t.glob("val/n00000003/*")], ["without images", "n00000003"]),
-    (lambda t: (t / "val" / val_name(7)).write_bytes(b""),
-     ["class folders and, beside them, images", val_name(7)]),
-    (lambda t: [shutil.rmtree(t), t.write_text("")], ["there is no folder"]),
-])  # fmt: skip
-def test_faults_of_the_layout_are_named_before_any_work(spoil, words, tree, command, tmp_path):
-    spoil(tree)
-    code, printed = command("--from", tree)
-    assert code == 2 and all(word in printed for word in words), printed
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_commands_that_unpack_do(tmp_path, tree, command):
     """The sentence's commands, typed, make the tree from tar files of ImageNet's form."""
     expected, packed = files(tree), tmp_path / "packed"
@@ -416,40 +395,61 @@ def test_a_flat_val_is_sorted(write, where, tree, command, tmp_path):
         assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
 
 
-FIRST = val_name(1)
-FAULTS = {  # of the labels: what to write, and words of the sentence
-    "none": (lambda t, labels: None, ["--val_labels FILE", "LOC_val_solution.csv", "two columns",
-                                      "Annotations", "ILSVRC2012_devkit_t12"]),
-    "unlabelled": (lambda t, labels: two_columns(t, dict([*labels.items()][1:])),
-                   ["1 images", "no label", FIRST]),
-    "unknown": (lambda t, labels: two_columns(t, {**labels, FIRST: "n00000042"}),
-                ["no class folder", "n00000042"]),
-    "class without": (lambda t, labels: two_columns(t, dict.fromkeys(labels, CLASSES[0])),
-                      ["without images", CLASSES[1], CLASSES[2]]),
-    "one column": (lambda t, labels: (t / "val_labels.txt").write_text(FIRST + "\n"),
-                   ["val_labels.txt has a line without two columns"]),
-    "xml": (lambda t, labels: next(annotations(t, labels).iterdir()).write_text("<annotation>"),
-            [".xml is no whole XML file"]),
-    "devkit": (lambda t, labels: (devkit(t, labels) / "data/meta.mat").write_bytes(b"x" * 500),
-               ["no labels in", "ILSVRC2012_devkit_t12"]),
-    "scipy": (lambda t, labels: (t / "ILSVRC2012_devkit_t12" / "data").mkdir(parents=True),
-              ["pip install scipy"]),
-}  # fmt: skip
+def labelled(**changed):
+    """What makes val/ flat and writes its labels, some of them changed or (None) left out."""
+    def spoil(tree):
+        labels = {**flatten(tree), **{val_name(int(k[1:])): x for k, x in changed.items()}}
+        two_columns(tree, {name: label for name, label in labels.items() if label})
+
+    return spoil
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "missing file", "sorted"])
-def test_faults_of_the_labels_are_named(fault, tree, command, tmp_path, monkeypatch):
-    flags, words = ["--val_labels", tmp_path / "nowhere.txt"], ["needs no --val_labels"]
-    labels = {} if fault == "sorted" else flatten(tree)
-    if fault == "missing file":
-        words = ["no labels in", "nowhere.txt"]
-    if fault in FAULTS:
-        flags, (write, words) = [], FAULTS[fault]
-        write(tree, labels)
-    if fault == "scipy":
+def flat_with(name, content):
+    """What makes val/ flat and puts a file of that content beside it; None: a pipe."""
+    def spoil(tree):
+        flatten(tree)
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(tree / name) if content is None else (tree / name).write_bytes(content)
+
+    return spoil
+
+
+CSV, META = "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/meta.mat"
+FAULTS = [  # of the layout or the labels: what is wrong, words of the sentence
+    (lambda t: shutil.rmtree(t / "train"), ["no train/ in", "train/CLASS/"]),
+    (lambda t: packed(t, "ILSVRC2012_img_train.tar"), ["no train/ in", "for f in n*.tar"]),
+    (lambda t: packed(t, "train/n01440764.tar"), ["tar files of classes", "for f in n*.tar"]),
+    (lambda t: (t / "train/n00000004").mkdir(), ["4 class folders, not ImageNet's 3",
+                                                 "--dataset folder:PATH"]),
+    (lambda t: (t / "val" / CLASSES[0]).rename(t / "val/n00000009"),
+     ["differ in 2 classes: n00000001, n00000009"]),
+    (lambda t: [p.unlink() for p in t.glob("val/n00000003/*")], ["without images", "n00000003"]),
+    (lambda t: (t / "val" / val_name(7)).write_bytes(b""), ["class folders and, beside them",
+                                                            val_name(7)]),
+    (lambda t: [shutil.rmtree(t), t.write_text("")], ["there is no folder"]),
+    (flatten, ["--val_labels FILE", CSV, "two columns", "Annotations", "ILSVRC2012_devkit_t12"]),
+    (labelled(_1=None), ["1 images", "no label", val_name(1)]),
+    (labelled(_1="n00000042"), ["no class folder", "n00000042"]),
+    (labelled(_1=CLASSES[1], _2=CLASSES[1]), ["without images", CLASSES[0]]),
+    (flat_with("val_labels.txt", b"a.JPEG\n"), ["val_labels.txt has a line without two columns"]),
+    (flat_with("Annotations/CLS-LOC/val/a.xml", b"<annotation>"), ["a.xml is no whole XML file"]),
+    (flat_with(META, b"x" * 500), ["no labels in", "ILSVRC2012_devkit_t12"]),
+    (flat_with(META, b""), ["pip install scipy"]),
+    *((flat_with(CSV, content), ["no labels in", CSV])
+      for content in (b"a,b\0\n\"" + b"x" * 200_000, b"\xff\xfe,", None)),
+    (flatten, ["no labels in", "nowhere.txt"]),
+    (lambda t: None, ["needs no --val_labels"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, words", FAULTS)
+def test_faults_are_named_before_any_work(spoil, words, tree, command, tmp_path, monkeypatch):
+    spoil(tree)
+    given = words[-1] in ("nowhere.txt", "needs no --val_labels")
+    if words[0] == "pip install scipy":
         for name in ("scipy", "scipy.io"):
             monkeypatch.setitem(sys.modules, name, None)
-    code, printed = command("--from", tree, *flags)
+    code, printed = command("--from", tree, *(["--val_labels", "nowhere.txt"] if given else []))
     assert code == 2 and all(word in printed for word in words), printed
     assert not (tmp_path / "out").exists()
 
@@ -578,7 +578,7 @@ def test_training_takes_the_prepared_folder_then_imagenet_path(tree, tmp_path, m
                  "python -m data.prepare imagenet --from DIR"):  # fmt: skip
         assert word in str(error.value)
     monkeypatch.setenv("IMAGENET_PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="nor .IMAGENET_PATH .*nowhere"):
+    with pytest.raises(DataError, match="nowhere, which .IMAGENET_PATH names"):
         load("imagenet", tmp_path, 4, 4, cpu)
     monkeypatch.setenv("IMAGENET_PATH", str(tree))
     assert load("imagenet", tmp_path, 4, 4, cpu, image_size=32).files[0] == tree
