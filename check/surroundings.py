@@ -80,8 +80,8 @@ def images(args):
     path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
     if args.dataset == "imagenet":
         root = find(args.data_dir)
-        splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
-        if splits["val"].flat or not all(split.tidy for split in splits.values()):
+        splits = read_layout(root)
+        if splits["val"].flat or not all(split.tidy() for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
             raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` mends it")
     elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
