@@ -140,8 +140,8 @@ class AGD(torch.optim.Optimizer):
         if foreign:
             raise ValueError(NO_RATE if "lr" in foreign else "AGD has no " + ", ".join(foreign)
                              + ": a group has params and, if any, gain")  # fmt: skip
-        group = {"lr": self.defaults["lr"], **param_group}
-        group["lr"] = group.pop("gain", group["lr"])
+        group = dict(param_group)
+        group["lr"] = group.pop("gain", self.defaults["lr"])
         _check_gain(group["lr"])
         params, known = group["params"], self._known or {}
         if isinstance(params, nn.Module):
@@ -884,7 +884,9 @@ def _norms(x, dims):
     """Norms over dimensions of a Layout's view, (blocks,) float64."""
     wide = _wide(x.device)
     if x.dtype == torch.float32 and dims == DENSE and len(x) == 1 and _on_host(x):
-        norms = _norms_in_float32(x[0])
+        # Squares that stay in the cache, and sums in float32 that are short enough to be exact.
+        pieces = x.split(max(1, CHUNK // x[0, 0].numel()), 1)
+        norms = sum(y.square().sum((2, 4)).double().sum(1) for y in pieces).sqrt_().flatten()
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
     if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
@@ -892,22 +894,6 @@ def _norms(x, dims):
     x = x.to(wide)
     largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
     return vector_norm(x / largest, 2, dims).flatten() * largest.flatten()
-
-
-def _norms_in_float32(x):
-    """As _norms, of a dense view without `lead`, with CHUNK squares at a time; 0 or infinite out
-    of range."""
-    if x.shape[1] >= 32 and x.shape[2] == 1:
-        return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
-    rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
-    squares = torch.empty_like(x[:rows])
-    for some in x.split(32 * rows):  # few enough sums in float32 to be exact to 1e-6
-        first, *others = some.split(rows)
-        torch.mul(first, first, out=squares[: len(first)])
-        for part in others:
-            squares[: len(part)].addcmul_(part, part)
-        total += squares[: len(first)].sum((0, 3)).double().sum(0)
-    return total.sqrt_()
 
 
 def _backend(p, layout):
@@ -1015,9 +1001,9 @@ class _Watch:
     def see(self, G, norms):
         """The kinds of WARNINGS that the last steps gave reason for."""
         self.step += 1
-        if self.step % self.EVERY >= self.BURST and self.reading is None or _capturing(G):
+        if _capturing(G):
             return []
-        if self.reading is None:
+        if self.reading is None and self.step % self.EVERY < self.BURST:
             squares = sum((x.square().sum().to(G) for x in norms), torch.zeros_like(G))
             self.seen.append(torch.stack([G, squares]))
             if len(self.seen) == self.BURST:
@@ -1027,7 +1013,7 @@ class _Watch:
                 if seen.is_cuda:  # the copy is to pinned memory
                     self.reading = seen.to("cpu", non_blocking=True), torch.cuda.Event()
                     self.reading[1].record()
-        elif self.reading[1].query():
+        elif self.reading is not None and self.reading[1].query():
             seen, self.reading = self.reading[0], None
             return self._judge(seen)
         return []
@@ -1069,7 +1055,7 @@ class _MatrixPart:
         self.rank = torch.cat([torch.full((x.number,), x.rank, **wide) for x in weights])
         self.polar = torch.cat([torch.full((x.number,), x.polar, device=device) for x in weights])
         for x in weights:
-            if x.p in state:
+            if "z" in state.get(x.p, ()):
                 x.bind(self, state[x.p])
 
     def begin(self, state):
@@ -1085,10 +1071,7 @@ class _MatrixPart:
             self.s[x.blocks] = torch.where(there, own, s)
             self.held[x.blocks] = there & x.fixed
             self.t[x.blocks], self.length[x.blocks] = 0, 1
-            z = x.p.detach().to(x.dtype, copy=True, memory_format=x.form)
-            state[x.p].update(z=z, m=torch.zeros_like(z))
-            if x.p.dtype != x.dtype:
-                state[x.p]["weights"] = z.clone()
+            state[x.p].update(z=x.p.detach(), m=torch.zeros_like(x.p))
             x.bind(self, state[x.p])
 
     def total(self, sums, weights=None):
@@ -1226,29 +1209,24 @@ class _Matrices:
             self.piece, self.pieces = (-(-rows // self.cuts), cols), n * self.cuts
 
     def bind(self, part, state):
-        """Take the tensors of `state`, and give it views of those of all blocks."""
-        if "z" not in state:
-            return
+        """Copy the tensors of `state`, in the weight's order of memory, and give it views of those
+        of all blocks."""
+        narrow = self.p.dtype != self.dtype
+        if narrow:
+            state.setdefault("weights", self.p.detach())
+        elif part.training:
+            state.pop("weights", None)  # of a time when the parameter had 16 bits
+        for key in [key for key in ("z", "m", "weights") if key in state]:
+            like = torch.empty_like(self.p, dtype=self.dtype, memory_format=self.form)
+            state[key] = like.copy_(state[key]).detach()
         for key in ("s", "held", "t", "length"):
             of_all = getattr(part, key)
             if key in state:
                 of_all[self.blocks] = state[key].to(of_all)
             state[key] = of_all[self.blocks]
-        narrow = self.p.dtype != self.dtype
-        if part.training and not narrow:
-            state.pop("weights", None)  # of a time when the parameter had 16 bits
         self.fixed = state["fixed"] = state.get("fixed", self.fixed)  # whatever L is read again
-        like = torch.empty_like(_local(self.p), device="meta", memory_format=self.form).stride()
-        for key in [key for key in ("z", "m", "weights") if key in state]:
-            x = state[key].to(self.p.device, self.dtype)
-            if _local(x).stride() != like:  # of another memory format
-                x = torch.empty_like(self.p, dtype=x.dtype, memory_format=self.form).copy_(x)
-            state[key] = x.detach()
-        if narrow and "weights" not in state:
-            state["weights"] = self.p.detach().to(self.dtype)
-        self.momentum = state["m"]
+        self.momentum, self.copy = state["m"], state["weights"] if narrow else None
         self.z, self.m = (self.view(_local(state[key])) for key in ("z", "m"))
-        self.copy = state["weights"] if narrow else None
 
     def weights(self):
         """P in full precision."""
