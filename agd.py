@@ -178,10 +178,10 @@ class AGD(torch.optim.Optimizer):
             if unknown := shares.keys() - ids.keys():
                 raise ValueError(f"depth= has shares of {', '.join(sorted(unknown)[:5])}, and no "
                                  "parameter has that name")  # fmt: skip
-            outputs = map(_unwrapped, getattr(self.depth, "outputs", ()))
-            self._outputs = hasattr(self.depth, "outputs")
+            outputs = getattr(self.depth, "outputs", None)
+            self._outputs = outputs is not None
             self._set_shares(Depth({ids[name]: share for name, share in shares.items()},
-                                   {ids[name] for name in outputs if name in ids}))  # fmt: skip
+                                   [ids.get(_unwrapped(name)) for name in outputs or ()]))
         elif (net := self._net and self._net()) is not None:
             self._read = False
             if self._listening and self._hook is None:
@@ -436,8 +436,7 @@ class SpectralAGD(AGD):
         parts = self._whole()
         for part in parts:
             for x in part.weights:
-                group = self.param_groups[x.group]
-                x.grad = None if x.p.grad is None else _dense(x.p, group)
+                x.grad = None if x.p.grad is None else _dense(x.p, self.param_groups[x.group])
             part.begin(self.state)
         return (parts,)
 
@@ -1043,7 +1042,7 @@ class _MatrixPart:
             return
         rho = (self.total(lambda x: x.squares(x.view(_local(x.p))), new) / self.rank).sqrt()
         for x in new:
-            own, s = rho[x.blocks], x.rule.s or x.rule.blocks(x.p.shape)[2]
+            own, s = rho[x.blocks], x.rule.norm(x.p.shape)
             there = (own > s / 500) & own.isfinite() & (not x.rule.is_vector)
             self.s[x.blocks] = torch.where(there, own, s)
             self.held[x.blocks] = there & x.fixed
