@@ -41,43 +41,32 @@ __all__ = ["AGD", "SpectralAGD", "depth", "init_weights", "recalibrate"]
 
 
 class AGD(torch.optim.Optimizer):
-    """Automatic Gradient Descent, arXiv 2304.05187, for every parameter of any network.
+    """Automatic Gradient Descent, arXiv 2304.05187. docs/optimiser.md has roles, s, L and memory.
 
     Args:
         params: a network, `torch.nn.Module`: every parameter that requires a gradient, with the
             role that its layer gives it. Or an iterable of tensors, of (name, tensor) pairs, or of
             group dicts, the paper's rule: roles by shape. Any memory format and float dtype.
-        gain: multiplies the update and nothing else; a number or a 0-dim tensor, finite and not
-            negative; the key `lr` of `param_groups`. 0 freezes a group, which still counts in L and
-            G. Under torch.compile a scheduler needs a tensor: a new number compiles the step again.
+        gain: multiplies the update; a number or a 0-dim tensor, finite and not negative; the key
+            `lr` of `param_groups`. 0 freezes a group. Under torch.compile a scheduler needs a
+            tensor: a new number compiles the step again.
         fused: None: compiled kernels for the weights that they support (float32 on a CPU, any
             dtype on a CUDA GPU), torch's operations for the others. False: torch's operations.
             True: raise ValueError for a weight that no kernel supports. All agree to rounding.
         depth: L, a number, or the dict that `agd.depth` returns. None: of a network, read from its
             first forward pass; else the number of weights.
-        roles: {pattern of names: role}, overrides the role that AGD reads. A role is a key of
-            ROLES, "transposed" (a matrix (in, out)), or "stacked 3", "kernel 8" with a number of
-            parts, or of groups.
-
-    Of a network, s is the RMS singular value of the initial blocks (the role's, where they are
-    zero), and L the mean number of weights on a path from its outputs to its inputs; `state_dict`
-    has both. Else s is the role's, and L counts every tensor of two or more dimensions. All groups
-    share G and eta. A tensor without a gradient adds nothing to G and still counts in L. A frozen
-    parameter of the network does not.
+        roles: {pattern of names: role}, overrides the role that AGD reads. A role is one of ROLES,
+            "transposed" (a matrix (in, out)), or "stacked 3", "kernel 8" with a number of parts,
+            or of groups.
 
     Attributes, 0-dim tensors on the device of the first weight:
         eta: the automatic learning rate of the last step; NaN before the first and if skipped.
         G: the gradient summary of the last step.
         skipped: int64, the number of steps that a NaN or an infinity in a gradient prevented.
 
-    A weight may be sharded, a DTensor of torch's fully_shard: norms are of whole matrices, from
-    1e-150 to 1e150, for one small all-reduce a step. Every device has shards of all weights.
-
-    A block whose gradient is zero keeps its weights bit for bit. A step needs scratch memory: with
-    kernels some kB on a CPU and 3 % of the weights' on a GPU, else half a megabyte (float32 on a
-    CPU) or, for other weights or factors of 0, that of one weight. A gradient whose strides differ
-    from its weight's is copied. A step warns once of gradients that are clipped, a sum instead of a
-    mean, or too small; of a scheduler; of an unknown L.
+    All groups share G and eta. A tensor without a gradient adds nothing to G and still counts in L;
+    a frozen parameter of the network does not. A block whose gradient is zero keeps its weights bit
+    for bit. Weights may be DTensors of torch's fully_shard, with shards on every device.
 
     Raises:
         ValueError: for arguments out of range, names that nothing has, and tensors without a rule
@@ -105,15 +94,11 @@ class AGD(torch.optim.Optimizer):
         self._paths = isinstance(params, nn.Module)  # L is of paths
         if self._paths:
             net = getattr(params, "_orig_mod", params)  # of torch.compile
-            self._net, self._known = weakref.ref(net), _rules_of(net, self.roles, self._spectral)
+            self._net, self._known = weakref.ref(net), _rules(net, self.roles, self._spectral)
             params = _trainable(net)
-            if not params:
-                raise ValueError("AGD got a network without a parameter that requires a gradient")
         super().__init__(_listed(params), {"lr": gain})
-        listed = {id(p) for _, p, _ in self._each()}
-        if not listed:
+        if not any(self.rules):
             raise ValueError(EMPTY)
-        assert not self._paths or {id(p) for _, p in params} == listed
         names = {name or "" for name, *_ in [*self._each(), *(self._known or {}).values()]}
         if unused := [x for x in self.roles if not fnmatch.filter(names, x)]:
             raise ValueError(f"no parameter has a name like {', '.join(unused)}, of roles=")
@@ -155,8 +140,8 @@ class AGD(torch.optim.Optimizer):
         if foreign:
             raise ValueError(NO_RATE if "lr" in foreign else "AGD has no " + ", ".join(foreign)
                              + ": a group has params and, if any, gain")  # fmt: skip
-        group = {"lr": self.defaults["lr"], **param_group}
-        group["lr"] = group.pop("gain", group["lr"])
+        group = dict(param_group)
+        group["lr"] = group.pop("gain", self.defaults["lr"])
         _check_gain(group["lr"])
         params, known = group["params"], self._known or {}
         if isinstance(params, nn.Module):
@@ -168,14 +153,13 @@ class AGD(torch.optim.Optimizer):
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
             net = known and self._net()
             if net and tensors.keys() - known.keys():  # layers that came later
-                known |= _rules_of(net, self.roles, self._spectral)
+                known |= _rules(net, self.roles, self._spectral)
             params = [(known[key][0], x) if key in known and not isinstance(x, tuple) else x
                       for key, x in tensors.items()]  # fmt: skip
         group["params"] = params
         listed = list(_named([group]))
-        _check(listed)
-        by_shape = _rules_by_shape(listed, {} if known else self.roles, self._spectral)
-        rules = [known[id(p)][1] if id(p) in known else x for (_, p), x in zip(listed, by_shape)]
+        by_shape = _rules(listed, {} if known else self.roles, self._spectral, self._spectral)
+        rules = [{**by_shape, **known}[id(p)][1] for _, p in listed]
         for (name, p), rule in zip(listed, rules):
             if self.fused and _backend(p, Layout(p, rule)) is TorchBackend:
                 raise ValueError(f"there is no fused step for {_label(name, p)}, {p.dtype} on "
@@ -194,10 +178,10 @@ class AGD(torch.optim.Optimizer):
             if unknown := shares.keys() - ids.keys():
                 raise ValueError(f"depth= has shares of {', '.join(sorted(unknown)[:5])}, and no "
                                  "parameter has that name")  # fmt: skip
-            outputs = map(_unwrapped, getattr(self.depth, "outputs", ()))
-            self._outputs = hasattr(self.depth, "outputs")
+            outputs = getattr(self.depth, "outputs", None)
+            self._outputs = outputs is not None
             self._set_shares(Depth({ids[name]: share for name, share in shares.items()},
-                                   {ids[name] for name in outputs if name in ids}))  # fmt: skip
+                                   [ids.get(_unwrapped(name)) for name in outputs or ()]))
         elif (net := self._net and self._net()) is not None:
             self._read = False
             if self._listening and self._hook is None:
@@ -370,8 +354,7 @@ class AGD(torch.optim.Optimizer):
     def table(self):
         """Every parameter's name, shape, role, s and share of L, as text. Parameters whose names
         differ in numbers alone share a line."""
-        weights = sum(not rule.is_vector for _, _, rule in self._each())
-        lines = []
+        weights, alike = sum(not rule.is_vector for *_, rule in self._each()), {}
         for name, p, rule in self._each():
             share = 0.0 if rule.is_vector else rule.share
             if isinstance(self.depth, float) and share:
@@ -379,18 +362,18 @@ class AGD(torch.optim.Optimizer):
             role = rule.role + f" {rule.parts}" * (rule.parts > 1)
             role += ", transposed" * rule.transposed + ", output" * rule.output
             row = re.sub(r"\d+", "*", name or "-"), role
-            lines.append((row, (tuple(p.shape), rule.norm(p.shape), share)))
+            alike.setdefault(row, []).append((tuple(p.shape), rule.norm(p.shape), share))
         rows = [("parameter", "shape", "role", "s", "share of L", "")]
-        for (name, role), alike in _grouped(lines).items():
-            shapes, sizes, shares = zip(*alike)
+        for (name, role), several in alike.items():
+            shapes, sizes, shares = map(list, zip(*several))
             s = " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(sizes), max(sizes))))
             shape = str(shapes[0]) if len(set(shapes)) == 1 else f"{len(set(shapes))} shapes"
             share = f"{sum(shares):.4g}" if sum(shares) else ""
-            rows.append((name, shape, role, s, share, f"× {len(alike)}" * (len(alike) > 1)))
+            rows.append((name, shape, role, s, share, f"× {len(several)}" * (len(several) > 1)))
         wide = [max(map(len, column)) for column in zip(*rows)]
         text = [" ".join(x.ljust(n) for x, n in zip(row, wide)).rstrip() for row in rows]
         end = "; not read yet: the number of weights" if self._listening else ""
-        return "\n".join([*text, f"{len(lines)} parameters, L = {self.L:.4g}{end}"])
+        return "\n".join([*text, f"{sum(map(len, self.rules))} parameters, L = {self.L:.4g}{end}"])
 
     def __repr__(self):
         return f"{type(self).__name__}\n{self.table()}"
@@ -411,31 +394,24 @@ class SpectralAGD(AGD):
         X   <- X + 2 / (t + 1) (Z - X)               with t the steps that have moved the block
         Y   =  0.2 Z + 0.8 X,   P = s_k Y / rho(Y)
 
-    `eval()` puts X, at length s_k, in the place of P, for evaluation and for use; `train()` puts P
-    back. Free blocks have no projection and no fixed length: vectors, blocks that start at zero or
-    are single numbers, and the output layers, from which the network's output is reached through
-    no other weight. A convolution is one matrix a group, (out, in * K). Every ROWS rows of a
-    matrix, of its shorter side, have a polar factor of their own.
-
-    Rules of the kind with a rate to tune: SF-NorMuon (arXiv 2605.23061), AMUSE (2605.22432),
-    ScheduleFree+ (2605.19095); Hyperball (2606.16899) has weights on spheres.
+    `eval()` puts X, at length s_k, in the place of P; `train()` puts P back. Free blocks have no
+    projection and no fixed length: vectors, blocks that start at zero or are single numbers, and
+    the output layers, from which the network's output is reached through no other weight. A
+    convolution is one matrix a group, (out, in * K). Every ROWS rows of a matrix, of its shorter
+    side, have a polar factor of their own. docs/optimiser.md has memory, time and sources.
 
     Args:
         params, gain, depth, roles: as of `AGD`. s is always measured, of each block. The output
             layers are read from the network's first forward pass, or are the `outputs` of what
             `agd.depth` returns; else the last weight is the one.
-        process_group: of torch.distributed, whose ranks hold the same weights and gradients, None
-            where one has None: each computes a share of the polar factors, and all gather them. A
-            DistributedDataParallel network brings its own. Copies of the optimiser have none.
+        process_group: of torch.distributed, whose ranks hold the same weights and gradients: each
+            computes a share of the polar factors, and all gather them. A DistributedDataParallel
+            network brings its own. Copies of the optimiser have none.
 
-    Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero, such as
-    a row of an embedding that a batch does not touch, keeps P, Z, X and m bit for bit, and a
-    gradient that is not finite, or over 1e18, changes nothing.
-
-    `state` holds for a weight Z ("z") and m ("m"), together 8 bytes a number, as AdamW's: X follows
-    from P, Z and rho(Y). Weights of 16 bits have a float32 copy ("weights"), from which a step
-    starts whatever was written into them since; between `eval()` and `train()` all have a copy. A
-    step takes 4 more bytes a number for the directions, and up to 8 where most have one shape.
+    Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero keeps P,
+    Z, X and m bit for bit, and a gradient that is not finite, or over 1e18, changes nothing.
+    `state` holds Z ("z"), m ("m") and, for weights of 16 bits and between `eval()` and `train()`,
+    P ("weights"), from which a step starts whatever was written into the parameter.
 
     Raises:
         ValueError: as `AGD`.
@@ -460,8 +436,7 @@ class SpectralAGD(AGD):
         parts = self._whole()
         for part in parts:
             for x in part.weights:
-                group = self.param_groups[x.group]
-                x.grad = None if x.p.grad is None else _dense(x.p, group)
+                x.grad = None if x.p.grad is None else _dense(x.p, self.param_groups[x.group])
             part.begin(self.state)
         return (parts,)
 
@@ -549,16 +524,9 @@ class SpectralAGD(AGD):
         return {p: tensors for p, tensors in state.items() if tensors}
 
 
-# Roles: what a parameter is. role -> which parameters, and the norm s of a block. A vector (bias,
-# gain) is a single block and takes no share of L.
-ROLES = {
-    "matrix": "(out, in): one block, s = sqrt(out / in); transposed: (in, out)",
-    "stacked": "matrices beside each other, qkv or gates: one block a part, s of a part",
-    "kernel": "(out, in / groups, *kernel): one block a position and group, s = sqrt(out / in / K)",
-    "rows": "embeddings, tokens, positions: one block a row, s = sqrt(length of a row)",
-    "bias": "of a layer with a weight: s of that weight",
-    "gain": "of a norm layer, and any other vector: s = 1",
-}
+# What a parameter is, with its blocks and their norm s: the table of docs/optimiser.md. A vector
+# (bias, gain) is a single block and takes no share of L.
+ROLES = "matrix", "stacked", "kernel", "rows", "bias", "gain"
 
 
 class Rule(NamedTuple):
@@ -622,35 +590,49 @@ QKV = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "in_pro
 TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names of rows
 
 
-def _rules_of(net, roles, im2col=False, measure=True):
-    """{id: (name, Rule)} of all parameters of a network, with the measured s; `im2col` takes a
-    kernel for one matrix a group."""
-    layers, rules = {}, {}
-    _check(_trainable(net))
-    for name, p in net.named_parameters():
-        if p.requires_grad or nn.parameter.is_lazy(p) or p.numel():
+def _rules(params, roles, im2col=False, measure=True):
+    """{id: (name or None, Rule)} of all parameters of a network, by its layers; or of (name or
+    None, tensor) pairs, by shape: a matrix or kernel, or, of a single dimension, the bias of the
+    weight of its name, or of the weight in front of it that has as many rows, or a gain.
+    `im2col`: a kernel is one matrix a group. `measure`: s is that of the weights."""
+    net = params if isinstance(params, nn.Module) else None
+    _check(params if net is None else _trainable(net))
+    if net is not None:
+        params = [(name, p) for name, p in net.named_parameters()
+                  if nn.parameter.is_lazy(p) or p.numel()]  # fmt: skip
+    known, layers, before = {}, {}, None
+    for name, p in params:
+        owner, _, tensor = (name or "").rpartition(".")
+        magnitude, rule = False, Rule("matrix" if p.ndim == 2 else "kernel")
+        if net is not None:
             owner, tensor, magnitude = _owner(name, p)
             own = net.get_submodule(owner), owner.rpartition(".")[2]
             rule = Rule("gain") if magnitude else _role(*own, tensor, p.shape)
-            rules[name] = p, _overridden(name, p, rule, roles, im2col), owner, tensor
-            if not magnitude:
-                layers[owner, tensor] = name
-    scales = _measured([(p, rule) for p, rule, *_ in rules.values()]) if measure else {}
-    known = {}
-    for name, (p, rule, owner, tensor) in rules.items():
-        s = scales.get(id(p))
-        given = rule.role == "gain" and any(fnmatch.fnmatchcase(name, x) for x in roles)
-        if "bias" in tensor and rule.is_vector and not given:
-            layer = layers.get((owner, tensor.replace("bias", "weight")))
+        elif p.ndim < 2:
+            rule = Rule("gain", start=0.0 if "bias" in tensor else 1.0)
+        layer = before if name is None else None
+        if name and "bias" in tensor:
+            layer = owner, tensor.replace("bias", "weight")
+        known[id(p)] = name, p, _overridden(name, p, rule, roles, im2col), layer
+        before = (owner, tensor) if name else id(p)
+        if not magnitude:
+            layers[before] = p
+    scales = _measured([(p, rule) for _, p, rule, _ in known.values()]) if measure else {}
+    rules = {}
+    for key, (name, p, rule, layer) in known.items():
+        s, W = scales.get(key), layers.get(layer)
+        given = rule.role == "gain" and _matching(name, roles)
+        fits = W is not None and (net is not None or W.ndim > 1 and p.shape == W.shape[:1])
+        if layer is not None and rule.is_vector and not given:
             rule = rule._replace(role="gain")
-            if layer is not None and layer != name:
-                W, its, *_ = rules[layer]
-                rule = rule._replace(role="gain" if its.is_vector else "bias")
+            if fits and W is not p:
+                its = known[id(W)][2]
+                rule = rule._replace(role="gain" if its.is_vector else "bias", start=0.0)
                 s = scales.get(id(W), its.blocks(W.shape)[2])
         if measure and s is None:
             s = rule.blocks(p.shape)[2]
-        known[id(p)] = name, rule._replace(s=s)
-    return known
+        rules[key] = name, rule._replace(s=s)
+    return rules
 
 
 def _owner(name, p):
@@ -692,36 +674,14 @@ def _role(module, attribute, tensor, shape):
     return gain if vector else Rule("rows")
 
 
-def _rules_by_shape(params, roles, spectral=False):
-    """A Rule for each (name, tensor): a matrix or kernel, or, of a single dimension, the bias of
-    the weight of its name, or of the weight in front of it that has as many rows, or a gain.
-    `spectral`: a kernel is one matrix a group, and s is measured."""
-    weights, rules, before = {name: p for name, p in params if name}, [], None
-    for name, p in params:
-        rule, layer = Rule("matrix" if p.ndim == 2 else "kernel"), before
-        if p.ndim < 2:
-            rule = Rule("gain", start=0.0 if "bias" in (name or "").rpartition(".")[2] else 1.0)
-            if name is not None:
-                owner, dot, own = name.rpartition(".")
-                its = own.replace("bias", "weight")
-                layer = weights.get(owner + dot + its) if its != own else None
-            if layer is not None and layer.ndim > 1 and p.ndim and len(layer) == len(p):
-                its = Rule("matrix" if layer.ndim == 2 else "kernel", im2col=spectral)
-                s = spectral and _measured([(layer, its)]).get(id(layer))
-                rule = Rule("bias", s=s or its.blocks(layer.shape)[2], start=0.0)
-        rules.append(_overridden(name, p, rule, roles, spectral))
-        before = p
-    if spectral:
-        scales = _measured([(p, x) for (_, p), x in zip(params, rules)])
-        rules = [x if x.s is not None else x._replace(s=scales.get(id(p)))
-                 for (_, p), x in zip(params, rules)]  # fmt: skip
-    return rules
+def _matching(name, roles):
+    """The roles of all patterns of roles= that match a parameter's name."""
+    return [x for pattern, x in roles.items() if name and fnmatch.fnmatchcase(name, pattern)]
 
 
 def _overridden(name, p, rule, roles, im2col):
     """The Rule of the last pattern of roles= that matches a parameter's name; else `rule`."""
-    texts = [x for pattern, x in roles.items() if name and fnmatch.fnmatchcase(name, pattern)]
-    for text in texts[-1:]:
+    for text in _matching(name, roles)[-1:]:
         role, _, parts = text.partition(" ")
         transposed, role = role == "transposed", "matrix" if role == "transposed" else role
         if role not in ROLES or (parts and not parts.isdecimal()):
@@ -820,12 +780,12 @@ class Layout:
     """The blocks of a weight, and their order in memory (of a sharded weight: on this device).
 
     Attributes:
-        K: the number of blocks.
+        K: the number of blocks. shape: of factors, one a block, beside the weight `parted`.
+        dims: the dimensions of the weight `parted` inside a block.
         index: None, or of a weight that is sharded through its blocks, the place of each among all.
         dense: (lead, outer, K, inner), the shape in the order of memory: `lead` times K blocks. In
             a convolution inner is 1, and `in` in channels_last; in an embedding lead is the number
             of rows. None where memory has gaps, or blocks are no single dimension.
-        dims: the dimensions of `view` inside a block.
     """
 
     def __init__(self, weight, rule):
@@ -837,42 +797,20 @@ class Layout:
             self.rule = rule._replace(parts=1)
         p = self.rule.parted(p)
         dims = range(p.ndim)
-        self.K = math.prod([p.shape[i] for i in blocks])
-        self.dims = tuple([i for i in dims if i not in blocks])
-        self.shape = [p.shape[i] if i in blocks else 1 for i in dims]  # of factors
-        self.order = sorted(dims, key=lambda i: -p.stride(i))
-        if self.index is not None and self.order[0] != 0:
+        self.shape = [p.shape[i] if i in blocks else 1 for i in dims]
+        self.K, self.dims = math.prod(self.shape), [i for i in dims if i not in blocks]
+        order = sorted(dims, key=lambda i: -p.stride(i))
+        if self.index is not None and order[0] != 0:
             return  # `index` is in the order of the rows
-        if p.numel() and p.permute(self.order).is_contiguous():
-            sides = [i for i in self.order if p.shape[i] > 1]
+        if p.numel() and p.permute(order).is_contiguous():
+            sides = [i for i in order if p.shape[i] > 1]
             lead = [*itertools.takewhile(blocks.__contains__, sides)]
             sides = sides[len(lead) :]
             places = [n for n, i in enumerate(sides) if i in blocks] or [len(sides)]
             if places[-1] - places[0] < len(places):
                 lead, outer, inner = (math.prod([p.shape[i] for i in some]) for some in (
                     lead, sides[: places[0]], sides[places[-1] + 1 :]))  # fmt: skip
-                self.dims, K = DENSE, self.K // lead
-                self.dense = lead, outer, K, inner
-                # Rows of m * K numbers: long enough for a loop, short enough for float32's sums.
-                self.m = math.gcd(outer, 1024 if K == 1 else 64) if inner == 1 else 1
-
-    def view(self, x):
-        """A tensor like the weight as (lead, outer / m, m, K, inner), or `parted` if not dense."""
-        x = self.rule.parted(x)
-        if self.dense is None:
-            return x
-        lead, outer, K, inner = self.dense
-        return x.permute(self.order).view(lead, outer // self.m, self.m, K, inner)
-
-    def spread(self, factors):
-        """Factors, one a block, in a shape that broadcasts with `view`."""
-        if self.dense is None:
-            return factors.view(self.shape)
-        lead, _, K, _ = self.dense
-        if lead > 1:
-            return factors.view(lead, 1, 1, K, 1)
-        factors = factors.view(K, 1)
-        return factors if 1 in (self.m, K) else factors.repeat(self.m, 1, 1)
+                self.dense = lead, outer, self.K // lead, inner
 
 
 class TorchBackend:
@@ -886,7 +824,7 @@ class TorchBackend:
 
     def norms(self, tensors):
         """Frobenius norms of the blocks of tensors like the weights, (blocks,) float64."""
-        return torch.cat([_norms(y.view(x), y.dims) for y, x in zip(self.layouts, tensors)])
+        return torch.cat([_norms(y.rule.parted(x), y.dims) for y, x in zip(self.layouts, tensors)])
 
     def subtract(self, targets, directions, factors):
         """targets -= factors * directions, tensors like the weights, with factors (blocks,)
@@ -902,9 +840,9 @@ class TorchBackend:
                 continue
             # Whether float32 has the digits of every factor that is not 0, and whether none is 0.
             in_range = known and all(LOWEST < x < HIGHEST or x == 0 for x in some)
-            t, d = layout.view(t), layout.view(d)
+            t, d = layout.rule.parted(t), layout.rule.parted(d)
             f = single if in_range and d.dtype != torch.float64 else factors
-            f = layout.spread(f[blocks])
+            f = f[blocks].view(layout.shape)
             if in_range and 0.0 not in some and f.dtype == d.dtype:
                 t.addcmul_(d, f, value=-1)
             else:
@@ -913,17 +851,18 @@ class TorchBackend:
                 t.sub_(update.masked_fill_(f == 0, 0))  # NaN * 0 is NaN, and -0 - -0 is 0
 
 
-DENSE = (1, 2, 4)  # the dimensions inside a block, in the view of a dense weight
 LOWEST, HIGHEST = 2.0**-100, 2.0**100  # float32 loses no digit of factors between them
 LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
 CHUNK = 2**17  # numbers: half a megabyte stays in a processor's cache
 
 
 def _norms(x, dims):
-    """Norms over dimensions of a Layout's view, (blocks,) float64."""
+    """Norms over dimensions of a weight `parted`, (blocks,) float64."""
     wide = _wide(x.device)
-    if x.dtype == torch.float32 and dims == DENSE and len(x) == 1 and _on_host(x):
-        norms = _norms_in_float32(x[0])
+    if x.dtype == torch.float32 and 0 in dims and x.numel() and _on_host(x):
+        # Squares that stay in the cache, and sums in float32 that are short enough to be exact.
+        pieces = x.split(max(1, CHUNK // x[0].numel()))
+        norms = sum(y.square().sum(dims).double() for y in pieces).sqrt_().flatten()
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
     if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
@@ -931,22 +870,6 @@ def _norms(x, dims):
     x = x.to(wide)
     largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
     return vector_norm(x / largest, 2, dims).flatten() * largest.flatten()
-
-
-def _norms_in_float32(x):
-    """As _norms, of a dense view without `lead`, with CHUNK squares at a time; 0 or infinite out
-    of range."""
-    if x.shape[1] >= 32 and x.shape[2] == 1:
-        return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
-    rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
-    squares = torch.empty_like(x[:rows])
-    for some in x.split(32 * rows):  # few enough sums in float32 to be exact to 1e-6
-        first, *others = some.split(rows)
-        torch.mul(first, first, out=squares[: len(first)])
-        for part in others:
-            squares[: len(part)].addcmul_(part, part)
-        total += squares[: len(first)].sum((0, 3)).double().sum(0)
-    return total.sqrt_()
 
 
 def _backend(p, layout):
@@ -1054,9 +977,9 @@ class _Watch:
     def see(self, G, norms):
         """The kinds of WARNINGS that the last steps gave reason for."""
         self.step += 1
-        if self.step % self.EVERY >= self.BURST and self.reading is None or _capturing(G):
+        if _capturing(G):
             return []
-        if self.reading is None:
+        if self.reading is None and self.step % self.EVERY < self.BURST:
             squares = sum((x.square().sum().to(G) for x in norms), torch.zeros_like(G))
             self.seen.append(torch.stack([G, squares]))
             if len(self.seen) == self.BURST:
@@ -1066,7 +989,7 @@ class _Watch:
                 if seen.is_cuda:  # the copy is to pinned memory
                     self.reading = seen.to("cpu", non_blocking=True), torch.cuda.Event()
                     self.reading[1].record()
-        elif self.reading[1].query():
+        elif self.reading is not None and self.reading[1].query():
             seen, self.reading = self.reading[0], None
             return self._judge(seen)
         return []
@@ -1108,7 +1031,7 @@ class _MatrixPart:
         self.rank = torch.cat([torch.full((x.number,), x.rank, **wide) for x in weights])
         self.polar = torch.cat([torch.full((x.number,), x.polar, device=device) for x in weights])
         for x in weights:
-            if x.p in state:
+            if "z" in state.get(x.p, ()):
                 x.bind(self, state[x.p])
 
     def begin(self, state):
@@ -1119,15 +1042,12 @@ class _MatrixPart:
             return
         rho = (self.total(lambda x: x.squares(x.view(_local(x.p))), new) / self.rank).sqrt()
         for x in new:
-            own, s = rho[x.blocks], x.rule.s or x.rule.blocks(x.p.shape)[2]
+            own, s = rho[x.blocks], x.rule.norm(x.p.shape)
             there = (own > s / 500) & own.isfinite() & (not x.rule.is_vector)
             self.s[x.blocks] = torch.where(there, own, s)
             self.held[x.blocks] = there & x.fixed
             self.t[x.blocks], self.length[x.blocks] = 0, 1
-            z = x.p.detach().to(x.dtype, copy=True, memory_format=x.form)
-            state[x.p].update(z=z, m=torch.zeros_like(z))
-            if x.p.dtype != x.dtype:
-                state[x.p]["weights"] = z.clone()
+            state[x.p].update(z=x.p.detach(), m=torch.zeros_like(x.p))
             x.bind(self, state[x.p])
 
     def total(self, sums, weights=None):
@@ -1265,28 +1185,24 @@ class _Matrices:
             self.piece, self.pieces = (-(-rows // self.cuts), cols), n * self.cuts
 
     def bind(self, part, state):
-        """Take the tensors of `state`, and give it views of those of all blocks."""
-        if "z" not in state:
-            return
+        """Copy the tensors of `state`, in the weight's order of memory, and give it views of those
+        of all blocks."""
+        narrow = self.p.dtype != self.dtype
+        if narrow:
+            state.setdefault("weights", self.p.detach())
+        elif part.training:
+            state.pop("weights", None)  # of a time when the parameter had 16 bits
+        for key in [key for key in ("z", "m", "weights") if key in state]:
+            like = torch.empty_like(self.p, dtype=self.dtype, memory_format=self.form)
+            state[key] = like.copy_(state[key]).detach()
         for key in ("s", "held", "t", "length"):
             of_all = getattr(part, key)
             if key in state:
                 of_all[self.blocks] = state[key].to(of_all)
             state[key] = of_all[self.blocks]
-        narrow = self.p.dtype != self.dtype
-        if part.training and not narrow:
-            state.pop("weights", None)  # of a time when the parameter had 16 bits
         self.fixed = state["fixed"] = state.get("fixed", self.fixed)  # whatever L is read again
-        like = torch.empty_like(_local(self.p), device="meta", memory_format=self.form).stride()
-        for key in [key for key in ("z", "m", "weights") if key in state]:
-            x = state[key].to(self.p.device, self.dtype)
-            if _local(x).stride() != like:  # of another memory format
-                x = torch.empty_like(self.p, dtype=x.dtype, memory_format=self.form).copy_(x)
-            state[key] = x.detach()
-        if narrow and "weights" not in state:
-            state["weights"] = self.p.detach().to(self.dtype)
+        self.momentum, self.copy = state["m"], state["weights"] if narrow else None
         self.z, self.m = (self.view(_local(state[key])) for key in ("z", "m"))
-        self.copy = state["weights"] if narrow else None
 
     def weights(self):
         """P in full precision."""
@@ -1306,15 +1222,8 @@ class _Matrices:
     def cut(self):
         """The momentum, gathered from all devices, in `pieces`, (pieces, *piece), the shorter side
         first."""
-        m = self.m
-        if _is_dtensor(self.p):
-            from torch.distributed.tensor import DTensor
-
-            local = torch.empty_like(_local(self.p), dtype=self.dtype)
-            self.view.write(local, m)
-            m = DTensor.from_local(local, *_shards(self.p), run_check=False, shape=self.p.shape,
-                                   stride=self.p.stride())  # fmt: skip
-            m = self.whole(m.full_tensor())
+        sharded = _is_dtensor(self.momentum)
+        m = self.whole(self.momentum.full_tensor()) if sharded else self.m
         m = m.mT if m.shape[1] > m.shape[2] else m
         rows, cols = self.piece
         missing = rows * self.cuts - m.shape[1]
@@ -1403,27 +1312,23 @@ def _directions(parts, group):
 
 def _share(sizes, group):
     """Replace matrices, one tensor (B, rows, cols) a size, by their polar factors: the ranks of a
-    group compute equal shares, and gather them in one message."""
+    group take turns, and gather them in one message."""
     number, me = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    loads, owners = [0] * number, [[[] for _ in range(number)] for _ in sizes]
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0].numel()):
-        for j, piece in enumerate(sizes[i]):  # the largest first, to the rank that has least
-            rank = loads.index(min(loads))
-            loads[rank] += piece.numel()
-            owners[i][rank].append(j)
+    places = [0, *itertools.accumulate(map(len, sizes))]
+    shares = [[x[(rank - i) % number :: number] for x, i in zip(sizes, places)]
+              for rank in range(number)]  # fmt: skip
+    loads = [[x.numel() for x in share] for share in shares]
     wide = max((x.dtype for x in sizes), key=lambda x: x.itemsize)
     wide = torch.bfloat16 if sizes[0].is_cuda else wide  # which _polar has on a GPU
-    buffer = sizes[0].new_zeros(max(loads), dtype=wide)
-    own = [_polar(x[mine[me]]).flatten() for x, mine in zip(sizes, owners) if mine[me]]
-    if own:
-        buffer[: loads[me]] = torch.cat(own)
-    out = buffer.new_empty(number, max(loads))
+    buffer = sizes[0].new_zeros(max(map(sum, loads)), dtype=wide)
+    for to, x in zip(buffer[: sum(loads[me])].split(loads[me]), shares[me]):
+        if len(x):
+            to.copy_(_polar(x.clone()).flatten())
+    out = buffer.new_empty(number, len(buffer))
     torch.distributed.all_gather(list(out.unbind()), buffer, group=group)
-    ends = [0] * number
-    for x, ranks in zip(sizes, owners):
-        for rank, mine in enumerate(ranks):
-            start, ends[rank] = ends[rank], ends[rank] + len(mine) * x[0].numel()
-            x[mine] = out[rank, start : ends[rank]].view(len(mine), *x.shape[1:]).to(x.dtype)
+    for values, share, load in zip(out, shares, loads):
+        for x, factors in zip(share, values[: sum(load)].split(load)):
+            x.copy_(factors.view(x.shape))
 
 
 # Odd polynomials a x + b x^3 + c x^5, each the best for what those before it leave of [0.0025, 1],
@@ -1487,11 +1392,11 @@ def depth(net, *inputs, **kwargs):
     weights on a path from the outputs to the inputs: for a chain the number of its layers. The
     attribute `outputs` names the weights that come last on a path.
 
-    One unit of share flows back from the outputs. An operation with a weight takes what flows
-    through it as the weight's share, and hands it on. A sum divides it in proportion to the units
-    of signal in its addends: the output of a weight or of a norm layer is one, a sum has those of
-    its addends. A product of activations divides it equally, and so does a concatenation. All else
-    hands it on. Frozen weights and vectors have no share.
+    One unit flows back from the outputs. An operation with a weight takes what flows through it as
+    the weight's share, and hands it on. A sum divides it in proportion to the units of signal in
+    its addends: the output of a weight or of a norm layer is one, a sum has those of its addends.
+    A product of activations and a concatenation divide it equally. Frozen weights and vectors have
+    no share.
 
     Args:
         net: before torch.compile and fully_shard, without reentrant checkpoints.
@@ -1587,7 +1492,7 @@ def _shares(net, output, roles):
     roots = [t.grad_fn for t in _outputs(output) if t.grad_fn is not None]
     if not roots:
         return Depth({})
-    known = _rules_of(net, roles, measure=False)
+    known = _rules(net, roles, measure=False)
     weights = {key for key, (_, rule) in known.items() if not rule.is_vector}
     # A weight that torch's parametrizations make of others: its shape, by those others.
     made = {}
@@ -1697,13 +1602,11 @@ def init_weights(params, generator=None, inputs=None, roles=None):
             layers (slopes, layer scales, temperatures); or anything else that `AGD` takes. A tensor
             listed twice is drawn once.
         generator: a CPU `torch.Generator`; None is torch's default one. It draws on the CPU in
-            float64, tensor by tensor in the order given: a seed means the same weights on every
-            device and, up to rounding, in every dtype.
+            float64, tensor by tensor: a seed means the same weights on every device and, up to
+            rounding, in every dtype.
         inputs: of a network, a batch: a tensor, a tuple or a dict. Each linear, convolutional or
-            embedding layer is then scaled, from input to output, to outputs of RMS 1, whatever
-            activation stands between them; `AGD(net)` measures the s that follow. Without it, and
-            without norm layers, √2 relu keeps the signal; with plain relu, gelu or silu it fades
-            out in deep networks.
+            embedding layer is then scaled, from input to output, to outputs of RMS 1. Deep plain
+            relu, gelu or silu without norm layers need it.
         roles: as of `AGD`.
 
     Raises:
@@ -1711,22 +1614,17 @@ def init_weights(params, generator=None, inputs=None, roles=None):
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError("init_weights draws on the CPU: pass torch.Generator(), without a device")
-    if isinstance(params, nn.Module):
-        net, params = params, _trainable(params)
-        known = _rules_of(net, roles or {}, measure=False)
-        rules = [known[id(p)][1] for _, p in params]
-    elif inputs is not None:
+    is_net = isinstance(params, nn.Module)
+    if inputs is not None and not is_net:
         raise ValueError("init_weights scales a network to inputs: pass it, not its parameters")
-    else:
-        params = list(_named(_listed(params)))
-        _check(params)
-        rules = _rules_by_shape(params, roles or {})
-    if not params:
+    listed = _trainable(params) if is_net else [*_named(_listed(params))]
+    if not listed:
         raise ValueError(EMPTY)
+    rules = _rules(params if is_net else listed, roles or {}, measure=False)
     # Without a name a constant vector is of a norm layer: its gain or its bias.
-    named = all(name for name, _ in params)
-    sizes, drawn, wide = {}, 0, {"dtype": torch.float64, "device": "cpu"}
-    for p, rule in {id(p): (p, rule) for (_, p), rule in zip(params, rules)}.values():
+    named, wide = all(name for name, _ in listed), {"dtype": torch.float64, "device": "cpu"}
+    for key, p in {id(p): p for _, p in listed}.items():
+        rule = rules[key][1]
         number, rank, s = rule.blocks(p.shape)
         if rule.is_vector:
             if rule.start is not None and (named or p.max() > p.min()):
@@ -1736,30 +1634,16 @@ def init_weights(params, generator=None, inputs=None, roles=None):
             _fill(p, z * (s / vector_norm(z, 2, -1, keepdim=True)))
         else:
             z = torch.randn(number, p.numel() // number // rank, rank, generator=generator, **wide)
-            sizes.setdefault(z.shape[1:], []).append((p, rule, z))
-            drawn += z.numel()
-        if drawn > 2**26:  # half a gigabyte
-            _orthogonalise(sizes)
-            drawn = 0
-    _orthogonalise(sizes)
-    if inputs is not None:
-        _scale(net, inputs)
-
-
-def _orthogonalise(sizes):
-    """Fill weights from their draws, [(weight, Rule, draw)] by size, and empty the dict."""
-    while sizes:
-        weights, rules, draws = zip(*sizes.pop(next(iter(sizes))))
-        Q, R = torch.linalg.qr(torch.cat(draws))
-        # Haar measure needs the factorisation that has a positive diagonal in R.
-        Q.mul_(R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
-        for p, rule, q in zip(weights, rules, Q.split([len(z) for z in draws])):
-            numbering = rule.numbering(p.shape)
-            whole = torch.empty(p.shape, dtype=q.dtype, device="cpu")
+            Q, R = torch.linalg.qr(z)
+            # Haar measure needs the factorisation that has a positive diagonal in R.
+            Q.mul_(R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
+            numbering, whole = rule.numbering(p.shape), torch.empty(p.shape, **wide)
             blocks = rule.parted(whole).movedim(numbering, [*range(len(numbering))])
-            tall = blocks.shape[len(numbering)] ** 2 >= q[0].numel()
-            blocks.copy_((q if tall else q.mT).reshape(blocks.shape))
-            _fill(p, whole * rule.blocks(p.shape)[2])
+            tall = blocks.shape[len(numbering)] ** 2 >= Q[0].numel()
+            blocks.copy_((Q if tall else Q.mT).reshape(blocks.shape))
+            _fill(p, whole * s)
+    if inputs is not None:
+        _scale(params, inputs)
 
 
 def _scale(net, inputs):
@@ -1822,7 +1706,8 @@ def recalibrate(net, batches):
 
 # Arguments and messages.
 
-EMPTY = "AGD got an empty parameter list: pass net.parameters(), and a generator only once"
+EMPTY = ("AGD got an empty list of parameters that require a gradient: pass a network or "
+         "net.parameters(), and a generator only once")  # fmt: skip
 NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
            "(the key lr of a group of param_groups)")  # fmt: skip
 FOREIGN = set("betas momentum weight_decay dampening eps rho alpha lr_decay etas step_sizes "
@@ -1885,11 +1770,10 @@ def _label(name, p):
 
 def _check(params):
     """Raise one error for all tensors, of (name, tensor) pairs, that AGD has no rule for."""
-    refused = []
+    refused = {}
     for name, p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
-        reason = None
         if nn.parameter.is_lazy(p):
             reason = "which has no shape yet: run a batch through the network first"
         elif not p.is_floating_point() or p.dtype.itemsize < 2:
@@ -1898,13 +1782,15 @@ def _check(params):
             reason = "which has no elements: leave it out"
         elif _is_dtensor(p) and any(getattr(x, "dim", 0) not in (0, 1) for x in p.placements):
             reason = "sharded along its kernel: shard it along its first or second dimension"
-        if reason:
-            refused.append((reason, _label(name, p)))
+        else:
+            continue
+        refused.setdefault(reason, []).append(_label(name, p))
     if refused:
+        number = sum(map(len, refused.values()))
         kinds = [f"{', '.join(x[:5])}{f' and {len(x) - 5} more' * (len(x) > 5)}, {reason}"
-                 for reason, x in _grouped(refused).items()]  # fmt: skip
-        number = f"{len(refused)} tensors: " if len(refused) > 1 else ""
-        raise ValueError(f"AGD has no rule for {number}{'; '.join(kinds)}")
+                 for reason, x in refused.items()]  # fmt: skip
+        several = f"{number} tensors: " * (number > 1)
+        raise ValueError(f"AGD has no rule for {several}{'; '.join(kinds)}")
 
 
 def _check_gain(gain):
