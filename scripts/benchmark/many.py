@@ -14,7 +14,6 @@ from scripts import reproduce
 from scripts.benchmark.measure import compared, note, take_turns
 from scripts.experiments import Experiment
 from scripts.results import Results, log_name
-from scripts.runner import Task
 
 A_RUN = 6e8  # bytes of a process
 
@@ -25,8 +24,8 @@ def runs_at_once(commands, epochs, device, args):
     one fails: its output is then under <out>/output."""
     with tempfile.TemporaryDirectory() as out:
         results = Results(out, "many")
-        results.table = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
-        todo = [Task(log_name(row.flags), row.flags, epochs) for row in results.table]
+        todo = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
+        results.table = todo
         how = Namespace(jobs=len(todo), device=str(device), data_dir=str(args.data_dir),
                         fresh=False, figures=["many"], time_limit=None,
                         together=args.together)  # fmt: skip
@@ -38,7 +37,7 @@ def runs_at_once(commands, epochs, device, args):
             kept = Path(args.out, "output")
             shutil.copytree(results.folder / "output", kept, dirs_exist_ok=True)
             raise RunError(f"runs at once did not finish; their output is in {kept}")
-        logs = [read_rows(results.folder / "logs" / f"{task.name}.jsonl") for task in todo]
+        logs = [read_rows(results.log(log_name(task.flags))) for task in todo]
     return seconds, [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
 
 
