@@ -1,6 +1,7 @@
 """The paper's figures, drawn from the runs of the table: `scripts.reproduce FIGURE --draw`.
 
-Numbered as in the authors' blog post. A panel without runs says so.
+Numbered as in the authors' blog post. A function's docstring is its figure's caption. A panel
+without runs says so.
 """
 
 import math
@@ -47,7 +48,10 @@ def longest(results):
 
 
 def fig1(results):
-    panels = results.panels("fig1")
+    """Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral one,
+    beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last accuracy at
+    every rate from 1e-7 to 10, with those of AGD as level lines."""
+    panels = list(dict.fromkeys(row.panel for row in results.planned("fig1")))
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
     for ax, panel in zip(axes, panels):
         style.percent(ax, results.of("fig1"))
@@ -89,19 +93,12 @@ def _rates(ax, results):
     ax.set_xlabel("learning rate of Adam and SGD")
 
 
-def descent(rate, start=-1.2, steps=8):
-    """The points of gradient descent on w^2 / 2, whose slope is w."""
-    w = [start]
-    for _ in range(steps):
-        w.append(w[-1] - rate * w[-1])
-    return np.array(w)
-
-
 def fig2(results):
+    """Eight steps of gradient descent from the red point."""
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.1), sharey=True)
     grid = np.linspace(-2.2, 2.2, 300)
     for ax, (words, rate) in zip(axes, (("too small", 0.05), ("right", 0.7), ("too large", 2.07))):
-        w = descent(rate)
+        w = -1.2 * (1 - rate) ** np.arange(9)
         ax.plot(grid, grid**2 / 2, color=BLUE, linewidth=1.6)
         ax.plot(w, w**2 / 2, color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
         ax.plot(w[:1], w[:1] ** 2 / 2, color=RED, marker="o", markersize=5, linestyle="none")
@@ -115,6 +112,11 @@ def fig2(results):
 
 
 def fig3(results):
+    """The measured objective L(W + tΔW) along AGD's own direction and the paper's majorisation
+    L − tG + ½(eᵗ − 1)², least at t = η; where the objective lay above the bound, the gap would be
+    filled in red. All in the paper's normalisation: the square loss with its ½, inputs of norm √d₀.
+    Training has no ½, other inputs and batches of 128, so its η is larger. Right, at t = η: mean
+    over layers of ‖ΔW‖/‖W‖, means over images of ‖Δf‖/√C and of |Δℓ|, and ΔL."""
     measured = majorisation.read(results)
     if measured is None:
         return None
@@ -180,11 +182,11 @@ def _chain(ax, states):
 
 
 def fig4(results):
+    """AGD solid, the tuned baseline dashed; η with its range in each epoch."""
     # Tiny ImageNet, where it was run, stands in for a CIFAR-100 that was not.
-    third = "vgg"
-    if not results.of("fig4", "vgg") and results.of("fig4", "vgg, tiny100"):
-        third = "vgg, tiny100"
-    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if x in results.panels("fig4")]
+    there = [bool(results.of("fig4", x)) for x in ("vgg", "vgg, tiny100")]
+    third = "vgg, tiny100" if there == [False, True] else "vgg"
+    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if results.planned("fig4", x)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
     for (top, bottom), panel in zip(axes.T, panels):
         nothing = empty(results, "fig4", panel, top, bottom)
@@ -211,6 +213,9 @@ def fig4(results):
 
 
 def fig5(results):
+    """Adam and SGD at the rate of the grid with the least final train loss; of each AGD's seeds
+    the first. Spectral AGD is tested at its average. Right: the mean over layers, its mean in each
+    epoch within the range of its steps."""
     runs, keys = {}, []
     for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
@@ -260,6 +265,8 @@ def beside(axes, results, name, draw_panel=style.eta_loss_accuracy):
 
 
 def fig6(results):
+    """Accuracy on the left axis, objective and η, with its range in each epoch, on the right
+    one."""
     widths = WIDTHS[results.scale]
     size = {"figsize": (WIDTH, 5.9), "sharex": True, "sharey": True}
     figure, axes = plt.subplots(len(DEPTHS), len(widths), **size)
@@ -278,6 +285,9 @@ def fig6(results):
 
 
 def fig7(results):
+    """The steps of the first epoch, averaged over twelfths of a decade, then every epoch (points,
+    averages over that epoch, hence the kink); η with its range; of the seeds the first. Test
+    accuracy is measured at the ends of epochs."""
     figure, axes = plt.subplots(1, len(BATCHES), figsize=(WIDTH, 2.4), sharey=True)
     panels = [f"batch {batch}" for batch in BATCHES]
     rights = beside(dict(zip(panels, axes)), results, "fig7", _iterations)
@@ -324,6 +334,14 @@ def _iterations(ax, right, result):
 
 
 def fig8(results):
+    """What a budget buys, in epochs and in seconds. A search over five rates that has spent 5n
+    epochs has the network that had the least train loss after n; both AGDs, and other optimisers at
+    their defaults, have their one run. Epochs of one network, so the passes cost the same, while
+    the optimisers' own time differs: a step of spectral AGD takes several times the passes of such
+    a small network. Seconds are those of the logs, training and test; the table above names their
+    machines, which several runs shared. Of each AGD's seeds the first; the train loss of
+    Schedule-free AdamW and of spectral AGD is that of the weights that they train, their test
+    accuracy that of those that they average."""
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex="col", sharey="row")
     keys, seconds = [], []
     for name in (*RULES, *PEERS, *BASELINES):
@@ -359,6 +377,9 @@ def fig8(results):
 
 
 def fig11(results):
+    """The length of Z, and the angle by which a step turns it, at the end of every epoch, means
+    over the hidden layers; dashed what follows for steps of random directions, from the measured η
+    and from the number of steps t alone. No horizon is set."""
     result = results.only("fig11", "fcn", SPECTRAL)
     figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
     batch = int(result.experiment.flag("--train_bs", 128))
@@ -387,6 +408,7 @@ def fig11(results):
 
 
 def phases(results):
+    """A part of the training set is fitted soon: η rises, then falls."""
     figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
     (right,) = beside({"fcn": ax}, results, "phases")
     style.log_axis(ax, longest(results.of("phases")))
