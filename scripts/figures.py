@@ -73,20 +73,18 @@ def fig1(results):
 
 def _rates(ax, results):
     """Final accuracy against the learning rate; a run that broke off counts as it ended."""
-    for name in BASELINES:
+    for name in (*BASELINES, *RULES):
         runs = [result for result in results.of("fig1", "rates", name) if result.finished]
-        x = [float(result.experiment.flag("--lr")) for result in runs]
         colour, marker = style.OPTIMIZERS[name]
-        for kind, line in (("train", "-"), ("test", DOTTED)):
+        for kind, line in style.KINDS:
             y = [100 * result.last[f"{kind}_acc"] for result in runs]
-            ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
-                    markerfacecolor="white")  # fmt: skip
-    for name in RULES:
-        result = results.only("fig1", "rates", name)
-        for kind, line in (("train", "-"), ("test", DOTTED)):
-            if result and result.finished:
-                ax.axhline(100 * result.last[f"{kind}_acc"], color=style.OPTIMIZERS[name][0],
-                           linestyle=line)  # fmt: skip
+            if name in RULES:
+                for level in y[:1]:
+                    ax.axhline(level, color=colour, linestyle=line)
+            else:
+                x = [float(result.experiment.flag("--lr")) for result in runs]
+                ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
+                        markerfacecolor="white")  # fmt: skip
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
@@ -102,10 +100,8 @@ def fig2(results):
         ax.plot(grid, grid**2 / 2, color=BLUE, linewidth=1.6)
         ax.plot(w, w**2 / 2, color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
         ax.plot(w[:1], w[:1] ** 2 / 2, color=RED, marker="o", markersize=5, linestyle="none")
-        ax.set_title(f"learning rate {rate:g}: {words}")
-        ax.set_xlim(-2.2, 2.2)
-        ax.set_ylim(-0.15, 2.4)
-        ax.set_xlabel("weight $w$")
+        ax.set(title=f"learning rate {rate:g}: {words}", xlim=(-2.2, 2.2), ylim=(-0.15, 2.4),
+               xlabel="weight $w$")  # fmt: skip
         ax.grid(False)
     axes[0].set_ylabel(r"objective $\mathcal{L}(w)=w^2/2$")
     return figure
@@ -138,8 +134,7 @@ def fig3(results):
             "arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
         ax.axvline(eta, color="#999999", linewidth=0.6, linestyle=DOTTED)
         ax.set_xticks([0, eta, 2 * eta], ["0", f"η = {eta:.3f}", "2η"])
-        ax.set_title(when)
-        ax.set_xlabel("$t$, along AGD's direction")
+        ax.set(title=when, xlabel="$t$, along AGD's direction")
     axes[0].set_ylabel(r"objective $\mathcal{L}$")
     _chain(chain, measured["states"])
     style.legend(figure, [
@@ -220,9 +215,9 @@ def fig5(results):
     for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
             continue
-        pick = results.only if name in RULES else results.tuned
-        result, words = pick("fig5", "fcn", name), name
+        result, words = results.only("fig5", "fcn", name), name
         if name in BASELINES:
+            result = results.tuned("fig5", "fcn", name)
             rate = f", rate {result.experiment.flag('--lr')}" if result else None
             words += rate or ": search not finished"
         keys.append(style.optimizer_key(name, words))
@@ -327,7 +322,7 @@ def _iterations(ax, right, result):
     ends = len(steps) * np.arange(1, len(result.epochs) + 1)
     eta(ends, *(result.column(f"eta_{which}") for which in ("min", "mean", "max")), **dot)
     right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
-    for kind, colour, line in (("train", TRAIN, "-"), ("test", TEST, DOTTED)):
+    for (kind, line), colour in zip(style.KINDS, (TRAIN, TEST)):
         accuracies = 100 * np.array(result.column(f"{kind}_acc"))
         ax.plot(ends, accuracies, color=colour, linestyle=line, **dot)
     style.log_axis(ax, int(ends[-1]), "iterations")
@@ -394,10 +389,9 @@ def fig11(results):
     style.curve(turn, result, "turn", colour)
     turn.plot(epochs, 1 / np.sqrt(3 * steps * epochs), **predicted)
     style.band(eta, result, "eta", ETA)
-    length.set_title(r"length $\rho(Z)/s$")
-    turn.set_title("turn of $Z$ in a step")
-    eta.set_title("automatic learning rate η")
-    for ax in (length, turn, eta):
+    titles = r"length $\rho(Z)/s$", "turn of $Z$ in a step", "automatic learning rate η"
+    for ax, words in zip((length, turn, eta), titles):
+        ax.set_title(words)
         style.log_values(ax)
         style.log_axis(ax, len(result.epochs))
     words = r"predicted: $\sqrt{1+3\,\Sigma(\eta/L)^2}$ and $1/\sqrt{3t}$ after $t$ steps"
@@ -419,5 +413,5 @@ def phases(results):
     return figure
 
 
-DRAWN = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6,
-         "fig7": fig7, "fig8": fig8, "fig11": fig11, "phases": phases}  # fmt: skip
+DRAWN = {draw.__name__: draw
+         for draw in (fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig11, phases)}  # fmt: skip

@@ -253,7 +253,7 @@ def run(args, todo, results):
     if in_time:
         return 1 if runner.failed else 0
     words = f"{len(runner.ended)} of {count(len(todo))} have ended; the same command goes on"
-    if runner.epochs() == runner.epochs_before:
+    if runner.left() == runner.work:
         words = "no run has finished an epoch in it, and none would: give it a longer one"
     print(f"The time is up: {words}")
     return TIME_IS_UP

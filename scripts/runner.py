@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -135,20 +136,21 @@ class Runner:
 
     `place` are the flags of main.py for data, device and --fresh, `deadline` is a time.monotonic()
     or None. `start(words, output, environment)` starts a run; Process has its methods. After run(),
-    `ended` has the tasks whose run ended, `failed` maps names to reasons.
+    `ended` maps the tasks whose run ended to its last figures, `failed` names to reasons.
     """
 
     def __init__(self, results, todo, jobs, place, deadline, start=Process):
         self.results, self.todo, self.jobs, self.place = results, todo, jobs, place
-        self.deadline, self.start, self.began = deadline, start, time.monotonic()
-        self.running, self.ended, self.failed, self.again = {}, set(), {}, set()
-        self.epochs_before, self.work = self.epochs(), self.left()
+        self.deadline, self.start = deadline, start
+        self.running, self.ended, self.failed, self.again = {}, {}, {}, set()
+        self.work = self.left()
 
     def run(self, title):
         """Run the tasks; returns whether all of them ended before the deadline."""
         waiting = list(self.todo)
-        bar = tqdm(total=self.work, disable=None, file=sys.stdout, dynamic_ncols=True,
-                   bar_format="{desc} {bar}")  # fmt: skip
+        bar = tqdm(total=self.work or 1, smoothing=0, mininterval=1, dynamic_ncols=True,
+                   file=sys.stdout if sys.stdout.isatty() else io.StringIO(),
+                   bar_format="{desc} {bar} {remaining} left")  # fmt: skip
         try:
             while waiting or self.running:
                 if self.deadline is not None and time.monotonic() > self.deadline:
@@ -165,13 +167,13 @@ class Runner:
                         self.again.add(task)
                         waiting.insert(0, task)
                     else:
-                        words = self.outcome(task, code)
+                        self.ended[task] = self.outcome(task, code)
+                        bar.n = bar.total - self.left()
+                        left = {**bar.format_dict, "bar_format": "{remaining} left"}
                         tqdm.write(f"{len(self.ended)} of {len(self.todo)}  {log_name(task.flags)}"
-                                   f"  {words}  {self.time_left()}")  # fmt: skip
+                                   f"  {self.ended[task]}  {tqdm.format_meter(**left)}")
                 bar.n = bar.total - self.left()
-                bar.set_description_str(
-                    f"{title}: {len(self.ended)} of {len(self.todo)} runs, {self.time_left()}"
-                )
+                bar.set_description_str(f"{title}: {len(self.ended)} of {len(self.todo)} runs")
             return True
         finally:
             bar.close()
@@ -202,8 +204,7 @@ class Runner:
         return self.start(words, output, environment)
 
     def outcome(self, task, code):
-        """Note that a run ended with an exit code; returns its last figures, or why it failed."""
-        self.ended.add(task)
+        """The last figures of a run that ended with an exit code, or why it failed."""
         if is_finished(self.results, task):
             result = self.results.find(task)
             if result.stopped:
@@ -221,23 +222,8 @@ class Runner:
     def output(self, task):
         return self.results.folder / "output" / f"{log_name(task.flags)}.txt"
 
-    def done(self, task):
-        """The number of a task's epochs that are logged."""
-        return min(task.epochs, epochs_done(self.results.log(log_name(task.flags))))
-
-    def epochs(self):
-        """The number of all tasks' epochs that are logged."""
-        return sum(map(self.done, self.todo))
-
     def left(self):
         """The work that is left; a run that has ended leaves none."""
-        rest = [task for task in self.todo if task not in self.ended]
-        return sum(cost(task) * (task.epochs - self.done(task)) for task in rest)
-
-    def time_left(self):
-        """The time left, in words, at the speed since the start."""
-        left = self.left()
-        if left >= self.work:
-            return "? left"
-        seconds = (time.monotonic() - self.began) * left / (self.work - left)
-        return f"{tqdm.format_interval(seconds)} left"
+        rest = {task: epochs_done(self.results.log(log_name(task.flags)))
+                for task in self.todo if task not in self.ended}  # fmt: skip
+        return sum(cost(task) * max(0, task.epochs - done) for task, done in rest.items())
