@@ -34,15 +34,6 @@ def save(figure, results):
     return style.save(picture, folder / f"{figure}.png", folder / f"{figure}.pdf")
 
 
-def empty(results, figure, panel, *axes):
-    """Whether a panel has no runs; its first axis gets the title, all of them say "not run"."""
-    axes[0].set_title(results.title(figure, panel))
-    runs = results.of(figure, panel)
-    for ax in () if runs else axes:
-        style.not_run(ax)
-    return not runs
-
-
 def longest(results):
     return max((len(result.epochs) for result in results), default=1)
 
@@ -55,15 +46,16 @@ def fig1(results):
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
     for ax, panel in zip(axes, panels):
         style.percent(ax, results.of("fig1"))
-        if empty(results, "fig1", panel, ax):
-            continue
-        if panel == "rates":
-            _rates(ax, results)
-            continue
+        ax.set_title(results.title("fig1", panel))
         runs = results.of("fig1", panel)
-        for result in runs:
-            style.train_and_test(ax, result, "acc", *style.OPTIMIZERS[result.experiment.curve], 100)
-        style.log_axis(ax, longest(runs))
+        if not runs:
+            style.not_run(ax)
+        elif panel == "rates":
+            _rates(ax, results)
+        else:
+            for x in runs:
+                style.train_and_test(ax, x, "acc", *style.OPTIMIZERS[x.experiment.curve], 100)
+            style.log_axis(ax, longest(runs))
     axes[0].set_ylabel("accuracy (%)")
     names = [name for name in (*RULES, *BASELINES) if results.of("fig1", curve=name)]
     keys = [*map(style.optimizer_key, names), *style.kinds()]
@@ -184,9 +176,10 @@ def fig4(results):
     panels = [x for x in ("fcn", "resnet18", third, "imagenet") if results.planned("fig4", x)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
     for (top, bottom), panel in zip(axes.T, panels):
-        nothing = empty(results, "fig4", panel, top, bottom)
-        top.title.set_fontsize(7.5)
-        if nothing:
+        top.set_title(results.title("fig4", panel), fontsize=7.5)
+        if not results.of("fig4", panel):
+            style.not_run(top)
+            style.not_run(bottom)
             continue
         agd = results.only("fig4", panel, "AGD")
         baseline = results.tuned("fig4", panel, "SGD" if panel == "imagenet" else "Adam")

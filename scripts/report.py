@@ -24,18 +24,15 @@ TUNED = (
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.
 PAPER = {
-    "fig1": {("deep", "Adam"): "10", ("deep", "SGD"): "10"},
-    "fig4": {
-        ("fcn", "AGD"): "52.7", ("fcn", "Adam"): "53.5", ("resnet18", "AGD"): "91.2",
-        ("resnet18", "Adam"): "92.9", ("vgg", "AGD"): "67.4", ("vgg", "Adam"): "69.7",
-        ("imagenet", "AGD"): "65.5",
-    },
-    "fig5": {("fcn", "Adam"): "at 1e-4", ("fcn", "SGD"): "at 1e-1"},
-    "fig6": {("2x64", "AGD"): "42.55", ("4x2048", "AGD"): "63.7"},
-    "fig7": {
-        ("batch 32", "AGD"): "55.0", ("batch 128", "AGD"): "58.0", ("batch 1024", "AGD"): "60.0",
-        ("batch 4096", "AGD"): "59.8",
-    },
+    ("fig1", "deep", "Adam"): "10", ("fig1", "deep", "SGD"): "10",
+    ("fig4", "fcn", "AGD"): "52.7", ("fig4", "fcn", "Adam"): "53.5",
+    ("fig4", "resnet18", "AGD"): "91.2", ("fig4", "resnet18", "Adam"): "92.9",
+    ("fig4", "vgg", "AGD"): "67.4", ("fig4", "vgg", "Adam"): "69.7",
+    ("fig4", "imagenet", "AGD"): "65.5",
+    ("fig5", "fcn", "Adam"): "at 1e-4", ("fig5", "fcn", "SGD"): "at 1e-1",
+    ("fig6", "2x64", "AGD"): "42.55", ("fig6", "4x2048", "AGD"): "63.7",
+    ("fig7", "batch 32", "AGD"): "55.0", ("fig7", "batch 128", "AGD"): "58.0",
+    ("fig7", "batch 1024", "AGD"): "60.0", ("fig7", "batch 4096", "AGD"): "59.8",
 }  # fmt: skip
 
 def write(out):
@@ -65,22 +62,21 @@ def table(head, rows):
 
 def claims(scales):
     """Each claim of the paper with its verdict at each scale, and what holding means."""
-    names, rows = [results.scale for results in scales], []
-    unseen = [] if "full" in names else ["full"]
-    for claim in CLAIMS:
-        verdicts = [judge(claim, results) for results in scales]
-        cells = [f"**{verdict}**" + (f": {words}" if words else "") for verdict, words in verdicts]
-        cells += ["not run"] * len(unseen)
-        rows.append([f"{claim.says}<br><sub>{claim.holds_if}</sub>", *cells])
+    rows = [[f"{claim.says}<br><sub>{claim.holds_if}</sub>"] for claim in CLAIMS]
+    for results in scales:
+        for row, claim in zip(rows, CLAIMS):
+            verdict, words = judge(claim, results)
+            row.append(f"**{verdict}**" + (f": {words}" if words else ""))
     words = "A quick verdict is one on the beginning of training."
-    return f"## The paper's claims\n\n{words}\n\n" + table(["claim", *names, *unseen], rows)
+    head = ["claim", *(results.scale for results in scales)]
+    return f"## The paper's claims\n\n{words}\n\n" + table(head, rows)
 
 
 def in_numbers(figure, panel, curve):
     """Whether a curve gets a row. Figure 8's other runs are figure 5's, the rates of figure 1 stand
     with the searches."""
     return (
-        (panel, curve) in PAPER.get(figure, {})
+        (figure, panel, curve) in PAPER
         or figure in ("fig4", "fig5", "fig11", "phases")
         or (figure == "fig8" and curve in PEERS)
         or (figure == "fig1" and (panel != "rates" or curve in RULES))
@@ -97,7 +93,7 @@ def numbers(results):
         (figure, panel, curve), planned, there = key, results.planned(*key), results.of(*key)
         what = f"{short(figure)}, {results.title(*key)}"
         what += f", {panel}, {curve}" if panel.startswith("batch") else f", {curve}"
-        shown, paper = comparable(results, key, there), PAPER.get(figure, {}).get(key[1:], "")
+        shown, paper = comparable(results, key, there), PAPER.get(key, "")
         if not shown:
             begun = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
             rows.append([what, paper, "not run" + begun, *[""] * 4])
@@ -123,10 +119,8 @@ def comparable(results, key, there):
 
 def spread(values):
     """The mean, and the range over more than one."""
-    mean = f"{sum(values) / len(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+    wide = f" ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+    return f"{sum(values) / len(values):.1f}" + (wide if len(values) > 1 else "")
 
 
 def length(result):

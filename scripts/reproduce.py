@@ -64,14 +64,6 @@ def chosen_runs(text):
     return lambda tasks: numbers
 
 
-def words(text):
-    """An argument type: the words of --sbatch."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
 def parse(argv):
     """(the parser, the arguments)."""
     parser = Parser(
@@ -104,7 +96,7 @@ def parse(argv):
         help="these runs of the list alone, or those with WORD in their names, without drawing")
     add("--submit", choices=["slurm"], help="send the runs to a queue as an array job, --jobs of "
         "them at once, and the drawing after them")
-    add("--sbatch", default=[], metavar="OPTIONS", type=words,
+    add("--sbatch", default=[], metavar="OPTIONS", type=shlex.split,
         help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'")
     args = parser.parse_args(argv)
     args.figures = [x for x in FIGURES if x in args.figures or "all" in args.figures]

@@ -269,7 +269,7 @@ def test_duration(text, seconds):
     ("--time_limit 0s", "no time"), ("--time_limit 9", "no time"),
     ("--scale ful", "did you mean full"), ("--jobs 0", "whole number"), ("--runs ''", "no numbers"),
     ("--sbatch=--gres=gpu:1", "--submit slurm"), ("--fresh --submit slurm", "--fresh"),
-    ("""--sbatch "--x 'y" --submit slurm""", "closing quotation"),
+    ("""--sbatch "--x 'y" --submit slurm""", "--sbatch"),
     ("--submit slurm --draw", "--draw"), ("--drw", "did you mean --draw"),
     ("--device cuda:99", "cuda:99"),
 ])  # fmt: skip
