@@ -18,8 +18,8 @@ class UserError(RuntimeError):
 
 
 def printable(text):
-    """`text` for any terminal and any encoding: what cannot be printed, such as the bytes of a
-    file name that is not UTF-8, or control characters, stands there with a backslash."""
+    """`text` with each unprintable character as a backslash escape: control characters, and the
+    bytes of a file name that is not UTF-8."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(text)

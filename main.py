@@ -23,7 +23,7 @@ import distributed
 import flags
 from architecture import build, is_library
 from architecture.weights import start
-from cli import UserError, every
+from cli import every
 from data import load
 from distributed.slurm import restarted
 from runs.log import RunError, RunLog, as_logged
@@ -54,8 +54,12 @@ def main(argv=None, requests=None):
         return check.main(args)
     try:
         world = distributed.start(torch.device(args.device), args.distribute)
-    except (distributed.LaunchError, KeyboardInterrupt) as error:
-        return say("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+    except distributed.LaunchError as error:
+        display.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        display.error("interrupted")
+        return 130
     try:
         with stream_of_its_own(world):
             code = train(args, world, requests)
@@ -65,7 +69,7 @@ def main(argv=None, requests=None):
             raise
         code = 130 if failure.reason == "interrupted" else getattr(error, "exit_code", 1)
         if failure.first:
-            say(failure.reason, failure.trace)
+            display.error(failure.reason, failure.trace)
     return world.leave(code)
 
 
@@ -129,9 +133,7 @@ def train(args, world, requests):
     code = ending.exit_code
     if log:
         code = finish(args, trainer, ending, record, promised, time.perf_counter() - began)
-    elif ending.failure and ending.failure.first:
-        say(*ending.failure[:2])
-    if ending.failure is None:
+    if not ending.failed:
         world.broadcast_object()  # launchers end all when one rank ends: none does before all print
     return code
 
@@ -254,11 +256,9 @@ def make_profile(args, log, world, steps):
 def finish(args, trainer, ending, record, promised, seconds):
     """Log and print on rank 0 how the run ended. Returns the exit code."""
     log, rows, code = trainer.log, trainer.rows, ending.exit_code
-    if ending.failure and ending.failure.trace and ending.failure.first:
-        print(ending.failure.trace, end="", file=sys.stderr)
     last = rows[-1] if rows else {}
     # After a failure a device may wait for ranks that are gone: nothing is read from it.
-    readable = args.optimizer in AUTOMATIC and (trainer.world.size == 1 or not ending.failure)
+    readable = args.optimizer in AUTOMATIC and (trainer.world.size == 1 or not ending.failed)
     skipped = int(trainer.optimizer.skipped) if readable else 0
     end = as_logged({
         "kind": "end", "epochs": len(rows),
@@ -273,10 +273,7 @@ def finish(args, trainer, ending, record, promised, seconds):
         result = record.end(trainer.net.state_dict(), [*log.rows(), end])
     unlogged = log.log(end)
     log.release()
-    elsewhere = ending.failure is not None and not ending.failure.first
-    if code == UserError.exit_code and not elsewhere:
-        say(ending.reason)
-    display.summary(trainer, ending, seconds, skipped, code == UserError.exit_code or elsewhere)
+    display.summary(trainer, ending, seconds, skipped)
     if unlogged is not None:
         print(f"error: {log.log_path} lacks its last rows: {unlogged}", file=sys.stderr)
         code = code or 1
@@ -290,17 +287,6 @@ def finish(args, trainer, ending, record, promised, seconds):
         print(f"The same bits as those of {args.replay}, in the weights and in all rows of the log")
         return 0
     return code
-
-
-def say(reason, trace=None):
-    """Print why a run came to nothing. Returns the exit code of input that cannot be used, or of an
-    interruption."""
-    if reason == "interrupted":
-        print("interrupted", file=sys.stderr)
-        return 130
-    if reason:
-        print(f"{trace or ''}error: {reason}", file=sys.stderr)
-    return UserError.exit_code
 
 
 @contextmanager
@@ -329,6 +315,7 @@ if __name__ == "__main__":
     try:
         CODE = main(requests=REQUESTS)
     except KeyboardInterrupt:  # before the run began
-        CODE = say("interrupted")
+        display.error("interrupted")
+        CODE = 130
     ignore()
     sys.exit(CODE)

@@ -31,8 +31,7 @@ def network(args, shape, classes):
     except (TypeError, ValueError) as error:
         raise Fault(f"the optimiser refuses the network: {error}") from error
     numbers, layers = (sum(x) for x in zip(*((p.numel(), p.ndim > 1) for p in net.parameters())))
-    yield "ok", (f"{args.arch}, {numbers:,} weights in {layers} layers, which {args.optimizer} "
-                 "takes")  # fmt: skip
+    yield "ok", f"{args.arch}, {numbers:,} weights in {layers} layers; {args.optimizer} takes them"
     return net.to("meta")
 
 
@@ -54,8 +53,7 @@ def make(args, net, shape):
 def memory(args, world, neighbours, net, facts):
     """Whether the weights and a batch fit in free memory."""
     share = -(-args.train_bs // world.size)
-    passes = -(-share // min(args.micro_bs or share, share))
-    largest = -(-share // passes)
+    largest = -(-share // -(-share // min(args.micro_bs or share, share)))
     try:
         each = bytes_an_image(net, args.loss, facts.shape)
     except Exception as error:
@@ -66,22 +64,19 @@ def memory(args, world, neighbours, net, facts):
     # The weights, their gradients, and the two scratch copies of a step or a baseline's state, or
     # the spectral rule's state and its directions; and the buffers of the ranks' messages.
     spectral, cuda = args.optimizer == "spectral", world.device.type == "cuda"
-    sent = (2 if spectral else 1) if world.size > 1 else 0
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    fixed = weights * (2 + (3 if spectral else 2) + sent)
+    fixed = weights * (4 + spectral + (1 + spectral if world.size > 1 else 0))
     if facts.decoding is None:
         channels, height, width = facts.shape
         fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)
-    free = free_memory(world.device)
-    neighbours = 1 if cuda else neighbours
+    free, neighbours = free_memory(world.device), 1 if cuda else neighbours
     need = (fixed + each * largest) * neighbours
     images = f"{largest} image{'s' if largest > 1 else ''} at a time"
     images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
     text = f"{size(need)} for {images}, of {size(free)} that are free"
-    fits = int((free / neighbours - fixed) // each) if need > free else largest
     if need <= free:
         yield "ok", text
-    elif fits < 1:
+    elif (fits := int((free / neighbours - fixed) // each)) < 1:
         raise Fault(f"{text}: not even one image fits beside the weights; a smaller network or "
                     "images, or a device with more memory")  # fmt: skip
     elif cuda:
@@ -145,6 +140,7 @@ def _left_by(number, kinds, path, root):
 def seconds_an_epoch(args, world, facts):
     """Time passes and steps on the device, and estimate an epoch from them."""
     device, share = world.device, -(-args.train_bs // world.size)
+    largest = min(share, args.micro_bs or share)
     net = make_network(args, facts.shape, facts.classes).to(device)
     set_precision(net, args.precision, device)
     set_channels_last(net, args.channels_last, args.precision, device)
@@ -169,7 +165,7 @@ def seconds_an_epoch(args, world, facts):
         optimizer.step()
         times.append((passed - began, now() - passed))
         optimizer.zero_grad()
-        larger = min(share, args.micro_bs or share, images * 4)
+        larger = min(largest, images * 4)
         if end - time.perf_counter() < sum(times[-1]) * (4 if larger > images else 1):
             break
         if larger > images:

@@ -17,6 +17,7 @@ from data import DATASETS, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
 from data.workers import usable_cores
+from runs.files import cannot
 from runs.log import RunLog
 from runs.name import name_and_settings
 
@@ -79,11 +80,10 @@ def images(args):
     path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
     if args.dataset == "imagenet":
         root = find(args.data_dir)
-        splits = read_layout(root, wanted=DATASETS["imagenet"].classes)
-        if splits["val"].flat or not all(split.tidy for split in splits.values()):
+        splits = read_layout(root)
+        if splits["val"].flat or not all(split.tidy() for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
-            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` makes it "
-                        "ready")  # fmt: skip
+            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` mends it")
     elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
         raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
                     f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
@@ -137,8 +137,8 @@ def results(args, net, facts):
         try:
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise Fault(f"{Path(args.out, part)} cannot be written: {error.strerror or error}; "
-                        "choose another --out") from error  # fmt: skip
+            unwritten = cannot(Path(args.out, part), "written", error)
+            raise Fault(f"{unwritten}; choose another --out") from error
     if net is not None:  # three checkpoints: the new one beside the last two
         numbers = sum(p.numel() for p in net.parameters())
         need = 3 * 4 * numbers * (1 + STATE.get(args.optimizer, 2))

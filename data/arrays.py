@@ -54,17 +54,10 @@ class ArrayBatches(Batches):
             self.advance()
             yield self._batch(*draws[:, share])
 
-    def advance(self):
-        """Count a batch that was taken by `at`."""
-        self.position += 1
-
     def hold(self):
         """Make `at` give the batches of this epoch, from the same memory in every epoch."""
         draws, self.position = self._draws(), self.start
-        if self.held is None:
-            self.held = draws
-        else:
-            self.held.copy_(draws)
+        self.held = draws if self.held is None else self.held.copy_(draws)
 
     def at(self, position, size):
         """The batch of `size` images from image `position` on, a 0-dim int64 tensor on the device:
@@ -88,22 +81,16 @@ class ArrayBatches(Batches):
     def _draws(self):
         """The images of this epoch in its order, (3, N) int64 on the device: the offset of the
         crop's first pixel, whether it is mirrored, the label."""
-        order, top, left, mirror = self._draw()
+        rng, N = np.random.default_rng((self.seed, self.epoch)), self.examples
+        order, none = self.order(rng), np.zeros(N, np.int64)
+        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (none, none)
+        mirror = rng.integers(0, 2, N) if self.flip else none
         image, _, row, _ = self.images.stride()
         places = order * image + top[order] * row + left[order]
         draws = torch.from_numpy(np.stack([places, mirror[order], self.labels[order]]))
         if self.device.type == "cuda":  # copied without a wait; torch keeps the source until then
             return draws.pin_memory().to(self.device, non_blocking=True)
         return draws.to(self.device)
-
-    def _draw(self):
-        """This epoch's order of all N images; each image's crop offsets and flip, by its index."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        N = self.examples
-        order = self.order(rng)
-        none = np.zeros(N, np.int64)
-        top, left = rng.integers(0, 2 * self.pad + 1, (2, N)) if self.pad else (none, none)
-        return order, top, left, rng.integers(0, 2, N) if self.flip else none
 
 
 def channel_statistics(images):
@@ -154,24 +141,20 @@ def _read(path):
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
     with zipfile.ZipFile(path) as archive:
-        entries = {key: [] for key in KEYS}
-        for entry in archive.infolist():
-            entries.get(entry.filename.removesuffix(".npy"), []).append(entry)
-        total = sum(entry.file_size for ours in entries.values() for entry in ours)
+        entries = {key: archive.getinfo(f"{key}.npy") for key in KEYS}
+        total = sum(entry.file_size for entry in entries.values())
         if total > MODEST + RATIO * size:
             raise ValueError(f"{size:,} bytes are said to hold {total:,}")
-        for key, ours in entries.items():
-            if len(ours) != 1:
-                raise ValueError(f"it holds {len(ours) or 'no'} {key}")
+        for key, entry in entries.items():
             # zipfile bounds what it unpacks at a time of these alone.
-            if ours[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{key} is compressed in a way that numpy does not write")
-            with archive.open(ours[0]) as file:  # numpy takes memory for what the header claims
+            with archive.open(entry) as file:  # numpy takes memory for what the header claims
                 dims, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-                rest = ours[0].file_size - file.tell()
+                rest = entry.file_size - file.tell()
             if math.prod(dims) * dtype.itemsize != rest:
                 raise ValueError(f"{key} has {rest:,} bytes, not those of its shape {dims}")
-            with archive.open(ours[0]) as file:  # compares the CRC as it reads the last byte
+            with archive.open(entry) as file:  # compares the CRC as it reads the last byte
                 arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
-            crc32[key] = f"{ours[0].CRC:08x}"
+            crc32[key] = f"{entry.CRC:08x}"
     return arrays, crc32

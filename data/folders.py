@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cli import printable
 from data.batches import Batches
 from data.common import DataError, reason
-from data.imagenet_layout import entries_of, few, is_image
+from data.imagenet_layout import entries_of, few, is_image, unreadable
 from data.resize import open_image, read_image
 from data.workers import held_back, ignore_all
 
@@ -52,9 +52,7 @@ class FolderBatches(Batches):
 
     def __iter__(self):
         self.missing, self.position = 0, self.start
-        with held_back():
-            batches = iter(self.loader)
-        for images, labels, bad in batches:
+        for images, labels, bad in self._loaded():
             self.advance()
             for path, why in bad:
                 if not self.skip_bad_images:
@@ -69,6 +67,11 @@ class FolderBatches(Batches):
                 yield self.normalised(images), labels.to(self.device, non_blocking=True)
         if self.size == 1 and self.missing == self.examples:
             raise DataError(f"none of the {self.examples} images under {self.root} can be decoded")
+
+    def _loaded(self):
+        """No local of __iter__: a traceback would keep it, and the workers, beyond close()."""
+        with held_back():
+            return iter(self.loader)
 
 
 def open_folders(root, classes, train_bs, test_bs, image_size, **options):
@@ -103,16 +106,15 @@ def list_images(root):
     classes = [name for name, is_folder in entries_of(root) if is_folder]
     samples, empty = [], []
     for label, name in enumerate(classes):
-        images, seen, folders = [], set(), [os.path.join(root, name)]
-        while folders:
-            folder = folders.pop()
-            inside, place = entries_of(folder), os.stat(folder)
+        images, seen = [], set()
+        for folder, _, names in os.walk(os.path.join(root, name), onerror=unreadable,
+                                        followlinks=True):  # fmt: skip
+            place = os.stat(folder)
             if (place.st_dev, place.st_ino) in seen:
                 raise DataError(f"{folder} is a link to a folder that class {name} has already: "
                                 "remove one of them")  # fmt: skip
             seen.add((place.st_dev, place.st_ino))
-            folders += [os.path.join(folder, n) for n, is_folder in inside if is_folder]
-            images.append((folder, [n for n, is_folder in inside if not is_folder and is_image(n)]))
+            images.append((folder, sorted(filter(is_image, names))))
         paths = [os.path.join(folder, n) for folder, names in sorted(images) for n in names]
         samples += [(path, label) for path in paths]
         if not paths:

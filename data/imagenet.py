@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cli import number
 from data.common import DataError, reason
-from data.imagenet_layout import CLASSES, OFFICIAL, few, read_layout
+from data.imagenet_layout import OFFICIAL, few, read_layout
 from data.resize import read_image, shrink
 from data.workers import usable_cores, work
 
@@ -54,11 +54,10 @@ def find(data_dir):
         return path
     if given and Path(given).expanduser().is_dir():
         return Path(given).expanduser()
-    also = f"nor a folder {given}, which $IMAGENET_PATH names" if given else (
-        "and $IMAGENET_PATH is not set")  # fmt: skip
     raise DataError(
-        f"there is no {path}, {also}. `python -m data.prepare imagenet --from DIR` makes the "
-        "first; if DIR is sorted into classes, IMAGENET_PATH=DIR will do."
+        f"there is no folder {path}, nor {given or 'another'}, which $IMAGENET_PATH names. "
+        "`python -m data.prepare imagenet --from DIR` makes the first; if DIR is sorted into "
+        "classes, IMAGENET_PATH=DIR will do."
     )
 
 
@@ -79,14 +78,12 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
             "another --data_dir. What is in order needs no preparation: IMAGENET_PATH=DIR will do."
         )
     print(f"Looking through {source}", file=sys.stderr)
-    splits = read_layout(source, val_labels, CLASSES)
+    splits = read_layout(source, val_labels)
     for split, layout in splits.items():
-        if layout.images != OFFICIAL[split]:
-            print(f"Not the whole of ImageNet: {split}/ holds {layout.images:,} images, "
-                  f"not {OFFICIAL[split]:,}", file=sys.stderr)  # fmt: skip
-        if layout.left_out:
-            names = [str(path.relative_to(source)) for path in layout.left_out]
-            print(f"Left out, since no images of a class: {few(names)}", file=sys.stderr)
+        names = [str(path.relative_to(source)) for path in layout.left_out]
+        print(f"{split}/ holds {layout.images:,} of ImageNet's {OFFICIAL[split]:,} images"
+              + (f"; left out, since no images of a class: {few(names)}" if names else ""),
+              file=sys.stderr)  # fmt: skip
     options = {"resize": resize} if resize else {"resize": None, "from": str(source)}
     records = target / ".prepared"
     if not records.is_dir() and any(os.path.lexists(target / split) for split in splits):
@@ -94,56 +91,52 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
             f"{target} holds images that this command has not put there; move them or give "
             "another --data_dir"
         )
+    done = _finished(splits, target, options)
     for split in splits:
         (records / split).mkdir(parents=True, exist_ok=True)
+        _lay(target / split, [splits[s].classes[name][0] for s, name in done if s == split])
     for left in records.glob("*.partial"):  # by a command that was killed
         if time.time() - left.stat().st_mtime > ABANDONED:
             shutil.rmtree(left, ignore_errors=True)
-    done = _finished(splits, target, options)
-    for split, layout in splits.items():
-        _lay(target / split, None if _made(layout, options) else layout.root)
     names = sorted(splits["train"].classes)[shard[0] - 1 :: shard[1]]
     mine = [(split, name) for split in splits for name in names]
     # A class with a corrupt file is done again: somebody may have replaced the file.
     todo = [key for key in mine if key not in done or done[key]["corrupt"]]
-    began, images, interval = time.monotonic(), 0, 0.1 if sys.stderr.isatty() else 30
+    began, images = time.monotonic(), 0
     # Its own folder: a second command at the same time writes into another one.
-    with tempfile.TemporaryDirectory(".partial", "", records, True) as scratch, tqdm(
-        total=len(todo), unit=" classes", dynamic_ncols=True, disable=not todo,
-        mininterval=interval, maxinterval=max(10, interval),
-    ) as bar:  # fmt: skip
+    with tempfile.TemporaryDirectory(".partial", "", records, True) as scratch:
         tasks = {(split, name): (
-            *splits[split].classes[name], resize, Path(scratch, f"{split}-{name}"),
-            target / split / name if _made(splits[split], options) else None,
+            *splits[split].classes[name], resize, splits[split].tidy(name),
+            Path(scratch, f"{split}-{name}"), target / split / name,
         ) for split, name in todo}  # fmt: skip
         with contextlib.closing(work(_prepare_class, tasks, jobs or usable_cores())) as results:
-            for (split, name), result in results:
+            for (split, name), result in tqdm(
+                results, total=len(todo), unit=" classes", dynamic_ncols=True, disable=not todo,
+                mininterval=0.1 if sys.stderr.isatty() else 30, maxinterval=30,
+            ):  # fmt: skip
                 files = splits[split].classes[name][1]
                 record = {"options": options, "files": _mark(files), **result}
                 _write(records / split / f"{name}.json", json.dumps(record), scratch)
                 images += len(files)
-                bar.update()
-        bar.close()
-        code = _report(splits, target, options, mine, scratch)
+        _report(splits, target, options, scratch)
     if images:
         seconds = time.monotonic() - began
         print(f"{images:,} images in {seconds:,.1f} s, {images / seconds:,.0f} images/s")
-    return code
+    done = _finished(splits, target, options)
+    return int(any(key not in done or done[key]["corrupt"] for key in mine))
 
 
-def _prepare_class(source, names, size, partial, target):
-    """Check the images `names` of the folder `source`, and make the folder `target` (None: only
-    check) of links, or of copies of `size` pixels: at `partial`, so it appears whole or not at all.
+def _prepare_class(source, names, size, tidy, partial, target):
+    """Check the images `names` of the folder `source`, and make `target`: a folder of copies of
+    `size` pixels, or (None) a link to `source` if it is `tidy` and no image is corrupt, else a
+    folder of links. It is made at `partial`, so it appears whole or not at all.
 
     Returns {"images", "resized", "corrupt": [[name, reason], ...]}. Raises OSError if the target
     cannot be written, never for a source.
     """
     warnings.simplefilter("ignore")  # PIL's, thousands, about EXIF data
-    if target:
-        partial.mkdir()
-        if target.parent.is_symlink():  # to the original
-            raise OSError(f"{target.parent} is a link")
-    resized, corrupt = 0, []
+    partial.mkdir()
+    good, resized, corrupt = [], 0, []
     for name in names:
         try:
             content = read_image(source / name)
@@ -151,35 +144,34 @@ def _prepare_class(source, names, size, partial, target):
         except Exception as error:  # a decoder raises anything on a damaged file
             corrupt.append([name, reason(error)])
             continue
+        good.append(name)
         resized += result is not content
-        if target and size:
+        if size:
             (partial / name).write_bytes(result)
-        elif target:
+    if not size and tidy and not corrupt:
+        partial.rmdir()
+        partial.symlink_to(source, target_is_directory=True)
+    elif not size:
+        for name in good:
             (partial / name).symlink_to(source / name)
-    if target:
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    return {"images": len(names) - len(corrupt), "resized": resized, "corrupt": corrupt}
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return {"images": len(good), "resized": resized, "corrupt": corrupt}
 
 
-def _lay(path, origin):
-    """Make `path` a folder to fill, or a link to `origin`, in the place of what an unfinished
-    command left. A link is never filled: that would write into the original."""
-    with contextlib.suppress(OSError):  # another shard was quicker, or the folder is not empty
-        if path.is_symlink() and (origin is None or Path(os.readlink(path)) != origin):
-            path.unlink()
-        elif origin is not None and not path.is_symlink():
-            path.rmdir()
-    with contextlib.suppress(FileExistsError):
-        path.mkdir() if origin is None else path.symlink_to(origin, target_is_directory=True)
-    if path.is_symlink() != (origin is not None) or not path.is_dir():
-        raise DataError(f"{path} is in the way: move it, or give another --data_dir")
-
-
-def _made(layout, options):
-    """Whether the class folders of a split are made, not reached through one link."""
-    return bool(options["resize"] or layout.flat or not layout.tidy)
+def _lay(folder, sources):
+    """Make `folder` a folder to fill. Earlier versions made it one link to the original: then it
+    gets a link to each of the finished class folders `sources`, and the original stays as it is."""
+    if not folder.is_symlink():
+        folder.mkdir(exist_ok=True)
+        return
+    folder.unlink()
+    folder.mkdir()
+    for source in sources:
+        (folder / source.name).symlink_to(source, target_is_directory=True)
 
 
 def _finished(splits, target, options):
@@ -207,36 +199,27 @@ def _mark(names):
     return f"{len(names)} {zlib.crc32(text):08x}"
 
 
-def _report(splits, target, options, mine, scratch):
-    """Print the counts of what is there, list the corrupt files, and return the exit code."""
-    done, bad = _finished(splits, target, options), {}
-    for (split, name), record in sorted(done.items()):
-        folder = splits[split].classes[name][0]
-        bad.update({str(folder / file): (split, why) for file, why in record["corrupt"]})
+def _report(splits, target, options, scratch):
+    """Print the counts of what is there and what is missing, and list the corrupt files."""
+    done, bad, missing = _finished(splits, target, options), [], []
     for split, layout in splits.items():
-        records = [done[split, name] for name in layout.classes if (split, name) in done]
-        images, resized = (sum(r[k] for r in records) for k in ("images", "resized"))
-        print(f"{split:<5} {len(records):,} of {CLASSES:,} classes, "
+        records = {name: done[split, name] for name in layout.classes if (split, name) in done}
+        missing += [f"{split}/{name}" for name in layout.classes if name not in records]
+        bad += [(layout.classes[name][0] / file, why) for name in sorted(records)
+                for file, why in records[name]["corrupt"]]  # fmt: skip
+        images, resized = (sum(r[k] for r in records.values()) for k in ("images", "resized"))
+        print(f"{split:<5} {len(records):,} of {len(layout.classes):,} classes, "
               f"{images:,} of ImageNet's {OFFICIAL[split]:,} images"
               + (f", {resized:,} resized" if options["resize"] else ""))  # fmt: skip
     listed = target / "corrupt.txt"
+    listed.unlink(missing_ok=True)
     if bad:
-        _write(listed, "".join(f"{path}\t{why}\n" for path, (_, why) in bad.items()), scratch)
-        print(f"corrupt: {len(bad):,}, listed with the reason in {listed}")
-        for path, (_, why) in list(bad.items())[:5]:
-            print(f"  {path}: {why}", file=sys.stderr)
-        if any(not _made(splits[split], options) for split, _ in bad.values()):
-            print("  they are still behind the links: main.py --skip_bad_images leaves them out")
-    else:
-        listed.unlink(missing_ok=True)
-    missing = [(s, name) for s in splits for name in splits[s].classes if (s, name) not in done]
+        _write(listed, "".join(f"{path}\t{why}\n" for path, why in bad), scratch)
+        print(f"corrupt: {len(bad):,}, listed with the reason in {listed}, such as {bad[0][0]}")
     if missing:
         print(f"missing: {len(missing):,} class folders that no command has finished yet, "
-              f"{few(['/'.join(key) for key in missing])}")  # fmt: skip
+              f"{few(missing)}")  # fmt: skip
     print(f"imagenet is {'not whole yet' if missing else 'ready'}: {target}")
-    if not set(missing).isdisjoint(mine):
-        return 1
-    return int(any(done[key]["corrupt"] for key in mine) if missing else bool(bad))
 
 
 def _write(path, text, scratch):

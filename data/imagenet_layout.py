@@ -9,26 +9,22 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from cli import printable
+from data import DATASETS
 from data.common import DataError, reason
 
 # ILSVRC 2012: the contents of the official archives
-CLASSES = 1000
 OFFICIAL = {"train": 1_281_167, "val": 50_000}
-TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-DEVKIT = "ILSVRC2012_devkit_t12"
 
 # Training reads files with these endings.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-UNPACK_CLASSES = (
-    'cd train && for f in n*.tar; do mkdir -p "${f%.tar}" && tar -xf "$f" -C "${f%.tar}"; done'
-)
-LABELS = f"""its images get their classes from --val_labels FILE, or from what lies in or beside \
-that folder:
-  LOC_val_solution.csv       of Kaggle's copy
-  val_labels.txt             lines of two columns: ILSVRC2012_val_00000001.JPEG n01751748
-  Annotations/CLS-LOC/val    the folder of XML files
-  {DEVKIT}      the folder of the official development kit, unpacked"""
+UNPACK = """ImageNet is a folder with train/CLASS/ and val/, which hold the images. To unpack:
+  cd {root}
+  mkdir -p train && tar -xf ILSVRC2012_img_train.tar -C train
+  (cd train && for f in n*.tar; do mkdir -p "${{f%.tar}}" && tar -xf "$f" -C "${{f%.tar}}"; done)
+  mkdir -p val && tar -xf ILSVRC2012_img_val.tar -C val"""
+LABELS = ("LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val",
+          "ILSVRC2012_devkit_t12")  # fmt: skip
 
 
 class Split(NamedTuple):
@@ -37,25 +33,33 @@ class Split(NamedTuple):
     root: Path
     classes: dict
     flat: bool  # images side by side rather than in class folders
-    tidy: bool  # training can read its class folders as they are
-    left_out: list  # paths of files that are no images
+    left_out: list  # paths of files and folders that are no images of a class
+    strays: set  # the folders with another folder in them: training takes that for a class's
 
     @property
     def images(self):
         return sum(len(names) for _, names in self.classes.values())
 
+    def tidy(self, name=None):
+        """Whether training can read the folder of the class `name`, or of all, as it is."""
+        return not self.flat and not (self.root / name in self.strays if name else self.strays)
 
-def read_layout(root, val_labels=None, wanted=None):
-    """{"train": Split, "val": Split} of the folder `root`, which has `wanted` classes (None: any).
+
+def read_layout(root, val_labels=None):
+    """{"train": Split, "val": Split} of the folder `root`, with ImageNet's number of classes.
 
     Raises DataError with what is wrong, and the commands that unpack what was not unpacked."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
-    if not (root / "train").is_dir() or not (root / "val").is_dir():
-        raise DataError(_how_to_unpack(root))
+    if missing := [f"{split}/" for split in OFFICIAL if not (root / split).is_dir()]:
+        raise DataError(f"there is no {' or '.join(missing)} in {root}: {UNPACK.format(root=root)}")
     train, val = _sorted_split(root / "train"), _sorted_split(root / "val")
-    if wanted is not None and len(train.classes) != wanted:
-        raise DataError(_wrong_classes(train))
+    wanted, number = DATASETS["imagenet"].classes, len(train.classes)
+    if number != wanted and any(re.fullmatch(r"n\d+\.tar", path.name) for path in train.left_out):
+        raise DataError(f"{train.root} holds tar files of classes: {UNPACK.format(root=root)}")
+    if number != wanted:
+        raise DataError(f"{train.root} holds {number} class folders, not ImageNet's {wanted:,}; "
+                        "train on another set with main.py --dataset folder:PATH, as it is")
     loose = [path.name for path in val.left_out if is_image(path.name) and path.parent == val.root]
     if loose and val.classes:
         raise DataError(f"{val.root} holds class folders and, beside them, images: {few(loose)}")
@@ -75,17 +79,17 @@ def read_layout(root, val_labels=None, wanted=None):
 
 def _sorted_split(root):
     """The Split of the class folders of `root`."""
-    classes, left_out, tidy = {}, [], True
+    classes, left_out, strays = {}, [], set()
     for name, is_folder in entries_of(root):
         if not is_folder or name.startswith("."):
             left_out.append(root / name)
-            tidy &= not is_folder  # training takes any folder for a class
+            strays |= {root} if is_folder else set()
             continue
         inside = entries_of(root / name)
         classes[name] = root / name, [n for n, folder in inside if not folder and is_image(n)]
         left_out += [root / name / n for n, folder in inside if folder or not is_image(n)]
-        tidy &= not any(folder for _, folder in inside)  # training reads the folders within
-    return Split(root, classes, False, tidy, left_out)
+        strays |= {root / name} if any(folder for _, folder in inside) else set()
+    return Split(root, classes, False, left_out, strays)
 
 
 def _flat_split(val, names, classes, labels):
@@ -100,17 +104,20 @@ def _flat_split(val, names, classes, labels):
     for name in names:
         images[labels[Path(name).stem]][1].append(name)
     left_out = [path for path in val.left_out if path.name not in set(names)]
-    return Split(val.root, images, True, True, left_out)
+    return Split(val.root, images, True, left_out, val.strays)
 
 
 def labels_of(root, path=None):
     """{stem of a file name: class} of a flat val/, from `path` or from files in or above `root`."""
     if path is None:
         places = [root, *root.parents][:4]  # Kaggle's copy has its images three folders deep
-        kinds = ["LOC_val_solution.csv", "val_labels.txt", "Annotations/CLS-LOC/val", DEVKIT]
-        paths = [place / kind for place in places for kind in kinds if (place / kind).exists()]
+        paths = [place / name for place in places for name in LABELS if (place / name).exists()]
         if not paths:
-            raise DataError(f"{root / 'val'} is not sorted into class folders; {LABELS}")
+            raise DataError(
+                f"{root / 'val'} is not sorted into class folders: its images get their classes "
+                f"from --val_labels FILE, or from {', '.join(LABELS)} in or beside {root}. "
+                "val_labels.txt has two columns, a file name and its class"
+            )
         path = paths[0]
     path = Path(path).expanduser()
     print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
@@ -159,16 +166,15 @@ def entries_of(folder):
     """[(name, whether it is a folder)], sorted, of what lies in `folder`."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry.name, _is_folder(entry)) for entry in entries)
+            return sorted((e.name, e.is_dir(follow_symlinks=False) or
+                           e.is_symlink() and os.path.isdir(e)) for e in entries)  # fmt: skip
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+        unreadable(error)
 
 
-def _is_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def unreadable(error):
+    """Raise the DataError of a folder that cannot be listed; an `onerror` of os.walk."""
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def is_image(name):
@@ -178,30 +184,3 @@ def is_image(name):
 def few(names):
     """The first of some names, for a sentence."""
     return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def _how_to_unpack(root):
-    missing = " or ".join(f"{s}/" for s in ("train", "val") if not (root / s).is_dir())
-    tars = [tar for tar in (TRAIN_TAR, VAL_TAR) if (root / tar).exists()]
-    message = f"there is no {missing} in {root}"
-    if not tars:
-        return f"{message}: ImageNet is a folder with train/CLASS/ and val/, which hold the images"
-    commands = [f"cd {root}"]
-    if TRAIN_TAR in tars:
-        commands += [f"mkdir -p train && tar -xf {TRAIN_TAR} -C train", f"({UNPACK_CLASSES})"]
-    if VAL_TAR in tars:
-        commands += [f"mkdir -p val && tar -xf {VAL_TAR} -C val"]
-    return f"{message}, but {' and '.join(tars)}. To unpack:\n  " + "\n  ".join(commands)
-
-
-def _wrong_classes(train):
-    tars = [path.name for path in train.left_out if re.fullmatch(r"n\d+\.tar", path.name)]
-    if tars:
-        return (f"{train.root} holds {len(tars)} tar files of classes. To unpack:\n"
-                f"  cd {train.root.parent}\n  {UNPACK_CLASSES}")  # fmt: skip
-    odd = [name for name in train.classes if not re.fullmatch(r"n\d{8}", name)]
-    among = f" ({few(odd)} among them)" if odd and len(train.classes) > CLASSES else ""
-    return (
-        f"{train.root} holds {len(train.classes)} class folders, not ImageNet's {CLASSES:,}{among}"
-        "; train on another set with main.py --dataset folder:PATH, as it is"
-    )

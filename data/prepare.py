@@ -53,8 +53,8 @@ LARGEST = 2**28  # bytes: no file of MNIST or CIFAR is as long
 TIMEOUT = 30  # seconds without an answer after which an address counts as dead
 
 
-def prepare(name, data_dir, source=None):
-    """The path of the prepared data set, made first if it is missing.
+def prepare(name, data_dir, source=None, check=False):
+    """The path of the prepared data set, made first if it is missing or, with `check`, damaged.
 
     `source` is a copy to make it from: the original archive (MNIST: a folder of its four files), a
     folder in torchvision's layout, a prepared .npz, or the URL of an archive (MNIST: of the folder
@@ -63,31 +63,29 @@ def prepare(name, data_dir, source=None):
     """
     import numpy as np  # and torch: not in the processes that prepare ImageNet
 
+    from data.arrays import load_arrays
+
     data_dir = Path(data_dir).expanduser()
-    path = data_dir / f"{name}.npz"
+    path, local = data_dir / f"{name}.npz", source is not None and "://" not in str(source)
     if path.exists() and source is None:
-        return path
+        with contextlib.suppress(DataError):
+            if check:
+                load_arrays(path, *DATASETS[name][:2])
+            return path
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         # Unfinished files lie beside the result, so that the last step is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as scratch:
             made = Path(scratch, path.name)
-            if str(source).endswith(".npz") and "://" not in str(source):
+            if local and str(source).endswith(".npz"):
                 shutil.copyfile(Path(source).expanduser(), made)
             else:
                 np.savez(made, **_arrays(name, data_dir, source, scratch))
-            _check(made)
+            load_arrays(made, *DATASETS[name][:2])
             os.replace(made, path)
     except OSError as error:
         raise DataError(f"{name} could not be prepared in {data_dir}: {error}") from error
     return path
-
-
-def _check(path):
-    """DataError if a prepared file is not the whole data set of its name."""
-    from data.arrays import load_arrays
-
-    load_arrays(path, DATASETS[path.stem].shape, DATASETS[path.stem].classes)
 
 
 def _arrays(name, data_dir, source, scratch):
@@ -117,15 +115,13 @@ def _arrays(name, data_dir, source, scratch):
         dataset(scratch, download=True)
     except (OSError, RuntimeError, EOFError) as error:
         files = getattr(dataset, "resources", None) or [(dataset.filename, dataset.tgz_md5)]
-        lines = [f"  address   {address}" for address in addresses]
-        lines += [f"  file      {file}  MD5 {md5}" for file, md5 in files]
         raise DataError("\n".join([
-            f"{name} could not be fetched: {reason(error)}", *lines,
-            "Fetch it by hand on any machine, then:",
-            f"  python -m data.prepare {name} --data_dir {data_dir} --from "
-            f"{'FOLDER' if name == 'mnist' else 'FILE'}",
-            "To try without a network:",
-            "  python main.py --dataset digits",
+            f"{name} could not be fetched: {reason(error)}",
+            *(f"  address   {address}" for address in addresses),
+            *(f"  file      {file}  MD5 {md5}" for file, md5 in files),
+            f"Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
+            f"python -m data.prepare {name} --data_dir {data_dir} --from FILE",
+            "To try without a network:\n  python main.py --dataset digits",
         ])) from error  # fmt: skip
     finally:
         socket.setdefaulttimeout(timeout)
@@ -210,23 +206,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     given = {flag: value for flag in imagenet.FLAGS if (value := getattr(args, flag)) is not None}
     source = args.source
-    if args.name == "imagenet":
-        source = source or os.environ.get("IMAGENET_PATH")
-        if not source:
-            parser.error("imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")
-    elif given:
-        parser.error(f"--{next(iter(given))} is for imagenet, not {args.name}")
     try:
         if args.name == "imagenet":
+            source = source or os.environ.get("IMAGENET_PATH") or parser.error(
+                "imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")  # fmt: skip
             return imagenet.prepare(source, args.data_dir, **given)
-        path = Path(args.data_dir).expanduser() / f"{args.name}.npz"
-        if path.exists() and source is None:
-            try:
-                _check(path)
-            except DataError as error:
-                print(f"Set aside: {error}", file=sys.stderr)
-                path.rename(path.with_suffix(".damaged"))
-        print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source)}")
+        for flag in given:
+            parser.error(f"--{flag} is for imagenet, not {args.name}")
+        print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source, check=True)}")
         return 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

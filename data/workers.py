@@ -18,9 +18,8 @@ LAST = 30  # seconds that a worker lives on after SIGTERM
 
 def usable_cores():
     """The number of cores that this process may use."""
-    with contextlib.suppress(AttributeError):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    known = hasattr(os, "sched_getaffinity")  # not on every system
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def ignore_all(*_):

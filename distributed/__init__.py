@@ -3,11 +3,14 @@
 Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
 """
 
-import inspect
 import os
+import re
+import signal
 import socket
 import sys
+import time
 import traceback
+import zlib
 from collections import Counter
 from datetime import timedelta
 from typing import NamedTuple
@@ -18,26 +21,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cli import UserError
 from distributed.launch import LAUNCHERS, LaunchError, is_first, read, siblings
-from distributed.meet import meet
 from distributed.sync_bn import SyncBatchNorm
-from distributed.watch import Watch
 
-__all__ = ["LaunchError", "RankError", "World", "is_first", "fingerprint", "start"]
-
-# every name that says that a launcher has started this process
-VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]
+VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]  # one is set by a launcher
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-MEETING = 600  # seconds within which every rank has to come: nodes start one after the other
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# How gloo's and NCCL's errors say that another process has ended.
+PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited")
+GONE = ("another rank is gone: it was killed (out of memory?) or its node is down; "
+        "the same command goes on")  # fmt: skip
+# Seconds to wait for another rank's reason. It is stored before that rank ends, and mpirun kills
+# the other ranks a second after the first.
+HEARING = 0.5
 
 
 class RankError(UserError):
-    """What every rank finds at once, and each of them raises; the message says it all."""
+    """An error that every rank raises in the same step."""
 
     exit_code = 1
 
 
 class Failure(NamedTuple):
-    """Why a run failed: the reason, a traceback or None, and whether this rank prints them."""
+    """Why a run failed. `first`: whether this rank prints the reason, and the traceback if any."""
 
     reason: str
     trace: str | None
@@ -45,40 +50,42 @@ class Failure(NamedTuple):
 
 
 class World:
-    """The ranks of a run: this one's `rank`, `local_rank` and `device`, and their number `size`."""
+    """The ranks of a run: this one's `rank`, `local_rank` and `device`, and their number `size`.
 
-    def __init__(self, device, rank=0, local_rank=0, size=1, watch=None, launcher=None):
+    All the ranks have to call the same methods in the same order, except `failed` and `leave`.
+    """
+
+    def __init__(self, device, rank=0, local_rank=0, size=1, launch=None, store=None):
         self.device, self.rank, self.local_rank, self.size = device, rank, local_rank, size
-        self.watch, self.launcher = watch, launcher
+        self.launch, self.store, self.broken = launch, store, False
+        self.launcher = launch and launch.launcher
 
     def wrap(self, net, sync_bn=False):
-        """`net` with its gradients averaged over the ranks, and with `sync_bn` its batch-norm
-        statistics taken over the images of all of them; the weights stay the same tensors."""
+        """A DistributedDataParallel that shares the tensors of `net`; of one rank `net` itself.
+
+        `sync_bn`: batch norms take their statistics over the images of all the ranks.
+        """
         if self.size == 1:
             return net
         if sync_bn:
-            # Some libraries' own do more than the norm, as an activation, which would be lost.
+            # A library's own class may do more than the norm, such as an activation.
             odd = {type(m).__name__ for m in net.modules()
                    if isinstance(m, _BatchNorm) and type(m).__module__ != _BatchNorm.__module__}
             if odd:
                 raise RankError(f"--sync_bn does not know the network's {', '.join(sorted(odd))}")
             net = SyncBatchNorm.convert(net)
         ids = [self.device] if self.device.type == "cuda" else None
-        ddp = torch.nn.parallel.DistributedDataParallel
-        # The statistics that count are those of rank 0, shared before they are used: not at every
-        # step. Newer versions of torch have another word for it.
-        names = inspect.signature(ddp.__init__).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        model = ddp(net, device_ids=ids, **{name: False})
+        model = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        model.broadcast_buffers = False  # rank 0's statistics, before a test and not in every step
         self._settle(model)
         return model
 
     def _settle(self, model):
-        """Have `model` send its gradients as it is going to at every step.
+        """Take a step without images, after which DDP keeps its gradient buckets.
 
-        After the first step it puts them into other messages; over three ranks and more, the place
-        in a message decides in which order the ranks' numbers are added, and a run that goes on
-        from a checkpoint would differ in the last bits. So it takes a first step without images.
+        DDP rebuilds them after the first step. With three ranks and more the place in a bucket
+        decides the order in which the ranks' numbers are added: without this, a resumed run would
+        differ in the last bits.
         """
         net = model.module
         forward = vars(net).get("forward")
@@ -86,132 +93,140 @@ class World:
         try:
             model(torch.zeros((), device=self.device)).backward()
         finally:
-            if forward is None:
-                del net.forward
-            else:
+            del net.forward
+            if forward is not None:
                 net.forward = forward
             net.zero_grad()
 
     def all_reduce(self, tensor):
-        """Add `tensor` up over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        """Replace `tensor` by its sum over the ranks."""
+        self.all_reduce_async(tensor)()
+
+    def all_reduce_async(self, tensor, op=dist.ReduceOp.SUM):
+        """Begin an all_reduce; returns a function to call before `tensor` is used."""
+        return dist.all_reduce(tensor, op, async_op=True).wait if self.size > 1 else lambda: None
+
+    def all_reduce_max(self, tensor):
+        """Replace `tensor` by its maximum over the ranks."""
+        self.all_reduce_max_async(tensor)()
+
+    def all_reduce_max_async(self, tensor):
+        """Begin an all_reduce_max; returns a function to call before `tensor` is used."""
+        return self.all_reduce_async(tensor, dist.ReduceOp.MAX)
 
     def all_reduce_in_order(self, tensor):
-        """The same, each element of a small tensor in the same way, wherever in it that stands."""
+        """Replace a small `tensor` by its sum in the order of the ranks: an element's bits do not
+        depend on its place."""
         if self.size > 1:
             parts = [torch.empty_like(tensor) for _ in range(self.size)]
             dist.all_gather(parts, tensor)
-            tensor.zero_()
-            for part in parts:
-                tensor += part
-
-    def all_reduce_async(self, tensor):
-        """Begin to; returns a function that has to be called before the tensor is used."""
-        return dist.all_reduce(tensor, async_op=True).wait if self.size > 1 else lambda: None
-
-    def all_reduce_max(self, tensor):
-        """The greatest of the ranks' `tensor`s, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-
-    def all_reduce_max_async(self, tensor):
-        """Begin to take the greatest; returns a function to be called before the tensor is used."""
-        return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True).wait
+            tensor.copy_(sum(parts))
 
     def broadcast(self, tensors):
-        """Give every rank the tensors of rank 0, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+        """Copy rank 0's `tensors` into those of the other ranks."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def broadcast_object(self, value=None):
-        """`value`, any picklable object, of rank 0. Waits for all the ranks."""
-        if self.size == 1:
-            return value
+        """Rank 0's `value`, any picklable object. Waits for rank 0."""
         box = [value]
-        dist.broadcast_object_list(box, 0, device=self._objects())
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0)
         return box[0]
 
     def all_gather_object(self, value):
-        """The `value`, any picklable object, of each rank, in a list that every rank gets."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+        """The list of the ranks' `value`s, any picklable objects. Waits for all the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def ranks_that_differ(self, tensors):
-        """The ranks whose `tensors` differ, in any bit, from those that most ranks hold."""
+        """The ranks whose `tensors` differ in any bit from those that most ranks hold."""
         if self.size == 1:
             return []
-        prints = [torch.empty((), dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(prints, fingerprint(tensors).to(self.device))
-        prints = torch.stack(prints).tolist()
-        most = max(Counter(prints).values())
-        usual = next(x for x in prints if prints.count(x) == most)  # of equals, the lowest rank's
+        prints = self.all_gather_object(fingerprint(tensors).item())
+        usual = Counter(prints).most_common(1)[0][0]  # of equals, the lowest rank's
         return [rank for rank, x in enumerate(prints) if x != usual]
 
     def failed(self, error):
-        return Failure(*self._failed(error), self.speaks)
+        """The Failure of the run, after `error` was raised on this rank.
 
-    def _failed(self, error):
-        """(reason, traceback or None) of what ended this run, after `error` was raised here: either
-        that, and then every other rank is told, or what another rank failed of before."""
-        reason, trace = f"{type(error).__name__}: {error}", None
+        The first rank that fails stores its reason for the others. An error in a collective follows
+        from what another rank did, and so may a signal: launchers end all the ranks when one ends.
+        """
+        trace = None
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted"
         elif isinstance(error, UserError):
             reason = str(error)
         else:
+            reason = f"{type(error).__name__}: {error}"
             trace = "".join(traceback.format_exception(error))
-        if self.watch is None or isinstance(error, RankError):
-            return reason, trace
-        if self.watch.told:  # and it is said already
-            return self.watch.failure[0], None
-        # An error in a collective follows from what happened elsewhere, and so may a signal: a
-        # launcher ends all the ranks when one has failed. A moment later it is known.
-        found = self.watch.wait(2)
-        if found is None:
-            self.watch.tell(reason, trace)
-        return found or (reason, trace)
-
-    @property
-    def speaks(self):
-        """Whether this rank prints: the first one, or the next ones once that is gone."""
-        if self.rank == 0 or self.watch is None:
-            return self.rank == 0
-        return self.watch.second and self.watch.orphaned
-
-    def stop(self):
-        if self.watch is not None:
-            self.watch.stop()
-            # After a failure the group is in pieces, and taking it apart may wait for ever.
-            if self.watch.failure is None and dist.is_initialized():
-                dist.destroy_process_group()
+        if self.store is None:
+            return Failure(reason, trace, True)
+        self.broken = True
+        for number in ENDING:  # a launcher's signal changes nothing from here on
+            signal.signal(number, signal.SIG_IGN)
+        gone = isinstance(error, RuntimeError) and trace is not None and bool(PEER.search(reason))
+        follows = gone or isinstance(error, (dist.DistError, KeyboardInterrupt))
+        if gone:
+            reason, trace = GONE, None
+        elif self.rank and not isinstance(error, (RankError, KeyboardInterrupt)):
+            reason = f"rank {self.rank}: {reason}"
+        end = time.monotonic() + follows * HEARING
+        try:
+            time.sleep(follows * HEARING / 5)  # the port of a killed rank closes after the others
+            socket.create_connection((self.launch.address, self.launch.port), 2).close()
+            while not self.store.check(["reason"]):  # prints a stack without a host
+                if time.monotonic() >= end:
+                    first = self.store.add("failed", 1) == 1
+                    if first:
+                        self.store.set("reason", reason)
+                    return Failure(reason, trace, first)
+                time.sleep(0.02)
+            return Failure(self.store.get("reason").decode(), None, False)
+        except (OSError, dist.DistError):  # Rank 0 is gone: its neighbour prints, one a node.
+            return Failure(reason, trace, gone and (self.rank == 1 or self.local_rank == 0))
 
     def leave(self, code):
-        """Stop, and of several ranks end the process with `code`; returns it otherwise.
+        """End the process with `code` where there are several ranks; returns it otherwise.
 
-        What is left of a group may wait for ranks that are gone; and where all went well, one of
-        its threads may still abort the interpreter's own ending ("terminate called ...").
+        The interpreter's own end may wait for ranks that are gone, and a thread of the group may
+        abort it ("terminate called ...") where all went well.
         """
-        self.stop()
+        if self.broken:
+            self._linger()
+        elif self.store is not None:
+            dist.destroy_process_group()
         if self.size > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         return code
 
-    def _objects(self):
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
+    def _linger(self):
+        """As rank 0, whose store has the reason, wait until the others have read it.
+
+        They notice that this rank's connections close; gloo has no abort in torch 2.6.
+        """
+        for fd in os.listdir("/proc/self/fd") if self.rank == 0 and sys.platform == "linux" else ():
+            try:
+                with socket.socket(fileno=os.dup(int(fd))) as peer:
+                    ports = peer.getsockname()[1], peer.getpeername()[1]
+                    if peer.family != socket.AF_UNIX and self.launch.port not in ports:
+                        peer.shutdown(socket.SHUT_RDWR)
+            except (OSError, IndexError):  # no socket, or one without a peer
+                continue
+        time.sleep(0 if self.rank else 2 * HEARING)
 
 
-def start(device, distribute=False, seconds=MEETING):
+def start(device, distribute=False, seconds=600):
     """The World of this process; `device` is a torch.device, without an index for one a rank.
 
     Raises LaunchError with one sentence where `distribute` is set and the launcher's variables do
-    not describe a run, or its ranks do not meet within `seconds`.
+    not describe a run, or the ranks do not meet within `seconds` (nodes start one after the other).
+    The message is empty where another rank prints it.
     """
     if not distribute:
         if siblings() > 1:
@@ -223,59 +238,75 @@ def start(device, distribute=False, seconds=MEETING):
     launch = read()
     if device.index is not None:
         raise LaunchError(f"--distribute gives each rank a device of its own; leave out {device}")
-    store = meet(launch, seconds)
+    # Ctrl-C ends the process at once: Python's handlers would wait until torch's calls return.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
     try:
-        watch = Watch(store, launch.rank, launch.size, launch.address, launch.local_rank)
-    except (dist.DistError, RuntimeError, OSError, ValueError) as error:
-        raise LaunchError(
-            f"rank {launch.rank} has met the others and lost them again: {error}"
-        ) from error
-    world = World(device, launch.rank, launch.local_rank, launch.size, watch, launch.launcher)
-    try:
-        if device.type == "cuda":
-            world.device = _own_gpu(launch, store)
-            torch.cuda.set_device(world.device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=launch.rank,
-            world_size=launch.size, timeout=timedelta(minutes=30),
-        )  # fmt: skip
-    except (Exception, KeyboardInterrupt) as error:
-        reason = world.failed(error).reason
-        watch.stop()
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise LaunchError(reason if world.speaks else "") from error
+        store = _meet(launch, seconds)
+        world = World(device, launch.rank, launch.local_rank, launch.size, launch, store)
+        try:
+            if device.type == "cuda":
+                count = torch.cuda.device_count()
+                if count <= launch.local_rank and count != 1:  # a launcher may show one a rank
+                    raise LaunchError(f"there are {count} GPUs on {socket.gethostname()} and a "
+                                      f"local rank {launch.local_rank}: start one rank a GPU")
+                world.device = torch.device("cuda", launch.local_rank % count)
+                torch.cuda.set_device(world.device)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", store=store, rank=launch.rank,
+                world_size=launch.size, timeout=timedelta(minutes=30),
+            )  # fmt: skip
+            # NCCL connects in the first message, and refuses two ranks on one GPU.
+            world.all_reduce(torch.zeros((), device=world.device))
+        except Exception as error:
+            failure = world.failed(error)
+            world._linger()
+            raise LaunchError(failure.reason if failure.first else "") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return world
 
 
-def _own_gpu(launch, store):
-    """This rank's GPU; LaunchError where there are fewer than ranks on this node."""
-    count = torch.cuda.device_count()
-    # Where the launcher shows each process one GPU alone, that is its own.
-    index = 0 if count == 1 else launch.local_rank
-    if index >= count:
-        raise LaunchError(
-            f"there are {count} GPUs on {socket.gethostname()} and a local rank "
-            f"{launch.local_rank}: start one rank a GPU"
+def _meet(launch, seconds):
+    """The torch store that all the ranks of `launch` share, once all of them have come."""
+    limit, hosts = timedelta(seconds=seconds), launch.rank == 0 and not launch.agent
+    try:
+        socket.getaddrinfo(launch.address, launch.port)  # torch retries a wrong name to the end
+        store = dist.TCPStore(
+            launch.address, launch.port, launch.size, hosts, limit, wait_for_workers=False
         )
-    device = torch.device("cuda", index)
-    mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-    store.set(f"gpu/{launch.rank}", mine)
-    for rank in range(launch.rank):
-        if store.get(f"gpu/{rank}").decode() == mine:
-            raise LaunchError(
-                f"ranks {rank} and {launch.rank} have the same GPU of {socket.gethostname()}: "
-                "start one rank a GPU"
-            )
-    return device
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0].rpartition("message: ")[2].rstrip(".")
+        if isinstance(error, socket.gaierror):
+            raise LaunchError(f"MASTER_ADDR {launch.address} is no address: {cause}") from error
+        if hosts:
+            raise LaunchError(f"rank 0 cannot listen at MASTER_PORT {launch.port}: {cause}; export "
+                              "MASTER_PORT, another one that is free") from error  # fmt: skip
+        raise LaunchError(f"rank {launch.rank} finds no rank 0 at {launch.address}, port "
+                          f"{launch.port}: is it running, by the same command? Export MASTER_ADDR "
+                          "and MASTER_PORT if that is not its address") from error  # fmt: skip
+    # Ranks of another job at the same port, or of another command, do not count.
+    command = zlib.crc32(repr(sys.argv[1:]).encode())
+    store = dist.PrefixStore(f"agd/{launch.job}/{launch.size}/{command}", store)
+    try:
+        store.set(f"here/{launch.rank}", "")
+        if store.add("here", 1) == launch.size:
+            store.set("all", "")
+        store.wait(["all"], limit)
+    except RuntimeError as error:
+        if launch.rank:  # rank 0 prints
+            raise LaunchError("") from error
+        missing = [rank for rank in range(launch.size) if not store.check([f"here/{rank}"])]
+        shown = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+        raise LaunchError(f"{len(missing)} of {launch.size} ranks did not come: {shown}; they have "
+                          "ended, or have another command, or never began") from error  # fmt: skip
+    return store
 
 
 def fingerprint(tensors):
-    """A 64-bit sum over the bits of real tensors of one device, 0-dim int64: one pass over them,
-    the same for the same bits everywhere, and another if one element differs."""
-    total = None
-    for tensor in tensors:
-        bits = tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-        total = bits if total is None else total * 31 + bits
-    return torch.zeros((), dtype=torch.int64) if total is None else total
+    """A 64-bit sum over the bits of real tensors of one device, 0-dim int64: the same for the same
+    bits in any layout, another one if an element differs."""
+    total = torch.zeros((), dtype=torch.int64)
+    for x in tensors:
+        total = total * 31 + x.detach().view(INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+    return total

@@ -1,16 +1,15 @@
-"""What the ranks agree on while they train, and what the host reads of a device, without a wait for
-the step that is under way."""
+"""Values of a device, and votes of the ranks, that the host gets without a wait for this step."""
 
 from collections import deque
 
 import torch
 
-LAG = 4  # steps after which a GPU's are read: so far ahead is what the host has it do
+LAG = 4  # steps by which the host is ahead of a GPU
 
 
 class DelayedReads:
-    """The values of 0-dim tensors of a device, in the order in which they were put, each read when
-    `lag` others have been put after it. On a CPU they are there at once."""
+    """The values of 0-dim tensors in the order of `put`, each read when `lag` others have followed.
+    On a CPU they are there at once."""
 
     def __init__(self, device, lag=LAG):
         self.cuda = device.type == "cuda"
@@ -18,18 +17,17 @@ class DelayedReads:
 
     def put(self, tensor):
         """Returns the values that can be read by now."""
+        event = None
         if self.cuda:
             if self.spare:
                 host, event = self.spare.pop()
             else:
-                with torch.inference_mode(False):  # an evaluation's is used in training again
+                with torch.inference_mode(False):  # training reuses what an evaluation has made
                     host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
                 event = torch.cuda.Event(blocking=True)  # a wait that leaves the core to others
-            host.copy_(tensor, non_blocking=True)
+            tensor = host.copy_(tensor, non_blocking=True)
             event.record()
-            self.waiting.append((host, event))
-        else:
-            self.waiting.append((tensor, None))
+        self.waiting.append((tensor, event))
         return self._read(self.lag)
 
     def rest(self):
@@ -48,14 +46,14 @@ class DelayedReads:
 
 
 class DelayedMax:
-    """The greatest of the ranks' votes, small whole numbers, which every rank gets in the same
-    step: of one rank at once, of several a step or a few after they were cast."""
+    """The maximum of the ranks' votes, small whole numbers, which every rank gets in the same step:
+    with one rank at once, with several a step or a few later."""
 
     def __init__(self, world):
         self.world, self.sent, self.later = world, deque(), DelayedReads(world.device)
 
     def cast(self, vote):
-        """This rank's vote in this step; returns what has been agreed on by now, 0 for nothing."""
+        """Vote in this step; returns the maximum that is known by now, 0 for nothing."""
         if self.world.size == 1:
             return vote
         tensor = torch.full((), vote, dtype=torch.int32, device=self.world.device)

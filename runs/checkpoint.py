@@ -17,23 +17,15 @@ import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from cli import printable
-from runs.files import write_whole
+from runs.files import reason, write_whole
 
 
 class Damaged(ValueError):
     """These bytes are no checkpoint; the message says what is wrong with them."""
-
-
-class Resumed(NamedTuple):
-    """What a run goes on from."""
-
-    checkpoint: dict = None  # None at the start of a run
-    warning: str = None  # of a newer checkpoint that is damaged
 
 
 class Checkpoints:
@@ -41,10 +33,8 @@ class Checkpoints:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.previous, self.partial, self.damaged = (
-            self.path.with_name(f"{self.path.name}.{what}")
-            for what in ("previous", "partial", "damaged")
-        )
+        names = (f"{self.path.name}.{what}" for what in ("previous", "partial", "damaged"))
+        self.previous, self.partial, self.damaged = map(self.path.with_name, names)
 
     def write(self, content):
         """Make `content`, a dict from `plain`, the newest checkpoint. Raises OSError where it
@@ -52,34 +42,31 @@ class Checkpoints:
         write_whole(self.path, pack(content), self.previous)
 
     def read(self):
-        """The newest whole checkpoint, as Resumed; a newer one that is damaged is set aside.
-
-        Raises Damaged where there are files and none is whole, OSError where one cannot be read
-        for another reason than damage.
-        """
-        damage = {}
+        """(the newest whole checkpoint or None, the warning or None of a newer one that is damaged,
+        and is set aside). Raises Damaged where there are files and none is whole, OSError where one
+        cannot be read for another reason than damage."""
+        damage, warning = [], None
         for path in (self.path, self.previous):
             try:
                 if path.exists() and not path.is_file():  # a pipe would be waited for
                     raise Damaged("it is no file")
-                return Resumed(unpack(path.read_bytes()), self._set_aside(path, damage))
+                checkpoint = unpack(path.read_bytes())
             except FileNotFoundError:
                 continue
             except (OSError, Damaged) as error:
                 if isinstance(error, OSError) and error.errno != errno.EIO:
                     raise
-                damage[path] = error
+                damage.append(f"{path} is damaged: {error}")
+                warning = (f"{path} is damaged ({error}): set aside as {self.damaged.name}, and "
+                           f"{self.previous.name} is used")  # fmt: skip
+                continue
+            if damage:
+                with suppress(OSError):
+                    os.replace(self.path, self.damaged)
+            return checkpoint, warning
         if damage:
-            raise Damaged("; ".join(f"{path} is damaged: {x}" for path, x in damage.items()))
-        return Resumed()
-
-    def _set_aside(self, good, damage):
-        """Rename the damaged checkpoint that is newer than `good`. Returns the warning, or None."""
-        for bad, error in damage.items():
-            with suppress(OSError):
-                os.replace(bad, self.damaged)
-            return (f"{bad} is damaged ({error}): set aside as {self.damaged.name}, and "
-                    f"{good.name} is used")  # fmt: skip
+            raise Damaged("; ".join(damage))
+        return None, None
 
     def discard(self):
         for path in (self.path, self.previous, self.partial):
@@ -97,15 +84,13 @@ def _all(valid, length=None):
 
 def _totals(x):
     """Whether x is None, or columns of one length, a value a step."""
-    if x is None:
-        return True
     if not isinstance(x, dict) or not _all(_count)(x.get("counts")):
-        return False
-    columns, shape = {key: t for key, t in x.items() if key != "counts"}, (len(x["counts"]),)
-    return {"losses", "correct"} <= set(columns) <= {"losses", "correct", "eta", "update"} and all(
-        isinstance(t, torch.Tensor) and t.shape == shape
+        return x is None
+    needed = {"counts", "losses", "correct"}
+    return needed <= set(x) <= needed | {"eta", "update"} and all(
+        isinstance(t, torch.Tensor) and t.shape == (len(x["counts"]),)
         and (t.dtype == torch.int64 if key == "correct" else t.is_floating_point())
-        for key, t in columns.items()
+        for key, t in x.items() if key != "counts"
     )  # fmt: skip
 
 
@@ -153,11 +138,10 @@ def validate(checkpoint, steps):
 
 def settings_of(checkpoint):
     """The settings of the run that wrote a checkpoint, or None where no run wrote it."""
-    if not isinstance(checkpoint, dict) or not {"net", "optimizer"} <= set(checkpoint):
-        return None
-    if not _count(checkpoint.get("epoch")) or not _count(checkpoint.get("step", 0)):
-        return None
-    return _parsed(checkpoint.get("settings"), dict)
+    whole = isinstance(checkpoint, dict) and {"net", "optimizer"} <= set(checkpoint)
+    if whole and _count(checkpoint.get("epoch")) and _count(checkpoint.get("step", 0)):
+        return _parsed(checkpoint.get("settings"), dict)
+    return None
 
 
 def pack(content):
@@ -190,8 +174,7 @@ def unpack(data):
     except pickle.UnpicklingError as error:  # torch's message is how to load it all the same
         raise Damaged("it holds other things than numbers, strings and tensors") from error
     except Exception as error:  # both raise whatever they come upon
-        message = str(error).strip() or type(error).__name__
-        raise Damaged(printable(message.splitlines()[0])) from error
+        raise Damaged(printable(reason(error).splitlines()[0])) from error
 
 
 def plain(value, name="it"):

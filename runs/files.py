@@ -1,4 +1,4 @@
-"""Write files that are whole at every moment, or not there."""
+"""Write files that are whole at every moment, or not there; the wording of what fails."""
 
 import contextlib
 import errno
@@ -22,8 +22,10 @@ def write_whole(path, content, previous=None):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if not _reads_as(partial, data):
-            raise OSError(errno.EIO, f"{partial} does not read as it was written")
+        with open(partial, "rb") as file:
+            parts = range(0, len(data) + 1, CHUNK)  # one more byte than there should be
+            if not all(file.read(CHUNK) == data[i : i + CHUNK] for i in parts):
+                raise OSError(errno.EIO, f"{partial} does not read as it was written")
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(partial, path)
@@ -34,13 +36,14 @@ def write_whole(path, content, previous=None):
         raise
 
 
-def _reads_as(path, data):
-    """Whether a file's content is `data`."""
-    with open(path, "rb") as file, memoryview(data) as view:
-        for start in range(0, len(data), CHUNK):
-            if file.read(CHUNK) != view[start : start + CHUNK]:
-                return False
-        return not file.read(1)
+def cannot(path, what, error):
+    """The message of an error whose own may repeat the path: `path` cannot be `what`."""
+    return f"{path} cannot be {what}: {reason(error)}"
+
+
+def reason(error):
+    """The message of an error, without the path that an OSError repeats."""
+    return getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
 
 
 def sync_folder(folder):

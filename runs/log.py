@@ -3,13 +3,14 @@
 
 import json
 import os
+import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 from cli import UserError
 from runs.checkpoint import Checkpoints, Damaged, plain, settings_of
-from runs.files import write_whole
+from runs.files import cannot, reason, write_whole
 
 # The keys that readers of a row rely on, by its kind, and the types of other keys, where a row has
 # them. An int is a count from 1; null stands for a number that was not finite.
@@ -46,12 +47,7 @@ def disk_errors(path, what, advice=""):
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path} cannot be {what}: {reason(error)}{advice}") from error
-
-
-def reason(error):
-    """The message of an error, without the path that an OSError repeats."""
-    return getattr(error, "strerror", None) or str(error)
+        raise RunError(cannot(path, what, error) + advice) from error
 
 
 def as_logged(row):
@@ -145,15 +141,15 @@ class RunLog:
         up to `epochs`, else None."""
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
-        end = rows[-1] if rows and rows[-1]["kind"] == "end" else {}
-        test_acc = done[-1]["test_acc"] if done else None
-        if end.get("final") and (end.get("stopped") or len(done) >= epochs):
-            return len(done), test_acc, end.get("stopped")
+        end = rows[-1] if rows and rows[-1].get("final") else {}
         # An unfinished run may hold more epochs than this command asks for.
-        return (len(done), test_acc, None) if len(done) > epochs else None
+        if end and (end.get("stopped") or len(done) >= epochs) or len(done) > epochs:
+            return len(done), done[-1]["test_acc"] if done else None, end.get("stopped")
+        return None
 
     def start(self, first_row):
-        """Open the log, truncated to the last checkpoint, and lock the run. Returns Resumed.
+        """Open the log, truncated to the last checkpoint, and lock the run. Returns the checkpoint
+        to go on from, or None, and a warning, or None.
 
         A run that goes on keeps its own first row, in which "resumed" lists what has changed.
         Raises RunError, and then the run is not locked.
@@ -167,7 +163,7 @@ class RunLog:
 
     def _start(self, first_row):
         rows = self.rows()
-        checkpoint, warning = resumed = self._read_checkpoint()
+        checkpoint, warning = self._read_checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
         if len(epochs) < done or epochs[:done] != list(range(1, done + 1)):
@@ -185,7 +181,7 @@ class RunLog:
             write_whole(self.log_path, b"".join(map(json_line, [first_row, *rows])))
             self.file = open(self.log_path, "ab", buffering=0)
             self.length = self.log_path.stat().st_size
-        return resumed
+        return checkpoint, warning
 
     def _resume(self, then, now):
         """The first row `then` of a run that goes on, with the flags of `now`, and with what has
@@ -193,28 +189,27 @@ class RunLog:
         def changed(keys, old, new):
             return {key: new.get(key) for key in keys if new.get(key) != old.get(key)}
 
-        self.changed = changed(ENVIRONMENT, then, now)
         flags = changed(BATCH_FLAGS, then["flags"], now["flags"])
-        self.changed |= {"flags": flags} if flags else {}
+        self.changed = changed(ENVIRONMENT, then, now) | ({"flags": flags} if flags else {})
         row, (epoch, step) = {**then, "flags": now["flags"]}, self.saved
         if self.changed:
             place = {"after_epoch": epoch} | ({"step": step} if step else {})
-            resumed = {**place, "date": now.get("date"), **self.changed}
-            row["resumed"] = [*then.get("resumed", []), resumed]
+            row["resumed"] = [*then.get("resumed", []),
+                              {**place, "date": now.get("date"), **self.changed}]  # fmt: skip
         return row
 
     def _read_checkpoint(self):
         with disk_errors(self.checkpoint_path, "read"):
             try:
-                resumed = self.checkpoints.read()
+                checkpoint, warning = self.checkpoints.read()
             except Damaged as error:
                 raise RunError(f"{error}; --fresh starts over") from error
-        if resumed.checkpoint is not None:
-            settings = settings_of(resumed.checkpoint)
+        if checkpoint is not None:
+            settings = settings_of(checkpoint)
             if settings is None:
                 raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
             self.compare(self.settings, settings, self.checkpoint_path)
-        return resumed
+        return checkpoint, warning
 
     def lock_or_fail(self):
         """Lock the run for this process; RunError where another process has locked it."""
@@ -227,7 +222,14 @@ class RunLog:
         try:
             self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
             LOCKS.add(self.lock)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end = time.monotonic() + 0.2  # a child between fork and exec holds it for a moment
+            while True:
+                try:
+                    return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.01)
         except BlockingIOError:
             self.release()  # so that a later call does not take it for locked
             raise RunError(f"another process is making {self.log_path}; wait for it, or choose "
@@ -261,7 +263,7 @@ class RunLog:
                 rest = rest[self.file.write(rest) :]
             os.fsync(self.file.fileno())
         except OSError as error:
-            return f"{self.log_path} cannot be written: {reason(error)}"
+            return cannot(self.log_path, "written", error)
         self.length += len(self.pending)
         self.pending = b""
         return None
@@ -272,14 +274,13 @@ class RunLog:
 
         Raises RunError where a value is of a type that a checkpoint cannot hold.
         """
-        failure = self.log() if self.pending else None
-        if failure is not None:
+        if self.pending and (failure := self.log()):
             return failure
         content = self.plain({**checkpoint, "settings": json.dumps(self.settings)})
         try:
             self.checkpoints.write(content)
         except OSError as error:
-            return f"{self.checkpoint_path} cannot be written: {reason(error)}"
+            return cannot(self.checkpoint_path, "written", error)
         self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
         return None
 

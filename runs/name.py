@@ -11,8 +11,7 @@ from runs.provenance import data_sha256
 SHAPING = ("arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size",
            "train_examples", "test_examples", "skip_bad_images")  # fmt: skip
 # settings that a run without them does not have: they came later
-LATER = {"sync_bn": False, "precision": "fp32", "bias": None, "affine": None, "layers": None,
-         "freeze": None}  # fmt: skip
+LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze")
 # the parts of a name, in order: flag -> (its form, the value for which it is left out)
 PARTS = {
     "arch": ("{}", ""), "bias": ("bias", None), "affine": ("affine", None),
@@ -33,7 +32,7 @@ def name_and_settings(flags):
     """
     keys = (*SHAPING, "depth", "width") if flags["arch"] == "fcn" else SHAPING
     settings = {key: flags[key] for key in keys}
-    settings |= {key: flags[key] for key, off in LATER.items() if flags[key] != off}
+    settings |= {key: flags[key] for key in LATER if flags[key] != PARTS[key][1]}
     words, dataset = dict(flags), flags["dataset"]
     if flags["arch"] == "fcn":
         words["arch"] = f"fcn{flags['depth']}x{flags['width']}"

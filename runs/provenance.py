@@ -100,10 +100,9 @@ def versions(flags, device):
     for module in (flags["arch"].rpartition(":")[0], flags["optimizer"].rpartition(".")[0]):
         names.add(module.split(".")[0])
     for name in sorted(names - {"", *versions}):
-        try:
+        versions[name] = getattr(sys.modules.get(name), "__version__", None)  # a user's own module
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version({"PIL": "pillow"}.get(name, name))
-        except metadata.PackageNotFoundError:  # a module of the user's own may have none
-            versions[name] = getattr(sys.modules.get(name), "__version__", None)
     if cuda:
         versions["cuda"] = torch.version.cuda
         versions["cudnn"] = str(torch.backends.cudnn.version())
@@ -137,16 +136,15 @@ def environment(device):
     """Versions, hardware and commit that a result was made with, in short."""
     commit, parts = _git(HERE, "rev-parse", "HEAD"), hardware(device)
     if commit is not None:
-        changed = _git(HERE, "diff", "--quiet", "HEAD") is None
-        commit = commit.decode().strip() + "-modified" * changed
+        modified = _git(HERE, "diff", "--quiet", "HEAD") is None
+        commit = commit.decode().strip() + "-modified" * modified
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": sys.platform,
         "device": str(device),
         "device_name": parts["device_name"] or parts["processor"],
-        "threads": parts["threads"],
-        "cores": parts["cores"],
+        **{key: parts[key] for key in ("threads", "cores")},
         "commit": commit,
     }
 

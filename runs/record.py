@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from runs.files import write_whole
+from runs.files import cannot, write_whole
 from runs.log import RunError, as_logged, json_line
 from runs.provenance import code, data_sha256, hardware, tilde, variables, versions
 
@@ -54,10 +54,10 @@ class RecordError(RunError):
 
 
 class Record:
-    """The record of the run under way; `problem` is the reason why it cannot be written, or None.
+    """The record of the run under way, at `path`; `problem` is why it cannot be written, or None.
 
-    path: of the record. flags: a dict by name. command: the words of main.py's command line that
-    make the run again. data: the run's Data. facts: a dict with COUNTS.
+    flags: a dict by name. command: the words of main.py's command line that make the run again.
+    data: the run's Data. facts: a dict with COUNTS.
     """
 
     def __init__(self, path, flags, command, settings, data, facts, world):
@@ -96,11 +96,12 @@ class Record:
             return then["results"][-1]
         table(("Input", "Then", "Now"), [tuple(map(shown, row)) for row in odd])
         commit, diff = then["code"]["commit"], then["code"]["diff"]
-        if odd[0][0] == "code" and commit is None:
-            print("The code that made it was no checkout of git.")
-        elif odd[0][0] == "code":
+        advice = "The code that made it was no checkout of git."
+        if commit is not None:
             more = " and apply the diff that the record holds (code, diff)" if diff else ""
-            print(f"To have its code: git checkout {shown(commit)}{more}.")
+            advice = f"To have its code: git checkout {shown(commit)}{more}."
+        if odd[0][0] == "code":
+            print(advice)
         anyway = shlex.join([*self.content["command"], f"--out={self.path.parent.parent}"])
         print(f"To run it all the same: {anyway}")
         names = ", ".join(shown(key) for key, *_ in odd)
@@ -161,7 +162,7 @@ class Record:
             write_whole(self.path, json.dumps(content, indent=1) + "\n")
             self.problem = None
         except OSError as error:
-            self.problem = f"{self.path} cannot be written: {error}"
+            self.problem = cannot(self.path, "written", error)
 
 
 def read(path):

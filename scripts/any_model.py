@@ -9,13 +9,11 @@
 
 A part that is done is added to <out>/any_model/CASE.json, and is not run again; `--list` prints the
 parts, `--only` runs those with a text in their name. `report` writes the tables of all cases into
-the README.md there, `draw` figure 9. Images are neither cropped nor mirrored.
+the README.md there. Images are neither cropped nor mirrored.
 """
 
-import copy
 import itertools
 import math
-import statistics
 import sys
 from functools import partial
 
@@ -26,7 +24,6 @@ from agd import AGD, init_weights
 from architecture import build, with_vectors
 from data import load
 from scripts import comparisons as lab
-from scripts import style
 from scripts.comparisons import Limit
 from training.losses import mse, xent
 
@@ -44,11 +41,6 @@ SETTINGS = {
     "families": {**IMAGES, "images": 5000, "batch": 64, "steps": 120, "seeds": (0,),
                  "rates": (3e-4, 1e-3, 3e-3)},
 }  # fmt: skip
-QUICK = {None: {  # tiny, for tests
-    "depths": (3,), "depth": 3, "width": 16, "epochs": 1, "before": 1, "images": 64, "test": 32,
-    "batch": 16, "seeds": (0,), "channels": (4, 4, 4), "layers": 2, "context": 16, "steps": 4,
-    "warm_up": 2, "activations": ("ReLU", "Tanh"), "rates": (1e-3,),
-}}  # fmt: skip
 
 
 def ours(net, steps=None):
@@ -82,34 +74,27 @@ def stacks(args):
     return lab.parts(args, runs, take=iter), limits
 
 
-def on_and_off(args, name, make, key, limit, take=None):
-    """Parts that train make(False) and make(True), drawn anew, on the square loss."""
+def on_and_off(args, name, make, key, limit):
+    """Parts that train make(False) and make(True), drawn anew, on the square loss; with it on, the
+    number `key` is lower by at least `limit`."""
 
     def work(on, seed):
         net = make(on)
         init_weights(net, torch.Generator().manual_seed(seed))
         return net, *lab.cifar(args, seed), mse, None
 
-    def more(net, batches, curve):
-        return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": curve[-1]}
+    def more(net, batches, loss):
+        return {"train_loss": lab.score(net, batches, mse)[0], "last_epoch": loss}
 
     runs = {f"{name} {'on' if on else 'off'}": (partial(work, on), ours) for on in (False, True)}
-    return lab.parts(args, runs, take=take, more=more), [
-        Limit(f"{name} off", key, limit, True, f"{name} on", True)]  # fmt: skip
-
-
-def in_batches(args, name, *rest):
-    """In whole batches, and with the images that are left over at the end of an epoch."""
-    last = f"last {args.images % args.batch} images too, {name}"
-    first, limits = on_and_off(args, name, *rest)
-    return {**first, **on_and_off(args, last, *rest, iter)[0]}, limits
+    return lab.parts(args, runs, more=more), [Limit(f"{name} off", key, limit, True, f"{name} on")]
 
 
 def biases(args):
     def make(on):
         return build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=on)
 
-    return in_batches(args, "biases", make, "train loss", 0.005)
+    return on_and_off(args, "biases", make, "train loss", 0.005)
 
 
 def affine(args):
@@ -125,10 +110,10 @@ def affine(args):
         head = nn.Linear(before * (positions if flat else 1), 10, bias=False)
         return with_vectors(nn.Sequential(*layers, nn.Flatten(), head), False, on)
 
-    first, limits = in_batches(args, "affine", partial(make, False), "last epoch", 0.015)
-    name = "all positions, affine"
-    more, bounds = on_and_off(args, name, partial(make, True), "last epoch", 0.015)
-    return {**first, **more}, limits + bounds
+    names = {"affine": False, "all positions, affine": True}
+    both = [on_and_off(args, name, partial(make, flat), "last epoch", 0.015)
+            for name, flat in names.items()]  # fmt: skip
+    return both[0][0] | both[1][0], both[0][1] + both[1][1]
 
 
 def gpt2(args):
@@ -142,25 +127,23 @@ def gpt2(args):
     return lab.parts(args, runs, keys=["validation_loss"]), [Limit("AGD", "validation loss", 2.52)]
 
 
-def adapted(args, runs, seed):
+def adapted(args, runs, seed, name=""):
     """Rows of the network of `biases`, by Adam on the first half of the images; then on the second,
     by each of `runs`."""
-    rows, half = [], args.images // 2
     torch.manual_seed(seed)
     start = build("fcn", (3, 32, 32), 10, args.depth, args.width, bias=True)
+    half = args.images // 2
     old, tests = lab.cifar(args, seed, slice(half))
     new, _ = lab.cifar(args, seed, slice(half, None))
+
+    def more(net, *_):
+        return {"test_accuracy": lab.score(net, tests, mse)[1],
+                "new_half_loss": lab.score(net, new, mse)[0],
+                "old_half_loss": lab.score(net, old, mse)[0]}  # fmt: skip
+
     before = torch.optim.Adam(start.parameters(), args.rate_before)
-    lab.train(start, before, old, mse, args.before)
-    for run, make in {"before": None, **runs}.items():
-        net = copy.deepcopy(start)
-        optimizer = make and make(net)
-        if optimizer:
-            lab.train(net, optimizer, new, mse, args.epochs)
-        rows.append(lab.row(run, seed, optimizer, test_accuracy=lab.score(net, tests, mse)[1],
-                            new_half_loss=lab.score(net, new, mse)[0],
-                            old_half_loss=lab.score(net, old, mse)[0]))  # fmt: skip
-    return rows
+    list(lab.train(start, before, lab.epochs(old, args.before, lab.whole), mse))
+    return lab.adapted(args, name, start, new, tests, mse, runs, seed, more=more)
 
 
 def finetune(args):
@@ -191,51 +174,6 @@ def families(args):
 
 CASES = {"stacks": stacks, "biases": biases, "affine": affine, "gpt2": gpt2,
          "finetune": finetune, "families": families}  # fmt: skip
-
-
-def draw(folder, results):
-    """Figure 9: train losses with vectors on and off, and of five families beside Adam."""
-    import matplotlib.pyplot as plt
-
-    adam = {"color": style.ORANGE, "marker": "o", "markevery": 3, "markersize": 3.2,
-            "markerfacecolor": "white"}  # fmt: skip
-    with plt.style.context([style.STYLE]):
-        figure, axes = plt.subplots(2, 4, figsize=(style.WIDTH, 3.5))
-        titles = {"biases": "FCN, biases", "affine": "Conv net, gains and biases"}
-        for ax, (case, title) in zip(axes[:, 0], titles.items()):
-            for run, dots in ("off", style.DOTTED), ("on", "-"):
-                for x in (x for x in results[case]["rows"] if x["run"] == f"{case} {run}"):
-                    ax.plot(range(1, len(x["curve"]) + 1), x["curve"], color=style.BLUE,
-                            linewidth=1, label=None if x["seed"] else run, linestyle=dots)
-            ax.set(title=title, xlabel="epochs", ylabel="train loss")
-            ax.xaxis.set_major_locator(plt.MultipleLocator(2))
-            ax.legend()
-        rows = results["families"]["rows"]
-        names = dict.fromkeys(x["run"].rpartition(", ")[0] for x in rows)
-        for ax, name in zip(axes[:, 1:].flat, names):
-            best = best_adam(rows, name)
-            for run, look in ("AGD", {"color": style.BLACK}), (best, adam):
-                for x in (x for x in rows if x["run"] == f"{name}, {run}"):
-                    ax.plot([10 * (i + 1) for i in range(len(x["curve"]))], x["curve"], **look)
-            ax.set(title=name, xlabel="steps", xlim=0)
-            ax.text(0.04, 0.05, best, transform=ax.transAxes, fontsize=7)
-        losses = [y for x in rows for y in x["curve"] if x["run"].endswith("AGD")]
-        for ax in axes[:, 1:].flat:
-            ax.set_ylim(min(losses) - 0.4, max(losses) + 0.05)
-        axes[1, 3].set_axis_off()
-        axes[1, 3].legend(handles=[style.optimizer_key("AGD"), style.optimizer_key(
-            "Adam", "Adam, best of 3 rates")], loc="center")  # fmt: skip
-        figure.savefig(folder / "fig9.png")
-    plt.close(figure)
-
-
-def best_adam(rows, name):
-    """The rate of Adam that is best for a network, by the last train loss."""
-    losses = {}
-    for x in rows:
-        if x["run"].startswith(f"{name}, Adam"):
-            losses.setdefault(x["run"], []).append(x["numbers"]["train loss"])
-    return min(losses, key=lambda run: statistics.fmean(losses[run])).rpartition(", ")[2]
 
 
 def main(argv=None):

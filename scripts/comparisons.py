@@ -1,13 +1,13 @@
 """Optimisers beside one another on small workloads: the engine of scripts.any_model and
 scripts.spectral. A case is {part: function that returns its rows} and bounds on them; a part runs
-once, and its rows, a page and a figure stay under --out."""
+once, and its rows and a page stay under --out."""
 
 import argparse
+import copy
 import itertools
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from contextlib import suppress
@@ -29,23 +29,30 @@ from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
 from runs.provenance import environment
+from scripts.markdown import renew, table
 from training.losses import xent
 from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
 LIBRARIES = ("torch", "numpy", "torchvision", "transformers", "timm")
+TINY = {  # settings of --quick, for tests; a case's own win
+    "depth": 3, "depths": (3,), "width": 16, "layers": 2, "heads": 2, "channels": (4, 8, 8),
+    "batch": 16, "images": 64, "test": 32, "context": 16, "texts": 4, "held": 64, "seeds": (0,),
+    "epochs": 1, "before": 1, "steps": 4, "text_steps": 4, "image_steps": 2, "warm_up": 1,
+    "activations": ("ReLU", "Tanh"), "rates": (1e-3,), "hidden": 16, "digits": 64,
+    "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,),
+}  # fmt: skip
 
 
 class Limit(NamedTuple):
-    """That a number of a run is at most, or at `least`, `limit`: at its worst seed; or its
-    difference from the best one of `than`; or that from the same seed of `than`, if `paired`."""
+    """That a number of a run, or its difference from the same seed of `than`, is at most, or at
+    `least`, `limit` at its worst seed."""
 
     run: str
     key: str
     limit: float
     least: bool = False
     than: str | None = None
-    paired: bool = False
 
 
 def judged(rows, limits):
@@ -54,17 +61,13 @@ def judged(rows, limits):
     for x in rows:
         for key, number in x["numbers"].items():
             values.setdefault((x["run"], key), {})[x["seed"]] = number
-    for run, key, limit, least, than, paired in limits:
-        ours, theirs = values.get((run, key)), values.get((than, key))
-        worst, best = (min, max) if least else (max, min)
-        if ours is None or (than and theirs is None):
-            continue
-        what = f"{run}: {key}{f', minus that of {than}' if than else ''}"
-        if paired:
-            told = {f"{what}, seed {k}": ours[k] - theirs[k] for k in ours.keys() & theirs.keys()}
-        else:
-            told = {what: worst(ours.values()) - (best(theirs.values()) if than else 0)}
-        bounds += [{"what": k, "found": x, "limit": limit, "least": least} for k, x in told.items()]
+    for run, key, limit, least, than in limits:
+        ours = values.get((run, key), {})
+        theirs = values.get((than, key), {}) if than else dict.fromkeys(ours, 0)
+        if seeds := ours.keys() & theirs.keys():
+            worst = (min if least else max)(ours[seed] - theirs[seed] for seed in seeds)
+            what = f"{run}: {key}{f', minus that of {than}' if than else ''}"
+            bounds.append({"what": what, "found": worst, "limit": limit, "least": least})
     return bounds
 
 
@@ -76,48 +79,35 @@ def verdict(bound):
             f"{'**holds**' if by >= 0 else '**does not hold**'}, by {abs(by):.2g}"]  # fmt: skip
 
 
-def grid(head, rows):
-    lines = [f"| {' | '.join(map(str, x))} |" for x in (head, *rows)]
-    return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
-
-
 def tables(result):
     """A case in Markdown: runs with the numbers of each seed, bounds, how it was made."""
     keys, runs = list(dict.fromkeys(key for x in result["rows"] for key in x["numbers"])), {}
     for x in result["rows"]:
-        cells = runs.setdefault(x["run"], {key: [] for key in keys})
+        cells = runs.setdefault(x["run"], {key: {} for key in keys})
         for key, number in x["numbers"].items():
-            cells[key].append(f"{number:.4g}")
-    lines = grid(["run", *keys], [[run, *("; ".join(dict.fromkeys(cells[key])) for key in keys)]
-                                  for run, cells in runs.items()])  # fmt: skip
+            cells[key][f"{number:.4g}"] = None  # a number that several seeds share, once
+    parts = [table(["run", *keys], [[run, *map("; ".join, cells.values())]
+                                    for run, cells in runs.items()])]  # fmt: skip
     if result["bounds"]:
-        lines += ["", *grid(["bound on", "found", "limit", "verdict"],
-                            map(verdict, result["bounds"]))]  # fmt: skip
-    told = [", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("settings", "versions")]
-    machine = result["environment"]
-    told.append(f"{machine['device_name']}, threads: {machine['threads']}.</sub>")
-    lines += ["", f"<sub>`{result['command']}`, {result['date']}; {'; '.join(told)}"]
-    return "\n".join(lines)
-
-
-def read(folder, cases):
-    """{case: its result} of the cases with a file."""
-    paths = {case: folder / f"{case}.json" for case in cases}
-    return {case: json.loads(path.read_text(encoding="utf-8"))
-            for case, path in paths.items() if path.exists()}  # fmt: skip
+        head = ["bound on", "found", "limit", "verdict"]
+        parts.append(table(head, map(verdict, result["bounds"])))
+    words = [", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("settings", "versions")]
+    words.append("{device_name}, threads: {threads}.</sub>".format(**result["environment"]))
+    parts.append(f"<sub>`{result['command']}`, {result['date']}; {'; '.join(words)}")
+    return "\n\n".join(parts)
 
 
 def report(folder, cases, title):
     """Put each case's tables between its marks in README.md, or at its end without marks."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
-    for case, result in read(folder, cases).items():
-        begin, end = f"<!-- {case} -->", f"<!-- end of {case} -->"
-        if begin not in text:
-            text += f"\n## {case}\n\n{begin}{end}\n"
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = f"{before}{begin}\n{tables(result)}\n{end}{after}"
-    write_whole(path, text)
+    page = folder / "README.md"
+    for case in cases:
+        if not (path := folder / f"{case}.json").exists():
+            continue
+        text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
+        marks = f"<!-- {case} -->", f"<!-- end of {case} -->"
+        if marks[0] not in text:
+            write_whole(page, f"{text}\n## {case}\n\n{''.join(marks)}\n")
+        renew(page, *marks, tables(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def stored(path, args, settings, parts):
@@ -133,21 +123,22 @@ def stored(path, args, settings, parts):
               "parts": {}, "rows": [], "bounds": []}  # fmt: skip
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] != json.loads(json.dumps(result["settings"])):
+        ours = json.loads(json.dumps(result["settings"]))
+        if ours != {key: kept["settings"].get(key) for key in ours}:
             sys.exit(f"{path} has other settings: move it away, or give another --out")
-        kept = {"parts": dict.fromkeys(parts), **kept}
-        result |= {key: kept[key] for key in ("parts", "rows", "bounds")}
+        result["parts"] = kept.get("parts", dict.fromkeys(parts))
+        result |= {key: kept[key] for key in ("rows", "bounds")}
         result["data"] = result["data"] or kept["data"]
     return result
 
 
 def main(module, title, argv=None):
-    """The command line of a script: `module` has CASES, SETTINGS, QUICK and draw."""
+    """The command line of a script: `module` has CASES, SETTINGS and perhaps QUICK."""
     script, cases = Path(module["__file__"]).stem, module["CASES"]
     parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("case", choices=[*cases, "report", "draw"])
+    add("case", choices=[*cases, "report"])
     add("--data_dir", default=default_data_dir())
     add("--out", type=Path, default=Path("results"))
     add("--quick", action="store_true", help="tiny, to see that it runs")
@@ -158,11 +149,8 @@ def main(module, title, argv=None):
     folder = args.out / script
     if args.case == "report":
         return report(folder, cases, title)
-    if args.case == "draw":
-        return module["draw"](folder, read(folder, cases))
     settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
-    quick = module["QUICK"]  # None: of all cases
-    tiny = {**quick[None], **quick.get(args.case, {})} if args.quick else {}
+    tiny = TINY | module.get("QUICK", {}).get(args.case, {}) if args.quick else {}
     for key, value in settings.items():
         setattr(args, key, tiny.get(key, value))
     parts, limits = cases[args.case](args)
@@ -187,24 +175,8 @@ def main(module, title, argv=None):
         print(tables(stored(path, args, settings, parts)))
 
 
-class Clock:
-    """Adds up the seconds of its `with` blocks: of the wall, and of this process's CPU time."""
-
-    seconds = cpu = 0.0
-
-    def __enter__(self):
-        self.begun = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *error):
-        self.seconds += time.perf_counter() - self.begun[0]
-        self.cpu += time.process_time() - self.begun[1]
-
-
-def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
-    """One run: its numbers, seconds of training, L and the last eta of AGD, the clock of
-    SpectralAGD's weights."""
-    if clock:
-        numbers |= {"seconds": clock.seconds, "CPU_seconds": clock.cpu}
+def row(run, seed, optimizer=None, curve=(), **numbers):
+    """One run: its numbers, L and the last eta of AGD, the clock of SpectralAGD's weights."""
     if isinstance(optimizer, SpectralAGD):
         numbers |= dict(zip(("length", "turn"), map(float, optimizer.clock())))
     if isinstance(optimizer, AGD):
@@ -213,22 +185,56 @@ def row(run, seed, optimizer=None, curve=(), clock=None, **numbers):
     return {"run": run, "seed": seed, "numbers": numbers, "curve": [round(x, 5) for x in curve]}
 
 
-def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), take=None,
-            recalibrate=False, more=lambda net, batches, curve: {}):  # fmt: skip
+def whole(batches):
+    """The batches of the full size: the rest of an epoch may be a few images."""
+    return (batch for batch in batches if len(batch[1]) == batches.batch_size)
+
+
+def measure(args, run, work, rule, seed, *, keys=("test_loss", "test_accuracy"), marks=None,
+            width=10, take=whole, recalibrate=False,
+            more=lambda net, batches, loss: {}):  # fmt: skip
     """[row] of a run. work(seed): (net, training batches, test batches, loss, steps), where steps
-    are None for args.epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; take: the
-    batches of an epoch that train (whole ones); more: further numbers."""
+    are None for epochs; rule(net, steps): its optimiser; keys: of loss and accuracy; marks: the
+    epochs or steps after which a row is read, instead of one at the end of args.epochs or steps;
+    width: the steps between two points of the curve, which has mean train losses; take: the batches
+    of an epoch that train; more(net, batches, train loss): further numbers."""
     torch.manual_seed(seed)
     net, batches, tests, loss, steps = work(seed)
-    count = steps or args.epochs * (batches.examples // batches.batch_size)
-    optimizer, clock = rule(net, count), Clock()
-    with clock:
-        curve = (train_steps(net, optimizer, batches, loss, steps) if steps else
-                 train(net, optimizer, batches, loss, args.epochs, take or whole))  # fmt: skip
-    if recalibrate:
-        agd.recalibrate(net, itertools.islice(batches, 8))
-    numbers = {"train_loss": curve[-1], **dict(zip(keys, score(net, tests, loss)))}
-    return [row(run, seed, optimizer, curve, clock, **numbers | more(net, batches, curve))]
+    last = max(marks or [steps or args.epochs])
+    if steps:
+        unit, optimizer = "steps", rule(net, last)
+        chunks = in_steps(epochs(batches, None, take), last, width)
+    else:
+        unit, width = "epochs", 1
+        size = batches.examples // batches.batch_size if take is whole else len(batches)
+        optimizer, chunks = rule(net, last * size), epochs(batches, last, take)
+    rows, curve = [], []
+    for mean, seconds in train(net, optimizer, chunks, loss):
+        curve.append(mean)
+        done = min(len(curve) * width, last)
+        if done not in (marks or [last]):
+            continue
+        if recalibrate:
+            agd.recalibrate(net, itertools.islice(batches, 8))
+        numbers = {"train_loss": mean, **dict(zip(keys, score(net, tests, loss)))}
+        numbers |= seconds | more(net, batches, mean)
+        name = f"{run}, {done} {unit}" if marks else run
+        rows.append(row(name, seed, optimizer, [] if marks else curve, **numbers))
+        print(name, seed, rows[-1]["numbers"], file=sys.stderr, flush=True)
+    return rows
+
+
+def adapted(args, name, start, new, tests, loss, runs, seed, **how):
+    """Rows of a trained network, `start`, and of its copies that each of `runs` trains on the
+    batches `new`."""
+
+    def work(seed):
+        return copy.deepcopy(start), new, tests, loss, None
+
+    rows = [row(f"{name}before", seed, **how["more"](start))]
+    for run, rule in runs.items():
+        rows += measure(args, f"{name}{run}", work, rule, seed, keys=(), **how)
+    return rows
 
 
 def parts(args, runs, seeds=None, **how):
@@ -252,31 +258,29 @@ def cifar(args, seed, part=slice(None), pad=0, flip=False):
     return both
 
 
-def whole(batches):
-    """The batches of the full size: the rest of an epoch may be a few images."""
-    return (batch for batch in batches if len(batch[1]) == batches.batch_size)
-
-
-def train(net, optimizer, batches, loss, epochs, take=whole):
-    """Returns the mean loss of each epoch."""
-    curve = []
-    for epoch in range(epochs):
+def epochs(batches, count=None, take=iter):
+    """Each of `count` epochs, or of epochs without an end."""
+    for epoch in range(count) if count else itertools.count():
         batches.set_epoch(epoch)
-        curve.append(train_epoch(net, take(batches), loss, optimizer).read()["loss"])
-    return curve
+        yield take(batches)
 
 
-def train_steps(net, optimizer, batches, loss, steps, width=10):
-    """Train `steps` whole batches. Returns the means of each `width` losses."""
+def in_steps(epochs, steps, size):
+    """The first `steps` batches, by `size`."""
+    stream = itertools.chain.from_iterable(epochs)
+    return (itertools.islice(stream, min(size, steps - i)) for i in range(0, steps, size))
 
-    def endless():
-        for epoch in itertools.count():
-            batches.set_epoch(epoch)
-            yield from whole(batches)
 
-    totals = train_epoch(net, itertools.islice(endless(), steps), loss, optimizer)
-    losses = totals.read()["steps"]["loss"]
-    return [statistics.fmean(losses[i : i + width]) for i in range(0, steps, width)]
+def train(net, optimizer, chunks, loss):
+    """Train on each of `chunks`, iterables of batches. Yields (its mean loss, the seconds of
+    training so far: of the wall, and of this process's CPU time)."""
+    clocks = {"seconds": time.perf_counter, "CPU_seconds": time.process_time}
+    seconds = dict.fromkeys(clocks, 0.0)
+    for chunk in chunks:
+        begun = {key: clock() for key, clock in clocks.items()}
+        mean = train_epoch(net, chunk, loss, optimizer).read()["loss"]
+        seconds = {key: seconds[key] + clock() - begun[key] for key, clock in clocks.items()}
+        yield mean, seconds
 
 
 def score(net, batches, loss):
@@ -309,19 +313,15 @@ class Characters:
         return windows[:, :-1], windows[:, 1:]
 
 
-def of_text(args, net, steps, seed, batch=None):
-    """The work of a network, net(letters), that reads characters."""
-    text, held, letters = texts(args)
-    batches = Characters(text, args, steps, seed, batch)
-    return net(letters), batches, Characters(held, args, batch=batch), text_loss, steps
-
-
-def texts(args):
-    """(training text, validation text, number of letters): places in the alphabet, (N,) int64."""
+def of_text(args, net, steps, seed, batch=None, held=None):
+    """The work of a network, net(letters), that reads characters; it is tested on the first `held`
+    of the last tenth of the text."""
     path = Path(args.data_dir).expanduser() / "shakespeare.txt"
     letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
-    return text[:cut], text[cut:], len(letters)
+    stream = Characters(text[:cut], args, steps, seed, batch)
+    tests = Characters(text[cut:][:held], args, batch=batch)
+    return net(len(letters)), stream, tests, text_loss, steps
 
 
 def text_loss(outputs, labels):

@@ -82,7 +82,7 @@ PLANS = {  # name -> seconds in all, checks
         Check("resnet18-epoch", 50, MAIN + "--arch resnet18 {fast} {compile} {short}", "1.0 s"),
         Check("many-threads", 55, TIMES + MANY + "on", "5 times one run"),
         Check("crashes", 60, "-m tests.crash --device {device} --cases digits --workers 1 "
-              "--kills 1 --seconds 25 --out {folder}/crashtest.json"),
+              "--kills 1 --seconds 25"),
     ]),
     "spectral": (240, [
         KERNELS,

@@ -1,4 +1,4 @@
-"""Data-parallel training on 1 to 1,024 GPUs, on paper: `python -m scripts.scaling`.
+"""Data-parallel training of ResNet-50 on 1 to 1,024 GPUs, on paper: `python -m scripts.scaling`.
 
 Prints the tables of docs/distributed.md; --write renews them there. Times are in seconds, sizes in
 bytes, bandwidths in GB/s.
@@ -10,19 +10,17 @@ from pathlib import Path
 
 import torch
 
-from architecture import NETWORKS, build
+from architecture import build
 from cli import Parser, number
-from runs.files import write_whole
+from scripts.markdown import renew, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
-START, END = "<!-- tables: python -m scripts.scaling --write -->", "<!-- end of the tables -->"
+MARKS = "<!-- tables: python -m scripts.scaling --write -->", "<!-- end of the tables -->"
 DLE = "NVIDIA/DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5/README.md"
 TUNING = "NVIDIA/nccl, src/graph/tuning.cc at 01afd20"
 INPUTS = {  # name: (value, unit, source); "assumed" is a guess that a measurement should replace
     "TF32": (938, "images/s", f"published, one A100 80GB, batch 256, SGD: {DLE}"),
     "mixed": (2470, "images/s", "published, the same table"),
-    "8 × TF32": (7248, "images/s", "published, the same table, one DGX A100"),
-    "8 × mixed": (16621, "images/s", "published, the same table, one DGX A100"),
     "launch": (20e-6, "s a kernel", "assumed; the batch-1 forward pass there (V100) gives 46e-6"),
     "kernels": (7.5, "a weight tensor", "counted: 404 of both passes of ResNet-50, 54 weights"),
     "backward": (2 / 3, "of compute", "assumed: twice the forward pass, as the FLOPs are"),
@@ -32,9 +30,6 @@ INPUTS = {  # name: (value, unit, source); "assumed" is a guess that a measureme
     "near": (3.4e-6, "s a step", "the same over NVLink"),
     "far": (9.6e-6, "s a step", "the same over the network"),
     "node_link": (235, "GB/s", "NCCL's limit for A100 over NVLink 3 (line rate 300): the same"),
-    "decode": (1126, "images/s a core", "measured 2026-11-22: results/benchmark/data.json"),
-    "file": (115364, "bytes", "the mean of ILSVRC 2012's training files, 147.8 GB in all"),
-    "file, 256": (17446, "bytes", "measured: the mean of 1,000 files, shorter side 256"),
 }
 KNOWN = {name: value for name, (value, *_) in INPUTS.items()}
 # Line rates of a node, GB/s.
@@ -44,9 +39,9 @@ LARGEST = 256  # images of a micro-batch
 BUCKETS = (1 << 20, 25 << 20)  # bytes, the first and the others: DistributedDataParallel's
 
 
-def count(arch, side):
-    """[(bytes, FLOPs of a forward pass of one image)] of the weights, in the order of the forward
-    pass. Nothing is computed (device meta)."""
+def count(side):
+    """[(bytes, FLOPs of a forward pass of one image)] of ResNet-50's weights, in the order of the
+    forward pass, on images of side × side pixels. Nothing is computed (device meta)."""
     weights = []
 
     def note(module, inputs, output):
@@ -54,7 +49,7 @@ def count(arch, side):
         weights.append((4 * size, 2 * places * size))
 
     with torch.device("meta"):
-        net = build(arch, (3, side, side), 1000)
+        net = build("resnet50", (3, side, side), 1000)
         for module in net.modules():
             if getattr(module, "weight", None) is not None:
                 module.register_forward_hook(note)
@@ -65,12 +60,12 @@ def count(arch, side):
 def buckets(weights):
     """[(bytes, share of the backward pass that has filled it)] of DistributedDataParallel's
     messages: from the last layer on, each closes once it has reached its limit."""
-    filled, size, done, limit = [], 0, 0, BUCKETS[0]
+    filled, size, done, total = [], 0, 0, sum(flops for _, flops in weights)
     for n, flops in reversed(weights):
         size, done = size + n, done + flops
-        if size >= limit:
-            filled.append((size, done / sum(f for _, f in weights)))
-            size, limit = 0, BUCKETS[1]
+        if size >= BUCKETS[bool(filled)]:
+            filled.append((size, done / total))
+            size = 0
     return filled + [(size, 1.0)] * bool(size)
 
 
@@ -131,11 +126,6 @@ class Model:
         return next(sizes, f"over {LARGEST}")
 
 
-def table(title, *lines):
-    head, *rows = [f"| {' | '.join(map(str, x))} |" for x in lines]
-    return "\n".join([f"### {title}\n", head, "| --- " * len(lines[0]) + "|", *rows])
-
-
 def figures(x):
     """Three of them, with commas."""
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
@@ -143,59 +133,47 @@ def figures(x):
 
 def tables(args):
     """All tables, in Markdown."""
-    weights, width = count(args.arch, args.image_size), args.gpus_per_node
+    weights = count(224)
     rates = {"given": args.images_per_second} if args.images_per_second else {
         name: KNOWN[name] for name in ("TF32", "mixed")}  # fmt: skip
     links = {f"{x:g} GB/s": x for x in args.inter_link or ()} or LINKS
     models = {(rate, link): Model(weights, value, args.rate_batch, (
-        KNOWN["inter_share"] * speed, args.node_link, width))
+        KNOWN["inter_share"] * speed, args.node_link, args.gpus_per_node))
         for rate, value in rates.items() for link, speed in links.items()}  # fmt: skip
-    (rate, link), first = next(iter(models.items()))
+    names, first = next(iter(models.items()))
     cases = {f"{b:,} a GPU": (b, False) for b in args.batch_per_gpu}
     cases |= {f"{b:,} in all": (b, True) for b in args.batch}
     inputs = [(k, f"{v:,.6g}" if v >= 1e-3 else f"{v:.2g}", *x) for k, (v, *x) in INPUTS.items()]
-    lines = ", ".join(f"{x:g}" for x in links.values())
-    inputs.append(("links", lines, "GB/s a node", f"line rates: {', '.join(links)}"))
-    size = sum(size for size, _ in weights) / 1e6
-    inputs += [("gradient", f"{size:.1f}", "MB", f"counted: {len(weights)} weights, {args.arch}"),
+    speeds, size = ", ".join(f"{x:g}" for x in links.values()), sum(size for size, _ in weights)
+    inputs += [("links", speeds, "GB/s a node", f"line rates: {', '.join(links)}"),
+               ("gradient", f"{size / 1e6:.1f}", "MB", f"counted: {len(weights)} weights"),
                ("t0", f"{1e3 * first.t0:.1f}", "ms", "launches of a step"),
                ("AGD's step", f"{1e3 * first.update:.2f}", "ms", "4 passes over the weights")]
-    steps, reach, node = [], [], []
+    steps, reach = [], []
     for name, case in cases.items():
         for n in (n for n in SHOWN if n <= case[0] or not case[1]):
             step, images, efficiency = first.efficiency(n, *case)
             times = (figures(1e3 * x) for x in step[:3])
             steps.append((name, n, *times, figures(images), f"{efficiency:.2f}"))
-    for names, m in models.items():
+    for key, m in models.items():
         ways = ((m.step(1, 32 * x, x)[-1], m.step(64, 32 * x, x, y)[-1])
                 for x, y in ((1, False), (1, True), (4, True)))  # fmt: skip
-        reach.append((*names, *(m.reach(*case) for case in cases.values()), m.least(1024),
+        reach.append((*key, *(m.reach(*case) for case in cases.values()), m.least(1024),
                       " / ".join(f"{one / many:.2f}" for one, many in ways)))  # fmt: skip
-    for name, value in rates.items():
-        none = Model(weights, value, args.rate_batch, first.link, 0)
-        need = width * LARGEST / models[name, link].step(1, LARGEST)[-1]
-        read = (f"{need * KNOWN[x] / 1e9:.2f}" for x in ("file", "file, 256"))
-        node.append((name, figures(need), figures(KNOWN.get(f"{width} × {name}", math.nan)),
-                     figures(need / KNOWN["decode"]), *read,
-                     *(none.reach(b, True) for b in args.batch)))  # fmt: skip
-    return "\n\n".join([
-        table("Inputs, and what follows", ("input", "value", "unit", "source"), *inputs),
-        table(f"A step, {rate}, {link}", ("batch", "GPUs", "compute, ms", "all-reduce, ms",
-              "of which shows, ms", "images/s", "efficiency"), *steps),
-        table("GPUs up to which the efficiency is at least 0.8 / 0.5", ("rate", "link of a node",
-              *cases, "least batch", "64 GPUs × 32"), *reach),
-        table(f"A node of {width}, and launches that cost nothing", ("rate", "images/s",
-              "published", "cores", "GB/s of files", "at 256 pixels",
-              *(f"{b:,} in all" for b in args.batch)), *node),
-    ])  # fmt: skip
+    parts = {
+        "Inputs, and what follows": (("input", "value", "unit", "source"), inputs),
+        f"A step, {', '.join(names)}": (("batch", "GPUs", "compute, ms", "all-reduce, ms",
+                                         "of which shows, ms", "images/s", "efficiency"), steps),
+        "GPUs up to which the efficiency is at least 0.8 / 0.5": (
+            ("rate", "link of a node", *cases, "least batch", "64 GPUs × 32"), reach),
+    }  # fmt: skip
+    return "\n\n".join(f"### {title}\n\n{table(*part)}" for title, part in parts.items())
 
 
 def main(argv=None):
     parser = Parser(prog="python -m scripts.scaling", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, positive, whole = parser.add_argument, number(float, 1e-6), number(int, 1)
-    add("--arch", default="resnet50", choices=NETWORKS)
-    add("--image_size", type=number(int, 8, 8192), default=224)
     add("--images_per_second", type=positive, metavar="R", help="of one GPU, a whole step")
     add("--rate_batch", type=whole, default=256, help="the batch of that rate (256)")
     add("--gpus_per_node", type=whole, default=8)
@@ -210,11 +188,10 @@ def main(argv=None):
         text = tables(args)
     except ValueError as error:
         parser.error(f"no plan comes of these numbers: {error}")
-    if not args.write:
+    if args.write:
+        renew(PAGE, *MARKS, text, "\n\n")
+    else:
         print(text)
-        return
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    write_whole(PAGE, f"{before}{START}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

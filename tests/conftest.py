@@ -7,12 +7,14 @@ import numpy
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.program")
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT.parent / "shared" / "data"  # real images, where a checkout has them beside it
 
 
 def with_norms(*args):
-    """A small network with batch norm for the digits, in the place of main.py's `build`."""
+    """A small network with batch norm for the digits; stands in for main.py's `build`."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 6, 3, bias=False), torch.nn.BatchNorm2d(6, affine=False),
@@ -51,9 +53,24 @@ def noise(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def replays(monkeypatch):
+    """Have main() train by stand-ins for CUDA graphs. Returns a list with an item a replay."""
+    replays = []
+
+    def record(work):
+        return lambda: (replays.append(1), work())
+
+    monkeypatch.setattr("flags.no_graph", lambda args: None)
+    monkeypatch.setattr("training.cuda_graph.cuda_recorder", lambda: record)
+    # Adam counts on the device in a graph, and not on a CPU.
+    monkeypatch.setattr("training.trainer.set_capturable", lambda *args: None)
+    return replays
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads():
-    """Torch's number of threads is this process's, and changes the last digits."""
+    """Restore torch's number of threads, which changes the last digits."""
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:
@@ -74,12 +91,12 @@ def run_main(tmp_path):
     return run
 
 
-# The interpreters of Tritons before the first do not know the NumPys from the second on.
+# Triton's interpreter before the first version fails with NumPy from the second on.
 INTERPRETERS = {(3, 3): (2, 0), (3, 7): (2, 5)}
 
 
 def interpreter_fails():
-    """Why Triton's interpreter cannot work here, or None."""
+    """The reason why Triton's interpreter cannot work here, or None."""
     try:
         import triton
     except ImportError:

@@ -1,13 +1,14 @@
 """Feed hostile files to the readers of a user's files: `python -m tests.fuzz` (Linux).
 
-Hypothesis damages and forges whole files: prepared data sets, a log, a record and a checkpoint of
-main.py, images. A finding is an input that makes its reader raise anything but the documented
-error, run code, write, start a process, take more than SECONDS or MEMORY, or end the process: it
-ends the fuzzing of that reader, and its file is kept. Inputs are a function of --seed. Exit code:
-0 without findings, 1 with one.
+Hypothesis damages and forges whole files of main.py (prepared data sets, a log, a record, a
+checkpoint), images, and folders of them. A finding is an input that makes its reader raise anything
+but the documented error, run code, write, start a process, take more than SECONDS or its memory, or
+end the process: it ends the fuzzing of that reader, and its file is kept. Inputs are a function of
+--seed. Prints Markdown; exit code: 0 without findings, 1 with one.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import io
 import json
@@ -22,7 +23,10 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import numpy as np
@@ -39,7 +43,6 @@ from runs.log import read_rows
 
 BATCH = 1000  # inputs for which hypothesis remembers what it has drawn
 SECONDS = 5  # for an input
-MEMORY = {"images": 2**30}  # bytes for an input, else 2**28. PIL decodes up to 179 million pixels
 EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "pickle.find_class", "ctypes.dlopen", "pty.")
 HARMLESS = ("os.listdir", "os.scandir")
 LENGTHS = (0, 1, 1, 2, 4, 8, 30, 200, 2000, 2**20)
@@ -55,6 +58,7 @@ TOKENS = [
     b"IDAT", b"\xff\xd8", b"\xff\xda", b"\xff\xc2", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF",
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 ]  # fmt: skip
+CLASSES = ("train/a", "train/b", "val/a", "val/b")
 
 
 class Harm:
@@ -66,8 +70,10 @@ def make_seeds(folder):
     """{reader: [whole files of its kind, and some that would run code]}; uses an empty folder."""
     flags = "--arch fcn --depth 2 --width 4 --dataset digits --epochs 1 --log_steps --out".split()
     subprocess.run([sys.executable, "main.py", *flags, folder], check=True, capture_output=True)
-    (log,), (checkpoint,) = Path(folder).rglob("*.jsonl"), Path(folder).rglob("*.pt")
-    facts = json.loads(log.with_suffix(".run.json").read_text())
+    log, checkpoint, facts = (
+        next(Path(folder).rglob(x)).read_bytes() for x in ("*.jsonl", "*.pt", "*.run.json")
+    )
+    facts = json.loads(facts)
     facts["code"]["diff"] = None
     pixels = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
     arrays = {f"{split}_{key}": x for split in ("train", "test")
@@ -84,10 +90,8 @@ def make_seeds(folder):
     return {
         "npz": [made(np.savez, **arrays), made(np.savez_compressed, **arrays),
                 made(np.savez, **objects)],
-        "log": [log.read_bytes(), log.read_bytes()[:-5]],
-        "record": [json.dumps(facts, indent=1).encode()],
-        "checkpoint": [*[checkpoint.read_bytes()] * 4, *harmful],
-        "images": images,
+        "log": [log, log[:-5]], "record": [json.dumps(facts, indent=1).encode()],
+        "checkpoint": [checkpoint] * 4 + harmful, "images": images, "folders": images[:1],
     }  # fmt: skip
 
 
@@ -97,26 +101,61 @@ def made(write, *args, **options):
     return file.getvalue()
 
 
-def read_images(path):
-    """Go through folders in which each image is `path`."""
+def write_file(path, data, program):
+    path.write_bytes(mutated(data, program))
+
+
+def write_image(path, data, program):
+    """A mutated image, and folders in which each image is a link to it."""
+    write_file(path, data, program)
+    for name in () if path.with_name("images").exists() else CLASSES:
+        folder = path.with_name("images") / name
+        folder.mkdir(parents=True)
+        (folder / "x.jpg").symlink_to(path)
+
+
+def write_folders(path, data, program):
+    """The image `data` in folders with a change for each of the first two pairs in `program`: a
+    name is taken away, and something else is put there."""
     root = path.with_name("images")
-    for name in () if root.exists() else ("train/a", "train/b", "val/a", "val/b"):
-        (root / name).mkdir(parents=True)
-        (root / name / "x.jpg").symlink_to(path)
-    for batches in load(f"folder:{root}", None, 4, 4, torch.device("cpu"), image_size=16)[:2]:
-        for _ in batches:
-            pass
+    shutil.rmtree(root, ignore_errors=True)
+    write_image(path, data, b"")
+    for where, what in zip(program[:4:2], program[1:4:2]):
+        folder = CLASSES[where % 4]
+        target = f"{root}/" + (folder, f"{folder}/x.jpg", f"{folder}/\n.jpg", "val")[where // 64]
+        with contextlib.suppress(OSError):
+            os.rename(target, f"{target}.{what}") if what % 8 else os.mkdir(f"{target}/c")
+            (os.mkfifo, os.mkdir, lambda x: os.symlink("..", x), lambda x: os.symlink("gone", x),
+             lambda x: os.symlink("/dev/zero", x))[what % 5](target)  # fmt: skip
 
 
-READERS = {"npz": load_arrays, "log": read_rows, "record": record.read,
-           "checkpoint": lambda path: unpack(path.read_bytes()), "images": read_images}  # fmt: skip
+def read_images(path):
+    data = load(f"folder:{path.parent}/images", None, 4, 4, torch.device("cpu"), image_size=16)
+    for _ in (batch for part in (data.train, data.test) for batch in part):
+        pass
+
+
+class Reader(NamedTuple):
+    """read(path) reads what write(path, file, program) has written, within `memory` bytes."""
+
+    read: Callable
+    write: Callable = write_file
+    memory: int = 2**28
+
+
+READERS = {
+    "npz": Reader(load_arrays), "log": Reader(read_rows), "record": Reader(record.read),
+    "checkpoint": Reader(lambda path: unpack(path.read_bytes())),
+    "images": Reader(read_images, write_image, 2**30),  # PIL decodes up to 179 million pixels
+    "folders": Reader(read_images, write_folders),
+}  # fmt: skip
 
 
 def mutated(data, program):
     """`data` with a change for every five bytes of `program`: in which record of an archive, whose
     checksum is made right again, from which byte on, of how many, and what replaces them."""
     records = [("", data)]
-    if archive := data[:2] == b"PK" and program[0] % 4:
+    if archive := data[:2] == b"PK" and program and program[0] % 4:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             records = [(name, file.read(name)) for name in file.namelist()]
     for which, high, low, length, new in zip(*[iter(program)] * 5):
@@ -129,9 +168,7 @@ def mutated(data, program):
             records[i] = f"{name}{new.decode('latin-1')}"[:99], records[-1][1]
         else:
             records[i] = name, content[:at] + new + content[end:]
-    if not archive:
-        return records[0][1]
-    return made(write_archive, records)
+    return made(write_archive, records) if archive else records[0][1]
 
 
 def write_archive(file, records):
@@ -140,21 +177,20 @@ def write_archive(file, records):
             archive.writestr(zipfile.ZipInfo(name), content)  # without the time of day
 
 
-def fuzz(read, files, inputs, folder, seed=0, memory=2**28, seconds=SECONDS):
-    """Feed `inputs` made of `files` to read(path) in a process of its own; returns [begun, refused,
-    accepted], and the finding or ""."""
+def fuzz(*args):
+    """Call feed(*args, counts) in a process of its own; returns [begun, refused, accepted], and
+    the finding or ""."""
     context = multiprocessing.get_context("fork")
     counts = context.Array("q", 3, lock=False)
-    args = (read, files, inputs, folder, seed, memory, seconds, counts)
-    process = context.Process(target=feed, args=args)
+    process = context.Process(target=feed, args=(*args, counts))
     process.start()
     process.join()
-    message = Path(folder, "stderr").read_text(errors="replace")[-8000:]
+    message = Path(args[3], "stderr").read_text(errors="replace")[-8000:]
     return counts[:], f"exit code {process.exitcode}: {message}" if process.exitcode else ""
 
 
-def feed(read, files, inputs, folder, seed, memory, seconds, counts):
-    """Feed `inputs` in this process, which a finding ends."""
+def feed(reader, files, inputs, folder, seed, seconds, counts):
+    """Feed `inputs` made of `files` to the reader in this process, which a finding ends."""
     path, watching = Path(folder, "input"), False
     with open(Path(folder, "stderr"), "wb") as file:
         os.dup2(file.fileno(), 1)  # libtiff and libjpeg print
@@ -172,12 +208,12 @@ def feed(read, files, inputs, folder, seed, memory, seconds, counts):
 
     def attempt(data, program):
         nonlocal watching
-        path.write_bytes(mutated(data, program))
+        reader.write(path, data, program)
         counts[0] += 1
         faulthandler.dump_traceback_later(seconds, exit=True, file=2)
         watching = True
         try:
-            read(path)
+            reader.read(path)
             outcome = 2
         except (UserError, Damaged):
             outcome = 1
@@ -189,11 +225,11 @@ def feed(read, files, inputs, folder, seed, memory, seconds, counts):
         counts[outcome] += 1
 
     for data in files:  # what is imported at first use is no finding
-        attempt(data, b"\0")
+        attempt(data, b"")
     counts[:] = 0, 0, 0
     sys.addaudithook(audit)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + memory] * 2)
+    resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + reader.memory] * 2)
     for first in range(0, inputs, BATCH):
         limits = hypothesis.settings(
             max_examples=min(BATCH, inputs - first), deadline=None, database=None,
@@ -210,16 +246,18 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args, code, folder = parser.parse_args(argv), 0, tempfile.mkdtemp(prefix="fuzz-")
     seeds, inputs = make_seeds(folder), args.inputs // len(READERS)
-    print("| reader | inputs | refused | accepted | finding | seconds |\n" + "| --- " * 6 + "|")
-    for name, read in READERS.items():
-        began, memory = time.monotonic(), MEMORY.get(name, 2**28)
-        counts, finding = fuzz(read, seeds[name], inputs, folder, args.seed, memory)
+    print(f"`python -m tests.fuzz --inputs {args.inputs} --seed {args.seed}`, torch "
+          f"{torch.__version__}, {date.today()}:\n\n| reader | inputs | refused | accepted | "
+          f"finding | seconds |\n{'| --- ' * 6}|")  # fmt: skip
+    for name, reader in READERS.items():
+        began = time.monotonic()
+        counts, finding = fuzz(reader, seeds[name], inputs, folder, args.seed, SECONDS)
         kept = f"{folder}/{name}" if finding else "none"
         cells = [name, *(f"{n:,}" for n in counts), kept, round(time.monotonic() - began)]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
         if finding:
             code = 1
-            shutil.copy(Path(folder, "input"), kept)
+            shutil.move(Path(folder, "images" if name == "folders" else "input"), kept)
             print(finding)
     if not code:
         shutil.rmtree(folder)

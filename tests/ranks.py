@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -14,19 +13,30 @@ import distributed
 import main as program
 from agd import AGD, depth, init_weights
 from data import load
+from flags import parse
 from runs.name import name_and_settings
-from training import epochs
+from training import trainer
 from training.control import Requests
 from training.gradient import Gradient
 from training.losses import mse
-from training.step import evaluate, train_epoch
+from training.metrics import Totals
+from training.step import Step, evaluate, set_training, take_steps
 
 CPU = torch.device("cpu")
 
 
+class To(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
 def net_of(norms=False, dtype=torch.float64):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 6, 3, bias=False)]
+    layers = [To(dtype), nn.Conv2d(1, 6, 3, bias=False)]
     layers += [nn.BatchNorm2d(6, affine=False)] if norms else []
     layers += [nn.ReLU(), nn.Flatten(), nn.Linear(216, 10, bias=False)]
     net = nn.Sequential(*layers).to(dtype)
@@ -34,38 +44,27 @@ def net_of(norms=False, dtype=torch.float64):
     return net
 
 
-class As:
-    """Batches with inputs of another dtype, a pass after the other."""
-
-    def __init__(self, batches, dtype):
-        self.batches, self.dtype = batches, dtype
-        self.batch_size, self.size = batches.batch_size, batches.size
-        self.examples = batches.examples
-
-    @property
-    def position(self):
-        return self.batches.position
-
-    def __iter__(self):
-        for inputs, labels in self.batches:
-            yield inputs.to(self.dtype), labels
-
-
 def digits(world, train_bs=100):
-    data = load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
-    return As(data.train, torch.float64), As(data.test, torch.float64)
+    return load("digits", "", train_bs, 77, CPU, rank=world.rank, size=world.size)
+
+
+def one_epoch(step, batches):
+    totals = Totals()
+    set_training(step.net, step.optimizer)
+    list(take_steps(step, batches, totals))
+    return totals
 
 
 def train(world, net, gradient, epochs, train_bs=100):
     """The loss of each step, and what the test set gives."""
-    batches, test = digits(world, train_bs)
-    optimizer, losses = AGD(net.parameters()), []
+    data, optimizer, losses = digits(world, train_bs), AGD(net.parameters()), []
+    step = Step(gradient.net, mse, optimizer, gradient)
     for epoch in range(1, epochs + 1):
-        batches.batches.set_epoch(epoch)
-        totals = train_epoch(gradient.net, batches, mse, optimizer, gradient)
+        data.train.set_epoch(epoch)
+        totals = one_epoch(step, data.train)
         losses += totals.read(world.all_reduce)["steps"]["loss"]
     world.broadcast(net.buffers())
-    tested = evaluate(net, test, mse).read(world.all_reduce)
+    tested = evaluate(net, data.test, mse).read(world.all_reduce)
     return {
         "weights": [p.detach().clone() for p in net.parameters()],
         "buffers": dict(net.named_buffers()),
@@ -96,21 +95,19 @@ def norms(world, sync, train_bs=100, micro_bs=None, epochs=2):
 def statistics(world, sync, micro_bs):
     """The buffers of a network after an epoch, and after recalibration with other weights; and
     where the training data stand before and after that."""
-    net, data = net_of(norms=True, dtype=torch.float32), load(
-        "digits", "", 100, 77, CPU, rank=world.rank, size=world.size)  # fmt: skip
+    net, data = net_of(norms=True, dtype=torch.float32), digits(world)
     gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
     data.train.set_epoch(3)
-    train_epoch(gradient.net, data.train, mse, AGD(net.parameters(), gain=0), gradient)
-    found = {"trained": net[1].running_mean.clone()}
+    one_epoch(Step(gradient.net, mse, AGD(net.parameters(), gain=0), gradient), data.train)
+    found = {"trained": net[2].running_mean.clone()}
     with torch.no_grad():
-        net[0].weight.mul_(2)
+        net[1].weight.mul_(2)
     for when in ("before", "after"):
         train = data.train
         found[when] = train.position, train.epoch, train.missing, train.order().tolist()
         if when == "before":
             net.train()
-            course = SimpleNamespace(net=net, gradient=gradient, world=world, data=data)
-            epochs.recalibrate(course, 3)
+            trainer.recalibrate(net, data.train, gradient, world, 3)
     return {**found, "buffers": dict(net.named_buffers())}
 
 
@@ -138,7 +135,7 @@ def memory(world, rooms, calls=0, norms=False):
     try:
         found = train(world, net, gradient, 2)
     except Exception as error:
-        return {"error": world.failed(error)[0]}
+        return {"error": world.failed(error).reason}
     return {**found, "micro_bs": gradient.micro_bs}
 
 
@@ -168,7 +165,7 @@ def runs(world, several, norms=False):
         program.build = lambda *args: net_of(norms=True, dtype=torch.float32)
     for flags, numbers in several:
         requests = Signalled(numbers.get(str(world.rank), {}))
-        args = flags.parse(["--cpu", "--distribute", *flags])
+        args = parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
         path = program.RunLog(args.out, name_and_settings(vars(args))[0], {}).log_path
         found.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
@@ -190,19 +187,18 @@ def meeting(world):
     return world.all_gather_object(world.rank)
 
 
-def hang(world):
-    """Rank 1 fails by itself, the others wait for it in a collective."""
-    if world.rank == 1:
-        world.failed(ValueError("lost my way"))
-        time.sleep(1)
-        os._exit(1)
+def fail(world, rank):
+    """One rank fails by itself, the others wait for rank 0 in a collective."""
     try:
+        if world.rank == rank:
+            raise ValueError("lost my way")
         world.broadcast_object()
-    except RuntimeError as error:
-        return world.failed(error)[0]
+        world.broadcast_object(world.all_gather_object(0))
+    except (RuntimeError, ValueError) as error:
+        return list(world.failed(error))
 
 
-class Net(nn.Module):
+class Plain(nn.Module):
     """Convolutions and linear layers whose outputs do not divide by the ranks, some fewer."""
 
     def __init__(self):
@@ -217,6 +213,12 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.twin(torch.relu(self.same(torch.relu(self.conv(x)))))
         return self.last(torch.relu(self.wide(self.narrow(x.flatten(1)))))
+
+    @staticmethod
+    def batch(i):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
+        return x, torch.randn(12, 10, generator=generator, dtype=torch.float64)
 
 
 class Every(nn.Module):
@@ -238,80 +240,67 @@ class Every(nn.Module):
         x = self.conv(self.lstm(x)[0].mT).relu().mean(-1)
         return self.last(x)
 
-
-def every_role(world, how, steps=6):
-    """As `sharded`, of a network with every role: by fully_shard, or with all weights in shards of
-    rows, or "dense"."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    torch.manual_seed(0)
-    net, twin = Every().double(), Every().double()
-    init_weights(net, torch.Generator().manual_seed(1))
-    x = torch.arange(24).view(3, 8) % 11
-    shares = depth(net, x)
-    mesh = init_device_mesh("cpu", (world.size,))
-    if how == "fsdp":
-        fully_shard(net, mesh=mesh)
-    elif how == "rows":
-        for layer in list(net.modules()):
-            for name, p in list(layer.named_parameters(recurse=False)):
-                p = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
-                setattr(layer, name, p)
-    optimizer, etas = AGD(net, depth=shares), []
-    for i in range(steps):
-        whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-        for p, q in zip(twin.parameters(), whole):
-            p.data.copy_(q)
-            p.grad = None
-        (twin((x + i) % 11) - 1).square().mean().backward()
-        for p, q in zip(twin.parameters(), net.parameters()):
-            q.grad = p.grad.clone() if how == "dense" else distribute_tensor(
-                p.grad, q.device_mesh, q.placements)  # fmt: skip
-        optimizer.step()
-        etas.append(optimizer.eta.item())
-    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-    names = [name for name, _ in net.named_parameters()]
-    return outcome(optimizer, names, whole, etas)
+    @staticmethod
+    def batch(i):
+        return (torch.arange(24).view(4, 6) + i) % 11, torch.arange(20.0).view(4, 5).sin().double()
 
 
 def whole(p):
     return p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
 
 
-def spectral(world, how, rows=4, steps=8):
-    """What SpectralAGD gives for a network with every role, its polar factors in pieces of so many
-    rows: on one device ("dense"), on ranks that hold all and share the polar factors, by "ddp" or
-    by a "group", or with the weights in shards, by "fsdp" or in "rows". A NaN comes in between."""
+def shard(net, how, size):
+    """`net` wrapped by "ddp" or "fsdp", or with its weights in shards: "rows", "columns" or "both"
+    of a mesh; as it is for "dense" and "group"."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    agd.ROWS = rows
-    torch.manual_seed(0)
-    net, twin = Every().double(), Every().double()
-    init_weights(net, torch.Generator().manual_seed(1))
-    x, y = torch.arange(24).view(4, 6) % 11, torch.arange(20.0).view(4, 5).sin().double() * 5
-    shares, names = depth(net, x), [name for name, _ in net.named_parameters()]
-    mesh, model = init_device_mesh("cpu", (world.size,)), net
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(net)
     if how == "fsdp":
-        fully_shard(net, mesh=mesh)
-    elif how == "rows":
-        for layer in list(net.modules()):
-            for name, p in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
-    elif how == "ddp":
-        model = nn.parallel.DistributedDataParallel(net)
-    group = torch.distributed.group.WORLD if how == "group" else None
-    optimizer = agd.SpectralAGD(model, depth=shares, process_group=group)
-    etas, split = [], how in ("ddp", "group", "fsdp")
+        fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
+    if how not in ("rows", "columns", "both"):
+        return net
+    mesh = init_device_mesh("cpu", (2, size // 2) if how == "both" else (size,))
+    places = {"rows": [Shard(0)], "columns": [Shard(1)], "both": [Replicate(), Shard(0)]}[how]
+    for layer in list(net.modules()):
+        for name, p in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, places)))
+    return net
+
+
+def moved(world, net, rule, how, steps=8):
+    """Weights after steps of a rule on ranks that hold all of them, or shards. A NaN in one shard
+    comes in between, and stops every shard. "dense" is the step of one process."""
+    from torch.distributed.tensor import distribute_tensor
+
+    agd.ROWS = 4  # of a polar factor: the ranks share them
+    torch.manual_seed(0)
+    kind = {"plain": Plain, "roles": Every}[net]
+    net, twin = kind().double(), kind().double()
+    names, split = [name for name, _ in net.named_parameters()], how in ("ddp", "group", "fsdp")
+    if kind is Every:
+        init_weights(net, torch.Generator().manual_seed(1))
+        shares = {"depth": depth(net, net.batch(0)[0])}
+        model = shard(net, how, world.size)
+        params = model
+    else:  # drawn as shards, and known by their names alone
+        shares, model = {}, shard(net, how, world.size)
+        init_weights(net.parameters(), torch.Generator().manual_seed(1))
+        params = net.named_parameters()
+    if rule == "spectral":
+        group = torch.distributed.group.WORLD if how == "group" else None
+        optimizer = agd.SpectralAGD(params, process_group=group, **shares)
+    else:
+        optimizer = AGD(params, **shares)
+    etas = []
     for i in range(steps):
-        batch = (x + i) % 11
+        x, y = net.batch(i)
         optimizer.zero_grad()
         if split:
             own = slice(world.rank, None, world.size)
-            (model(batch[own]) - y[own]).square().mean().backward()
+            (model(x[own]) - y[own]).square().mean().backward()
             for p in net.parameters() if how == "group" else ():
                 world.all_reduce(p.grad)
                 p.grad /= world.size
@@ -319,18 +308,20 @@ def spectral(world, how, rows=4, steps=8):
             for p, q in zip(twin.parameters(), net.parameters()):
                 p.data.copy_(whole(q))
                 p.grad = None
-            (twin(batch) - y).square().mean().backward()
+            (twin(x) - y).square().mean().backward()
             for p, q in zip(twin.parameters(), net.parameters()):
-                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements) \
-                    if how == "rows" else p.grad.clone()  # fmt: skip
+                q.grad = p.grad.clone() if how == "dense" else distribute_tensor(
+                    p.grad, q.device_mesh, q.placements)  # fmt: skip
         if i == steps // 2:
             before = [whole(p) for p in net.parameters()]
-            optimizer.eval(), optimizer.train()
-            assert all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters()))
+            if rule == "spectral":
+                optimizer.eval()
+                optimizer.train()
             kept = [p.grad.clone() for p in net.parameters()]
-            bad = net.last.weight.grad
+            bad = next(iter(net.parameters())).grad
             bad = bad.to_local() if hasattr(bad, "to_local") else bad
-            if bad.numel() and (how != "rows" or world.rank == 0):
+            period = {"both": world.size // 2, "ddp": 1, "group": 1}.get(how, world.size)
+            if world.rank % period == 0:
                 bad.view(-1)[0] = float("nan")
             optimizer.step()
             assert int(optimizer.skipped) == 1
@@ -339,83 +330,33 @@ def spectral(world, how, rows=4, steps=8):
                 p.grad = g
         optimizer.step()
         etas.append(optimizer.eta.item())
-    weights, clock = [whole(p) for p in net.parameters()], [t.item() for t in optimizer.clock()]
-    optimizer.eval()
-    return {"names": names, "weights": weights, "average": [whole(p) for p in net.parameters()],
-            "eta": etas, "clock": clock, "L": optimizer.L,
-            "drifted": [] if how in ("fsdp", "rows") else world.ranks_that_differ(net.parameters())}
+    found = {"eta": etas, "L": optimizer.L, "drifted": []}
+    found["weights"] = dict(zip(names, map(whole, net.parameters())))
+    if how in ("ddp", "group"):
+        found["drifted"] = world.ranks_that_differ(net.parameters())
+    if rule == "spectral":
+        found["clock"] = [t.item() for t in optimizer.clock()]
+        optimizer.eval()
+        found["average"] = dict(zip(names, map(whole, net.parameters())))
+    return found
 
 
-def outcome(optimizer, names, weights, etas):
-    s = [x.blocks(p.shape)[2] if x.s is None else x.s
-         for x, p in zip(optimizer.rules[0], optimizer.param_groups[0]["params"])]  # fmt: skip
-    return {"names": names, "weights": weights, "eta": etas, "s": s, "L": optimizer.L}
-
-
-def sharded(world, how, steps=10):
-    """Weights after steps of AGD: "dense" on every rank, or sharded by "fsdp", or by "rows",
-    "columns" or "both" of a mesh, without a change of the network's code."""
+def along_kernel(world):
+    """How AGD refuses a weight that is sharded along its kernel."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.manual_seed(0)
-    net = Net().double()
-    names = [name for name, _ in net.named_parameters()]
-    if how == "fsdp":
-        mesh = init_device_mesh("cpu", (world.size,))
-        for layer in net.children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    elif how == "kernel":
-        mesh = init_device_mesh("cpu", (world.size,))
-        w = nn.Parameter(distribute_tensor(net.conv.weight.detach(), mesh, [Shard(2)]))
-        try:
-            AGD([("conv.weight", w)])
-        except ValueError as error:
-            return str(error)
-    elif how != "dense":
-        shape = (2, world.size // 2) if how == "both" else (world.size,)
-        mesh = init_device_mesh("cpu", shape)
-        places = {"rows": [Shard(0)], "columns": [Shard(1)], "both": [Replicate(), Shard(0)]}[how]
-        for layer in net.children():
-            w = distribute_tensor(layer.weight.detach(), mesh, places)
-            layer.weight = nn.Parameter(w)
-    init_weights(net.parameters(), torch.Generator().manual_seed(1))
-    optimizer, etas = AGD(net.named_parameters()), []
-    generator = torch.Generator().manual_seed(2)
-    for i in range(steps):
-        x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
-        y = torch.randint(10, (12,), generator=generator)
-        if how in ("dense", "fsdp"):
-            x, y = x[world.rank :: world.size], y[world.rank :: world.size]
-            mse(net(x), y).mean().backward()
-            if how == "dense":
-                for p in net.parameters():
-                    world.all_reduce(p.grad)
-                    p.grad /= world.size
-        else:  # gradients from a dense copy: what is tested is the step
-            dense = Net().double()
-            for p, q in zip(dense.parameters(), net.parameters()):
-                p.data.copy_(q.full_tensor())
-            mse(dense(x), y).mean().backward()
-            for p, q in zip(dense.parameters(), net.parameters()):
-                q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
-        if i == steps // 2 and how != "dense":  # a NaN in one shard stops every shard
-            weights = [p.to_local().clone() for p in net.parameters()]
-            spoilt = net.same.weight.grad.to_local()
-            kept = spoilt.clone()
-            if world.rank % (world.size // 2 if how == "both" else world.size) == 0:
-                spoilt.view(-1)[0] = float("nan")
-            optimizer.step()
-            assert all(torch.equal(w, p.to_local()) for w, p in zip(weights, net.parameters()))
-            assert int(optimizer.skipped) == 1
-            spoilt.copy_(kept)
-        optimizer.step()
-        optimizer.zero_grad()
-        etas.append(optimizer.eta.item())
-    whole = [p.detach() if how == "dense" else p.full_tensor() for p in net.parameters()]
-    return outcome(optimizer, names, whole, etas)
+    w = torch.zeros(6, 1, 3, 3)
+    w = distribute_tensor(w, init_device_mesh("cpu", (world.size,)), [Shard(2)])
+    try:
+        AGD([("conv.weight", nn.Parameter(w))])
+    except ValueError as error:
+        return str(error)
+
+
+def several(world, cases):
+    """What these functions return, [name, arguments] each, one after the other."""
+    return [globals()[name](world, **arguments) for name, arguments in cases]
 
 
 def main():
@@ -427,7 +368,7 @@ def main():
         sys.exit(f"error: {error}")
     found = globals()[function](world, **kwargs)
     torch.save(found, os.path.join(out, f"{world.rank}.pt"))
-    world.stop()
+    world.leave(0)
 
 
 if __name__ == "__main__":

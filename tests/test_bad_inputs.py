@@ -1,4 +1,5 @@
-"""What a user may get wrong: one sentence with the noun, and exit code 2."""
+"""What a user may get wrong: one sentence with the noun, and exit code 2. The readers of data,
+records and logs have tests of their own; here a command of each meets a file or two."""
 
 import importlib
 import json
@@ -7,11 +8,8 @@ import pickle
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
-import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -29,13 +27,8 @@ DIGITS = f"main --dataset digits {SMALL} --train_bs 64 --train_examples 128 --te
 ON = f"{DIGITS} --epochs 3"  # goes on from `ran`
 FOLDER = f"main --dataset folder:{{tmp}}/images {SMALL} --image_size 32 --workers 0"
 NPZ = f"main --dataset npz:set.npz --data_dir {{tmp}} {SMALL}"
-REPLAY = "main --replay {tmp}/x.json"
-CLASSES = ("cat", "dog")
+REPLAY, PLOT = "main --replay {tmp}/x.json", "plot {tmp}/x.jsonl"
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such files")
-no_root = pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() == 0, reason="nothing is forbidden to root"
-)
-linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 here")
 
 
 def run(command, tmp):
@@ -44,9 +37,6 @@ def run(command, tmp):
     try:
         return importlib.import_module(PROGRAMS[name]).main(words) or 0
     except SystemExit as end:
-        if isinstance(end.code, str):  # as the interpreter does
-            print(end.code, file=sys.stderr)
-            return 1
         return end.code
 
 
@@ -73,12 +63,9 @@ def check(tmp_path, capfd, monkeypatch):
     return check
 
 
-def rows(cases, *marked):
-    """Parameters of cases and of (mark, case, ...); ids are their last words."""
-    cases = [(case, ()) for case in cases]
-    cases += [(case, mark) for mark, *more in marked for case in more]
-    return [pytest.param(*case, marks=mark, id=f"{i}: {case[1]}"[:60])
-            for i, (case, mark) in enumerate(cases)]  # fmt: skip
+def table(*cases):
+    """Parameters of cases (..., noun, ...), whose nouns are their ids."""
+    return [pytest.param(*case, id=f"{i}: {case[1]}"[:60]) for i, case in enumerate(cases)]
 
 
 FLAGS = f"""
@@ -88,27 +75,16 @@ FLAGS = f"""
 main digits                                     | no place for digits
 main --epochs                                   | --epochs: expected one argument
 main --epochs 0                                 | '0' is not a whole number from 1
-main --epochs many                              | 'many' is not a whole number
 main --epochs {"9" * 5000}                      | --epochs
 main --train_bs 1.5                             | '1.5' is not a whole number
-main --test_bs -8                               | --test_bs: '-8' is not a whole number
-main --depth 1                                  | whole number from 2
 main --depth 1000000000                         | from 2 to 10000
-main --workers 1000000000                       | from 0 to 1024
 main --seed 10000000000000000000                | --seed
 main --gain nan                                 | finite
-main --gain -1                                  | from 0
 main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
-main --optimizer sgd --lr inf                   | finite
 main --arch resnet                              | did you mean resnet
-main --dataset cifar                            | did you mean cifar10
 main --dataset CIFAR-10                         | did you mean cifar10
-main --dataset folders:/x                       | did you mean folder:
 main --dataset folder:                          | folder:PATH
-main --loss mes                                 | did you mean mse
-main --optimizer adm                            | did you mean adam
 main --optimizer nowhere.Class --dataset digits | nowhere
-main --optimizer torch.optim.Adm --cpu          | mean Adam
 main --optimizer os.system --cpu                | no optimiser
 main --optimizer torch.optim.LBFGS --cpu        | several passes a step
 {DIGITS} --optimizer torch.optim.Optimizer      | does not take these weights
@@ -121,51 +97,34 @@ main --lr 0.1                                   | AGD has no learning rate
 main --optimizer spectral --lr 0.1              | SpectralAGD has no learning rate
 main --optimizer adam --gain 2                  | --lr
 main --cpu --device cuda                        | --cpu contradicts
-main --device gpu                               | gpu
 main --device cuda:99                           | cuda:99
 main --device meta                              | meta
 main --image_size 64                            | folder:PATH
 main --cpu --cuda_graph on                      | it takes a CUDA device
 main --cuda_graph yes                           | auto, on, off
 main --dataset folder:/x --train_examples 9     | prepared sets
-main --log_steps 0                              | --log_steps
 main --save_every 0                             | neither a number of steps
-main --save_every often                         | neither a number of steps
-main --save_every=-5m                           | neither a number of steps
-main --save_every nanm                          | neither a number of steps
 main --save_every 1e400h                        | neither a number of steps
 main --distribute --dataset digits              | torchrun
-{DIGITS} --train_examples 99999                 | not 99999
 {DIGITS} --depth 3 --width 1000000              | does not fit
 main --dataset imagenet --data_dir {{tmp}}/none | no
 {DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
 {FOLDER}                                        | there is no folder
 {NPZ}                                           | there is no
 main --replay {{tmp}}/no.json                   | no.json
-main --replay {{tmp}}                           | TMP
 plot                                            | required: RUN
-plot {{tmp}}/no.jsonl                           | no.jsonl is no log
-plot x.jsonl -o {{tmp}}/x.gif                   | .png, .pdf or .svg
 prepare                                         | required
 prepare cifar11                                 | cifar11
-prepare cifar10 --resize 64                     | --resize is for
-prepare cifar10 --data_dir {{tmp}} --from {{tmp}}/no.tar.gz | there is no
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
-reproduce                                       | required: FIGURE
-reproduce fig9                                  | fig9
-reproduce fig1 --time_limit soon                | 'soon' is no time
-reproduce fig1 --runs 1,-                       | are no numbers
-reproduce fig1 --runs a,b                       | no run of that name
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
 benchmark step --device gpu                     | no device 'gpu'
-benchmark step --repeats 0                      | whole number from 1
 experiments half                                | half
 """
 FLAGS = [[x.strip() for x in line.split("|")] for line in FLAGS.strip().splitlines()]
 FLAGS += [(f"{name} nonsense --nonsense", "nonsense") for name in PROGRAMS]
 
 
-@pytest.mark.parametrize(("command", "noun"), rows(FLAGS))
+@pytest.mark.parametrize(("command", "noun"), table(*FLAGS))
 def test_bad_flags(command, noun, check):
     check(command, noun)
 
@@ -177,147 +136,62 @@ def test_batches_of_exabytes_are_no_fault(check):
 # Files and folders: what is laid there, f(tmp).
 
 
-def text(name, content="some text\n"):
+def text(name, content=b"some text\n"):
     def write(tmp):
         path = tmp / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
 
     return write
 
 
-def both(*prepares):
-    return lambda tmp: [prepare(tmp) for prepare in prepares]
-
-
-def images(tmp, splits=("train", "val"), classes=CLASSES):
-    for split in splits:
-        for name in classes:
-            folder = tmp / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (40, 40), (90 * i, 80, 70)).save(folder / f"{i}.jpg")
-
-
-def changed(change):
-    """Images, after a change to the folder of a class in train/."""
-    return both(images, lambda tmp: change(tmp / "images" / "train" / "cat"))
-
-
-def bomb(folder):
-    """A PNG of 0.2 kB that claims 30,000 x 30,000 pixels."""
-
-    def chunk(kind, content):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
-
-    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    png = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(90_001))) + chunk(b"IEND", b"")
-    (folder / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
-
-
-def renamed(folder):
-    return (folder / "0.jpg").rename(folder / os.fsdecode(b"\xff\xfe.jpg"))
-
-
-def npz(without=(), **arrays):
-    """set.npz as it should be, but for some arrays."""
-
+def images(*names, content=b"no image"):
+    """Images of two classes, then files of `content` with these names in train/."""
     def write(tmp):
-        of = {}
-        for split, n in (("train", 8), ("test", 4)):
-            of[f"{split}_images"] = np.zeros((n, 8, 8, 1), np.uint8)
-            of[f"{split}_labels"] = np.arange(n) % 2
-        np.savez(tmp / "set.npz", **{k: x for k, x in (of | arrays).items() if k not in without})
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                folder = tmp / "images" / split / name
+                folder.mkdir(parents=True)
+                Image.new("RGB", (40, 40), (90, 80, 70)).save(folder / "0.jpg")
+        for name in names:
+            text(f"images/train/{name}", content)(tmp)
 
     return write
 
 
-def cut(tmp):
-    npz()(tmp)
-    (tmp / "set.npz").write_bytes((tmp / "set.npz").read_bytes()[:-300])
-
-
-def huge(tmp):
-    """An array of a few bytes whose header claims a terabyte."""
-    npz(["train_images"])(tmp)
-    shape = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**9}, 32, 32, 1), }}"
-    head = b"\x93NUMPY\1\0" + struct.pack("<H", len(shape) + 1) + shape.encode() + b"\n"
-    with zipfile.ZipFile(tmp / "set.npz", "a") as archive:
-        archive.writestr("train_images.npy", head + bytes(64))
-
-
-def as_image(make):
-    """Images, of which one more is what `make(path)` puts there."""
-    return changed(lambda folder: make(folder / "x.jpg"))
+def npz(tmp, **arrays):
+    """set.npz as it should be, with these arrays in it."""
+    for split in ("train", "test"):
+        arrays.setdefault(f"{split}_images", np.zeros((8, 8, 8, 1), np.uint8))
+        arrays.setdefault(f"{split}_labels", np.arange(8) % 2)
+    np.savez(tmp / "set.npz", **arrays)
 
 
 FIRST = b'{"kind": "run", "flags": {}, "settings": {}}\n'
-PLOT, PREPARE = "plot {tmp}/x.jsonl", "prepare cifar10 --data_dir {tmp} --from {tmp}/"
-NO_RECORD = ["some text\n", b"\xff\0" * 9, '{"name": [1, 2]}', "[1, 2]", "[" * 100_000]
-PLACES = rows(
-    [
-        ("main --dataset cifar10 --data_dir {tmp}/file", "cifar10", text("file")),
-        (f"{DIGITS} --out {{tmp}}/file", "choose --out", text("file")),
-        (f"{DIGITS} --out {{tmp}}/file/x", "choose --out", text("file")),
-        (DIGITS, "choose --out", text("out/logs")),
-        (f"{DIGITS} --profile", "--profile", text("out/profiles")),
-        (FOLDER, "there is no folder", text("images")),
-        (FOLDER, "train", lambda tmp: images(tmp, ["val"])),
-        (FOLDER, "val", lambda tmp: images(tmp, ["train"])),
-        (FOLDER, "ant", changed(lambda folder: (folder.parent / "ant").mkdir())),
-        (FOLDER, "only class", lambda tmp: images(tmp, classes=["cat"])),
-        (FOLDER, "no folders", both(lambda x: images(x, ["val"]), text("images/train/x.jpg"))),
-        (FOLDER, "cat, cow", changed(lambda folder: folder.rename(folder.with_name("cow")))),
-        (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.write_text("no image"))),
-        (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.write_text(""))),
-        (FOLDER, "x.jpg cannot be decoded",
-         as_image(lambda x: x.write_bytes(x.with_name("1.jpg").read_bytes()[:400]))),
-        (FOLDER, "0.png cannot be decoded", changed(bomb)),
-        (f"{FOLDER} --skip_bad_images", "none of the 4 images",
-         both(images, *(text(f"images/train/{c}/{i}.jpg") for c in CLASSES for i in range(2)))),
-        (NPZ, "set.npz is damaged", text("set.npz")),
-        (NPZ, "set.npz is damaged", text("set.npz", "")),
-        (NPZ, "set.npz is damaged", lambda tmp: (tmp / "set.npz").mkdir()),
-        (NPZ, "set.npz is damaged", cut),
-        (NPZ, "train_images", huge),
-        (NPZ, "train_labels", npz(["train_labels"])),
-        (NPZ, "train_labels", npz(train_labels=np.array([{}] * 8, object))),
-        (NPZ, "train_labels", npz(train_labels=np.arange(5) % 2)),
-        (NPZ, "train_labels", npz(train_labels=np.arange(8) % 2 - 1)),
-        (NPZ, "train_labels", npz(train_labels=np.zeros(8, np.int64))),
-        (NPZ, "test_labels", npz(test_labels=np.arange(4))),
-        (NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8, 1)))),
-        (NPZ, "train_images", npz(train_images=np.zeros((8, 8, 8), np.uint8))),
-        (NPZ, "train_images", npz(train_images=np.zeros((0, 8, 8, 1), np.uint8),
-                                  train_labels=np.zeros(0, np.int64))),
-        (NPZ, "test_images", npz(test_images=np.zeros((4, 9, 9, 1), np.uint8))),
-        *((REPLAY, "x.json", text("x.json", content)) for content in NO_RECORD),
-        (PLOT, "no log", text("x.jsonl")),
-        (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
-        (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),
-        (f"{PREPARE}x.tar.gz", "is not the whole", text("x.tar.gz")),
-        (f"{PREPARE}set.npz", "damaged or another", npz()),
-        ("prepare cifar10 --data_dir {tmp}/file --from {tmp}/set.npz", "could not be prepared",
-         both(npz(), text("file"))),
-        ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images),
-        ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
-        ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
-    ],
-    (posix, (f"{DIGITS} --out {{tmp}}/link", "choose --out",
-             lambda tmp: (tmp / "link").symlink_to(tmp / "gone")),
-     (FOLDER, "again is a link",
-      changed(lambda folder: (folder / "again").symlink_to(folder, target_is_directory=True))),
-     (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.symlink_to("x.jpg"))),
-     (FOLDER, "x.jpg cannot be decoded", as_image(lambda path: path.symlink_to("gone"))),
-     (FOLDER, "x.jpg cannot be decoded", as_image(os.mkfifo)),
-     (NPZ, "set.npz is damaged", lambda tmp: os.mkfifo(tmp / "set.npz")),
-     (REPLAY, "x.json", lambda tmp: os.mkfifo(tmp / "x.json"))),
-    (no_root, (f"{DIGITS} --out {{tmp}}/shut/out", "choose --out",
-               lambda tmp: (tmp / "shut").mkdir(0o500)),
-     (FOLDER, "cannot be read", changed(lambda folder: folder.chmod(0)))),
-    (linux, (FOLDER, "\\udcff\\udcfe.jpg cannot be decoded",
-             changed(lambda folder: renamed(folder).write_text("")))),
+PREPARE = "prepare cifar10 --data_dir {tmp}"
+PLACES = table(
+    ("main --dataset cifar10 --data_dir {tmp}/file", "cifar10", text("file")),
+    (f"{DIGITS} --out {{tmp}}/file", "choose --out", text("file")),
+    (f"{DIGITS} --out {{tmp}}/file/x", "choose --out", text("file")),
+    (DIGITS, "choose --out", text("out/logs")),
+    (f"{DIGITS} --profile", "--profile", text("out/profiles")),
+    (FOLDER, "there is no folder", text("images")),
+    (FOLDER, "ant", images("ant/notes.txt")),
+    (FOLDER, "cow", lambda tmp: [images()(tmp), text("images/val/cow/0.jpg")(tmp)]),
+    (FOLDER, "x.jpg cannot be decoded", images("cat/x.jpg")),
+    (f"{FOLDER} --skip_bad_images", "none of the 2 images", images("cat/0.jpg", "dog/0.jpg")),
+    (NPZ, "set.npz is damaged", text("set.npz")),
+    (NPZ, "train_labels", lambda tmp: npz(tmp, train_labels=np.array([{}] * 8, object))),
+    (REPLAY, "x.json", text("x.json")),
+    (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
+    (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),
+    (f"{PREPARE} --from {{tmp}}/x.tar.gz", "is not the whole", text("x.tar.gz")),
+    (f"{PREPARE} --from {{tmp}}/set.npz", "damaged or another", npz),
+    (f"{PREPARE}/file --from {{tmp}}/set.npz", "could not be prepared",
+     lambda tmp: [npz(tmp), text("file")(tmp)]),
+    ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images()),
+    ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
+    ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
 )  # fmt: skip
 
 
@@ -327,12 +201,16 @@ def test_bad_files_and_folders(command, noun, prepare, check, tmp_path):
     check(command, noun)
 
 
-@pytest.mark.parametrize("change", [
-    lambda folder: (folder / "x.jpg").mkdir(), pytest.param(renamed, marks=linux),
-], ids=["a folder called x.jpg", "a name that is not UTF-8"])  # fmt: skip
-def test_odd_names_are_no_fault(change, check, tmp_path):
-    changed(change)(tmp_path)
-    check(FOLDER, "", 0)
+@posix
+def test_links_forbidden_folders_and_odd_names(check, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    check(f"{DIGITS} --out {{tmp}}/link", "choose --out")
+    if os.geteuid():  # nothing is forbidden to root
+        (tmp_path / "shut").mkdir(0o500)
+        check(f"{DIGITS} --out {{tmp}}/shut/out", "choose --out")
+    if sys.platform == "linux":  # file names are UTF-8 elsewhere
+        images(os.fsdecode(b"cat/\xff\xfe.jpg"))(tmp_path)
+        check(FOLDER, "\\udcff\\udcfe.jpg cannot be decoded")
 
 
 # Files of an earlier run: `change` gets the content, or the path of the file.
@@ -355,33 +233,31 @@ def first(out, pattern):
     return next(out.rglob(pattern))
 
 
-CHECKPOINTS = rows([
+def checkpoints(out, change):
+    """Replace the content of both checkpoints by change(content)."""
+    for path in (out / "checkpoints").glob("*.pt*"):
+        path.write_bytes(pack(change(unpack(path.read_bytes()))))
+
+
+CHECKPOINTS = table(
     (lambda x: x["net"], "no checkpoint"),
     (lambda x: [1, 2], "no checkpoint"),
-    ({"epoch": -1}, "no checkpoint"),
-    ({"epoch": True}, "no checkpoint"),
-    ({"step": "3"}, "no checkpoint"),
-    ({"settings": "{"}, "no checkpoint"),
-    ({"settings": "[1]"}, "no checkpoint"),
-    ({"epoch": 10**18}, "no checkpoint"),
+    *(({key: value}, "no checkpoint") for key, value in (
+        ("epoch", -1), ("epoch", True), ("epoch", 10**18), ("step", "3"), ("settings", "{"),
+        ("settings", "[1]"))),
     ({"epoch": 7}, "lacks epochs"),
     ({"step": 9}, "step 9 of 2"),
     ({"step": 1}, "step 1 and no totals"),
-    (lambda x: x | {"settings": x["settings"].replace('"seed": 0', '"seed": 7')},
-     "seed 7 then, 0 now"),
     *(({key: value}, "another network or optimiser") for key, value in (
         ("optimizer", {}), ("net", 3), ("seconds", "many"), ("seconds", float("nan")),
         ("micro_bs", "x"), ("micro_bs", [None, 0]), ("missing", 1e400), ("generators", "x"),
-        ("not_finite", ["ab"]), ("totals", {}), ("bad_images", "["),
-    )),
-])  # fmt: skip
+        ("not_finite", ["ab"]), ("totals", {}), ("bad_images", "["))),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "noun"), CHECKPOINTS)
 def test_bad_checkpoints(change, noun, check, out):
-    for path in (out / "checkpoints").glob("*.pt*"):
-        content = unpack(path.read_bytes())
-        path.write_bytes(pack(change(content) if callable(change) else content | change))
+    checkpoints(out, change if callable(change) else lambda content: content | change)
     check(ON, noun)
 
 
@@ -409,8 +285,7 @@ def test_a_checkpoint_of_another_network(check, out, tmp_path):
     """The settings are made to agree: what is left to differ is the network itself."""
     assert run(f"{DIGITS} --width 5 --out {{tmp}}/wide", tmp_path) == 0
     wide = unpack(first(tmp_path / "wide", "*.pt").read_bytes())
-    for path in (out / "checkpoints").glob("*.pt*"):
-        path.write_bytes(pack(wide | {"settings": unpack(path.read_bytes())["settings"]}))
+    checkpoints(out, lambda content: wide | {"settings": content["settings"]})
     check(ON, "another network")
 
 
@@ -424,30 +299,31 @@ def test_a_pipe_or_a_folder_for_a_file(put, pattern, code, check, out):
     check(ON, "no log of a run", code)
 
 
+def at(i, old, new):
+    """The lines of a log, with a word of line `i` replaced."""
+    return lambda x: [*x[:i], x[i].replace(old.encode(), new.encode()), *x[i + 1 :]]
+
+
 def row(**changes):
     """The lines of a log, in which the row of the first epoch is changed."""
     return lambda x: [x[0], json.dumps(json.loads(x[1]) | changes).encode() + b"\n", *x[2:]]
 
 
-LOGS = rows([
+LOGS = table(
     (lambda x: [bytes(range(256)) * 9], "--fresh"),
-    (lambda x: [b'{"level": "info"}\n'], "no log of a run"),
-    (lambda x: [b"1\n", b"2\n"], "no log of a run"),
-    (lambda x: [b"[" * 100_000 + b"\n"], "no log of a run"),
-    (lambda x: x[1:], "no log of a run"),
-    (lambda x: [x[0].replace(b'"settings"', b'"x"'), *x[1:]], "line 1 has no settings"),
+    *((lambda x, line=line: [line, *x[1:]], "no log of a run") for line in (
+        b'{"level": "info"}\n', b"1\n2\n", b"[" * 100_000 + b"\n", b"")),
+    (at(0, '"settings"', '"x"'), "line 1 has no settings"),
     (lambda x: [x[0], x[1][:20] + b"\n", *x[2:]], "line 2"),
-    (lambda x: [x[0], x[1].replace(b'"seconds"', b'"x"'), *x[2:]], "line 2 has no seconds"),
+    (at(1, '"seconds"', '"x"'), "line 2 has no seconds"),
     (lambda x: [x[0], *x[2:]], "lacks epochs"),
-    (lambda x: [x[0].replace(b'"seed": 0', b'"seed": 7'), *x[1:]], "seed 7 then, 0 now"),
-    (lambda x: [*x[:-1], x[-1].replace(b'"stopped": null', b'"stopped": []')], "for stopped"),
-    (row(epoch=None), "for epoch"),
-    (row(epoch=0), "for epoch"),
-    (row(train_loss="small"), "for train_loss"),
-    (row(test_acc=None), "for test_acc"),
-    (row(eta_min={}), "for eta_min"),
+    (at(0, '"seed": 0', '"seed": 7'), "seed 7 then, 0 now"),
+    (at(3, '"stopped": null', '"stopped": []'), "for stopped"),
+    *((row(**{key: value}), f"for {key}") for key, value in (
+        ("epoch", None), ("epoch", 0), ("train_loss", "small"), ("test_acc", None),
+        ("eta_min", {}))),
     (row(kind=3), "line 2 is no row"),
-])  # fmt: skip
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "noun"), LOGS)
@@ -463,21 +339,14 @@ def test_a_log_whose_last_line_is_torn_is_no_fault(check, out):
     check(ON, "", 0)
 
 
-def test_a_run_that_is_going_on(check, out):
-    fcntl = pytest.importorskip("fcntl")
-    with open(first(out, "*.lock")) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        check(ON, "another process")
-
-
 def test_a_log_or_a_record_in_another_place(check, ran, tmp_path):
     rows, record = first(ran, "*.jsonl").read_bytes(), first(ran, "*.run.json").read_text()
-    (tmp_path / "x.json").write_bytes(rows)
-    check(REPLAY, "x.json")
-    (tmp_path / "x.json").write_text(record)
-    check(f"{REPLAY} --epochs 3", "--epochs")
-    (tmp_path / "x.json").write_text(record.replace('"depth": 2', '"depth": "two"'))
-    check(REPLAY, "argument --depth: 'two'")
+    for content, flags, noun in (
+        (rows.decode(), "", "x.json"), (record, "--epochs 3", "--epochs"),
+        (record.replace('"depth": 2', '"depth": "two"'), "", "argument --depth: 'two'"),
+    ):  # fmt: skip
+        (tmp_path / "x.json").write_text(content)
+        check(f"{REPLAY} {flags}", noun)
     (tmp_path / "x.jsonl").write_bytes(FIRST + rows.split(b"\n", 1)[1])
     check(PLOT, "does not say its --arch")
     (tmp_path / "x.jsonl").write_bytes(rows)

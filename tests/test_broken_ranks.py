@@ -4,21 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from distributed.delayed import DelayedReads
 from tests.conftest import ROOT
-from tests.test_course import LOOKS, SMALL, call, only, same
-from tests.test_distributed import (  # noqa: F401 (a fixture)
-    TORCHRUN,
-    VARIABLES,
-    outcome,
-    run_ranks,
-)
+from tests.test_distributed import TORCHRUN, VARIABLES, outcome, run_ranks  # noqa: F401
+from tests.test_launchers import epochs, ranks, wait_for
 from tests.test_main import rows
+from tests.test_trainer import LOOKS, SMALL, call, only, same
+
+slow = pytest.mark.slow
 
 TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
 STOP = 3  # of interrupt, for one process
@@ -53,19 +50,19 @@ def broken(run_ranks, tmp_path):  # noqa: F811
     return run
 
 
-def test_a_signal_to_one_rank_breaks_all_in_the_same_step(broken, tmp_path):
+@pytest.mark.parametrize("looks", [
+    (3,), pytest.param((1, 4, 6, 7, LOOKS - 1, LOOKS), marks=slow),
+])  # fmt: skip
+def test_a_signal_to_one_rank_breaks_all_in_the_same_step(looks, broken, tmp_path):
     """All know of it at the next look: in an epoch, between two, in a test."""
-    looks = [1, 3, 4, 6, 7, LOOKS - 1]
-    cases = {str(k): {"1": {k: TERM}} for k in [*looks, LOOKS]}
-    ended = broken(2, {**cases, "saved": {"1": {2: USR1}}})
-    assert ended == {
-        **{str(k): (130, k + 1) for k in looks},
-        str(LOOKS): (0, LOOKS),  # too late to be of use
-        "saved": (0, LOOKS),
-    }
-    assert rows(tmp_path / "3", only(tmp_path / "3"))[0]["ranks"] == 2
+    ended = broken(2, {**{str(k): {"1": {k: TERM}} for k in looks}, "saved": {"1": {2: USR1}}})
+    late = {str(LOOKS): (0, LOOKS)} if LOOKS in looks else {}  # too late to be of use
+    assert ended == {**{str(k): (130, k + 1) for k in looks}, **late, "saved": (0, LOOKS)}
+    out = tmp_path / "saved"
+    assert rows(out, only(out))[0]["ranks"] == 2
 
 
+@slow
 def test_three_ranks_go_on_to_the_bit(broken):
     """Whose numbers are added in an order that the places in a message decide."""
     one, all_of_them = {"2": {9: TERM}}, {str(rank): {3: INT} for rank in range(3)}
@@ -74,6 +71,7 @@ def test_three_ranks_go_on_to_the_bit(broken):
     assert ended == {"first": (130, 2), "third": (130, 4), "ninth": (130, 10)}
 
 
+@slow
 @pytest.mark.parametrize("flags", [[], ["--sync_bn"]])
 @pytest.mark.parametrize("optimizer", ["agd", "spectral"])
 def test_networks_with_batch_norm_go_on_to_the_bit(optimizer, flags, broken):
@@ -83,6 +81,7 @@ def test_networks_with_batch_norm_go_on_to_the_bit(optimizer, flags, broken):
     broken(3, cases, *flags, "--optimizer", optimizer, norms=True)
 
 
+@slow
 def test_a_run_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, capsys):  # noqa: F811
     assert call(*SMALL, "--out", tmp_path / "whole")[0] == 0
     assert call(*SMALL, "--out", tmp_path / "three", asked={9: STOP})[0] == 130
@@ -103,54 +102,38 @@ def test_a_run_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, capsys)
         assert b[0]["resumed"][0]["ranks"] == (3 if name == "three" else 1)
 
 
-def ids_of_ranks(out):
-    """rank -> process id."""
-    listed = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout
-    found = {}
-    for pid in listed.split():
-        try:
-            with open(f"/proc/{pid}/environ") as file:
-                variables = dict(x.split("=", 1) for x in file.read().split("\0") if "=" in x)
-        except OSError:
-            continue
-        if "RANK" in variables:
-            found[int(variables["RANK"])] = int(pid)
-    return found
-
-
+@slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the ranks in /proc")
 def test_signals_under_torchrun(run_main, tmp_path):
     """From outside, in the long test of an epoch: to one rank, and to all of them and to torchrun,
     as from a terminal, which torchrun passes on to ranks that have it already."""
     flags = words(*SMALL, "--distribute", "--cpu", "--epochs", 30, "--test_bs", 1)
+    parts = tmp_path / "parts"
 
-    def interrupt(signalled, epochs):
+    def interrupt(signalled, least):
         plain = {k: v for k, v in os.environ.items() if k not in VARIABLES | {"SLURM_JOB_ID"}}
         process = subprocess.Popen(
-            [sys.executable, *TORCHRUN, "2", "main.py", *flags, "--out", str(tmp_path / "parts")],
+            [sys.executable, *TORCHRUN, "2", "main.py", *flags, "--out", str(parts)],
             cwd=ROOT, env={**plain, "OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            end, log = time.monotonic() + 100, tmp_path / "parts" / "logs"
-            while sum(x.read_text().count('"kind": "epoch"') for x in log.glob("*l")) < epochs:
-                assert time.monotonic() < end and process.poll() is None
-                time.sleep(0.02)
+            wait_for(lambda: epochs(parts) >= least or process.poll(), 100, lambda: "no epochs")
             signalled(process)
             out, errors = process.communicate(timeout=60)
         finally:
             process.kill()
         assert out.count("Interrupted after") == 1, out + errors
-        assert rows(tmp_path / "parts", only(tmp_path / "parts"))[-1]["stopped"] == "interrupted"
+        assert rows(parts, only(parts))[-1]["stopped"] == "interrupted"
         return errors
 
-    said = interrupt(lambda process: os.kill(ids_of_ranks(tmp_path / "parts")[1], TERM), 3)
-    assert "exitcode  : 130" in said and "-15" not in said  # both ended by themselves
+    errors = interrupt(lambda process: os.kill(ranks(parts, "RANK")[1], TERM), 3)
+    assert "exitcode  : 130" in errors and "-15" not in errors  # both ended by themselves
     interrupt(lambda process: os.killpg(process.pid, INT), 7)
     for name in ("parts", "whole"):
         done = run_main(*flags, out=tmp_path / name, launcher=[*TORCHRUN, "2"])
         assert done.returncode == 0, done.stderr
-    same(tmp_path / "parts", tmp_path / "whole")
+    same(parts, tmp_path / "whole")
 
 
 def test_what_an_evaluation_has_read_training_reads_again(monkeypatch):

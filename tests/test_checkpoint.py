@@ -59,10 +59,9 @@ def test_a_damaged_newest_one_is_set_aside_and_the_one_before_used(how, checkpoi
     bad = DAMAGE[how](checkpoints.path.read_bytes())
     assert bad != checkpoints.path.read_bytes()
     checkpoints.path.write_bytes(bad)
-    found, warning = epoch(checkpoints)
-    assert found == 2
-    for words in (".pt is damaged (", ".pt.damaged", ".pt.previous is used"):
-        assert words in warning
+    number, warning = epoch(checkpoints)
+    assert number == 2
+    assert all(x in warning for x in (".pt is damaged (", ".pt.damaged", ".pt.previous is used"))
     assert checkpoints.damaged.read_bytes() == bad
     assert epoch(checkpoints) == (2, None)  # said once
     checkpoints.write(content(3))

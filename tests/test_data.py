@@ -8,19 +8,17 @@ import pickle
 import socket
 import tarfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import data.prepare
 from data import DATASETS, DataError, load
 from data.arrays import ArrayBatches, load_arrays
 from data.common import reason
 from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
-from data.prepare import MNIST_MD5, prepare
+from data.prepare import MNIST_MD5, main, prepare
 
 CPU = torch.device("cpu")
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
@@ -262,6 +260,10 @@ def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
     assert arrays["test_labels"].tolist() == labels[25:].tolist()
     left = {p.name for p in folder.iterdir()} - {archive.name, "cifar-10-batches-py"}
     assert left == {"cifar10.npz"}
+    if way == "archive beside":  # the command makes a damaged file anew
+        path.write_bytes(path.read_bytes()[:1000])
+        assert main(["cifar10", "--data_dir", str(folder)]) == 0
+        assert load_arrays(path, (32, 32, 3), 10)
     archive.unlink(missing_ok=True)  # from now on the one file is enough
     assert prepare("cifar10", folder) == path
 
@@ -312,15 +314,6 @@ def test_prepare_mnist(way, tmp_path, monkeypatch):
     assert arrays["test_labels"].tolist() == labels[20:].tolist()
 
 
-def test_prepare_makes_a_damaged_file_anew(tmp_path, monkeypatch, capsys):
-    cifar_archive(tmp_path, monkeypatch, *some_images())
-    flags, path = ["cifar10", "--data_dir", str(tmp_path)], tmp_path / "cifar10.npz"
-    assert data.prepare.main(flags) == 0
-    path.write_bytes(path.read_bytes()[:1000])
-    assert data.prepare.main(flags) == 0
-    assert "Set aside" in capsys.readouterr().err and load_arrays(path, (32, 32, 3), 10)
-
-
 # Image folders
 
 
@@ -338,13 +331,23 @@ def folder(tmp_path):
     return tmp_path
 
 
-def open_folder(path, **options):
-    return load(f"folder:{path}", "", 4, 4, CPU, image_size=32, **options)
+@pytest.fixture
+def open_folder(folder):
+    """f(**options) -> the Data of the image folder, whose workers end with the test."""
+    opened = []
+
+    def load_folder(**options):
+        opened.append(load(f"folder:{folder}", "", 4, 4, CPU, image_size=32, **options))
+        return opened[-1]
+
+    yield load_folder
+    for part in (part for ours in opened for part in ours[:2]):
+        part.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_yields_every_image_once(folder, workers):
-    ours = open_folder(folder, workers=workers)
+def test_a_folder_yields_every_image_once(open_folder, workers):
+    ours = open_folder(workers=workers)
     assert (ours.shape, ours.classes) == ((3, 32, 32), 3)
     assert (ours.train.examples, ours.test.examples, len(ours.train)) == (15, 9, 4)
     for part, count in ((ours.train, 5), (ours.test, 3)):
@@ -353,13 +356,12 @@ def test_a_folder_yields_every_image_once(folder, workers):
         assert labels.bincount().tolist() == [count] * 3 and inputs.dtype == torch.float32
         assert inputs.is_contiguous() and part.position == len(part) and part.missing == 0
         assert torch.equal(inputs.mean((2, 3)).argmax(1), labels)  # image and label belong together
-        part.close()
 
 
-def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(folder):
+def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(open_folder):
     """They do not depend on workers or on earlier epochs, and these are the functions."""
     def epoch(n, before=0, start=0, **options):
-        train = open_folder(folder, **options).train
+        train = open_folder(**options).train
         for i in range(before):
             train.set_epoch(i)
             list(train)
@@ -371,7 +373,7 @@ def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(fol
     assert torch.equal(one[8:], epoch(3, start=2)[0])
     assert not torch.equal(one, epoch(4)[0]) and not torch.equal(one, epoch(3, seed=1)[0])
     assert order.tolist() == np.random.default_rng((0, 3)).permutation(15).tolist()
-    ours, rng = open_folder(folder), np.random.default_rng((0, 3, order[5]))
+    ours, rng = open_folder(), np.random.default_rng((0, 3, order[5]))
     paths, mean, std = ours.files[1], np.array([0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]
     for image, inputs in (
         (random_crop_and_flip(decode(paths[order[5]]), 32, rng), one[5]),
@@ -381,15 +383,9 @@ def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(fol
         assert inputs.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_half_of_the_training_images_are_mirrored():
-    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)[None, :, None].expand(64, 64, 3)
-    crops = [random_crop_and_flip(ramp, 32, np.random.default_rng(i)).double() for i in range(200)]
-    assert 0.35 < np.mean([(x[:, 0].mean() > x[:, -1].mean()).item() for x in crops]) < 0.65
-
-
-def test_a_rank_without_a_share_yields_empty_batches(folder):
-    parts = [list(open_folder(folder, rank=r, size=6, workers=1).test) for r in range(6)]
-    whole = list(open_folder(folder).test)
+def test_a_rank_without_a_share_yields_empty_batches(open_folder):
+    parts = [list(open_folder(rank=r, size=6, workers=1).test) for r in range(6)]
+    whole = list(open_folder().test)
     for i, (inputs, labels) in enumerate(whole):
         assert torch.equal(torch.cat([part[i][0] for part in parts]), inputs)
         assert torch.equal(torch.cat([part[i][1] for part in parts]), labels)
@@ -402,22 +398,18 @@ def test_random_crop_draws_as_torchvisions():
     torch.manual_seed(0)
     draw, tensor = transforms.RandomResizedCrop.get_params, torch.empty(3, 333, 500)
     pairs = [(random_window(333, 500, np.random.default_rng(i)),
-              draw(tensor, (0.08, 1), (3 / 4, 4 / 3))) for i in range(4000)]  # fmt: skip
-    top, left, h, w = np.array(pairs, float).transpose(2, 1, 0)  # each (ours and theirs, 4000)
+              draw(tensor, (0.08, 1), (3 / 4, 4 / 3))) for i in range(2000)]  # fmt: skip
+    top, left, h, w = np.array(pairs, float).transpose(2, 1, 0)  # each (ours and theirs, 2000)
     for ours, expected in (h * w, w / h, top, left):
         for q in (0.1, 0.5, 0.9):
             spread = expected.max() - expected.min()
             assert abs(np.quantile(ours, q) - np.quantile(expected, q)) < 0.05 * spread
-
-
-def test_a_window_that_never_fits_falls_back_to_the_centre():
+    # what never fits falls back to the centre
     assert random_window(4, 400, np.random.default_rng(0)) == (0, 197, 4, 5)
     assert random_window(400, 4, np.random.default_rng(0)) == (197, 0, 5, 4)
-    out = random_crop_and_flip(torch.zeros(4, 400, 3).byte(), 32, np.random.default_rng(0))
-    assert out.shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("size", [(70, 90), (500, 333), (333, 500), (48, 48), (9, 30), (1, 7)])
+@pytest.mark.parametrize("size", [(70, 90), (500, 333), (333, 500), (9, 30), (1, 7)])
 def test_crops_are_those_of_pil_to_within_rounding(size):
     """Windows, flips and the filter, PIL's bilinear one, on noise, which shows every fault."""
     transforms = pytest.importorskip("torchvision.transforms")
@@ -443,44 +435,36 @@ def test_crops_are_those_of_pil_to_within_rounding(size):
     differ(resize(pixels, 31, 77), picture.resize((77, 31), Image.Resampling.BILINEAR))
 
 
+NOISE = np.stack([*np.mgrid[:180:3, :180:2], np.multiply(*np.mgrid[:60, :90]) % 256], 2)
+QUICK = {  # a JPEG of RGB or grey pixels is decoded by torchvision
+    "plain": {}, "progressive": {"progressive": True}, "thin": {"subsampling": 2, "quality": 30},
+    "full": {"subsampling": 0}, "restarting": {"restart_marker_blocks": 2},
+    "as RGB": {"subsampling": 0, "keep_rgb": True}, "grey": {},
+}  # fmt: skip
+SLOW = {  # format and mode of what PIL decodes
+    "CMYK": ("JPEG", "CMYK"), "PNG": ("PNG", "RGBA"), "palette": ("PNG", "P"), "GIF": ("GIF", "P"),
+    "16 bits": ("PNG", "I;16"), "BMP": ("BMP", "RGB"), "WEBP": ("WEBP", "RGB"),
+    "TIFF": ("TIFF", "CMYK"), "PPM": ("PPM", "RGB"), "MPO": ("MPO", "RGB"),
+}  # fmt: skip
+
+
 def encoded(kind):
     """The bytes of a small image file."""
-    y, x = np.mgrid[:60, :90]
-    pixels = np.stack([2 * x, 3 * y, x * y % 256], 2).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    kind, _, variant = kind.partition(" ")
-    options = {
-        "progressive": {"progressive": True}, "thin": {"subsampling": 2, "quality": 30},
-        "full": {"subsampling": 0}, "restarting": {"restart_marker_blocks": 2},
-        "as RGB": {"subsampling": 0, "keep_rgb": True}, "transparent": {"transparency": 3},
-    }.get(variant, {})  # fmt: skip
-    if variant in ("L", "1", "LA", "P"):
-        image = image.convert(variant)
-    if variant == "CMYK":
-        image = Image.merge("CMYK", [*image.split(), image.convert("L")])
-    if variant == "transparent":
-        image = image.quantize(16)
-    if variant == "16 bits":
-        image = Image.fromarray(pixels[..., 2].astype(np.uint16) * 257)
-    if variant == "turned":
-        options["exif"] = Image.Exif()
-        options["exif"][0x0112] = 6
-    if variant == "alpha":
-        image.putalpha(Image.fromarray(pixels[..., 0]))
-    made = io.BytesIO()
+    name, mode = SLOW.get(kind, ("JPEG", "L" if kind == "grey" else "RGB"))
+    image = Image.fromarray(NOISE.astype(np.uint8))
+    image = Image.fromarray(NOISE[..., 2].astype(np.uint16) * 257) if mode == "I;16" else (
+        image.convert(mode))  # fmt: skip
+    options, made = QUICK.get(kind, {}), io.BytesIO()
     if kind == "MPO":
         options = {"save_all": True, "append_images": [image.rotate(180)]}
-    image.save(made, kind, **options)
+    if kind == "plain":  # an orientation is not applied
+        options = {"exif": Image.Exif()}
+        options["exif"][0x0112] = 6
+    image.save(made, name, **options)
     return made.getvalue()
 
 
-JPEGS = ["", "progressive", "thin", "full", "restarting", "as RGB", "L", "turned"]
-OTHERS = ["JPEG CMYK", "PNG", "PNG P", "PNG transparent", "PNG alpha", "PNG 16 bits", "PNG 1",
-          "PNG LA", "GIF", "GIF transparent", "BMP", "WEBP", "WEBP alpha", "TIFF", "TIFF CMYK",
-          "PPM", "MPO"]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", [f"JPEG {k}".strip() for k in JPEGS] + OTHERS)
+@pytest.mark.parametrize("kind", [*QUICK, *SLOW])
 def test_every_kind_of_image_is_decoded_as_pil_does(kind, tmp_path, monkeypatch):
     path = tmp_path / "image.jpeg"  # the name says nothing
     path.write_bytes(encoded(kind))
@@ -488,7 +472,7 @@ def test_every_kind_of_image_is_decoded_as_pil_does(kind, tmp_path, monkeypatch)
         expected = np.asarray(file.convert("RGB"))
     assert expected.std() > 20
     with monkeypatch.context() as patch:
-        if kind not in OTHERS:  # these take the quicker way
+        if kind in QUICK:
             patch.setattr(Image.Image, "convert", None)
         image = decode(path)
     assert image.dtype == torch.uint8 and np.array_equal(image.numpy(), expected)
@@ -501,22 +485,17 @@ def outcome(read, path):
     try:
         return np.asarray(read(path))
     except Exception as error:
-        return type(error).__name__ if "identify" in str(error) else reason(error)
-
-
-def by_pil(path):
-    with Image.open(path) as file:
-        return file.convert("RGB")
+        return "not an image" if "identify" in str(error) else reason(error)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PIL, on EXIF data
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG L", "JPEG restarting"])
+@pytest.mark.parametrize("kind", ["plain", "progressive", "grey", "restarting"])
 def test_a_damaged_jpeg_is_what_pil_makes_of_it(kind, tmp_path):
     """Cut anywhere, or with bytes changed: the same pixels, or the same error."""
     path, whole = tmp_path / "image.jpg", encoded(kind)
     rng, cases = np.random.default_rng(0), [whole + b"and more", whole[:-400] + whole[-2:]]
-    cases += [whole[:n] for n in {*range(0, len(whole), 13), *range(len(whole) - 20, len(whole))}]
-    for i in range(100):
+    cases += [whole[:n] for n in {*range(0, len(whole), 41), *range(len(whole) - 20, len(whole))}]
+    for i in range(60):
         content = bytearray(whole)
         for at in rng.integers(0, 700 if i % 2 else len(whole), 3):
             content[at] = rng.integers(0, 256)
@@ -524,53 +503,19 @@ def test_a_damaged_jpeg_is_what_pil_makes_of_it(kind, tmp_path):
     seen = {str: 0, np.ndarray: 0}
     for content in cases:
         path.write_bytes(content)
-        ours, expected = outcome(decode, path), outcome(by_pil, path)
-        assert np.array_equal(ours, expected) or "not an image" in ours and "Unid" in expected
+        ours, theirs = outcome(decode, path), outcome(lambda p: Image.open(p).convert("RGB"), path)
+        assert np.array_equal(ours, theirs) or "not an image" in ours and "not an" in theirs
         seen[type(ours)] += 1
         if whole.startswith(content) and content != whole:
             # Of grey images PIL forgives that the end is not marked.
-            assert isinstance(ours, str) or kind == "JPEG L" and len(content) >= len(whole) - 2
+            assert isinstance(ours, str) or kind == "grey" and len(content) >= len(whole) - 2
     assert min(seen.values()) > 10
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_stop_the_run_or_are_left_out(folder, workers):
-    cut, text = folder / "train" / "pear" / "1.jpg", folder / "train" / "plum" / "2.jpg"
-    cut.write_bytes(cut.read_bytes()[:300])
-    text.write_text("no image")
-    with pytest.raises(DataError, match=r"(pear.1|plum.2)\.jpg.*--skip_bad_images"):
-        list(open_folder(folder, workers=workers).train)
-    train = open_folder(folder, workers=workers, skip_bad_images=True).train
-    for n in range(2):
-        train.set_epoch(n)
-        images, labels = joined(train)
-        assert len(labels) == 13 and torch.equal(images.mean((2, 3)).argmax(1), labels)
-        assert train.missing == 2
-    assert {Path(p).name for p in train.bad_images} == {"1.jpg", "2.jpg"}
-    for path in folder.glob("train/*/*"):
-        path.write_bytes(b"")
-    with pytest.raises(DataError, match="none of the 15 images"):
-        list(open_folder(folder, skip_bad_images=True).train)
-
-
-def test_folders_that_differ_are_named(folder, tmp_path):
-    with pytest.raises(DataError, match="no folder .*train"):
-        open_folder(tmp_path / "nowhere")
+def test_folders_that_differ_are_named(folder, open_folder):
     (folder / "imagenet").symlink_to(".")
     with pytest.raises(DataError, match="3 class folders, not 1000"):
         load("imagenet", folder, 4, 4, CPU)
     (folder / "val" / "plum").rename(folder / "val" / "grape")
     with pytest.raises(DataError, match="grape, plum"):
-        open_folder(folder)
-
-
-@pytest.mark.slow
-def test_photographs_are_those_of_pil(samples):
-    transforms = pytest.importorskip("torchvision.transforms")
-    root = samples("imagenet1k-sample") / "imagenet1k-sample" / "train"
-    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    for path in sorted(root.glob("*/*"))[:20]:
-        image = Image.open(path).convert("RGB")
-        assert np.array_equal(decode(path).numpy(), np.asarray(image))
-        difference = centre_crop(decode(path), 224).numpy().astype(int) - np.asarray(theirs(image))
-        assert np.abs(difference).max() <= 1
+        open_folder()

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.fuzz import MEMORY, READERS, Harm, fuzz, main, make_seeds
+from tests.fuzz import READERS, Harm, Reader, fuzz, main, make_seeds
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +18,13 @@ def seeds(tmp_path_factory):
 
 @pytest.mark.parametrize("name", READERS)
 def test_no_input_does_harm(name, seeds, tmp_path):
-    memory = MEMORY.get(name, 2**28)
-    counts, finding = fuzz(READERS[name], seeds[name], 200, tmp_path, memory=memory, seconds=30)
+    counts, finding = fuzz(READERS[name], seeds[name], 200, tmp_path, 0, 30)
     assert not finding and counts[0] == 200 == counts[1] + counts[2] and min(counts) > 0
 
 
 @pytest.mark.slow
 def test_the_command(capsys):
-    assert main(["--inputs", "5000", "--seed", "1"]) == 0
+    assert main(["--inputs", "6000", "--seed", "1"]) == 0
     assert capsys.readouterr().out.count("| 1,000 |") == len(READERS)
 
 
@@ -53,6 +52,6 @@ def test_what_a_reader_must_not_do_is_found(read, message, tmp_path):
         if path.read_bytes() != b"whole":  # which is read before the watch
             read(path)
 
-    counts, finding = fuzz(reader, [b"whole"], 50, tmp_path, seconds=1)
+    counts, finding = fuzz(Reader(reader), [b"whole"], 50, tmp_path, 0, 1)
     assert message in finding and 0 < counts[0] < 50
     assert not (tmp_path / "input.new").exists() and (tmp_path / "input").exists()

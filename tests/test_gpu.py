@@ -43,7 +43,7 @@ needs_a_gpu = pytest.mark.skipif(not GPU, reason="a CPU has nothing like it")
 
 
 @pytest.fixture
-def found(record_property):
+def record(record_property):
     """f(name, value) keeps a number, in the report of --junitxml."""
 
     def keep(name, value):
@@ -69,10 +69,10 @@ def worst(ours, theirs):
     return torch.stack([((a - b).norm() / b.norm()).double().cpu() for a, b in pairs]).max().item()
 
 
-def test_machine(found):
+def test_machine(record):
     assert torch.zeros(3, device=DEVICE).sum() == 0
     for name, value in environment(DEVICE).items():
-        found(name, value)
+        record(name, value)
     if GPU and shutil.which("nvidia-smi"):
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
         print(smi.stdout)
@@ -80,14 +80,14 @@ def test_machine(found):
 
 @pytest.mark.skipif(not GPU and bool(interpreter_fails()), reason=str(interpreter_fails()))
 @pytest.mark.skipif(not (GPU or INTERPRETED), reason="on a CPU, TRITON_INTERPRET=1 does it")
-def test_kernels(found):
+def test_kernels(record):
     """What AGD asks of them before it takes them: small weights of every layout."""
     difference = agd_kernels.disagreement(cuda.Backend, DEVICE, TorchBackend, Layout, Rule)
-    found("largest relative difference", difference)
+    record("largest relative difference", difference)
     assert difference < agd_kernels.TOLERANCE
 
 
-def test_step_is_that_of_the_cpu(found):
+def test_step_is_that_of_the_cpu(record):
     """By kernels and by torch's operations, of whole networks, in both layouts of weights."""
     differences = {"kernels": [], "torch": []}
     for arch in ("fcn", "resnet18", "vgg") if GPU else ("fcn",):
@@ -104,7 +104,7 @@ def test_step_is_that_of_the_cpu(found):
             for weights in (ours, theirs):
                 updates.append([p.detach().to(CPU) - w for p, w in zip(weights, before)])
             differences[kind].append(worst(*reversed(updates)))
-    found("relative differences of the updates of networks", differences)
+    record("relative differences of the updates of networks", differences)
     assert all(x < 1e-5 for values in differences.values() for x in values)
 
 
@@ -124,19 +124,19 @@ def test_step_of_any_scale_and_without_a_finite_gradient():
     assert torch.equal(p, before) and optimizer.skipped == 1
 
 
-def test_spectral_polar_factor(found):
+def test_spectral_polar_factor(record):
     """In bfloat16, as a GPU takes it: of operator norm 1, with nearly all of the nuclear norm."""
     x = torch.randn(8, 128, 384, device=DEVICE)
     x *= torch.logspace(0, -1.5, 384, device=DEVICE)
     D = agd._polar_bf16(x.clone())
     values = torch.linalg.svdvals(D.cpu().double())
     share = (x * D).sum((1, 2)).cpu() / torch.linalg.svdvals(x.cpu().double()).sum(1)
-    found("operator norms", [values.min().item(), values.max().item()])
-    found("share of the nuclear norm", share.min().item())
+    record("operator norms", [values.min().item(), values.max().item()])
+    record("share of the nuclear norm", share.min().item())
     assert 0.97 < values.max() < 1.03 and share.min() > 0.97
 
 
-def test_spectral_step_is_that_of_the_cpu(found):
+def test_spectral_step_is_that_of_the_cpu(record):
     """Of whole networks, to what bfloat16 lets through; and no step of it reads the device."""
     differences = {}
     for arch in ("fcn", "resnet18") if GPU else ("fcn",):
@@ -155,7 +155,7 @@ def test_spectral_step_is_that_of_the_cpu(found):
         weights = [[p.detach().cpu() for p in net.parameters()] for net in nets]
         etas = [optimizer.eta.item() for optimizer in optimizers]
         differences[arch] = worst(*weights), abs(etas[0] / etas[1] - 1)
-    found("relative differences of the weights and of eta", differences)
+    record("relative differences of the weights and of eta", differences)
     assert all(x < 0.02 for values in differences.values() for x in values)
 
 
@@ -164,7 +164,7 @@ def test_spectral_step_is_that_of_the_cpu(found):
     [(AGD, "fcn", 5, None), (SpectralAGD, "fcn", 3, 6400),
      *([(AGD, "resnet18", 2, 12_800)] if GPU else [])],
 )  # fmt: skip
-def test_graphs_are_the_loop(rule, arch, epochs, part, found):
+def test_graphs_are_the_loop(rule, arch, epochs, part, record):
     """Epochs by CUDA graphs and by the loop; in the last one CUDA watches for reads of the host."""
     trained, ms = [], []
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)) if GPU else nullcontext():
@@ -190,7 +190,7 @@ def test_graphs_are_the_loop(rule, arch, epochs, part, found):
             ms.append(seconds / len(data.train) * 1e3)
     difference = worst(*trained)
     figures = {"largest difference": difference, "ms, loop": ms[0], "ms, graph": ms[1]}
-    found(f"{arch}, {rule.__name__}", figures)
+    record(f"{arch}, {rule.__name__}", figures)
     assert arch != "fcn" or difference < 1e-6  # sums of cuDNN's gradients have no fixed order
 
 
@@ -231,7 +231,7 @@ def test_no_host_read_in_an_epoch():
 
 
 @needs_a_gpu
-def test_memory_that_runs_out(found):
+def test_memory_that_runs_out(record):
     """A batch that does not fit is halved and repeated: the gradient is that of small passes."""
     results = []
     torch.cuda.empty_cache()
@@ -248,8 +248,8 @@ def test_memory_that_runs_out(found):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
     (halved, micro_bs), (small, _) = results
-    found("micro_bs", micro_bs)
-    found("largest relative difference of a gradient", worst(halved, small))
+    record("micro_bs", micro_bs)
+    record("largest relative difference of a gradient", worst(halved, small))
     assert micro_bs is not None and worst(halved, small) < 1e-3
 
 
@@ -266,7 +266,7 @@ def wide_network():
 
 
 @needs_a_gpu
-def test_resnet50_rate(found):
+def test_resnet50_rate(record):
     """Images a second at 224 pixels in TF32, forward, backward and step, by batch size."""
     net, rates = network("resnet50", (3, 224, 224), 1000), {}
     set_precision(torch.nn.Module(), "tf32", DEVICE)  # which is the process's
@@ -279,8 +279,8 @@ def test_resnet50_rate(found):
             rates[batch] = batch / min(take_turns(works, 15, by_clock(DEVICE), 2)["step"])
         except torch.OutOfMemoryError:
             break
-    found("device_name", environment(DEVICE)["device_name"])
-    found("images per second", rates)
+    record("device_name", environment(DEVICE)["device_name"])
+    record("images per second", rates)
 
 
 def test_collectives_of_one_rank():
@@ -307,7 +307,7 @@ def test_collectives_of_one_rank():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
-def test_ranks_of_nccl_are_one_process(found, tmp_path):
+def test_ranks_of_nccl_are_one_process(record, tmp_path):
     """The losses of two epochs of main.py with a rank a GPU."""
     losses, ranks = [], str(torch.cuda.device_count())
     flags = ["main.py", "--dataset", "digits", "--arch", "resnet18", "--epochs", "2"]
@@ -319,5 +319,5 @@ def test_ranks_of_nccl_are_one_process(found, tmp_path):
         (log,) = (out / "logs").glob("*.jsonl")
         losses.append([row["train_loss"] for row in read_rows(log) if row["kind"] == "epoch"])
     difference = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
-    found("largest relative difference of a loss", difference)
+    record("largest relative difference of a loss", difference)
     assert difference < 1e-3

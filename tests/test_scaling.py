@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architecture import build
 from scripts import scaling
+from scripts.markdown import block
 from scripts.scaling import LINKS, Model, all_reduce, buckets, count
 
 NODE = (235, 8)
@@ -16,7 +17,7 @@ IDEAL = (math.inf, math.inf, 8)
 
 @pytest.fixture(scope="module")
 def weights():
-    return count("resnet50", 224)
+    return count(224)
 
 
 def test_weights_and_flops_are_the_networks_own(weights):
@@ -24,7 +25,7 @@ def test_weights_and_flops_are_the_networks_own(weights):
         net = build("resnet50", (3, 224, 224), 1000)
     with FlopCounterMode(display=False) as forward:
         net(torch.empty(1, 3, 224, 224, device="meta"))
-    assert [size for size, _ in weights] and sum(size for size, _ in weights) == 4 * 25502912
+    assert sum(size for size, _ in weights) == 4 * 25502912
     assert sum(flops for _, flops in weights) == forward.get_total_flops()
 
 
@@ -65,9 +66,8 @@ def test_the_model_is_sound(weights, link):
 
 def test_the_page_shows_what_the_script_prints(capsys):
     scaling.main([])
-    page = scaling.PAGE.read_text(encoding="utf-8")
-    between = page.split(scaling.START)[1].split(scaling.END)[0].strip()
-    assert between == capsys.readouterr().out.strip(), "python -m scripts.scaling --write renews it"
+    text = block(scaling.PAGE, *scaling.MARKS)
+    assert text == capsys.readouterr().out.strip(), "python -m scripts.scaling --write renews it"
 
 
 def test_flags_change_the_tables_and_a_rate_that_cannot_be_is_refused(capsys):

@@ -32,9 +32,9 @@ COMMANDS = {
     "data.prepare": "--data_dir --from --jobs --resize --shard",
     "scripts.plot": "-o", "scripts.any_model": "--only",
     "scripts.spectral": "--only",
-    "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together --time_limit",
-    "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out", "scripts.scaling": "",
-    "tests.crash": "", "tests.fuzz": "",
+    "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
+    "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out",
+    "scripts.scaling": "", "tests.crash": "", "tests.fuzz": "",
 }  # fmt: skip
 ROWS = {
     "run": "kind name flags settings python torch platform device device_name threads cores commit "
@@ -61,14 +61,18 @@ def imported_rooms(path):
                 yield name.split(".")[0], node.lineno
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for room, line in imported_rooms(path):
-        if own == "agd" or own == "agd_kernels":  # agd.py works alone; kernels are found by name
-            assert room in ("agd_kernels", own), f"line {line}: agd imports {room}"
-        top = LEVEL[own] == len(LEVELS) - 1
-        assert room == own or LEVEL[room] < LEVEL[own] or top, f"line {line}: {own} imports {room}"
+def test_imports_go_down():
+    """agd.py works alone, and finds its kernels by name."""
+    wrong = []
+    for path in FILES:
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for room, line in imported_rooms(path):
+            if own in ("agd", "agd_kernels"):
+                allowed = room in ("agd_kernels", own)
+            else:
+                allowed = room == own or LEVEL[room] < LEVEL[own] or own in LEVELS[-1]
+            wrong += [] if allowed else [f"{path.relative_to(ROOT)}:{line} imports {room}"]
+    assert not wrong
 
 
 def test_the_root_has_four_modules():

@@ -165,7 +165,7 @@ def cuda_recorder():
 
 
 def replayed(graph):
-    """Replay a graph while no other thread captures one: torch before 2.12 counts a replay's random
-    numbers, of which there are none, in the generator that a capture has taken for itself."""
+    """Replay a graph while no other thread captures one: torch before 2.12 updates the random
+    generator at every replay, which a capture in another thread holds."""
     with RECORDING:
         graph.replay()

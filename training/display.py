@@ -93,6 +93,14 @@ class Progress:
             self.bar.close()
 
 
+def error(reason, trace=None):
+    """Print why a run came to nothing, to the standard error."""
+    if reason == "interrupted":
+        print("interrupted", file=sys.stderr, flush=True)
+    elif reason:
+        print(f"{trace or ''}error: {reason}", file=sys.stderr, flush=True)
+
+
 def resumed(progress, log, trainer):
     """Print from where a run resumes, and how its environment differs from its first."""
     step = f", step {trainer.step} of {trainer.batches}" if trainer.step else ""
@@ -123,9 +131,9 @@ def figure(x, form):
     return "-" if x is None else format(x, form)
 
 
-def summary(trainer, ending, seconds, skipped, told):
-    """Print the end of a run. `seconds`: of this command; `skipped`: steps without a finite
-    gradient; `told`: the reason for its end has been printed."""
+def summary(trainer, ending, seconds, skipped):
+    """Print the Ending of a run. `seconds`: of this command; `skipped`: steps without a finite
+    gradient."""
     print()
     log, rows, reason = trainer.log, trainer.rows, ending.reason
     whole = f"{len(rows)} whole epochs"
@@ -137,7 +145,7 @@ def summary(trainer, ending, seconds, skipped, told):
     elif reason == "requeued":
         print(f"The job is back in the queue after {whole}, and goes on from there.")
     elif reason is not None:
-        print(f"Stopped after {whole}." if told else f"Stopped: {reason.rstrip('.')}.")
+        print(f"Stopped after {whole}." if ending.told else f"Stopped: {reason.rstrip('.')}.")
     else:
         now = f", {len(rows) - trainer.done} of them now," if trainer.done else ""
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")

@@ -35,11 +35,11 @@ class Gradient:
     images of all ranks, which may hold different numbers of them, or none. Ranks communicate twice
     a batch: the number of images first, the gradients in the last micro-batch.
 
-    Where a micro-batch does not fit in memory, `micro_bs` is halved for good, and the batch starts
-    again; of several ranks in their first two batches only, whose gradients are sent after all
-    micro-batches, so that no rank waits for one that starts again. A later batch that does not fit
-    raises OutOfMemory, and so does a single image. Batch norm takes the statistics of each
-    micro-batch, as it does of each rank.
+    If a micro-batch does not fit in memory, `micro_bs` is halved for good and the batch starts
+    again. Several ranks do so in their first two batches only, and never with `sync_bn`: they send
+    these gradients after the last micro-batch, so no rank waits for another. A later batch that
+    does not fit raises OutOfMemory, and so does a single image. Batch norm takes the statistics of
+    each micro-batch, as it does of each rank.
 
     `compiled` is what torch.compile made of `net`: it takes the micro-batches of one size, the size
     that a batch of `whole` images has (None: the first batch), and `net` takes the others, so that

@@ -26,10 +26,10 @@ def make_optimizer(
     """The optimiser `name` of what is not frozen in `net`, a network for images of `shape`.
 
     lr: of a baseline; None is the class's own. gain: of an AUTOMATIC one. `layers`: "count" for
-    the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: whether
-    the start of the weights is the method's, whose norms are known, and not a file's or a
-    library's. `seed`: that of the draw; None draws nothing. Ranks of a `process_group` share the
-    work of a step.
+    the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: the
+    weights start from the method's own distribution, so their norms are known; False for weights of
+    a file or a library. `seed`: of the draw; None draws nothing. Ranks of a `process_group` share
+    the work of a step.
     """
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if name in AUTOMATIC:

@@ -46,9 +46,11 @@ def lacks_tf32(device):
 
 
 def set_channels_last(net, wanted, precision, device):
-    """Lay convolutions' weights out with channels last if `wanted` is "on", or if it is "auto" and
-    faster, on the tensor cores of a GPU. In fp32 a GPU's kernels for it are slower, and a CPU gains
-    3 to 6 %. Returns whether the weights have channels last."""
+    """Lay convolutions' weights out with channels last, if `wanted`; returns whether they are.
+
+    "auto" is on for a GPU in tf32 or bf16, and off elsewhere: in fp32 a GPU's kernels are slower,
+    and a CPU gains only 3 to 6 %.
+    """
     if not any(p.ndim == 4 for p in net.parameters()):
         return False
     if wanted == "auto":

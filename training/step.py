@@ -47,7 +47,7 @@ class Step:
         return losses, outputs, {"eta": eta, "update": update}
 
 
-def steps(step, batches, totals):
+def take_steps(step, batches, totals):
     """Take a step with each batch, add it to `totals`, and yield its eta (None of a baseline)."""
     iterator = iter(batches)
     while True:
@@ -63,14 +63,15 @@ def steps(step, batches, totals):
 
 
 def train_epoch(net, batches, loss_fn, optimizer, log_updates=False):
-    """Train one epoch of `batches` (inputs, labels) in a single process. Returns its Totals.
+    """Train one epoch of `batches` (inputs, labels) in a single process, without a Trainer: for
+    scripts. Returns its Totals.
 
     An optimiser with `train` and `eval`, as SpectralAGD and the schedule-free ones, shows the
     weights of its answer when this returns; batch-norm statistics stay those of training.
     """
     totals = Totals()
     set_training(net, optimizer)
-    for _ in steps(Step(net, loss_fn, optimizer, log_updates=log_updates), batches, totals):
+    for _ in take_steps(Step(net, loss_fn, optimizer, log_updates=log_updates), batches, totals):
         pass
     show_average(optimizer)
     return totals

@@ -7,6 +7,7 @@ all of it: a run that resumes is, on the same hardware, to the bit the run that 
 import json
 import math
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -25,14 +26,15 @@ from distributed.slurm import in_a_job, requeue
 from distributed.sync_bn import average_statistics
 from runs.checkpoint import validate
 from runs.log import RunError
-from training.control import ANNOUNCED, NOTHING, STOP, ignore
+from training import display
+from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
 from training.gradient import Gradient
 from training.metrics import Totals, epoch_row, step_rows
 from training.nonfinite import first_nonfinite
 from training.optimizers import set_capturable
 from training.precision import refused
-from training.step import Step, evaluate, largest_share, set_training, show_average, steps
+from training.step import Step, evaluate, largest_share, set_training, show_average, take_steps
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
 RECALIBRATING = 8  # batches from which batch norm takes the statistics of the average
@@ -47,7 +49,8 @@ class Ending(NamedTuple):
     final: bool = True
     facts: dict = {}
     exit_code: int = 0
-    failure: tuple | None = None  # distributed.Failure of an exception
+    failed: bool = False  # by an exception
+    told: bool = False  # the reason has been printed, here or by another rank
     bad_images: tuple = ()  # paths of images that could not be decoded
 
 
@@ -101,15 +104,13 @@ class Trainer:
             whole=len(range(world.rank, images, world.size)),
         )  # fmt: skip
         self.model = model
-        self.take_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
+        self.one_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
         self.graphs = self.graphed = None
         if graphs is not None:
             self.graphs = graphs
             required = graphs == "on" or control.requests.shared
             eager = profile.last if profile else 0  # a profile shows kernels
-            self.graphed = GraphedSteps(self.take_step, data.train, required, after=eager)
-
-    # -- Where the run stands -------------------------------------------------------------------
+            self.graphed = GraphedSteps(self.one_step, data.train, required, after=eager)
 
     def resume(self, checkpoint):
         """Go on from a checkpoint. Raises RunError where it does not fit this network."""
@@ -193,8 +194,6 @@ class Trainer:
         """Seconds of training in the current epoch, before an interruption included."""
         return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
 
-    # -- The run ----------------------------------------------------------------------------------
-
     def run(self):
         """Train the remaining epochs. Returns the Ending; an exception becomes one, too."""
         set_capturable(self.optimizer, self.graphs is not None, self.world.device)
@@ -229,19 +228,23 @@ class Trainer:
         return ending._replace(bad_images=tuple(sorted(bad)))
 
     def _failed(self, error):
-        if self.world.size > 1:  # a second Ctrl-C changes nothing while ranks tell each other
-            ignore()
         failure = self.world.failed(error)
         code = error.exit_code if isinstance(error, UserError) else 1
         code = 130 if failure.reason == "interrupted" else code
-        return Ending(failure.reason, False, {}, code, failure)
+        # The summary of a single process has the reason; of several, a launcher may end this one.
+        told = self.world.size > 1 or code == UserError.exit_code
+        if told and failure.first:
+            display.error(failure.reason, failure.trace)
+        elif failure.trace and failure.first:
+            print(failure.trace, end="", file=sys.stderr)
+        return Ending(failure.reason, False, {}, code, failed=True, told=told)
 
     def _run_epoch(self, profile):
         """Train, test, log and save one epoch. Returns why the run cannot go on, or None."""
         epoch, began, data, world = self.epoch + 1, time.perf_counter(), self.data, self.world
         micro_bs, failure = self.gradient.micro_bs, self.graphed and self.graphed.failure
         earlier = self.seconds
-        trained = self._train(epoch, profile).read(world.all_reduce_in_order)
+        trained = self._train_epoch(epoch, profile).read(world.all_reduce_in_order)
         if self.graphed and self.graphed.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
         if self.gradient.micro_bs != micro_bs:
@@ -272,14 +275,14 @@ class Trainer:
                 profile.write()
                 self.progress.profile(profile)
         self.rows.append(row)
-        reason = None if self.take_step.automatic else diverged(epoch, trained["steps"]["loss"])
+        reason = None if self.one_step.automatic else diverged(epoch, trained["steps"]["loss"])
         if reason is None:
             self.epoch, self.step, self.totals = epoch, 0, None
             self.seconds, self.missing = 0.0, 0
             self.save(None)
         return reason
 
-    def _train(self, epoch, profile):
+    def _train_epoch(self, epoch, profile):
         """Train the steps of an epoch from the current one on. Returns the Totals of the epoch."""
         self.data.train.set_epoch(epoch, self.step)
         self._seed_step()
@@ -292,7 +295,7 @@ class Trainer:
             if self.graphed is not None:
                 etas, self.so_far = self.graphed.steps(totals), self.graphed.totals
             else:
-                etas = steps(self.take_step, self.data.train, totals)
+                etas = take_steps(self.one_step, self.data.train, totals)
                 self.so_far = lambda: totals
             for eta in etas:
                 self.progress.step((epoch - 1) * self.batches + self.data.train.position)

@@ -1,12 +1,10 @@
 """Times beside their peers in the same run: `python -m scripts.benchmark [CASE]`.
 
     step        a step of AGD on the weights of the paper's networks, in both memory formats, beside
-                torch's SGD, AdamW (fused and foreach) and Muon: time, memory, time against size
-    spectral    a step of SpectralAGD beside AdamW's, Muon's and AGD's; its polar factors beside a
-                large matrix product
-    epoch       an epoch of main.py beside its forward and backward passes alone, and beside the
-                usual pipeline of PIL images in a DataLoader; against width, depth and batch; the
-                start of main.py beside that of torch
+                torch's SGD, AdamW (fused and foreach) and Muon: time and memory
+    spectral    a step of SpectralAGD beside AdamW's, Muon's and AGD's
+    epoch       an epoch of main.py beside its forward and backward passes alone; the start of
+                main.py beside that of torch
     data        the seconds of one core that reads a folder of images (--folder, which holds
                 train/CLASS/) at --image_size, beside torchvision's ImageFolder
     many        epochs a second of 1 to 32 small runs at once
@@ -14,11 +12,12 @@
 
 The peers take turns, so that a drift of the machine's speed meets all of them. Ratios (round by
 round, then their median), quartiles and seconds go to <out>/benchmark/<case>.json (<case>-cuda.json
-of a GPU) when a case ends. `all` is one case after the other. `draw` makes a picture of the files
-and, with --out results, the tables of docs/performance.md.
+of a GPU) when a case ends. `all` is one case after the other. `draw` prints the tables of the files
+and, with --out results, puts them into docs/performance.md.
 """
 
 import argparse
+import json
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,13 +30,13 @@ from cli import Parser, UserError, number
 from data import default_data_dir
 from runs.files import write_whole
 from runs.provenance import environment, processor, tilde
-from scripts.benchmark import draw, epoch, folders, many, step
-from scripts.benchmark.measure import CLOCKS, as_json, note, rounded
+from scripts.benchmark import draw, epoch, many, step
+from scripts.benchmark.measure import CLOCKS, note
 from training.display import table
 
 CASES = {  # name -> function, rounds, rounds of --quick
     "step": (step.case, 40, 5), "spectral": (step.spectral, 15, 2), "epoch": (epoch.case, 7, 2),
-    "data": (folders.case, 7, 2), "many": (many.case, 3, 1),
+    "data": (epoch.folder, 7, 2), "many": (many.case, 3, 1),
     "checkpoint": (epoch.checkpoint, 10, 2),
 }  # fmt: skip
 
@@ -59,7 +58,7 @@ def parse(argv=None):
     add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
         "processor's time for this process alone, for a busy machine and one thread")
     add("--nets", type=number(int, 1, len(step.NETS) + len(step.STOCK)), metavar="N",
-        help="of the steps: the first N networks alone, without the growth")
+        help="of the steps: the first N networks alone")
     add("--counts", type=whole, nargs="+", metavar="N",
         help="of many: so many runs at once, beside 1 (default: 2 4 8 16 32)")
     add("--together", choices=["auto", "on", "off"], default="auto",
@@ -75,7 +74,7 @@ def parse(argv=None):
 
 
 def measure(name, args):
-    """Run a case and write its result; returns that, a dict, and its path."""
+    """Run a case, write its result, a dict, and print its ratios."""
     case, rounds, few = CASES[name]
     device, threads = torch.device(args.device), torch.get_num_threads()
     args = argparse.Namespace(**{**vars(args), "case": name})
@@ -87,41 +86,35 @@ def measure(name, args):
         torch.set_num_threads(threads)
     settings = {key: tilde(str(x) if isinstance(x, Path) else x) for key, x in vars(args).items()}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    result = rounded({**result, "flags": settings, "environment": here, "date": now})
+    result = {**result, "flags": settings, "environment": here, "date": now}
+    # Four figures are more than a clock knows.
+    result = json.loads(json.dumps(result, allow_nan=False),
+                        parse_float=lambda x: float(f"{float(x):.4g}"))  # fmt: skip
     path = Path(args.out, "benchmark", draw.file_name(name, device.type))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, as_json(result) + "\n")
-    return result, path
-
-
-def show(name, result, path):
-    """Print the ratios of a case."""
+    write_whole(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for kind, ratios in result.items():
-        if not kind.startswith("ratios") or not isinstance(ratios, dict):
-            continue
-        groups = ratios if all(isinstance(x, dict) for x in ratios.values()) else {"": ratios}
-        for group, values in groups.items():
-            title = f"{name}, median of the {kind}{', ' if group else ''}{group}"
-            table((title, ""), [(key, f"{x:.2f}") for key, x in values.items()])
-    if name == "data":
-        rates = {"ours": result["images_per_second_per_core"], "theirs": result["conventional"]}
-        table(("Images a second a core", ""), [(key, f"{x:.0f}") for key, x in rates.items()])
+        if kind.startswith("ratios") and isinstance(ratios, dict):
+            nested = isinstance(next(iter(ratios.values()), None), dict)
+            for group, values in ratios.items() if nested else [("", ratios)]:
+                title = f"{name}, median of the {kind}{', ' if group else ''}{group}"
+                table((title, ""), [(key, f"{x:.2f}") for key, x in values.items()])
     print(f"Written to {path}\n", flush=True)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     args, code = parse(argv), 0
+    if args.case == "draw":
+        draw.write(Path(args.out, "benchmark"))
+        return 0
     try:
-        for name in CASES if args.case == "all" else {args.case} & CASES.keys():
+        for name in CASES if args.case == "all" else [args.case]:
             try:
-                show(name, *measure(name, args))
+                measure(name, args)
             except (UserError, OSError, ImportError) as error:
                 note(f"error: {name}: {error}")
                 code = max(code, getattr(error, "exit_code", 1))
-        if args.case == "draw":
-            for path in draw.write(Path(args.out, "benchmark")):
-                print(f"Drawn: {path}")
     except KeyboardInterrupt:
         note("\ninterrupted; the finished cases are written")
         code = 130

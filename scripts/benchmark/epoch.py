@@ -1,5 +1,5 @@
-"""An epoch beside its passes alone and the usual pipeline, the start of main.py, and what saving
-takes of a run: cases `epoch` and `checkpoint`."""
+"""An epoch beside its passes alone, the start of main.py, the reading of a folder beside the usual
+loader, and what saving takes of a run: cases `epoch`, `data` and `checkpoint`."""
 
 import math
 import subprocess
@@ -9,17 +9,17 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import torch
-from torchvision import transforms
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
 
 import cli
 import flags
 from agd import AGD, init_weights
 from architecture import build
-from data import DATASETS, load
-from data.prepare import prepare
+from data import IMAGENET_MEAN, IMAGENET_STD, load
+from data.folders import FolderBatches
+from data.imagenet import find
 from runs.log import RunError, read_rows
 from scripts.benchmark.measure import by_clock, compared, note, spread, take_turns
 from training.cuda_graph import GraphedSteps
@@ -27,9 +27,6 @@ from training.losses import mse
 from training.metrics import Totals
 from training.step import Step, evaluate, train_epoch
 
-GROWTH = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32),
-          "batch_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)}  # one at a time
-IMAGES = 8192  # of an epoch that grows
 RUNS = {  # network, optimiser, images in training and in testing that stand for an epoch's (None)
     "FCN 10×256, AGD": ("fcn", "agd", None, None),
     "ResNet-18, AGD": ("resnet18", "agd", 256, 128),
@@ -97,110 +94,32 @@ def bare(net, data):
     return epoch
 
 
-@torch.no_grad()
-def plain_agd_step(weights):
-    """The paper's update, layer by layer; returns eta, a Python number."""
-    scales = [math.sqrt(p.shape[0] / p.shape[1] / math.prod(p.shape[2:])) for p in weights]
-    norms = [p.grad.norm(dim=(0, 1), keepdim=True) for p in weights]
-    G = sum(s * n.sum() for s, n in zip(scales, norms)) / len(weights)
-    eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
-    for p, s, n in zip(weights, scales, norms):
-        p -= eta / len(weights) * s * torch.nan_to_num(p.grad / n)
-    return eta
-
-
-def conventional(args, data, device):
-    """A function: an epoch and its test as most people write them. Torch's own layers, a PIL image
-    and its torchvision transforms one by one in a DataLoader, a plain loop over the layers; loss,
-    accuracy and eta are read every step."""
-    spec = DATASETS[args.dataset]
-    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
-    crop, flip = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
-    net, loaders = network(args, data, device), []
-    net = PlainFCN(net) if args.arch == "fcn" else net
-    with np.load(prepare(args.dataset, args.data_dir)) as file:
-        for split, batches, chain in (
-            ("train", data.train, transforms.Compose([crop, flip, plain])),
-            ("test", data.test, plain),
-        ):
-
-            def collate(pairs, transform=chain):
-                images = [transform(PIL.Image.fromarray(image)) for image, _ in pairs]
-                return torch.stack(images), torch.tensor([label for _, label in pairs])
-
-            pairs = zip(file[f"{split}_images"][: batches.examples], file[f"{split}_labels"])
-            loaders.append(torch.utils.data.DataLoader(
-                list(pairs), args.batch_size, split == "train", collate_fn=collate))  # fmt: skip
-
-    def epoch():
-        sums = np.zeros(3)
-        for loader, training in zip(loaders, (True, False)):
-            net.train(training)
-            for inputs, labels in loader:
-                inputs, labels = inputs.to(device), labels.to(device)
-                with torch.set_grad_enabled(training):
-                    outputs = net(inputs)
-                if training:
-                    loss = mse(outputs, labels).mean()
-                    loss.backward()
-                    sums[1:] += loss.item(), plain_agd_step(list(net.parameters()))
-                    net.zero_grad()
-                sums[0] += (outputs.argmax(1) == labels).float().mean().item()
-
-    return epoch
-
-
-def growth(args, device):
-    """Seconds of an epoch of training and of its bare passes against sizes and batch."""
-    images = 512 if args.quick else IMAGES
-    result = {"images": images}
-    for key, values in GROWTH.items():
-        values = values[1:3] if args.quick else values
-        result[key] = {"values": list(values), "ratios": [], "ours": [], "bare": []}
-        for value in values:
-            here = Namespace(**{**vars(args), "arch": "fcn", key: value})
-            data = load(args.dataset, args.data_dir, here.batch_size, here.batch_size, device,
-                        train_examples=images, test_examples=1)  # fmt: skip
-            works = {"ours": ours(here, data, device)[0],
-                     "bare": bare(PlainFCN(network(here, data, device)), data)}  # fmt: skip
-            note(f"growth: {key} {value}, {args.repeats} rounds")
-            told = compared(take_turns(works, args.repeats, by_clock(device, args.clock)),
-                            [("ours", "bare")])  # fmt: skip
-            result[key]["ratios"] += told["ratios"].values()
-            for name in works:
-                result[key][name].append(told["seconds"][name])
-    return result
-
-
-def start_main(args, device, out, *more):
-    """A Popen of main.py, its output in pipes."""
-    where = ["--dataset", args.dataset, "--depth", args.depth, "--width", args.width, "--train_bs",
-             args.batch_size, "--device", device, "--data_dir", args.data_dir, "--out", out]
-    command = [sys.executable, Path(flags.__file__).with_name("main.py"), *where, *more]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
-
-
-def failed(process, message):
-    error = RunError(f"main.py did not finish: {message.strip()[-2000:]}")
-    error.exit_code = process.returncode or 1
-    return error
+def run_main(args, device, out, arch, examples, *more):
+    """Run main.py on (training, test) examples. Returns the seconds from its start to its report
+    of the first epoch; RunError, with the end of its output, where it fails."""
+    command = [sys.executable, "-u", Path(flags.__file__).with_name("main.py"), "--arch", arch,
+               "--dataset", args.dataset, "--depth", args.depth, "--width", args.width,
+               "--train_bs", args.batch_size, "--train_examples", examples[0], "--test_examples",
+               examples[1], "--device", device, "--data_dir", args.data_dir, "--out", out, *more]
+    start, seconds, lines = time.perf_counter(), None, []
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.STDOUT, encoding="utf-8") as process:  # fmt: skip
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("epoch 1/"):
+                seconds = time.perf_counter() - start
+    if process.returncode:
+        error = RunError(f"main.py did not finish: {''.join(lines).strip()[-2000:]}")
+        error.exit_code = process.returncode
+        raise error
+    return seconds
 
 
 def first_step(args, device):
     """Seconds from the start of main.py to its report of an epoch of one batch in training and one
     in testing: the first step, and a little more."""
     with tempfile.TemporaryDirectory() as out:
-        start, seconds = time.perf_counter(), None
-        with start_main(args, device, out, "--arch", args.arch, "--epochs", 1, "--train_examples",
-                        args.batch_size, "--test_examples", 128) as process:  # fmt: skip
-            for line in process.stdout:
-                if line.startswith("epoch 1/1"):
-                    seconds = time.perf_counter() - start
-            message = process.stderr.read()
-    if seconds is None:
-        raise failed(process, message)
-    return seconds
+        return run_main(args, device, out, args.arch, (args.batch_size, 128), "--epochs", 1)
 
 
 def saved(args, device, whole, arch, optimizer, *examples):
@@ -208,11 +127,7 @@ def saved(args, device, whole, arch, optimizer, *examples):
     run of main.py for two epochs of `examples`, from its own log."""
     examples = [n or part.examples for n, part in zip(examples, (whole.train, whole.test))]
     with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=args.out) as out:
-        with start_main(args, device, out, "--arch", arch, "--optimizer", optimizer, "--epochs", 2,
-                        "--train_examples", examples[0], "--test_examples", examples[1]) as run:
-            message = run.communicate()[1]
-        if run.returncode:
-            raise failed(run, message)
+        run_main(args, device, out, arch, examples, "--optimizer", optimizer, "--epochs", 2)
         ((log,), (file,)) = (sorted(Path(out).rglob(f"*.{x}")) for x in ("jsonl", "pt"))
         (*_, last, end), size = read_rows(log), file.stat().st_size
     training = examples[0] / last["images_per_second"]
@@ -227,7 +142,7 @@ def checkpoint(args, device):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     every = cli.every(flags.parse(["--device", "cpu"]).save_every)[1]
     whole = load(args.dataset, args.data_dir, 1, 1, torch.device("cpu"))
-    percent, times, sizes = {}, {}, {}
+    percent, seconds, sizes = {}, {}, {}
     for label, run in RUNS.items():
         run = (*run[:2], args.batch_size, 64) if args.quick else run
         rounds = []
@@ -235,12 +150,12 @@ def checkpoint(args, device):
             rounds.append(saved(args, device, whole, *run))
             note(f"{label}, round {i + 1}/{args.repeats}: {rounds[-1][0]:.3g} s")
         percent[label] = [100 * (1 + epoch / every) * x / epoch for x, epoch, _ in rounds]
-        sizes[label], columns = rounds[-1][2], list(zip(*rounds))
-        times[label] = spread({"checkpoint": columns[0], "epoch": columns[1]})
-    told = spread(percent)
-    return {PERCENT: {k: x[0] for k, x in told.items()}, "quartiles": {
-        k: x[1:] for k, x in told.items()}, "seconds": times, "bytes": sizes,
-        "seconds between two in a long epoch": every}  # fmt: skip
+        checkpoints, epochs, (*_, sizes[label]) = zip(*rounds)
+        seconds[label] = spread({"checkpoint": checkpoints, "epoch": epochs})
+    shares = compared(percent, [])["seconds"]
+    return {PERCENT: {k: x[0] for k, x in shares.items()},
+            "quartiles": {k: x[1:] for k, x in shares.items()}, "seconds": seconds,
+            "bytes": sizes, "seconds between two in a long epoch": every}  # fmt: skip
 
 
 def case(args, device):
@@ -250,12 +165,10 @@ def case(args, device):
     training, test = ours(args, data, device)
     net = network(args, data, device)
     works = {"ours, training": training, "ours, test": test, "bare": bare(net, data)}
-    pairs = [("ours, training", "bare"), ("ours", "bare"), ("conventional", "ours"),
-             ("conventional", "bare")]  # fmt: skip
+    pairs = [("ours, training", "bare"), ("ours", "bare")]
     if args.arch == "fcn":
-        works |= {"bare": bare(PlainFCN(net), data), "bare, our network": bare(net, data)}
+        works |= {"bare": bare(PlainFCN(net), data), "bare, our network": works["bare"]}
         pairs.append(("ours, training", "bare, our network"))
-    works["conventional"] = conventional(args, data, device)
     seconds = take_turns(works, args.repeats, by_clock(device, args.clock), say="epoch")
     seconds["ours"] = [a + b for a, b in zip(seconds["ours, training"], seconds["ours, test"])]
     torch_alone = [sys.executable, "-c", "import torch"]
@@ -263,7 +176,31 @@ def case(args, device):
         "main.py, to its first step": lambda: first_step(args, device),
         "import torch": lambda: subprocess.run(torch_alone, check=True)},
         args.repeats, by_clock(torch.device("cpu")), say="start")  # fmt: skip
-    told = compared(seconds, pairs)
-    return {"ratios": told["ratios"], "quartiles": told["quartiles"],
-            "seconds": {**told["seconds"], **spread(starts)},
-            "growth": growth(args, device), "data": data.source}  # fmt: skip
+    times = compared(seconds, pairs)
+    times["seconds"] |= spread(starts)
+    return {**times, "data": data.source}
+
+
+def folder(args, device):
+    """Images a second of one thread, by the process's own clock: the loader of main.py without
+    workers, and a DataLoader of torchvision's ImageFolder and transforms."""
+    images = (args.folder or find(args.data_dir)).expanduser() / "train"
+    torch.set_num_threads(1)
+    batches = FolderBatches(images, args.batch_size, args.image_size, IMAGENET_MEAN, IMAGENET_STD,
+                            "cpu", train=True)  # fmt: skip
+    chain = [transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip(),
+             transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    theirs = datasets.ImageFolder(images, transforms.Compose(chain))
+    loader, epochs = DataLoader(theirs, args.batch_size, shuffle=True), iter(range(1, 1000))
+
+    def ours():
+        batches.set_epoch(next(epochs))
+        return sum(len(labels) for _, labels in batches)
+
+    works = {"ours": ours, "conventional": lambda: sum(len(labels) for _, labels in loader)}
+    seconds = take_turns(works, args.repeats, by_clock(device, "process"), say="data")
+    times = compared(seconds, [("conventional", "ours")])
+    rates = {name: batches.examples / times["seconds"][name][0] for name in works}
+    return {"ratios": times["ratios"], "quartiles": times["quartiles"],
+            "images_per_second_per_core": rates["ours"], "conventional": rates["conventional"],
+            "images": batches.examples, "seconds": times["seconds"]}  # fmt: skip

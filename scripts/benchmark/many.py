@@ -6,7 +6,6 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from time import perf_counter
 
 from check.resources import free_memory
 from runs.log import RunError, read_rows
@@ -14,31 +13,30 @@ from scripts import reproduce
 from scripts.benchmark.measure import compared, note, take_turns
 from scripts.experiments import Experiment
 from scripts.results import Results, log_name
+from scripts.runner import tasks
 
 A_RUN = 6e8  # bytes of a process
 
 
 def runs_at_once(commands, epochs, device, args):
-    """(seconds until all runs, lists of flags, have ended, their start included; of each run the
-    seconds of its epochs, by its own clock), run as by `scripts.reproduce --jobs`. RunError where
-    one fails: its output is then under <out>/output."""
+    """The seconds of the epochs of each run, by its own clock, of runs with these lists of flags at
+    once, as by `scripts.reproduce --jobs`. RunError where one fails: its output is then under
+    <out>/output."""
     with tempfile.TemporaryDirectory() as out:
         results = Results(out, "many")
-        todo = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
-        results.table = todo
+        results.table = [Experiment("many", "", "AGD", epochs, tuple(x)) for x in commands]
+        todo = tasks(results, ["many"])
         how = Namespace(jobs=len(todo), device=str(device), data_dir=str(args.data_dir),
                         fresh=False, figures=["many"], time_limit=None,
                         together=args.together)  # fmt: skip
-        start = perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             code = reproduce.run(how, todo, results)
-        seconds = perf_counter() - start
         if code:
             kept = Path(args.out, "output")
             shutil.copytree(results.folder / "output", kept, dirs_exist_ok=True)
             raise RunError(f"runs at once did not finish; their output is in {kept}")
         logs = [read_rows(results.log(log_name(task.flags))) for task in todo]
-    return seconds, [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
+    return [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
 
 
 def commands(args, count):
@@ -51,28 +49,20 @@ def commands(args, count):
 
 
 def case(args, device):
-    """Two rates: in training, the sum over the runs by their own clocks from the second epoch on;
-    and with the start, all epochs over the time until the last run has ended."""
+    """The sum of the rates of the runs from their second epoch on."""
     epochs, counts = 2 if args.quick else 10, [2**k for k in range(2 if args.quick else 6)]
     counts = sorted({1, *args.counts}) if args.counts else counts
     if device.type == "cpu":
         counts = [k for k in counts if k * A_RUN < free_memory(device)]
-    training, whole = ({str(k): [] for k in counts} for _ in range(2))
 
-    def timer(k):
-        seconds, runs = runs_at_once(commands(args, k), epochs, device, args)
-        training[str(k)].append(sum((epochs - 1) / sum(run[1:]) for run in runs))
-        whole[str(k)].append(k * epochs / seconds)
-        note(f"many: {training[str(k)][-1]:.3g} epochs a second of {k} at once")
-        return seconds
+    def rate(k):
+        runs = runs_at_once(commands(args, k), epochs, device, args)
+        each = sum((epochs - 1) / sum(run[1:]) for run in runs)
+        note(f"many: {each:.3g} epochs a second of {k} at once")
+        return each
 
-    seconds = take_turns({str(k): k for k in counts}, args.repeats, timer, warm=0)
-    pairs = [(str(k), "1") for k in counts[1:]]
-    told, started = (compared(x, pairs, "{} at once / one") for x in (training, whole))
-    return {
-        "ratios": told["ratios"], "ratios with the start": started["ratios"],
-        "quartiles": told["quartiles"], "quartiles with the start": started["quartiles"],
-        "epochs a second": told["seconds"], "epochs a second with the start": started["seconds"],
-        "seconds": compared(seconds, [])["seconds"], "epochs of a run": epochs,
-        "command": " ".join(commands(args, 1)[0]),
-    }  # fmt: skip
+    rates = take_turns({str(k): k for k in counts}, args.repeats, rate, warm=0)
+    rates = compared(rates, [(str(k), "1") for k in counts[1:]], "{} at once / one")
+    return {"ratios": rates["ratios"], "quartiles": rates["quartiles"],
+            "epochs a second": rates["seconds"], "epochs of a run": epochs,
+            "command": " ".join(commands(args, 1)[0])}  # fmt: skip

@@ -1,6 +1,5 @@
 """Functions that take turns under a clock, and the statistics of their times."""
 
-import json
 import random
 import statistics
 import sys
@@ -87,24 +86,6 @@ def spread(columns):
     """{name: [median, lower quartile, upper quartile]}."""
     return {name: [statistics.median(x), *statistics.quantiles(x * (len(x) == 1) + x, n=4,
                    method="inclusive")[::2]] for name, x in columns.items()}  # fmt: skip
-
-
-def rounded(value):
-    """`value` with four figures, which is more than a clock knows."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def as_json(value, indent=""):
-    """JSON with a line an entry; lists and innermost dicts have one line."""
-    inner = value.values() if isinstance(value, dict) else ()
-    if not any(isinstance(item, (dict, list)) for item in inner):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    lines = [f"{indent} {as_json(key)}: {as_json(x, indent + ' ')}" for key, x in value.items()]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def note(text):

@@ -2,19 +2,15 @@
 
 import itertools
 import json
-import math
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torchvision
 
-import agd
 from agd import AGD, SpectralAGD
 from architecture import build
-from check.resources import free_memory
 from scripts.benchmark.measure import by_clock, by_graph, compared, note, take_turns
 
 CIFAR, IMAGENET = ((3, 32, 32), 10), ((3, 224, 224), 1000)
@@ -28,14 +24,10 @@ STOCK = {  # as their libraries make them, with biases, norms and embeddings: AG
     "ResNet-50, torchvision": lambda: torchvision.models.resnet50(),
 }
 YARDSTICK, PLAIN, ADAMW = "SGD, fused", "AGD, fused=False", "AdamW, fused"
-GRAPH, GROWING = " as a CUDA graph", ("AGD", YARDSTICK, ADAMW)
+GRAPH = " as a CUDA graph"
 SGD = torch.optim.SGD
 KINDS = {"SGD": SGD, "SGD with momentum": partial(SGD, momentum=0.9), "AdamW": torch.optim.AdamW}
-MATRICES = 10  # of the weights that grow
 RATE = 1e-8  # the peers': it changes no time, and they share their weights
-BYTES = {"AGD": 16, YARDSTICK: 12}  # that a step moves, of each float32 weight
-PIECES = ((16, 128, 256), (2, 128, 3072), (24, 64, 576), (36, 128, 768))  # number, rows, columns
-SIDE, BATCHES = 1024, (128, 1024)  # of the matrix product that stands for the machine; whole steps
 
 
 def gpt2():
@@ -61,12 +53,15 @@ def with_gradients(net):
 
 
 def peers(weights, net=None):
-    """{name: optimiser} of the same weights. AGD takes the network as a whole, where one is given;
-    Muon takes matrices alone."""
-    whole = {} if net is None else {"depth": 6.71}
+    """{name: optimiser} of the same weights; Muon takes matrices alone. AGD takes a stock network,
+    if one is given, as a whole; there fused SGD and AdamW alone are its peers, because the memory
+    of all of them would be several GB."""
+    whole = {"depth": 6.71} if net else {}
     made = {"AGD": AGD(net or weights, **whole), PLAIN: AGD(net or weights, fused=False, **whole)}
     for (kind, make), form in itertools.product(KINDS.items(), ("fused", "foreach")):
-        made[f"{kind}, {form}"] = make(weights, lr=RATE, **{form: True})
+        name = f"{kind}, {form}"
+        if not net or name in (YARDSTICK, ADAMW):
+            made[name] = make(weights, lr=RATE, **{form: True})
     # Fused, it counts its steps on the device either way, and a CUDA graph can hold it.
     made[ADAMW].param_groups[0]["capturable"] = weights[0].device.type == "cuda"
     if hasattr(torch.optim, "Muon") and all(p.ndim == 2 for p in weights):
@@ -91,11 +86,10 @@ def held(step, device):
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    now = most = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]  # negative where memory is given back
-        most = max(most, now)
-    return most, now
+    events = sorted((x for x in events if x.get("name") == "[memory]"), key=lambda x: x["ts"])
+    # Bytes are negative where memory is given back.
+    sums = [0, *itertools.accumulate(x["args"]["Bytes"] for x in events)]
+    return max(sums), sums[-1]
 
 
 def memory(weights, optimizers, device):
@@ -118,68 +112,34 @@ def compare(works, args, device, say, against=YARDSTICK, warm=17, graphed=()):
     for where, (timer, works) in timers.items():
         note(f"{say}, {args.repeats} rounds{where}")
         pairs = [(name, against) for name in works if name != against]
-        told = compared(take_turns(works, args.repeats, timer, warm), pairs, "{}")
-        result |= {f"{key}{where}": told[key] for key in told}
-    return result
-
-
-def steps(optimizers, args, device, say):
-    graphed = [k for k, x in optimizers.items() if x.param_groups[0].get("capturable", True)]
-    return compare({k: x.step for k, x in optimizers.items()}, args, device, say, graphed=graphed)
-
-
-def growth(args, device):
-    """Seconds against the number of weights, as far as memory goes."""
-    result = {"weights": [], "ratios": [], "seconds": {name: [] for name in GROWING}}
-    for size in [1e5, 1e6] if args.quick else [10 ** (k / 2) for k in range(10, 17)]:
-        side, where = round(math.sqrt(size / MATRICES)), GRAPH if device.type == "cuda" else ""
-        if free_memory(device) < 8 * 4 * size:  # weights, gradients, AdamW's two, scratch
-            note(f"{size:.0e} weights: left out, too little memory")
-            break
-        net = torch.nn.ParameterList(torch.randn(side, side, device=device) / side
-                                     for _ in range(MATRICES))  # fmt: skip
-        optimizers = {k: x for k, x in peers(with_gradients(net)).items() if k in GROWING}
-        told = steps(optimizers, args, device, f"growth, {size:.0e} weights")
-        result["weights"].append(MATRICES * side**2)
-        result["ratios"].append(told[f"ratios{where}"]["AGD"])
-        for name in GROWING:
-            result["seconds"][name].append(told[f"seconds{where}"][name])
+        times = compared(take_turns(works, args.repeats, timer, warm), pairs, "{}")
+        result |= {f"{key}{where}": times[key] for key in times}
     return result
 
 
 def case(args, device):
-    result, memories, absent, rates = {}, {}, [], {}
-    for name in [*NETS, *STOCK][: args.nets or (2 if args.quick else None)]:
-        for form in ("", ", channels_last"):
-            net = network(name, device)
-            if form and (name in STOCK or all(p.ndim == 2 for p in net.parameters())):
-                continue
-            net = net.to(memory_format=torch.channels_last) if form else net
-            weights, label = with_gradients(net), f"{name}{form}"
-            whole = net if name in STOCK else None
-            optimizers = peers(weights, whole)
-            if whole:  # the memory of all of them would be several GB
-                optimizers = {k: x for k, x in optimizers.items() if k in (*GROWING, PLAIN)}
-            for key, values in steps(optimizers, args, device, label).items():
-                result.setdefault(key, {})[label] = values
-            seconds = result.get(f"seconds{GRAPH}", result["seconds"])[label]
-            elements = sum(p.numel() for p in weights)
-            rates[label] = {key: n * elements / seconds[key][0] for key, n in BYTES.items()}
-            if not form:
-                fresh = peers(weights, whole)
-                memories[name] = memory(weights, {k: fresh[k] for k in optimizers}, device)
-            if "Muon" not in optimizers:
-                absent.append(label)
-    order = sorted(result, key=lambda key: ("ratios", "quartiles", "seconds").index(key.split()[0]))
-    return {**{key: result[key] for key in order}, "ratios are to": YARDSTICK,
-            "memory in bytes": memories, "bytes a second": rates,
-            **({} if args.nets else {"growth": growth(args, device)}),
-            "without Muon, which takes matrices alone": absent}  # fmt: skip
+    result, memories = {}, {}
+    names = [*NETS, *STOCK][: args.nets or (2 if args.quick else None)]
+    for name, form in itertools.product(names, ("", ", channels_last")):
+        net = network(name, device)
+        if form and (name in STOCK or all(p.ndim == 2 for p in net.parameters())):
+            continue
+        net = net.to(memory_format=torch.channels_last) if form else net
+        weights, whole = with_gradients(net), net if name in STOCK else None
+        optimizers = peers(weights, whole)
+        graphed = [k for k, x in optimizers.items() if x.param_groups[0].get("capturable", True)]
+        times = compare({k: x.step for k, x in optimizers.items()}, args, device, f"{name}{form}",
+                        graphed=graphed)  # fmt: skip
+        for key, values in times.items():
+            result.setdefault(key, {})[f"{name}{form}"] = values
+        if not form:
+            memories[name] = memory(weights, peers(weights, whole), device)
+    return {**result, "ratios are to": YARDSTICK, "memory in bytes": memories}
 
 
-def spectral_works(net, before=lambda: None):
-    """{name: function} that takes a step of each peer of SpectralAGD after before(). Muon takes
-    matrices, and AdamW the rest."""
+def spectral_works(net):
+    """{name: function} that takes a step of each peer of SpectralAGD. Muon takes matrices, and
+    AdamW the rest."""
     weights = list(net.parameters())
     matrices = [p for p in weights if p.ndim == 2]
     depth = float(max(1, sum(p.ndim > 1 for p in weights)))
@@ -189,53 +149,18 @@ def spectral_works(net, before=lambda: None):
         rest = [p for p in weights if p.ndim != 2]
         made["Muon"] = [torch.optim.Muon(matrices, lr=RATE)]
         made["Muon"] += [torch.optim.AdamW(rest, lr=RATE, fused=True)] if rest else []
-    return {k: lambda xs=xs: [before(), *(x.step() for x in xs)] for k, xs in made.items()}
-
-
-def polar_rates(args, device):
-    """(operations a second of a large matrix product and of the polar factors of PIECES, ratios of
-    the latter to the former)."""
-    a = torch.randn(SIDE, SIDE, device=device)
-    works, counts = {"product": lambda: a @ a}, {"product": 2 * SIDE**3}
-    for number, rows, cols in PIECES:
-        name, x = f"{number}×({rows}, {cols})", torch.randn(number, rows, cols, device=device)
-        works[name] = lambda x=x: agd._polar(x.clone())
-        # Two products with all columns, and those of the squares of the shorter side.
-        squares = 4 * len(agd.POLAR) - 3
-        counts[name] = 2 * number * (squares * rows**3 + 2 * rows**2 * cols)
-    seconds = take_turns(works, args.repeats, by_clock(device, args.clock), warm=3)
-    speed = {name: [counts[name] / x for x in taken] for name, taken in seconds.items()}
-    told = compared(speed, [(name, "product") for name in speed if name != "product"])
-    return {name: x[0] for name, x in told["seconds"].items()}, told["ratios"]
+    return {k: lambda xs=xs: [x.step() for x in xs] for k, xs in made.items()}
 
 
 def spectral(args, device):
-    """Steps of SpectralAGD beside its peers', with one thread and two; its polar factors beside a
-    matrix product; whole steps of the FCN."""
+    """Steps of SpectralAGD beside its peers', with one thread and two."""
     names = [*list(NETS)[:3], "GPT-2 small"][: args.nets or (1 if args.quick else None)]
-    result, products, shares, whole = {}, {}, {}, {}
-    threads = [1] if device.type == "cuda" or args.quick else [1, 2]
-    for count in threads:
+    threads, result = [1] if device.type == "cuda" or args.quick else [1, 2], {}
+    for count, name in itertools.product(threads, names):
         torch.set_num_threads(count)
-        kind = f"{count} thread{'s' * (count > 1)}"
-        products[kind], shares[kind] = polar_rates(args, device)
-        for name in names:
-            net, label = network(name, device), f"{name}, {kind}"
-            with_gradients(net)
-            told = compare(spectral_works(net), args, device, label, ADAMW, warm=3)
-            for key, values in told.items():
-                result.setdefault(key, {})[label] = values
-    torch.set_num_threads(threads[0])
-    for size in BATCHES[: 1 if args.quick else None]:
-        net = network(next(iter(NETS)), device)
-        x, y = torch.randn(size, 3, 32, 32, device=device), torch.randn(size, 10, device=device)
-
-        def passes(net=net, x=x, y=y):
-            net.zero_grad()
-            F.mse_loss(net(x), y).backward()
-
-        works = {k: f for k, f in spectral_works(net, passes).items() if k != "Muon"}
-        label = f"batch {size}"
-        whole[label] = compare(works, args, device, label, ADAMW)["ratios"]
-    return {**result, "ratios are to": ADAMW, "ratios of whole steps": whole,
-            "ratios to a matrix product": shares, "operations a second": products}  # fmt: skip
+        net, label = network(name, device), f"{name}, {count} thread{'s' * (count > 1)}"
+        with_gradients(net)
+        times = compare(spectral_works(net), args, device, label, ADAMW, warm=3)
+        for key, values in times.items():
+            result.setdefault(key, {})[label] = values
+    return {**result, "ratios are to": ADAMW}

@@ -12,7 +12,6 @@ where one differs or a process ended as it must not, 2 for a wrong flag, 130 int
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import signal
@@ -20,24 +19,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import date
 from pathlib import Path
 
 import torch
 
-from runs.files import write_whole
-from runs.provenance import environment
 from tests.crash import ways
 from tests.crash.lab import Lab, Report, end_all
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        "python -m tests.crash",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("python -m tests.crash", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--kills", type=int, default=20, help="of each case by each signal (default: 20)")
     add("--signal", choices=[*ways.SIGNALS, "all"], default="KILL", help="(default: KILL)")
@@ -47,7 +40,6 @@ def parse(argv=None):
     add("--disk", action="store_true", help="a disk that fills, a folder that is read-only, ...")
     add("--seed", type=int, default=0, help="of the images and the moments (default: 0)")
     add("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
-    add("--out", type=Path, help="write the counts to this file, as JSON")
     add("--keep", action="store_true", help="leave the folders of the runs, and print where")
     args = parser.parse_args(argv)
     if args.kills < 1 or min(args.workers) < 0:
@@ -56,7 +48,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """Run the command line and print a table in Markdown; returns the exit code."""
+    """Run the command line and print its result in Markdown; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args, began = parse(argv), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="crashtest-"))
@@ -72,18 +64,21 @@ def main(argv=None):
             print(f"The runs are in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    table = {
-        "command": shlex.join(["python", "-m", "tests.crash", *argv]),
-        "environment": environment(torch.device(args.device)),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "took_seconds": round(time.monotonic() - began, 1),
-        "reports": [asdict(report) for report in reports],
-    }
-    show(reports, table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out, json.dumps(table, indent=1) + "\n")
-    return int(any(report.faults for report in reports))
+    moments = sorted(sum((Counter(x.kinds) for x in reports), Counter()).items())
+    hits, equal, rounds = (sum(getattr(x, k) for x in reports) for k in ("hits", "equal", "rounds"))
+    print(
+        f"\n`{shlex.join(['python', '-m', 'tests.crash', *argv])}`: **{hits} hits, {equal} of "
+        f"{rounds} ends equal**, torch {torch.__version__}, {date.today()}, "
+        f"{time.monotonic() - began:.0f} s. "
+        f"Moments: {', '.join(f'{kind} {number}' for kind, number in moments)}.\n\n"
+        "| case | by | hits | equal ends | longest save |\n| --- | --- | --- | --- | --- |"
+    )
+    for x in reports:
+        print(f"| {x.case} | {x.how} | {x.hits} | {x.equal} of {x.rounds} | {x.longest:.1f} s |")
+    for x in reports:
+        for line in [*filter(None, [x.note]), *(f"FAULT: {fault}" for fault in x.faults)]:
+            print(f"{x.case}, {x.how}: {line}")
+    return int(any(x.faults for x in reports))
 
 
 def run_all(args, folder, more):
@@ -104,23 +99,6 @@ def run_all(args, folder, more):
             yield ways.break_case(lab, how, args.kills, args.seed, more)
         if not args.keep:
             shutil.rmtree(lab.folder)
-
-
-def show(reports, table):
-    """Print the command, its counts and a row a report, in Markdown; then the faults."""
-    moments = sorted(sum((Counter(report.kinds) for report in reports), Counter()).items())
-    hits, equal, rounds = (sum(getattr(x, k) for x in reports) for k in ("hits", "equal", "rounds"))
-    print(
-        f"\n`{table['command']}`: **{hits} hits, {equal} of {rounds} ends equal**, torch "
-        f"{table['environment']['torch']}, {table['date'][:10]}, {table['took_seconds']:.0f} s. "
-        f"Moments: {', '.join(f'{kind} {number}' for kind, number in moments)}.\n\n"
-        "| case | by | hits | equal ends | longest save |\n| --- | --- | --- | --- | --- |"
-    )
-    for r in reports:
-        print(f"| {r.case} | {r.how} | {r.hits} | {r.equal} of {r.rounds} | {r.longest:.1f} s |")
-    for r in reports:
-        for line in [*filter(None, [r.note]), *(f"FAULT: {fault}" for fault in r.faults)]:
-            print(f"{r.case}, {r.how}: {line}")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ class Child:
         if plan is not None:
             plan = {"program": lab.program, **plan}
             command = [sys.executable, "-m", "tests.crash.victim", json.dumps(plan), *lab.flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if lab.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if lab.device == "cpu" else {}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
         self.what, self.kind, self.codes, self.plan = "unbroken", kind, codes, plan or {}
         self.paths, self.struck = [lab.folder / "stdout", lab.folder / "stderr"], None
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
@@ -70,8 +69,8 @@ class Child:
     def wait(self, seconds):
         """Returns whether it ended within `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        return self.process.returncode is not None
+            return self.process.wait(seconds) is not None
+        return False
 
     def strike(self, number, group=True):
         """Send a signal to the process, or to all of its group."""

@@ -16,7 +16,7 @@ def snapshot(out):
     names = [str(x.relative_to(out)) for x in paths if x.suffix not in (".lock", ".damaged")]
     rows = [{k: x for k, x in row.items() if k not in APART} for row in read_rows(out)]
     try:
-        checkpoint = good_checkpoint(out, ("*.pt",))
+        checkpoint = good_checkpoint(out, ["*.pt"])
     except Exception as error:  # torch raises many kinds for a damaged file
         checkpoint = repr(error)
     files = dict.fromkeys(names, "there")
@@ -26,33 +26,31 @@ def snapshot(out):
 def read_rows(out):
     """The rows of the log without those of kind "unsaved": a full disk is no part of the result."""
     rows = []
-    for path in Path(out).glob("logs/*.jsonl"):
-        for line in filter(None, path.read_bytes().split(b"\n")):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                rows.append({"kind": "torn"})
+    for line in b"".join(x.read_bytes() for x in Path(out).glob("logs/*.jsonl")).splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            rows.append({"kind": "torn"})
     return [row for row in rows if row["kind"] != "unsaved"]
 
 
 def good_checkpoint(out, patterns=("*.pt", "*.pt.previous")):
-    """The first checkpoint that can be read, None where there is none at all. Raises torch's error
+    """The first checkpoint that can be read, {} where there is none at all. Raises torch's error
     where there are some and all are damaged."""
     damage = None
-    for pattern in patterns:
-        for path in Path(out, "checkpoints").glob(pattern):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises many kinds for a damaged file
-                damage = damage or error
+    for path in (x for pattern in patterns for x in Path(out, "checkpoints").glob(pattern)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            damage = damage or error
     if damage is not None:
         raise damage
-    return None
+    return {}
 
 
 def saved(out):
     """(completed epochs, steps of the next one) of the newest good checkpoint, (0, 0) without."""
-    checkpoint = good_checkpoint(out) or {}
+    checkpoint = good_checkpoint(out)
     return checkpoint.get("epoch", 0), checkpoint.get("step", 0)
 
 

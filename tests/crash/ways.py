@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from tests.crash.lab import PATIENCE, Case, Child, Report, end_all
+from tests.crash.remains import read_rows
 from tests.crash.victim import KINDS, MOMENT
 
 SIGNALS = {name: getattr(signal, f"SIG{name}") for name in ("KILL", "TERM", "INT", "USR1")}
@@ -128,9 +129,10 @@ def strike_disk(lab, way, rng, rest):
 
 
 def damage(out, rng):
-    """Flip a bit of the newest checkpoint, or cut it off there, if another one is left; returns
-    whether it did."""
-    for path in out.glob("checkpoints/*.pt"):
+    """Flip a bit of the newest checkpoint, or cut it off there; returns whether it did: not
+    where no other one is left, nor after the run's end, which no command reads again."""
+    ended = any(row["kind"] == "end" for row in read_rows(out))
+    for path in () if ended else out.glob("checkpoints/*.pt"):
         if path.with_name(f"{path.name}.previous").exists():
             content, at = bytearray(path.read_bytes()), rng.randrange(path.stat().st_size)
             content[at] ^= 1 << rng.randrange(8)

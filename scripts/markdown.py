@@ -1,0 +1,20 @@
+"""Tables in Markdown, and the blocks of published pages that commands renew."""
+
+from runs.files import write_whole
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def block(page, begin, end):
+    """The text between two marks of a page, a Path."""
+    return page.read_text(encoding="utf-8").split(begin)[1].split(end)[0].strip()
+
+
+def renew(page, begin, end, text, space="\n"):
+    """Put `text` between two marks of a page, with `space` around it."""
+    content = page.read_text(encoding="utf-8")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    write_whole(page, f"{before}{begin}{space}{text}{space}{end}{after}")

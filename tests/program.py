@@ -1,0 +1,85 @@
+"""Helpers of the tests that run main.py: flags, requests at given steps, what a run leaves."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import main as program
+from runs.checkpoint import unpack
+from training.control import NOTHING, Requests
+
+QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
+NAME = "fcn3x32-digits-mse-bs128-agd-seed0"
+STEPS = 12  # of an epoch of QUICK
+SMALL = ["--dataset", "digits", "--train_examples", "90", "--test_examples", "60", "--train_bs",
+         "25", "--test_bs", "25", "--depth", "3", "--width", "16", "--epochs", "2",
+         "--log_steps", "--log_updates"]  # fmt: skip
+LOOKS = 2 * (4 + 3)  # of SMALL at the requests, after every batch of training and testing
+
+
+class Plan(Requests):
+    """Requests that come at given looks, counted from 1."""
+
+    def __init__(self, asked):
+        super().__init__()
+        self.asked, self.looks = asked, 0
+
+    def take(self):
+        self.looks += 1
+        return self.asked.get(self.looks, NOTHING)
+
+
+def call(*flags, asked=None):
+    """main() in this process. Returns its exit code and the Plan of its requests."""
+    plan = Plan(asked or {})
+    return program.main([str(flag) for flag in flags], plan), plan
+
+
+def train(*flags, asked=None):
+    """main() in this process. Returns its exit code."""
+    return call(*flags, asked=asked)[0]
+
+
+def only(out):
+    """The name of the only run in `out`."""
+    (name,) = [path.stem for path in (Path(out) / "logs").glob("*.jsonl")]
+    return name
+
+
+def rows(out, name=None):
+    """The rows of a log; of the only run in `out` without a name."""
+    text = (Path(out) / "logs" / f"{name or only(out)}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def comparable(rows):
+    """The rows without times and dates, which differ from run to run."""
+    drop = ("seconds", "images_per_second", "date", "saving_seconds")
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+def weights(out, name=None):
+    """The weights of a checkpoint; of the only run in `out` without a name."""
+    path = Path(out) / "checkpoints" / f"{name or only(out)}.pt"
+    return torch.load(path, weights_only=True)["net"]
+
+
+def equal(state, other):
+    """Whether two state_dicts agree to the bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in other)
+
+
+def same(one, other):
+    """Assert that the only runs in two directories agree to the bit, in all rows after the first,
+    weights and optimiser. Returns the checkpoint of the first."""
+    name = only(one)
+    assert comparable(rows(one, name))[1:] == comparable(rows(other, name))[1:]
+    a, b = (unpack((out / "checkpoints" / f"{name}.pt").read_bytes()) for out in (one, other))
+    assert equal(a["net"], b["net"])
+    assert a["optimizer"].keys() == b["optimizer"].keys()
+    for key, state in b["optimizer"].get("state", {}).items():
+        for part, value in state.items():
+            assert torch.equal(torch.as_tensor(a["optimizer"]["state"][key][part]),
+                               torch.as_tensor(value)), (key, part)  # fmt: skip
+    return a
