@@ -43,10 +43,8 @@ class Evidence:
 
     def tuned(self, figure, panel):
         """{name: the tuned run} of Adam and SGD."""
-        best = {}
-        for name in ("Adam", "SGD"):
-            self.grid(figure, panel, name)
-            best[name] = self.results.tuned(figure, panel, name)
+        best = {name: self.grid(figure, panel, name) and self.results.tuned(figure, panel, name)
+                for name in ("Adam", "SGD")}  # fmt: skip
         if None in best.values():
             raise Missing
         return best

@@ -1,6 +1,7 @@
 """The paper's figures, drawn from the runs of the table: `scripts.reproduce FIGURE --draw`.
 
-Numbered as in the authors' blog post. A panel without runs says so.
+Numbered as in the authors' blog post. A function's docstring is its figure's caption. A panel
+without runs says so.
 """
 
 import math
@@ -33,33 +34,28 @@ def save(figure, results):
     return style.save(picture, folder / f"{figure}.png", folder / f"{figure}.pdf")
 
 
-def empty(results, figure, panel, *axes):
-    """Whether a panel has no runs; its first axis gets the title, all of them say "not run"."""
-    axes[0].set_title(results.title(figure, panel))
-    runs = results.of(figure, panel)
-    for ax in () if runs else axes:
-        style.not_run(ax)
-    return not runs
-
-
 def longest(results):
     return max((len(result.epochs) for result in results), default=1)
 
 
 def fig1(results):
-    panels = results.panels("fig1")
+    """Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral one,
+    beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last accuracy at
+    every rate from 1e-7 to 10, with those of AGD as level lines."""
+    panels = list(dict.fromkeys(row.panel for row in results.planned("fig1")))
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
     for ax, panel in zip(axes, panels):
         style.percent(ax, results.of("fig1"))
-        if empty(results, "fig1", panel, ax):
-            continue
-        if panel == "rates":
-            _rates(ax, results)
-            continue
+        ax.set_title(results.title("fig1", panel))
         runs = results.of("fig1", panel)
-        for result in runs:
-            style.train_and_test(ax, result, "acc", *style.OPTIMIZERS[result.experiment.curve], 100)
-        style.log_axis(ax, longest(runs))
+        if not runs:
+            style.not_run(ax)
+        elif panel == "rates":
+            _rates(ax, results)
+        else:
+            for x in runs:
+                style.train_and_test(ax, x, "acc", *style.OPTIMIZERS[x.experiment.curve], 100)
+            style.log_axis(ax, longest(runs))
     axes[0].set_ylabel("accuracy (%)")
     names = [name for name in (*RULES, *BASELINES) if results.of("fig1", curve=name)]
     keys = [*map(style.optimizer_key, names), *style.kinds()]
@@ -69,52 +65,46 @@ def fig1(results):
 
 def _rates(ax, results):
     """Final accuracy against the learning rate; a run that broke off counts as it ended."""
-    for name in BASELINES:
+    for name in (*BASELINES, *RULES):
         runs = [result for result in results.of("fig1", "rates", name) if result.finished]
-        x = [float(result.experiment.flag("--lr")) for result in runs]
         colour, marker = style.OPTIMIZERS[name]
-        for kind, line in (("train", "-"), ("test", DOTTED)):
+        for kind, line in style.KINDS:
             y = [100 * result.last[f"{kind}_acc"] for result in runs]
-            ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
-                    markerfacecolor="white")  # fmt: skip
-    for name in RULES:
-        result = results.only("fig1", "rates", name)
-        for kind, line in (("train", "-"), ("test", DOTTED)):
-            if result and result.finished:
-                ax.axhline(100 * result.last[f"{kind}_acc"], color=style.OPTIMIZERS[name][0],
-                           linestyle=line)  # fmt: skip
+            if name in RULES:
+                for level in y[:1]:
+                    ax.axhline(level, color=colour, linestyle=line)
+            else:
+                x = [float(result.experiment.flag("--lr")) for result in runs]
+                ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
+                        markerfacecolor="white")  # fmt: skip
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
     ax.set_xlabel("learning rate of Adam and SGD")
 
 
-def descent(rate, start=-1.2, steps=8):
-    """The points of gradient descent on w^2 / 2, whose slope is w."""
-    w = [start]
-    for _ in range(steps):
-        w.append(w[-1] - rate * w[-1])
-    return np.array(w)
-
-
 def fig2(results):
+    """Eight steps of gradient descent from the red point."""
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.1), sharey=True)
     grid = np.linspace(-2.2, 2.2, 300)
     for ax, (words, rate) in zip(axes, (("too small", 0.05), ("right", 0.7), ("too large", 2.07))):
-        w = descent(rate)
+        w = -1.2 * (1 - rate) ** np.arange(9)
         ax.plot(grid, grid**2 / 2, color=BLUE, linewidth=1.6)
         ax.plot(w, w**2 / 2, color=BLACK, marker="o", markersize=3.2, linewidth=0.8)
         ax.plot(w[:1], w[:1] ** 2 / 2, color=RED, marker="o", markersize=5, linestyle="none")
-        ax.set_title(f"learning rate {rate:g}: {words}")
-        ax.set_xlim(-2.2, 2.2)
-        ax.set_ylim(-0.15, 2.4)
-        ax.set_xlabel("weight $w$")
+        ax.set(title=f"learning rate {rate:g}: {words}", xlim=(-2.2, 2.2), ylim=(-0.15, 2.4),
+               xlabel="weight $w$")  # fmt: skip
         ax.grid(False)
     axes[0].set_ylabel(r"objective $\mathcal{L}(w)=w^2/2$")
     return figure
 
 
 def fig3(results):
+    """The measured objective L(W + tΔW) along AGD's own direction and the paper's majorisation
+    L − tG + ½(eᵗ − 1)², least at t = η; where the objective lay above the bound, the gap would be
+    filled in red. All in the paper's normalisation: the square loss with its ½, inputs of norm √d₀.
+    Training has no ½, other inputs and batches of 128, so its η is larger. Right, at t = η: mean
+    over layers of ‖ΔW‖/‖W‖, means over images of ‖Δf‖/√C and of |Δℓ|, and ΔL."""
     measured = majorisation.read(results)
     if measured is None:
         return None
@@ -136,8 +126,7 @@ def fig3(results):
             "arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
         ax.axvline(eta, color="#999999", linewidth=0.6, linestyle=DOTTED)
         ax.set_xticks([0, eta, 2 * eta], ["0", f"η = {eta:.3f}", "2η"])
-        ax.set_title(when)
-        ax.set_xlabel("$t$, along AGD's direction")
+        ax.set(title=when, xlabel="$t$, along AGD's direction")
     axes[0].set_ylabel(r"objective $\mathcal{L}$")
     _chain(chain, measured["states"])
     style.legend(figure, [
@@ -180,16 +169,17 @@ def _chain(ax, states):
 
 
 def fig4(results):
+    """AGD solid, the tuned baseline dashed; η with its range in each epoch."""
     # Tiny ImageNet, where it was run, stands in for a CIFAR-100 that was not.
-    third = "vgg"
-    if not results.of("fig4", "vgg") and results.of("fig4", "vgg, tiny100"):
-        third = "vgg, tiny100"
-    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if x in results.panels("fig4")]
+    there = [bool(results.of("fig4", x)) for x in ("vgg", "vgg, tiny100")]
+    third = "vgg, tiny100" if there == [False, True] else "vgg"
+    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if results.planned("fig4", x)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
     for (top, bottom), panel in zip(axes.T, panels):
-        nothing = empty(results, "fig4", panel, top, bottom)
-        top.title.set_fontsize(7.5)
-        if nothing:
+        top.set_title(results.title("fig4", panel), fontsize=7.5)
+        if not results.of("fig4", panel):
+            style.not_run(top)
+            style.not_run(bottom)
             continue
         agd = results.only("fig4", panel, "AGD")
         baseline = results.tuned("fig4", panel, "SGD" if panel == "imagenet" else "Adam")
@@ -211,13 +201,16 @@ def fig4(results):
 
 
 def fig5(results):
+    """Adam and SGD at the rate of the grid with the least final train loss; of each AGD's seeds
+    the first. Spectral AGD is tested at its average. Right: the mean over layers, its mean in each
+    epoch within the range of its steps."""
     runs, keys = {}, []
     for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
             continue
-        pick = results.only if name in RULES else results.tuned
-        result, words = pick("fig5", "fcn", name), name
+        result, words = results.only("fig5", "fcn", name), name
         if name in BASELINES:
+            result = results.tuned("fig5", "fcn", name)
             rate = f", rate {result.experiment.flag('--lr')}" if result else None
             words += rate or ": search not finished"
         keys.append(style.optimizer_key(name, words))
@@ -260,6 +253,8 @@ def beside(axes, results, name, draw_panel=style.eta_loss_accuracy):
 
 
 def fig6(results):
+    """Accuracy on the left axis, objective and η, with its range in each epoch, on the right
+    one."""
     widths = WIDTHS[results.scale]
     size = {"figsize": (WIDTH, 5.9), "sharex": True, "sharey": True}
     figure, axes = plt.subplots(len(DEPTHS), len(widths), **size)
@@ -278,6 +273,9 @@ def fig6(results):
 
 
 def fig7(results):
+    """The steps of the first epoch, averaged over twelfths of a decade, then every epoch (points,
+    averages over that epoch, hence the kink); η with its range; of the seeds the first. Test
+    accuracy is measured at the ends of epochs."""
     figure, axes = plt.subplots(1, len(BATCHES), figsize=(WIDTH, 2.4), sharey=True)
     panels = [f"batch {batch}" for batch in BATCHES]
     rights = beside(dict(zip(panels, axes)), results, "fig7", _iterations)
@@ -317,13 +315,21 @@ def _iterations(ax, right, result):
     ends = len(steps) * np.arange(1, len(result.epochs) + 1)
     eta(ends, *(result.column(f"eta_{which}") for which in ("min", "mean", "max")), **dot)
     right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
-    for kind, colour, line in (("train", TRAIN, "-"), ("test", TEST, DOTTED)):
+    for (kind, line), colour in zip(style.KINDS, (TRAIN, TEST)):
         accuracies = 100 * np.array(result.column(f"{kind}_acc"))
         ax.plot(ends, accuracies, color=colour, linestyle=line, **dot)
     style.log_axis(ax, int(ends[-1]), "iterations")
 
 
 def fig8(results):
+    """What a budget buys, in epochs and in seconds. A search over five rates that has spent 5n
+    epochs has the network that had the least train loss after n; both AGDs, and other optimisers at
+    their defaults, have their one run. Epochs of one network, so the passes cost the same, while
+    the optimisers' own time differs: a step of spectral AGD takes several times the passes of such
+    a small network. Seconds are those of the logs, training and test; the table above names their
+    machines, which several runs shared. Of each AGD's seeds the first; the train loss of
+    Schedule-free AdamW and of spectral AGD is that of the weights that they train, their test
+    accuracy that of those that they average."""
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex="col", sharey="row")
     keys, seconds = [], []
     for name in (*RULES, *PEERS, *BASELINES):
@@ -359,6 +365,9 @@ def fig8(results):
 
 
 def fig11(results):
+    """The length of Z, and the angle by which a step turns it, at the end of every epoch, means
+    over the hidden layers; dashed what follows for steps of random directions, from the measured η
+    and from the number of steps t alone. No horizon is set."""
     result = results.only("fig11", "fcn", SPECTRAL)
     figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
     batch = int(result.experiment.flag("--train_bs", 128))
@@ -373,10 +382,9 @@ def fig11(results):
     style.curve(turn, result, "turn", colour)
     turn.plot(epochs, 1 / np.sqrt(3 * steps * epochs), **predicted)
     style.band(eta, result, "eta", ETA)
-    length.set_title(r"length $\rho(Z)/s$")
-    turn.set_title("turn of $Z$ in a step")
-    eta.set_title("automatic learning rate η")
-    for ax in (length, turn, eta):
+    titles = r"length $\rho(Z)/s$", "turn of $Z$ in a step", "automatic learning rate η"
+    for ax, words in zip((length, turn, eta), titles):
+        ax.set_title(words)
         style.log_values(ax)
         style.log_axis(ax, len(result.epochs))
     words = r"predicted: $\sqrt{1+3\,\Sigma(\eta/L)^2}$ and $1/\sqrt{3t}$ after $t$ steps"
@@ -387,6 +395,7 @@ def fig11(results):
 
 
 def phases(results):
+    """A part of the training set is fitted soon: η rises, then falls."""
     figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
     (right,) = beside({"fcn": ax}, results, "phases")
     style.log_axis(ax, longest(results.of("phases")))
@@ -397,5 +406,5 @@ def phases(results):
     return figure
 
 
-DRAWN = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig6": fig6,
-         "fig7": fig7, "fig8": fig8, "fig11": fig11, "phases": phases}  # fmt: skip
+DRAWN = {draw.__name__: draw
+         for draw in (fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig11, phases)}  # fmt: skip

@@ -12,6 +12,7 @@ gradients and weights are well conditioned); nothing here makes them true.
 
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -53,8 +54,9 @@ def objective(net, chunks):
     return outputs, mse(outputs, torch.cat([y for _, y in chunks])) / 2
 
 
-def along(net, chunks, on_point=lambda: None):
-    """The curve from the weights of `net`, a dict of numbers. Calls `on_point` at each point."""
+def along(net, chunks, deadline=None):
+    """The curve from the weights of `net`, a dict of numbers. Raises TimeoutError after the
+    `deadline`, a time.monotonic()."""
     optimizer = AGD(net.parameters())
     count = sum(len(y) for _, y in chunks)
     optimizer.zero_grad()
@@ -69,7 +71,8 @@ def along(net, chunks, on_point=lambda: None):
     ts = [REACH * eta * i / (POINTS - 1) for i in range(POINTS)]
     curve = []
     for t in ts:
-        on_point()
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError("the time is up; the same command goes on")
         with torch.no_grad():
             for p, w, d in zip(net.parameters(), start, dW):
                 p.copy_(w + t / eta * d)
@@ -82,12 +85,7 @@ def along(net, chunks, on_point=lambda: None):
         "dL": (losses_after - losses).mean().item(),
     }
     return {"L": L, "G": G, "eta": eta, "t": ts, "loss": curve,
-            "bound": majorisation(L, G, ts), "chain": chain}  # fmt: skip
-
-
-def majorisation(L, G, ts):
-    """The bound at each t."""
-    return [L - t * G + math.expm1(t) ** 2 / 2 for t in ts]
+            "bound": [L - t * G + math.expm1(t) ** 2 / 2 for t in ts], "chain": chain}  # fmt: skip
 
 
 def planned(results):
@@ -108,10 +106,10 @@ def read(results):
     return measured
 
 
-def measure(results, data_dir, on_point=lambda: None):
+def measure(results, data_dir, deadline=None):
     """Measure figure 3's network at its start and at its last checkpoint; writes
     `<folder>/fig3.json` unless it holds that already, and returns its path. Raises RunError without
-    the weights. Calls `on_point` now and then, which may raise to end it."""
+    the weights, TimeoutError after the `deadline`."""
     row, path = planned(results), results.folder / "fig3.json"
     name = log_name(row.flags)
     weights = results.folder / "checkpoints" / f"{name}.pt"
@@ -127,7 +125,6 @@ def measure(results, data_dir, on_point=lambda: None):
     run = {"name": name, "epochs": checkpoint["epoch"], "data": settings["data"]}
     if (read(results) or {}).get("run") == run:
         return path
-    on_point()
     args = parse([*row.flags, "--device", "cpu"])
     chunks, source = normalised(args.dataset, data_dir)
     if source != settings["data"]:
@@ -136,9 +133,9 @@ def measure(results, data_dir, on_point=lambda: None):
     shape, classes = (channels, height, side), DATASETS[args.dataset].classes
     net = build(args.arch, shape, classes, args.depth, args.width)
     make_optimizer(args.optimizer, net, seed=args.seed)  # draws the weights
-    states = {"at initialisation": along(net.double(), chunks, on_point)}
+    states = {"at initialisation": along(net.double(), chunks, deadline)}
     net.load_state_dict(checkpoint["net"])
-    states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks, on_point)
+    states[f"after {checkpoint['epoch']} epochs"] = along(net, chunks, deadline)
     measured = {"run": run, "images": sum(len(y) for _, y in chunks), "states": states}
     write_whole(path, json.dumps(measured, indent=1) + "\n")
     return path

@@ -20,11 +20,6 @@ from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 COLOURS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK]
 DASHED = (0, (3, 1.5))
-SHOWN = {  # settings that may tell runs apart, and their words
-    "arch": "", "depth": "depth ", "width": "width ", "dataset": "", "loss": "", "optimizer": "",
-    "lr": "lr ", "gain": "gain ", "train_bs": "batch ", "image_size": "side ", "seed": "seed ",
-    "epochs": "epochs ",
-}  # fmt: skip
 TITLES = {"mse": "Square loss", "xent": "Cross-entropy"}
 
 
@@ -34,22 +29,14 @@ def read(path):
     epochs = [row for row in rows if row["kind"] == "epoch"]
     if not epochs:
         raise RunError(f"{path} holds no finished epoch")
-    for key in ("arch", "dataset", "optimizer", "loss"):
-        if not isinstance(rows[0]["flags"].get(key), str):
-            raise RunError(f"{path} does not say its --{key}")
     return Result(None, rows[0], epochs, [], None, True)
 
 
-def labels(flags):
-    """A label a run: the settings in which the runs differ, else network, data and optimiser."""
-    differ = [key for key in SHOWN if len({str(f.get(key)) for f in flags}) > 1]
-    if differ:
-        return [", ".join(f"{SHOWN[key]}{f[key]}" for key in differ if f.get(key) is not None)
-                for f in flags]  # fmt: skip
-    first = flags[0]
-    size = f" {first['depth']}×{first['width']}" if first["arch"] == "fcn" else ""
-    name = f"{first['arch']}{size}, {first['dataset']}, {first['optimizer'].upper()}"
-    return [name] * len(flags)
+def labels(paths):
+    """A label a run: the parts of its name that not all runs have, or the whole name."""
+    names = [Path(path).stem.split("-") for path in paths]
+    shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
+    return [", ".join([x for x in name if x not in shared] or name) for name in names]
 
 
 def draw(paths):
@@ -59,16 +46,15 @@ def draw(paths):
     columns = 3 if any(with_eta) else 2
     with plt.style.context([style.STYLE]):
         figure, axes = plt.subplots(1, columns, figsize=(3.0 * columns, 2.6))
-        names = labels([run.first["flags"] for run in runs])
-        for i, (run, name, eta) in enumerate(zip(runs, names, with_eta)):
+        for i, (run, name, eta) in enumerate(zip(runs, labels(paths), with_eta)):
             colour = COLOURS[i % len(COLOURS)]
             for ax, kind in ((axes[0], "loss"), (axes[1], "acc")):
                 style.curve(ax, run, f"train_{kind}", colour, label=name)
                 style.curve(ax, run, f"test_{kind}", colour, linestyle=DASHED)
             if eta:
                 style.band(axes[2], run, "eta", colour)
-        losses = {run.first["flags"]["loss"] for run in runs}
-        axes[0].set_title(TITLES[losses.pop()] if len(losses) == 1 else "Objective")
+        losses = {run.first["settings"].get("loss") for run in runs}
+        axes[0].set_title(TITLES.get(losses.pop() if len(losses) == 1 else None, "Objective"))
         low, high = axes[0].get_ylim()
         if math.isfinite(axes[0].dataLim.ymax) and (low <= 0 or high / low > 5):
             axes[0].set_yscale("log")

@@ -7,7 +7,8 @@ from runs.files import write_whole
 from runs.log import RunError
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
-from scripts.results import Results, data_name, network_name, title
+from scripts.figures import DRAWN
+from scripts.results import Results, network_name
 
 MADE = "Written by `python -m scripts.reproduce`"
 INTRODUCTION = (
@@ -23,53 +24,16 @@ TUNED = (
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.
 PAPER = {
-    "fig1": {("deep", "Adam"): "10", ("deep", "SGD"): "10"},
-    "fig4": {
-        ("fcn", "AGD"): "52.7", ("fcn", "Adam"): "53.5", ("resnet18", "AGD"): "91.2",
-        ("resnet18", "Adam"): "92.9", ("vgg", "AGD"): "67.4", ("vgg", "Adam"): "69.7",
-        ("imagenet", "AGD"): "65.5",
-    },
-    "fig5": {("fcn", "Adam"): "at 1e-4", ("fcn", "SGD"): "at 1e-1"},
-    "fig6": {("2x64", "AGD"): "42.55", ("4x2048", "AGD"): "63.7"},
-    "fig7": {
-        ("batch 32", "AGD"): "55.0", ("batch 128", "AGD"): "58.0", ("batch 1024", "AGD"): "60.0",
-        ("batch 4096", "AGD"): "59.8",
-    },
+    ("fig1", "deep", "Adam"): "10", ("fig1", "deep", "SGD"): "10",
+    ("fig4", "fcn", "AGD"): "52.7", ("fig4", "fcn", "Adam"): "53.5",
+    ("fig4", "resnet18", "AGD"): "91.2", ("fig4", "resnet18", "Adam"): "92.9",
+    ("fig4", "vgg", "AGD"): "67.4", ("fig4", "vgg", "Adam"): "69.7",
+    ("fig4", "imagenet", "AGD"): "65.5",
+    ("fig5", "fcn", "Adam"): "at 1e-4", ("fig5", "fcn", "SGD"): "at 1e-1",
+    ("fig6", "2x64", "AGD"): "42.55", ("fig6", "4x2048", "AGD"): "63.7",
+    ("fig7", "batch 32", "AGD"): "55.0", ("fig7", "batch 128", "AGD"): "58.0",
+    ("fig7", "batch 1024", "AGD"): "60.0", ("fig7", "batch 4096", "AGD"): "59.8",
 }  # fmt: skip
-CAPTIONS = {
-    "fig1": "Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral "
-    "one, beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last "
-    "accuracy at every rate from 1e-7 to 10, with those of AGD as level lines.",
-    "fig2": "Eight steps of gradient descent from the red point.",
-    "fig3": "The measured objective L(W + tΔW) along AGD's own direction and the paper's "
-    "majorisation L − tG + ½(eᵗ − 1)², least at t = η; where the objective lay above the bound, "
-    "the gap would be filled in red. All in the paper's normalisation: the square loss with its ½, "
-    "inputs of norm √d₀. Training has no ½, other inputs and batches of 128, so its η is larger. "
-    "Right, at t = η: mean over layers of ‖ΔW‖/‖W‖, means over images of ‖Δf‖/√C and of |Δℓ|, "
-    "and ΔL.",
-    "fig4": "AGD solid, the tuned baseline dashed; η with its range in each epoch.",
-    "fig5": "Adam and SGD at the rate of the grid with the least final train loss; of each AGD's "
-    "seeds the first. Spectral AGD is tested at its average. Right: the mean over layers, its mean "
-    "in each epoch within the range of its steps.",
-    "fig6": "Accuracy on the left axis, objective and η, with its range in each epoch, on the "
-    "right one.",
-    "fig7": "The steps of the first epoch, averaged over twelfths of a decade, then every epoch "
-    "(points, averages over that epoch, hence the kink); η with its range; of the seeds the first. "
-    "Test accuracy is measured at the ends of epochs.",
-    "fig8": "What a budget buys, in epochs and in seconds. A search over five rates that has spent "
-    "5n epochs has the network that had the least train loss after n; both AGDs, and other "
-    "optimisers at their defaults, have their one run. Epochs of one network, so the passes cost "
-    "the same, while the optimisers' own time differs: a step of spectral AGD takes several times "
-    "the passes of such a small network. Seconds are those of the logs, training and test; the "
-    "table above names their machines, which several runs shared. Of each AGD's seeds the first; "
-    "the train loss of Schedule-free AdamW and of spectral AGD is that of the weights that they "
-    "train, their test accuracy that of those that they average.",
-    "fig11": "The length of Z, and the angle by which a step turns it, at the end of every epoch, "
-    "means over the hidden layers; dashed what follows for steps of random directions, from the "
-    "measured η and from the number of steps t alone. No horizon is set.",
-    "phases": "A part of the training set is fitted soon: η rises, then falls.",
-}
-
 
 def write(out):
     """Write the page from the files under `out`; returns its path. Raises RunError where the page
@@ -98,22 +62,21 @@ def table(head, rows):
 
 def claims(scales):
     """Each claim of the paper with its verdict at each scale, and what holding means."""
-    names, rows = [results.scale for results in scales], []
-    unseen = [] if "full" in names else ["full"]
-    for claim in CLAIMS:
-        verdicts = [judge(claim, results) for results in scales]
-        cells = [f"**{verdict}**" + (f": {words}" if words else "") for verdict, words in verdicts]
-        cells += ["not run"] * len(unseen)
-        rows.append([f"{claim.says}<br><sub>{claim.holds_if}</sub>", *cells])
+    rows = [[f"{claim.says}<br><sub>{claim.holds_if}</sub>"] for claim in CLAIMS]
+    for results in scales:
+        for row, claim in zip(rows, CLAIMS):
+            verdict, words = judge(claim, results)
+            row.append(f"**{verdict}**" + (f": {words}" if words else ""))
     words = "A quick verdict is one on the beginning of training."
-    return f"## The paper's claims\n\n{words}\n\n" + table(["claim", *names, *unseen], rows)
+    head = ["claim", *(results.scale for results in scales)]
+    return f"## The paper's claims\n\n{words}\n\n" + table(head, rows)
 
 
 def in_numbers(figure, panel, curve):
     """Whether a curve gets a row. Figure 8's other runs are figure 5's, the rates of figure 1 stand
     with the searches."""
     return (
-        (panel, curve) in PAPER.get(figure, {})
+        (figure, panel, curve) in PAPER
         or figure in ("fig4", "fig5", "fig11", "phases")
         or (figure == "fig8" and curve in PEERS)
         or (figure == "fig1" and (panel != "rates" or curve in RULES))
@@ -128,10 +91,9 @@ def numbers(results):
         if not in_numbers(*key):
             continue
         (figure, panel, curve), planned, there = key, results.planned(*key), results.of(*key)
-        data = there[0].data if there else data_name(planned[0].flag("--dataset"))
-        what = f"{short(figure)}, {title(planned[0], data)}"
+        what = f"{short(figure)}, {results.title(*key)}"
         what += f", {panel}, {curve}" if panel.startswith("batch") else f", {curve}"
-        shown, paper = comparable(results, key, there), PAPER.get(figure, {}).get(key[1:], "")
+        shown, paper = comparable(results, key, there), PAPER.get(key, "")
         if not shown:
             begun = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
             rows.append([what, paper, "not run" + begun, *[""] * 4])
@@ -157,10 +119,8 @@ def comparable(results, key, there):
 
 def spread(values):
     """The mean, and the range over more than one."""
-    mean = f"{sum(values) / len(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+    wide = f" ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+    return f"{sum(values) / len(values):.1f}" + (wide if len(values) > 1 else "")
 
 
 def length(result):
@@ -213,26 +173,19 @@ def sizes(results):
     return "### Width and depth\n\n" + table(head, rows)
 
 
-def grids(results):
-    """(figure, words for network and optimiser, runs, the tuned run or None) of each grid with
-    runs. Figure 8's are figure 5's."""
+def searches(results):
+    """Every point of every grid, the failures too. Figure 8's grids are figure 5's."""
+    parts = []
     for key in dict.fromkeys(row[:3] for row in results.table if row.flag("--lr")):
-        planned, runs = results.planned(*key), results.of(*key)
+        planned, runs, best = results.planned(*key), results.of(*key), results.tuned(*key)
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
-        words = f"{network_name(planned[0])}, {runs[0].data}, {key[2]}"
+        words = f"{short(key[0])}, {network_name(planned[0])}, {runs[0].data}, {key[2]}"
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"
-        yield key[0], words, runs, results.tuned(*key)
-
-
-def searches(results):
-    """Every point of every grid, the failures too."""
-    parts = []
-    for figure, words, runs, best in grids(results):
         cells = [f"**{outcome(x)}**" if best and x.experiment == best.experiment else outcome(x)
                  for x in runs]  # fmt: skip
-        head = [f"{short(figure)}, {words}", *(x.experiment.flag("--lr") for x in runs)]
+        head = [words, *(x.experiment.flag("--lr") for x in runs)]
         parts.append(table(head, [["train loss, test accuracy", *cells]]))
     return "\n\n".join(["### The searches", TUNED, *parts]) if parts else ""
 
@@ -245,7 +198,8 @@ def pictures(results):
             number = figure.removeprefix("fig")
             name = what.capitalize() if number == figure else f"Figure {number}: {what}"
             place = path.relative_to(results.out).as_posix()
-            parts.append(f"#### {name}\n\n![{name}]({place})\n\n{CAPTIONS[figure]}")
+            caption = " ".join(DRAWN[figure].__doc__.split())
+            parts.append(f"#### {name}\n\n![{name}]({place})\n\n{caption}")
     return "\n\n".join(["### Figures", *parts]) if parts else ""
 
 
@@ -253,7 +207,7 @@ def extent(results):
     """How much of the table has been run, and how long it took."""
     rows = []
     for figure in FIGURES:
-        planned = [row for row in results.table if row.figure == figure]
+        planned = results.planned(figure)
         done = [x for x in results.of(figure) if x.finished]
         finished = {x.experiment for x in done}
         seconds = sum(row["seconds"] for x in done for row in x.epochs)

@@ -36,7 +36,7 @@ from data import default_data_dir
 from data.workers import usable_cores
 from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
-from scripts.results import Results, epochs_done
+from scripts.results import Results, epochs_done, log_name
 from scripts.runner import Process, Runner, availability, is_finished, tasks
 from scripts.together import STREAMS, Host
 
@@ -56,20 +56,12 @@ def duration(text):
 def chosen_runs(text):
     """An argument type: a function of the tasks that returns the numbers that --runs names."""
     if re.search("[A-Za-z]", text):
-        return lambda tasks: [i for i, task in enumerate(tasks) if text in task.name]
+        return lambda tasks: [i for i, x in enumerate(tasks) if text in log_name(x.flags)]
     try:
         numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers: 0,2,5") from None
     return lambda tasks: numbers
-
-
-def words(text):
-    """An argument type: the words of --sbatch."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def parse(argv):
@@ -104,7 +96,7 @@ def parse(argv):
         help="these runs of the list alone, or those with WORD in their names, without drawing")
     add("--submit", choices=["slurm"], help="send the runs to a queue as an array job, --jobs of "
         "them at once, and the drawing after them")
-    add("--sbatch", default=[], metavar="OPTIONS", type=words,
+    add("--sbatch", default=[], metavar="OPTIONS", type=shlex.split,
         help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'")
     args = parser.parse_args(argv)
     args.figures = [x for x in FIGURES if x in args.figures or "all" in args.figures]
@@ -126,7 +118,7 @@ def main(argv=None):
     parser, args = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return reproduce(parser, args)
     except KeyboardInterrupt:
@@ -159,7 +151,8 @@ def reproduce(parser, args):
             parser.error(f"--out {args.out} cannot be made: {error.strerror}")
         todo = left_to_do(args, every, chosen, results)
         if args.submit and todo:
-            return submit(args, todo, results)
+            submit(args, todo, results)
+            return 0
         code = run(args, [every[i] for i in todo], results) if todo else 0
     if args.runs is None and not args.submit:
         code = max(code, draw(args, results))
@@ -170,32 +163,32 @@ def show(args, every, results):
     """Print the table of the runs with their states."""
     lacking = availability(args.data_dir, fetch=False)
     for i, task in enumerate(every):
-        done = min(task.epochs, epochs_done(results.log(task.name)))
+        name = log_name(task.flags)
+        done = min(task.epochs, epochs_done(results.log(name)))
         state = f"{done}/{task.epochs} epochs"
         if is_finished(results, task):
             state = "finished" if done == task.epochs else f"stopped after {done} epochs"
         elif reason := lacking(task):
             state += f", left out: {reason}"
-        print(f"{i:3}  {task.name}  {state}")
+        print(f"{i:3}  {name}  {state}")
 
 
 def left_to_do(args, every, chosen, results):
     """The numbers of the unfinished runs that can be run here; prints what is left out, and why."""
-    lacking, todo, left_out, done = availability(args.data_dir, fetch=True), [], {}, 0
-    for i in chosen:
-        if is_finished(results, every[i]):
-            done += 1
-        elif reason := lacking(every[i]):
+    lacking, todo, left_out = availability(args.data_dir, fetch=True), [], {}
+    unfinished = [i for i in chosen if not is_finished(results, every[i])]
+    for i in unfinished:
+        if reason := lacking(every[i]):
             left_out.setdefault(reason, []).append(every[i].flags)
         else:
             todo.append(i)
-    lost = len(chosen) - done - len(todo)
-    print(f"{count(len(chosen))}: {done} finished, {len(todo)} to do"
-          + (f", {lost} left out" if lost else ""), flush=True)
+    lost = len(unfinished) - len(todo)
+    print(f"{count(len(chosen))}: {len(chosen) - len(unfinished)} finished, {len(todo)} to do"
+          + (f", {lost} left out" if lost else ""))  # fmt: skip
     for reason, lost in left_out.items():
-        of = dict.fromkeys(row.figure for row in results.table if row.flags in lost)
-        of = ", ".join(figure for figure in of if figure in args.figures)
-        print(f"  left out, {len(lost)} of {of}: {reason}", flush=True)
+        shown = dict.fromkeys(row.figure for row in results.table if row.flags in lost)
+        of = ", ".join(figure for figure in shown if figure in args.figures)
+        print(f"  left out, {len(lost)} of {of}: {reason}")
     return todo
 
 
@@ -204,12 +197,11 @@ def count(n):
 
 
 def submit(args, numbers, results):
-    """Send the runs to SLURM as an array job, and the drawing after them; returns the exit code."""
-    options = {"scale": args.scale, "out": args.out.absolute(), "device": args.device,
-               "data_dir": Path(args.data_dir).expanduser().absolute(), "epochs": args.epochs}
-    again = [*args.figures]
-    for name, value in options.items():
-        again += [f"--{name}", str(value)] if value else []
+    """Send the runs to SLURM as an array job, and the drawing after them."""
+    again = [*args.figures, "--scale", args.scale, "--out", args.out.absolute(),
+             "--data_dir", Path(args.data_dir).expanduser().absolute()]  # fmt: skip
+    again += ["--device", args.device] if args.device else []
+    again += ["--epochs", str(args.epochs)] if args.epochs else []
     folder = results.folder.absolute() / "output"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -231,11 +223,10 @@ def submit(args, numbers, results):
 
     tickets = ",".join(map(str, numbers)) + (f"%{args.jobs}" if args.jobs else "")
     array = sbatch(f"--array={tickets}", f"--output={folder}/slurm-%A_%a.txt")
-    print(f"Job {array}, an array of {count(len(numbers))}; their output: {folder}", flush=True)
+    print(f"Job {array}, an array of {count(len(numbers))}; their output: {folder}")
     after = sbatch(f"--dependency=afterany:{array}", "--job-name=agd-draw",
                    f"--output={folder}/slurm-%j.txt", last=["--draw"])  # fmt: skip
     print(f"Job {after} draws when they have ended")
-    return 0
 
 
 def run(args, todo, results):
@@ -247,17 +238,16 @@ def run(args, todo, results):
     place += ["--device", args.device] if args.device else []
     with Host() if together else contextlib.nullcontext(Process) as start:
         jobs = min(jobs, STREAMS) if together else jobs
-        title = " ".join(args.figures[:3])
-        runner = Runner(results, jobs, place, deadline(args), title, start)
-        in_time = runner.run(todo)
+        runner = Runner(results, todo, jobs, place, deadline(args), start)
+        in_time = runner.run(" ".join(args.figures[:3]))
     for name, reason in runner.failed.items():
         print(f"{name} {reason}", file=sys.stderr)
     if in_time:
         return 1 if runner.failed else 0
     words = f"{len(runner.ended)} of {count(len(todo))} have ended; the same command goes on"
-    if not runner.gained():
+    if runner.left() == runner.work:
         words = "no run has finished an epoch in it, and none would: give it a longer one"
-    print(f"The time is up: {words}", flush=True)
+    print(f"The time is up: {words}")
     return TIME_IS_UP
 
 
@@ -276,29 +266,19 @@ def draw(args, results):
     if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
         return TIME_IS_UP
     code = 0
-
-    def in_time():
-        if args.time_limit is not None and time.monotonic() > deadline(args):
-            raise TimeoutError("the time is up; the same command goes on")
-
     if "fig3" in args.figures:
         try:
-            majorisation.measure(results, args.data_dir, in_time)
+            majorisation.measure(results, args.data_dir, deadline(args))
         except (UserError, TimeoutError) as error:
-            print(f"fig3: not measured, {error}", flush=True)
+            print(f"fig3: not measured, {error}")
             code = TIME_IS_UP if isinstance(error, TimeoutError) else 0
     for figure in args.figures:
         try:
             paths = figures.save(figure, results)
-            searches = [x for x in report.grids(results) if x[0] == figure and x[3]]
+            print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet")
         except RunError as error:
-            print(f"{figure}: not drawn, {error}", flush=True)
+            print(f"{figure}: not drawn, {error}")
             code = max(code, 1)
-            continue
-        print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet", flush=True)
-        for _, what, runs, best in searches:
-            print(f"  {what}: the least final train loss of {len(runs)} rates is "
-                  f"{best.loss:.4f}, at {best.experiment.flag('--lr')}")  # fmt: skip
     print(f"All of it: {report.write(args.out)}")
     return code
 

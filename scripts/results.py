@@ -66,13 +66,10 @@ class Results:
         """The path of a run's log."""
         return self.folder / "logs" / f"{name}.jsonl"
 
-    def planned(self, figure, panel, curve):
-        """The rows of the table that are a run, its seeds or its grid."""
-        return [row for row in self.table if row[:3] == (figure, panel, curve)]
-
-    def panels(self, figure):
-        """The panels of a figure, each with a row of the table."""
-        return {row.panel: row for row in self.table if row.figure == figure}
+    def planned(self, figure, panel=None, curve=None):
+        """The rows of the table of a figure, a panel or a curve: a run, its seeds or its grid."""
+        return [row for row in self.table if row.figure == figure
+                and panel in (None, row.panel) and curve in (None, row.curve)]  # fmt: skip
 
     def find(self, experiment):
         """The Result of an experiment, or None before its first epoch. Raises RunError where the
@@ -81,7 +78,10 @@ class Results:
         path = self.log(name)
         if not path.exists() or path.stat().st_size == 0:
             return None
-        rows = self._read(path)
+        state = path, path.stat().st_mtime_ns, path.stat().st_size
+        if state not in self.rows:
+            self.rows[state] = read_rows(path)
+        rows = self.rows[state]
         RunLog.compare(settings, rows[0]["settings"], path)
         epochs = [row for row in rows if row["kind"] == "epoch"]
         if not epochs:
@@ -96,20 +96,11 @@ class Results:
         steps = [row for row in rows if row["kind"] == "step"]
         return Result(experiment, rows[0], epochs[: experiment.epochs], steps, stopped, finished)
 
-    def _read(self, path):
-        """The rows of a log, read again only after a change."""
-        state = path.stat()
-        key = path, state.st_mtime_ns, state.st_size
-        if key not in self.rows:
-            self.rows[key] = read_rows(path)
-        return self.rows[key]
-
     def of(self, figure, panel=None, curve=None):
         """The Results of a figure, a panel or a curve, in the table's order. Raises RunError where
         runs of one panel saw different images."""
-        rows = [row for row in self.table if row.figure == figure]
-        rows = [row for row in rows if panel in (None, row.panel) and curve in (None, row.curve)]
-        results, seen = [result for result in map(self.find, rows) if result is not None], {}
+        rows, seen = self.planned(figure, panel, curve), {}
+        results = [result for result in map(self.find, rows) if result is not None]
         for result in results:
             other = seen.setdefault(result.experiment.panel, result)
             if result.first["data"] != other.first["data"]:
@@ -124,24 +115,23 @@ class Results:
         return next(iter(self.of(figure, panel, curve)), None)
 
     def tuned(self, figure, panel, curve):
-        """The run of a grid with the least final train loss; None while the search is under way,
-        or where no run ended with a finite loss."""
-        return tuned(self.of(figure, panel, curve), len(self.planned(figure, panel, curve)))
+        """The run of a grid with the least final train loss. None unless all runs of the grid are
+        there, those that did not break off are equally long, and one ended with a finite loss."""
+        grid = self.of(figure, panel, curve)
+        alive = [result for result in grid if not result.stopped]
+        if (len(grid) < len(self.planned(figure, panel, curve))
+                or len({len(result.epochs) for result in alive}) != 1):  # fmt: skip
+            return None
+        finite = [result for result in alive if math.isfinite(result.loss)]
+        return min(finite, key=lambda result: result.loss, default=None)
 
-    def title(self, figure, panel):
-        """Network and data of a panel; the data are named by the logs where there are any."""
-        row, result = self.panels(figure)[panel], next(iter(self.of(figure, panel)), None)
-        return title(row, result.data if result else data_name(row.flag("--dataset")))
-
-
-def tuned(grid, planned):
-    """The run with the least final train loss among `planned` ones. None unless all of them are
-    there and those that did not break off are equally long."""
-    alive = [result for result in grid if not result.stopped]
-    if len(grid) < planned or len({len(result.epochs) for result in alive}) != 1:
-        return None
-    finite = [result for result in alive if math.isfinite(result.loss)]
-    return min(finite, key=lambda result: result.loss, default=None)
+    def title(self, *key):
+        """Network, data and number of images of a figure's panel, of its first row; the data are
+        named by the logs where there are any."""
+        row, result = self.planned(*key)[0], next(iter(self.of(*key)), None)
+        data, part = row.flag("--dataset"), row.flag("--train_examples")
+        words = f"{network_name(row)}, {result.data if result else data_name(data)}"
+        return words + (f", {int(part):,} images" if part else "")
 
 
 def searched(grid):
@@ -185,12 +175,6 @@ def data_name(dataset, source=None):
     """The name of images: of the data set, unless the checksums of a log say otherwise."""
     crc = (source or {}).get("crc32", {}).get("train_images")
     return JPEG.get(crc, DATASETS.get(dataset, dataset.removeprefix("npz:").removesuffix(".npz")))
-
-
-def title(experiment, data):
-    """Network, data and number of images of a run."""
-    part = experiment.flag("--train_examples")
-    return f"{network_name(experiment)}, {data}" + (f", {int(part):,} images" if part else "")
 
 
 def findings(folder):

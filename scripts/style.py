@@ -36,6 +36,7 @@ OPTIMIZERS = {  # colour and marker
 ETA, OBJECTIVE, TRAIN, TEST = BLUE, ORANGE, BLACK, PINK  # as in figures 4, 6 and 7
 DOTTED = (0, (1, 1.2))
 DASHED = (0, (4, 1.8))
+KINDS = (("train", "-"), ("test", DOTTED))
 
 
 def fingerprint(picture):

@@ -16,7 +16,7 @@ from runs.log import RunError
 from scripts import figures, majorisation, report
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
-from scripts.results import Result, Results, data_name, log_name, searched, tuned
+from scripts.results import Result, Results, data_name, log_name, searched
 from tests.conftest import ROOT
 
 PUBLISHED = Results(ROOT / "results", "quick")
@@ -67,9 +67,6 @@ def test_published_logs_are_runs_of_the_table_and_small():
         assert "modified" not in first
 
 
-# A table in memory.
-
-
 def row(epoch, **values):
     fields = {"train_loss": 1 / epoch, "test_loss": 1.0, "train_acc": 0.5, "test_acc": 0.4}
     spread = {f"{k}_{s}": 0.1 for k in ("eta", "update") for s in ("min", "mean", "max")}
@@ -112,16 +109,13 @@ def drawn():
         figures.plt.close(picture)
 
 
-@pytest.mark.parametrize("scale", [pytest.param("quick", marks=pytest.mark.slow), "full"])
-@pytest.mark.parametrize("figure, quick, full", [
-    ("fig1", 2, 3), ("fig2", 3, 3), ("fig4", 6, 8), ("fig5", 3, 3), ("fig6", 40, 60),
-    ("fig7", 8, 8), ("fig8", 4, 4), ("fig11", 3, 3), ("phases", 2, 2),
+@pytest.mark.parametrize("figure, axes", [
+    ("fig1", 3), ("fig4", 8), ("fig5", 3), ("fig6", 60), ("fig7", 8), ("fig8", 4), ("fig11", 3),
+    ("phases", 2),
 ])  # fmt: skip
-def test_figures_are_drawn_at_both_scales(figure, quick, full, scale):
-    picture = figures.draw(figure, Made(scale))
-    assert len(picture.axes) == {"quick": quick, "full": full}[scale]
-    assert all(ax.has_data() for ax in picture.axes)
-    figures.plt.close(picture)
+def test_figures_are_drawn_at_the_full_scale(figure, axes, drawn):
+    picture, _ = drawn(figure, Made("full"))
+    assert len(picture.axes) == axes and all(ax.has_data() for ax in picture.axes)
 
 
 def test_a_figure_without_runs_is_none_and_a_part_says_not_run(drawn):
@@ -132,37 +126,7 @@ def test_a_figure_without_runs_is_none_and_a_part_says_not_run(drawn):
         assert words.count("not run") == missing
     picture, _ = drawn("fig7", Made(cut=lambda x: 0 if x.panel == "batch 4096" else 5))
     assert all(len(ax.get_yticks()) > 2 for ax in picture.axes[:4])  # the others keep their axes
-
-
-def test_runs_of_another_seed_alone_are_drawn(drawn):
     drawn("fig7", Made(cut=lambda x: x.epochs if "1" in x.flag("--seed") else 0))
-
-
-def test_figure_8_counts_epochs_and_seconds_and_leaves_out_what_diverged(drawn):
-    def values(x, n):
-        seconds = {"seconds": 7.0} if x.curve == SPECTRAL else {}
-        return seconds | ({"train_loss": None} if x.curve == "Prodigy" else {})
-
-    picture, words = drawn("fig8", Made(change=values))
-    assert words[:2] == ["AGD", SPECTRAL] and "Prodigy: not finished" in words
-    epochs, seconds = ([line.get_xdata()[-1] for line in ax.lines] for ax in picture.axes[:2])
-    assert epochs == [12, 12, 12, 12, 60, 60] and seconds == [24, 84, 24, 24, 120, 120]
-
-
-def test_figure_11_draws_the_clock_beside_its_prediction(drawn):
-    """8 steps an epoch, η 0.1, 8 layers: 1 / 80 of a weight a step."""
-    picture, _ = drawn("fig11", Made())
-    length, turn, eta = picture.axes
-    measured, predicted = (line.get_ydata() for line in length.lines)
-    assert list(measured) == [2.0 + n for n in range(12)]
-    assert predicted[4] == pytest.approx(math.sqrt(1 + 3 * 40 / 80**2))
-    measured, predicted = (line.get_ydata() for line in turn.lines)
-    assert measured[4] == pytest.approx(0.02) and predicted[4] == pytest.approx(120**-0.5)
-    assert len(eta.lines) == 1 and len(eta.collections) == 1
-    assert "8 steps an epoch" in picture._supxlabel.get_text()
-
-
-def test_figures_are_drawn_without_the_spectral_runs(drawn):
     made = Made(cut=lambda x: 0 if x.curve == SPECTRAL else 99)
     for figure in ("fig1", "fig5", "fig8"):
         words = drawn(figure, made)[1]
@@ -184,20 +148,18 @@ def tuned_at(**rates):
 PAPERS = tuned_at(Adam="1e-4", SGD="1e-1")
 
 
-def test_figure_5_shows_the_tuned_rates_once_the_search_is_finished(drawn):
-    words = drawn("fig5", Made(change=PAPERS))[1]
-    assert words[:4] == ["AGD", SPECTRAL, "Adam, rate 1e-4", "SGD, rate 1e-1"]
-    words = drawn("fig5", Made(cut=lambda x: 3 if x.flag("--lr") == "1e-3" else 99))[1]
-    assert words[:4] == ["AGD", SPECTRAL, "Adam: search not finished", "SGD: search not finished"]
-
-
 def grid_of(*losses, stopped=None):
-    results = []
-    for i, values in enumerate(losses):
-        rows = [row(n, train_loss=v) for n, v in enumerate(values, 1)]
-        x = Experiment("fig5", "fcn", "Adam", 9, ("--lr", f"1e-{i}"))
-        results.append(Result(x, {}, rows, [], None if stopped != i else "nan", True))
-    return results
+    """A grid of three runs, begun with these train losses."""
+    made = Made()
+    made.table = [Experiment("fig5", "fcn", "Adam", 9, ("--lr", f"1e-{i}")) for i in range(3)]
+
+    def find(x):
+        i = made.table.index(x)
+        rows = [row(n, train_loss=v) for n, v in enumerate([*losses, [], [], []][i], 1)]
+        return Result(x, {"data": {}}, rows, [], "nan" if i == stopped else None, True)
+
+    made.find = lambda x: find(x) if find(x).epochs else None
+    return made
 
 
 @pytest.mark.parametrize("losses, stopped, best", [
@@ -210,17 +172,19 @@ def grid_of(*losses, stopped=None):
     ([], None, None),
 ])  # fmt: skip
 def test_tuned_is_the_least_final_train_loss_of_a_finished_search(losses, stopped, best):
-    result = tuned(grid_of(*losses, stopped=stopped), 3)
+    result = grid_of(*losses, stopped=stopped).tuned("fig5", "fcn", "Adam")
     assert (result and result.experiment.flag("--lr")) == best
 
 
 def test_a_search_pays_for_all_its_points():
-    spent = list(searched(grid_of([3, 2, 1], [1, 4, 4], [2], stopped=2)))
-    assert [(n, s, r["train_loss"]) for n, s, r in spent] == [(3, 6, 1), (5, 10, 2), (7, 14, 1)]
+    def spent(*losses, stopped=None):
+        grid = grid_of(*losses, stopped=stopped).of("fig5")
+        return [(n, s, r["train_loss"]) for n, s, r in searched(grid)]
+
+    assert spent([3, 2, 1], [1, 4, 4], [2], stopped=2) == [(3, 6, 1), (5, 10, 2), (7, 14, 1)]
     # As far as all go that did not break off; and past epochs in which none was finite.
-    assert len(list(searched(grid_of([3, 2, 1], [1])))) == 1
-    assert [n for n, *_ in searched(grid_of([None, 2]))] == [2]
-    assert list(searched(grid_of([None]))) == []
+    assert len(spent([3, 2, 1], [1])) == 1
+    assert spent([None, 2]) == [(2, 4, 2)] and spent([None]) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 13, 49, 391, 1563])
@@ -228,11 +192,6 @@ def test_bins_take_every_step_once(count):
     parts = figures.bins(count)
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     assert all(part.stop > part.start for part in parts)
-
-
-def test_descent_is_gradient_descent():
-    assert list(figures.descent(0.5, start=1.0, steps=3)) == [1.0, 0.5, 0.25, 0.125]
-    assert abs(figures.descent(2.07)[-1]) > abs(figures.descent(2.07)[0])
 
 
 # The verdicts: each on runs for which it holds, and on runs for which it does not.
@@ -311,47 +270,23 @@ def test_unfinished_runs_judge_nothing_and_tell_how_it_stands():
     (0.8, 4, ("before", "after"), "not run"), (0.8, 14, ("before",), "not run"),
 ])  # fmt: skip
 def test_the_bound_is_judged_at_every_point(loss, epochs, states, verdict, tmp_path):
-    """Between 0.8 and 0.95 at t = 0.4."""
     made = Made(out=tmp_path)
     made.folder.mkdir()
-    bound = majorisation.majorisation(1.0, 0.5, [0, 0.4])
-    state = {"L": 1.0, "G": 0.5, "eta": 0.4, "t": [0, 0.4], "loss": [1.0, loss], "bound": bound}
+    state = {"eta": 0.4, "t": [0, 0.4], "loss": [1.0, loss], "bound": [1.0, 0.92]}
     measured = {"run": {"epochs": epochs}, "states": dict.fromkeys(states, state)}
     (made.folder / "fig3.json").write_text(json.dumps(measured))
     assert judge(CLAIM["bound"], made)[0] == verdict
 
 
-# The page.
-
-
-def test_the_page_has_numbers_spread_grids_and_what_is_missing(tmp_path):
-    def values(x, n):
-        seed = int(x.flag("--seed"))
-        return {"test_acc": 0.40 + seed / 100, "train_loss": 0.5 if x.flag("--lr") else 0.4}
-
-    made = Made(change=values, cut=lambda x: 0 if x.figure == "fig7" else x.epochs)
-    page = report.numbers(made)
-    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if "|" in line}
-    assert "41.0 (40.0 to 42.0, 3 seeds)" in lines["fig. 5, FCN 8×256, CIFAR-10, AGD"]
-    sixteen = lines["fig. 4, FCN 16×512, CIFAR-10, AGD"]
-    assert "| 52.7 | 40.0 |" in sixteen
-    assert "| 55.0 | not run |" in lines["fig. 7, FCN 4×256, CIFAR-10, batch 32, AGD"]
-    assert "`python main.py --arch fcn --depth 16" in sixteen
-    assert "a processor, 1 thread a run, torch 2; 2026-01-01" in sixteen
-    assert "| at 1e-4 | 40.0 |" in lines["fig. 5, FCN 8×256, CIFAR-10, Adam at 1e-5"]
-    assert any("tiny100" in line for line in lines)
-    grids = report.searches(made)
-    assert "**0.5000, 40.0 %**" in grids and "1e-7" in grids
-    assert "| fig7 | 0 of 12 |" in report.extent(made)
-    assert "| fig6 | 20 of 20 |" in report.extent(made)
-
-
-def test_cut_runs_are_marked_and_seeds_of_other_lengths_left_out():
-    made = Made(cut=lambda x: 2 if x.flag("--seed") == "1" or x.panel == "2x64" else 99)
+def test_the_page_marks_cut_runs_and_leaves_out_seeds_of_other_lengths():
+    """What the published page has no case of."""
+    later = {"after_epoch": 3, "device": "cuda", "device_name": "a GPU", "threads": 1}
+    made = Made(cut=lambda x: 2 if x.flag("--seed") == "1" or x.panel == "2x64" else 99,
+                first=lambda x: {"resumed": [later]} if x.figure == "phases" else {})  # fmt: skip
     page = report.numbers(made)
     assert "2 seeds" in page and "3 seeds" not in page
+    assert "a processor, 1 thread a run, torch 2; 2026-01-01, from epoch 4 a GPU, torch 2 |" in page
     assert "(2 of 6 epochs)" in report.sizes(made)
-    assert "not run (5 of 5 runs begun)" not in page
     made.cut = lambda x: 2 if x.flag("--lr") == "1e-3" else 99
     assert "not run (5 of 5 runs begun)" in report.numbers(made)
     assert "**" not in report.searches(made).split("failure.")[1]
@@ -359,32 +294,11 @@ def test_cut_runs_are_marked_and_seeds_of_other_lengths_left_out():
 
 def test_runs_on_different_images_are_not_put_together():
     made = Made(first=lambda x: {"data": {"crc32": x.flag("--seed")}})
-    with pytest.raises(RunError, match="different images"):
-        figures.draw("fig5", made)
-    with pytest.raises(RunError, match="different images"):
-        judge(CLAIM["larger_batches"], made)
-
-
-def test_hardware_that_a_run_went_on_with_is_named():
-    later = {"after_epoch": 3, "device": "cuda", "device_name": "a GPU", "threads": 1}
-    page = report.numbers(Made(first=lambda x: {"resumed": [later]}))
-    assert "2026-01-01, from epoch 4 a GPU, torch 2 |" in page
-
-
-def test_a_run_that_broke_off_stays_in_its_grid():
-    made = Made(stopped=lambda x: "the loss was nan at epoch 2; try" if "1e-1" in x.flags else None)
-    assert "stopped in epoch 12: the loss was nan |" in report.searches(made)
-
-
-@pytest.mark.parametrize("dataset, crc, name", [
-    ("cifar10", "2926c671", "JPEG CIFAR-10"), ("cifar10", None, "CIFAR-10"),
-    ("npz:tiny100.npz", None, "tiny100"),
-])  # fmt: skip
-def test_jpeg_images_are_called_so(dataset, crc, name):
-    assert data_name(dataset, {"crc32": {"train_images": crc}} if crc else {}) == name
-
-
-# Figure 3's measurement.
+    for use in (lambda: figures.draw("fig5", made), lambda: judge(CLAIM["larger_batches"], made)):
+        with pytest.raises(RunError, match="different images"):
+            use()
+    crc = {"crc32": {"train_images": "2926c671"}}
+    assert data_name("cifar10", crc) == "JPEG CIFAR-10" and data_name("npz:a.npz") == "a"
 
 
 def chunks(count=30, classes=4):
@@ -420,14 +334,8 @@ def test_the_curve_starts_at_the_objective_with_slope_minus_G_and_ends_where_AGD
     assert (curve[1] - curve[0]) / t[1] == pytest.approx(-state["G"], rel=0.1)
     assert np.interp(state["eta"], t, curve) == pytest.approx(there, rel=1e-3)
     assert state["chain"]["dL"] == pytest.approx(there - state["L"], rel=1e-9)
-
-
-def test_the_majorisation_is_least_at_eta():
-    G = 0.7
-    eta = math.log((1 + math.sqrt(1 + 4 * G)) / 2)
-    ts = [eta * i / 100 for i in range(250)]
-    bound = majorisation.majorisation(1.0, G, ts)
-    assert bound[0] == 1.0 and bound.index(min(bound)) == 100
+    bound = state["bound"]  # it touches the objective, and is least where AGD goes
+    assert bound[0] == state["L"] and t[np.argmin(bound)] == pytest.approx(state["eta"])
 
 
 def test_measuring_wants_the_trained_weights_and_names_damage(tmp_path):

@@ -12,7 +12,7 @@ from runs.log import RunError, read_rows
 from scripts import reproduce
 from scripts.benchmark.measure import compared, note, take_turns
 from scripts.experiments import Experiment
-from scripts.results import Results
+from scripts.results import Results, log_name
 from scripts.runner import tasks
 
 A_RUN = 6e8  # bytes of a process
@@ -35,7 +35,7 @@ def runs_at_once(commands, epochs, device, args):
             kept = Path(args.out, "output")
             shutil.copytree(results.folder / "output", kept, dirs_exist_ok=True)
             raise RunError(f"runs at once did not finish; their output is in {kept}")
-        logs = [read_rows(results.folder / "logs" / f"{task.name}.jsonl") for task in todo]
+        logs = [read_rows(results.log(log_name(task.flags))) for task in todo]
     return [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
 
 
