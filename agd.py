@@ -780,12 +780,12 @@ class Layout:
     """The blocks of a weight, and their order in memory (of a sharded weight: on this device).
 
     Attributes:
-        K: the number of blocks. shape: of factors, one a block, beside the weight `parted`.
-        dims: the dimensions of the weight `parted` inside a block.
+        K: the number of blocks.
         index: None, or of a weight that is sharded through its blocks, the place of each among all.
         dense: (lead, outer, K, inner), the shape in the order of memory: `lead` times K blocks. In
             a convolution inner is 1, and `in` in channels_last; in an embedding lead is the number
             of rows. None where memory has gaps, or blocks are no single dimension.
+        dims: the dimensions of `view` inside a block.
     """
 
     def __init__(self, weight, rule):
@@ -797,20 +797,42 @@ class Layout:
             self.rule = rule._replace(parts=1)
         p = self.rule.parted(p)
         dims = range(p.ndim)
-        self.shape = [p.shape[i] if i in blocks else 1 for i in dims]
-        self.K, self.dims = math.prod(self.shape), [i for i in dims if i not in blocks]
-        order = sorted(dims, key=lambda i: -p.stride(i))
-        if self.index is not None and order[0] != 0:
+        self.K = math.prod([p.shape[i] for i in blocks])
+        self.dims = tuple([i for i in dims if i not in blocks])
+        self.shape = [p.shape[i] if i in blocks else 1 for i in dims]  # of factors
+        self.order = sorted(dims, key=lambda i: -p.stride(i))
+        if self.index is not None and self.order[0] != 0:
             return  # `index` is in the order of the rows
-        if p.numel() and p.permute(order).is_contiguous():
-            sides = [i for i in order if p.shape[i] > 1]
+        if p.numel() and p.permute(self.order).is_contiguous():
+            sides = [i for i in self.order if p.shape[i] > 1]
             lead = [*itertools.takewhile(blocks.__contains__, sides)]
             sides = sides[len(lead) :]
             places = [n for n, i in enumerate(sides) if i in blocks] or [len(sides)]
             if places[-1] - places[0] < len(places):
                 lead, outer, inner = (math.prod([p.shape[i] for i in some]) for some in (
                     lead, sides[: places[0]], sides[places[-1] + 1 :]))  # fmt: skip
-                self.dense = lead, outer, self.K // lead, inner
+                self.dims, K = DENSE, self.K // lead
+                self.dense = lead, outer, K, inner
+                # Rows of m * K numbers: long enough for a loop, short enough for float32's sums.
+                self.m = math.gcd(outer, 1024 if K == 1 else 64) if inner == 1 else 1
+
+    def view(self, x):
+        """A tensor like the weight as (lead, outer / m, m, K, inner), or `parted` if not dense."""
+        x = self.rule.parted(x)
+        if self.dense is None:
+            return x
+        lead, outer, K, inner = self.dense
+        return x.permute(self.order).view(lead, outer // self.m, self.m, K, inner)
+
+    def spread(self, factors):
+        """Factors, one a block, in a shape that broadcasts with `view`."""
+        if self.dense is None:
+            return factors.view(self.shape)
+        lead, _, K, _ = self.dense
+        if lead > 1:
+            return factors.view(lead, 1, 1, K, 1)
+        factors = factors.view(K, 1)
+        return factors if 1 in (self.m, K) else factors.repeat(self.m, 1, 1)
 
 
 class TorchBackend:
@@ -824,7 +846,7 @@ class TorchBackend:
 
     def norms(self, tensors):
         """Frobenius norms of the blocks of tensors like the weights, (blocks,) float64."""
-        return torch.cat([_norms(y.rule.parted(x), y.dims) for y, x in zip(self.layouts, tensors)])
+        return torch.cat([_norms(y.view(x), y.dims) for y, x in zip(self.layouts, tensors)])
 
     def subtract(self, targets, directions, factors):
         """targets -= factors * directions, tensors like the weights, with factors (blocks,)
@@ -840,9 +862,9 @@ class TorchBackend:
                 continue
             # Whether float32 has the digits of every factor that is not 0, and whether none is 0.
             in_range = known and all(LOWEST < x < HIGHEST or x == 0 for x in some)
-            t, d = layout.rule.parted(t), layout.rule.parted(d)
+            t, d = layout.view(t), layout.view(d)
             f = single if in_range and d.dtype != torch.float64 else factors
-            f = f[blocks].view(layout.shape)
+            f = layout.spread(f[blocks])
             if in_range and 0.0 not in some and f.dtype == d.dtype:
                 t.addcmul_(d, f, value=-1)
             else:
@@ -851,18 +873,19 @@ class TorchBackend:
                 t.sub_(update.masked_fill_(f == 0, 0))  # NaN * 0 is NaN, and -0 - -0 is 0
 
 
+DENSE = (1, 2, 4)  # the dimensions inside a block, in the view of a dense weight
 LOWEST, HIGHEST = 2.0**-100, 2.0**100  # float32 loses no digit of factors between them
 LEAST = 2.0**-30  # a norm whose square float32 holds, with all the squares that matter to it
 CHUNK = 2**17  # numbers: half a megabyte stays in a processor's cache
 
 
 def _norms(x, dims):
-    """Norms over dimensions of a weight `parted`, (blocks,) float64."""
+    """Norms over dimensions of a Layout's view, (blocks,) float64."""
     wide = _wide(x.device)
-    if x.dtype == torch.float32 and 0 in dims and x.numel() and _on_host(x):
+    if x.dtype == torch.float32 and dims == DENSE and len(x) == 1 and _on_host(x):
         # Squares that stay in the cache, and sums in float32 that are short enough to be exact.
-        pieces = x.split(max(1, CHUNK // x[0].numel()))
-        norms = sum(y.square().sum(dims).double() for y in pieces).sqrt_().flatten()
+        pieces = x.split(max(1, CHUNK // x[0, 0].numel()), 1)
+        norms = sum(y.square().sum((2, 4)).double().sum(1) for y in pieces).sqrt_().flatten()
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
     if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
