@@ -107,6 +107,15 @@ def test_kernels_take_what_they_support(backend):
         AGD([W], fused=True)
 
 
+def test_gradients_of_other_strides_than_their_weights(backend):
+    weights = weights_with_grads([(6, 8, 3, 3), (9, 9), (6, 8, 1, 1), (5, 5)])
+    weights[0].grad = weights[0].grad.contiguous(memory_format=torch.channels_last)
+    weights[1].grad = weights[1].grad.t().contiguous().t()
+    weights[2].grad = weights[2].grad.to(memory_format=torch.channels_last)
+    weights[3].grad = torch.tensor(0.5).expand(5, 5)
+    step_and_check(AGD(weights, fused=backend not in TORCH))
+
+
 @two_orders
 def test_direction_at_every_scale(backend, order):
     """Of weights at 10^k beside one at 1."""
@@ -146,6 +155,19 @@ def test_norms_of_long_rows(backend, shape):
     W.grad = torch.full(shape, 0.1)
     W.grad[:, ::1000] = 1.0
     step_and_check(AGD([W]), zeroed=True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_one_value_that_is_not_finite_leaves_every_weight(backend, layer, dtype):
+    weights = weights_with_grads([(7, 5), (24, 10, 3, 3)], dtype)
+    weights += weights_with_grads([(24, 18, 3, 3)], dtype, order="channels last")
+    weights[0].data[0] = -0.0
+    optimizer, grad = AGD(weights), weights[layer].grad
+    for bad in (math.nan, math.inf, -math.inf, 1.0):
+        grad[(3, 2, 1, 1)[: grad.ndim]] = bad
+        step_and_check(optimizer)
+    assert optimizer.skipped == 3
 
 
 def test_gains_of_groups(backend):
@@ -212,6 +234,18 @@ def test_many_weights_and_gradients_at_other_addresses(backend):
         for i, W in enumerate(weights):
             W.grad = kept[change][i] if i % 20 == 3 or change else W.grad
         step_and_check(optimizer)
+
+
+def test_weights_that_take_turns_keep_their_group_and_L(backend):
+    """Weights of one shape in groups of two gains: which of them moves changes, and then L."""
+    W, V, U = weights_with_grads([(5, 5)] * 3)
+    optimizer, grad = AGD([{"params": [W]}, {"params": [V], "gain": 0.5}]), W.grad
+    for moving, added in ((W, 0), (V, 0), (V, 1), (W, 0)):
+        if added:
+            optimizer.add_param_group({"params": [U]})
+        for X in (W, V, U):
+            X.grad = grad if X is moving else None
+        step_and_check(optimizer, zeroed=True)
 
 
 def test_in_place_changes_are_seen_by_autograd(backend):

@@ -41,7 +41,8 @@ FAMILIES = {
     "timm:beit_base_patch16_224": {**SMALL, "depth": 4, "embed_dim": 96, "num_heads": 4},
     "timm:coatnet_nano_rw_224": {"img_size": 32},
     "timm:deit_tiny_distilled_patch16_224": {**SMALL, "depth": 4},
-    "timm:mixer_s16_224": {**SMALL, "num_blocks": 4, "embed_dim": 96},
+    "timm:mixer_s16_224": {"build": lambda: pytest.importorskip("timm").models.mlp_mixer.MlpMixer(
+        num_classes=10, num_blocks=4, embed_dim=96, **SMALL)},
     "timm:nfnet_l0": {"steps": 16},
     "timm:swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "embed_dim": 48,
                                           "depths": (2, 2), "num_heads": (3, 6)},
