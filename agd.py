@@ -883,9 +883,7 @@ def _norms(x, dims):
     """Norms over dimensions of a Layout's view, (blocks,) float64."""
     wide = _wide(x.device)
     if x.dtype == torch.float32 and dims == DENSE and len(x) == 1 and _on_host(x):
-        # Squares that stay in the cache, and sums in float32 that are short enough to be exact.
-        pieces = x.split(max(1, CHUNK // x[0, 0].numel()), 1)
-        norms = sum(y.square().sum((2, 4)).double().sum(1) for y in pieces).sqrt_().flatten()
+        norms = _norms_in_float32(x[0])
         if all(LEAST < norm < math.inf for norm in norms.tolist()):
             return norms
     if wide == torch.float64 != x.dtype or not x.numel():  # float64 holds their squares
@@ -893,6 +891,22 @@ def _norms(x, dims):
     x = x.to(wide)
     largest = vector_norm(x, math.inf, dims, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
     return vector_norm(x / largest, 2, dims).flatten() * largest.flatten()
+
+
+def _norms_in_float32(x):
+    """As _norms, of a dense view without `lead`, with CHUNK squares at a time, which stay in the
+    cache; 0 or infinite out of range."""
+    if x.shape[1] >= 32 and x.shape[2] == 1:
+        return vector_norm(vector_norm(x.flatten(1), 2, 1).double()).view(1)
+    rows, total = min(len(x), max(1, CHUNK // x[0].numel())), 0
+    squares = torch.empty_like(x[:rows])
+    for some in x.split(32 * rows):  # few enough sums in float32 to be exact to 1e-6
+        first, *others = some.split(rows)
+        torch.mul(first, first, out=squares[: len(first)])
+        for part in others:
+            squares[: len(part)].addcmul_(part, part)
+        total += squares[: len(first)].sum((0, 3)).double().sum(0)
+    return total.sqrt_()
 
 
 def _backend(p, layout):

@@ -68,6 +68,50 @@ def reference_step(weights, grads, gain=1.0):
     return new, eta, G
 
 
+def step_and_check(optimizer, zeroed=False):
+    """A step of AGD on tensors, held to the reference to the last digits, and to every bit of what
+    does not move. `zeroed` weights are the update alone."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    gains = [float(group["lr"]) for group in optimizer.param_groups for _ in group["params"]]
+    gains = [gain if 0 <= gain < math.inf else 0.0 for gain in gains]  # a tensor is not refused
+    for p in weights if zeroed else []:
+        p.data.zero_()
+    before, grads = [p.detach().clone() for p in weights], [p.grad for p in weights]
+    kept = [g.clone() for g in grads if g is not None]
+    strides, skipped = [p.stride() for p in weights], optimizer.skipped.item()
+    finite = all(g.isfinite().all() for g in kept)
+    optimizer.step()
+
+    assert [p.stride() for p in weights] == strides
+    assert all(p.grad is g for p, g in zip(weights, grads))
+    assert same([g for g in grads if g is not None], kept)
+    assert optimizer.skipped.item() == skipped + (not finite)
+    G, eta = optimizer.G.item(), optimizer.eta.item()
+    if not finite:
+        assert math.isnan(eta) and not math.isfinite(G) and same(weights, before)
+        return
+    rel = 1e-12 if all(p.dtype == torch.float64 for p in weights) else 1e-6  # eta is one for all
+    updates, exact, their_G = reference_step([torch.zeros_like(p) for p in weights], grads, gains)
+    assert G == near(their_G, rel) and eta == near(exact, rel)
+    # log((1 + sqrt(1 + 4G)) / 2) is the root of exp(eta) (exp(eta) - 1) = G
+    assert eta >= 0 and math.exp(eta) * math.expm1(eta) == near(G, 1e-12)
+    for p, gain, old, update in zip(weights, gains, before, updates):
+        still = torch.ones(p.shape[2:], dtype=torch.bool)
+        if p.grad is not None and gain > 0:
+            still = (update == 0).all(0).all(0)  # a zero gradient, or a step too small for float64
+        assert same([p[..., still]], [old[..., still]])
+        # The update is right to its working precision, at the eta that was taken, and that has a
+        # smallest number; then the new weight is rounded.
+        new = old.double() + update * (eta / exact if exact > 0 else 1)
+        own = torch.finfo(p.dtype)
+        work = torch.finfo(torch.promote_types(p.dtype, torch.float32))
+        bound = (2e-12 if p.dtype == torch.float64 else 2e-6) * (new - old.double()).abs()
+        bound += own.eps * new.abs() + own.tiny * own.eps
+        bound += work.tiny * work.eps * (2 + gain * exact * scale_of(p.shape))
+        wrong = (p.double() - new).abs() > bound
+        assert not wrong.any(), (p.shape, p.stride(), p.double()[wrong], new[wrong])
+
+
 class Averaging(torch.optim.SGD):
     """An optimiser that answers with other weights than it trains, as the schedule-free ones do:
     in evaluation each weight is half of what is trained."""

@@ -23,20 +23,15 @@ def rho(W):  # the RMS singular value
     return (W.norm() / math.sqrt(min(W.shape))).item()
 
 
-def polar(m, factor, rows=128):
-    """factor(m), or of each of the fewest pieces of at most so many rows of m, its shorter side."""
+def polar(m, rows=128):
+    """The factor of m, or of each of the fewest pieces of at most so many rows of m, its shorter
+    side."""
     if m.shape[0] > m.shape[1]:
-        return polar(m.mT, factor, rows).mT
+        return polar(m.mT, rows).mT
     if len(m) == 1:
         return m / m.norm()
     size = math.ceil(len(m) / math.ceil(len(m) / rows))
-    return torch.cat([factor(piece) for piece in m.split(size)])
-
-
-def exact(m):
-    """The polar factor U V^T of m = U S V^T, of m's own rank."""
-    U, S, Vh = torch.linalg.svd(m, full_matrices=False)
-    return U * (S > 1e-12 * S[0]) @ Vh
+    return torch.cat([polynomials(piece) for piece in m.split(size)])
 
 
 # Odd polynomials a x + b x^3 + c x^5 (arXiv 2505.16932), the first one first.
@@ -68,10 +63,10 @@ class Block:
 
 
 class SpectralReference:
-    """The rule for a list of Blocks, with polar factors by a function."""
+    """The rule for a list of Blocks."""
 
-    def __init__(self, blocks, L, factor=polynomials):
-        self.blocks, self.L, self.factor, self.eta, self.G = blocks, L, factor, math.nan, math.nan
+    def __init__(self, blocks, L):
+        self.blocks, self.L, self.eta, self.G = blocks, L, math.nan, math.nan
 
     def step(self, grads, gains=None):
         """A step with a gradient and a gain a block; a gradient of None or zero leaves a block."""
@@ -84,7 +79,7 @@ class SpectralReference:
             if b.held:  # no change of length is asked for
                 g = g - b.P * (g * b.P).sum() / (b.P * b.P).sum()
             b.m = (1 - MU) * g + MU * b.m
-            D = polar(b.m, self.factor)
+            D = polar(b.m)
             G += b.s * (g * D).sum().item()
             moves.append((b, D, gain))
         self.G = max(0.0, G / self.L)

@@ -1,6 +1,5 @@
 """Networks as other libraries build them: what their tests share."""
 
-import itertools
 import math
 import os
 
@@ -26,10 +25,10 @@ as soon as I can. This is my substitute for pistol and ball.
 VOCABULARY = 128
 
 
-def digits(side=32, batch=16, channels=3, start=0):
+def digits(side=32, batch=16, channels=3):
     """Images (batch, channels, side, side) and labels (batch,) of handwritten digits."""
     data = load("digits", None, batch, batch, torch.device("cpu"))
-    images, labels = next(itertools.islice(data.train, start, None))
+    images, labels = next(iter(data.train))
     images = F.interpolate(images, size=(side, side), mode="bilinear")
     return images.repeat(1, channels, 1, 1), labels
 

@@ -16,7 +16,7 @@ import agd_kernels.cpu
 import agd_kernels.cuda
 from agd import AGD
 from architecture import build
-from tests.reference import bits, matrices, near, reference_step, relative, same
+from tests.reference import bits, same, step_and_check
 
 TORCH = ("torch", "traced")
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [*TORCH, "c"]
@@ -80,35 +80,12 @@ def weights_with_grads(shapes, dtype=torch.float32, scale=1e-2, order="contiguou
     return weights
 
 
-def step_and_check(optimizer, gain=1.0, update=False):
-    """A step, held to the reference block by block; `update`: of weights that start at zero."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if update:
-        for W in weights:
-            W.data.zero_()
-    grads = [W.grad for W in weights]
-    theirs, eta, G = reference_step(weights, grads, gain)
-    strides, kept = [W.stride() for W in weights], [g if g is None else g.clone() for g in grads]
-    skipped = int(optimizer.skipped)
-    optimizer.step()
-    rel = 1e-12 if all(W.dtype == torch.float64 for W in weights) else 1e-6
-    assert optimizer.G.item() == near(G, rel) and optimizer.eta.item() == near(eta, rel)
-    assert optimizer.skipped == skipped
-    for W, V, g, old, stride in zip(weights, theirs, grads, kept, strides):
-        assert W.stride() == stride and (g is None or W.grad is g and torch.equal(g, old))
-        info = torch.finfo(W.dtype)  # whose least digit is of that size near 0
-        room = info.tiny * info.eps * math.sqrt(W.numel())
-        for w, v in zip(matrices(W.detach().double()), matrices(V.detach())):
-            bound = max(DTYPES[W.dtype], rel)  # eta is one for all
-            assert (w - v).norm() <= bound * v.norm() + room, (W.shape, stride)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_layout_and_dtype(backend, order, dtype):
     optimizer = AGD(weights_with_grads(SHAPES + LONG * (not INTERPRETED), dtype, order=order))
     step_and_check(optimizer)
-    step_and_check(optimizer, update=True)
+    step_and_check(optimizer, zeroed=True)
 
 
 def test_kernels_take_what_they_support(backend):
@@ -130,12 +107,7 @@ def test_kernels_take_what_they_support(backend):
         AGD([W], fused=True)
 
 
-def test_mixed_dtypes_gaps_and_other_strides_take_one_step(backend):
-    weights = [nn.Parameter(torch.randn(9, 5).to(dtype)) for dtype in DTYPES]
-    weights += [nn.Parameter(torch.randn(6, 16, 3, 3)[:, ::2]), nn.Parameter(torch.randn(7, 5))]
-    for W in weights:
-        W.grad = torch.randn(W.shape).to(W.dtype)
-    step_and_check(AGD(weights))
+def test_gradients_of_other_strides_than_their_weights(backend):
     weights = weights_with_grads([(6, 8, 3, 3), (9, 9), (6, 8, 1, 1), (5, 5)])
     weights[0].grad = weights[0].grad.contiguous(memory_format=torch.channels_last)
     weights[1].grad = weights[1].grad.t().contiguous().t()
@@ -151,18 +123,7 @@ def test_direction_at_every_scale(backend, order):
         weights = weights_with_grads([(64, 32), (16, 8, 3, 3), (64, 32)], scale=1.0, order=order)
         for W in weights[1:]:
             W.grad.clamp_(-3, 3).mul_(10.0**k)
-        step_and_check(AGD(weights), update=True)
-
-
-@two_orders
-@pytest.mark.parametrize("large, small, dtype", [
-    (1e10, 1e-42, torch.float32), (1e200, 1e-250, torch.float64), (1e10, 1e-30, torch.bfloat16)
-])  # fmt: skip
-def test_blocks_of_two_scales(backend, large, small, dtype, order):
-    (W,) = weights_with_grads([(24, 18, 3, 3)], dtype, 1.0, order)
-    W.grad[:, :, 0, 1] *= large
-    W.grad[:, :, 2, 2] *= small
-    step_and_check(AGD([W]), update=True)
+        step_and_check(AGD(weights), zeroed=True)
 
 
 @pytest.mark.parametrize("shape, dtype, sizes, gain", [
@@ -180,7 +141,7 @@ def test_extreme_gradients_and_gains(backend, shape, dtype, sizes, gain):
             W.grad.fill_(size)
         else:
             W.grad.mul_(size / (W.grad.norm() if gain != 1 else 1))
-    step_and_check(AGD(weights, gain=gain), gain, update=True)
+    step_and_check(AGD(weights, gain=gain), zeroed=True)
 
 
 @pytest.mark.parametrize("shape", [
@@ -193,26 +154,20 @@ def test_norms_of_long_rows(backend, shape):
     W = nn.Parameter(torch.zeros(shape))
     W.grad = torch.full(shape, 0.1)
     W.grad[:, ::1000] = 1.0
-    step_and_check(AGD([W]), update=True)
+    step_and_check(AGD([W]), zeroed=True)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_one_value_that_is_not_finite_leaves_every_weight(backend, bad, layer, dtype):
+def test_one_value_that_is_not_finite_leaves_every_weight(backend, layer, dtype):
     weights = weights_with_grads([(7, 5), (24, 10, 3, 3)], dtype)
     weights += weights_with_grads([(24, 18, 3, 3)], dtype, order="channels last")
     weights[0].data[0] = -0.0
-    kept = weights[layer].grad.clone()
-    weights[layer].grad[(3, 2, 1, 1)[: kept.ndim]] = bad
-    before, optimizer = [bits(W) for W in weights], AGD(weights)
-    for n in (1, 2):
-        optimizer.step()
-        assert all(torch.equal(bits(W), b) for W, b in zip(weights, before))
-        assert math.isnan(optimizer.eta.item()) and not optimizer.G.isfinite()
-        assert optimizer.skipped == n
-    weights[layer].grad = kept
-    step_and_check(optimizer)
+    optimizer, grad = AGD(weights), weights[layer].grad
+    for bad in (math.nan, math.inf, -math.inf, 1.0):
+        grad[(3, 2, 1, 1)[: grad.ndim]] = bad
+        step_and_check(optimizer)
+    assert optimizer.skipped == 3
 
 
 def test_gains_of_groups(backend):
@@ -227,9 +182,8 @@ def test_gains_of_groups(backend):
     before = [W.detach().clone() for W in weights]
     for group, gain in zip(optimizer.param_groups, gains):
         group["lr"] = gain
-    known = [0.3, 0, 1e-5, 2.0, 0, 0, 0, 0, 0.5]
-    step_and_check(optimizer, known)
-    assert all(known[i] or same([W], [before[i]]) for i, W in enumerate(weights))
+    step_and_check(optimizer)
+    assert [not same([W], [b]) for W, b in zip(weights, before)] == [1, 0, 1, 1, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("size", [1e5, 1e-9])
@@ -241,42 +195,33 @@ def test_gradients_of_a_wider_dtype(backend, size):
     W.grad, W.grad_dtype = None, torch.float32
     W.grad = torch.full((4, 4), size)
     optimizer = AGD([W])
-    step_and_check(optimizer, update=True)
+    step_and_check(optimizer, zeroed=True)
     optimizer.param_groups[0]["lr"], before = 0.0, bits(W)
     optimizer.step()
     assert torch.equal(bits(W), before)
 
 
 def test_weights_that_change_between_steps(backend):
-    """Gradients that come and go, gains, storage, layout, shape, another group."""
+    """Requirements of gradients, the shape, another group, storage."""
     weights = weights_with_grads([(7, 5), (6, 8, 3, 3), (9, 9), (4, 4)])
     optimizer = AGD(weights[:3], fused=backend not in TORCH)
 
-    def step(gain=1.0):
+    def step():
         for i, W in enumerate(weights):
             grad = torch.randn(W.shape, generator=torch.Generator().manual_seed(i))
             W.grad = torch.empty_like(W).copy_(grad) if W.requires_grad else None
-        step_and_check(optimizer, gain)
+        step_and_check(optimizer)
 
-    step(), step()
-    weights[1].requires_grad = False  # no gradient
-    step()
-    weights[1].requires_grad = True
-    for change in (torch.clone, lambda x: x.t().contiguous().t()):
-        weights[0].grad, weights[0].data = None, change(weights[0].data)
+    for required in (True, False, True):
+        weights[1].requires_grad = required
         step()
-    weights[1].grad = None
-    weights[1].data = weights[1].data.to(memory_format=torch.channels_last)
-    step()
     for W in weights:  # the same memory, of another shape
         W.grad, W.data = None, W.data[: len(W) // 2]
     step()
-    optimizer.param_groups[0]["lr"] = 0.25
-    step(0.25)
     optimizer.add_param_group({"params": weights[3], "gain": 0.25})
     with torch.no_grad():
         weights[0].set_(torch.randn(7, 5))
-    step(0.25)
+    step()
 
 
 def test_many_weights_and_gradients_at_other_addresses(backend):
@@ -295,12 +240,12 @@ def test_weights_that_take_turns_keep_their_group_and_L(backend):
     """Weights of one shape in groups of two gains: which of them moves changes, and then L."""
     W, V, U = weights_with_grads([(5, 5)] * 3)
     optimizer, grad = AGD([{"params": [W]}, {"params": [V], "gain": 0.5}]), W.grad
-    for moving, gains in ((W, [1, 0.5]), (V, [1, 0.5]), (V, [1, 0.5, 1]), (W, [1, 0.5, 1])):
-        if len(gains) > len(optimizer.param_groups):
+    for moving, added in ((W, 0), (V, 0), (V, 1), (W, 0)):
+        if added:
             optimizer.add_param_group({"params": [U]})
         for X in (W, V, U):
             X.grad = grad if X is moving else None
-        step_and_check(optimizer, gains, update=True)
+        step_and_check(optimizer, zeroed=True)
 
 
 def test_in_place_changes_are_seen_by_autograd(backend):
@@ -358,34 +303,6 @@ def test_defaults_of_the_moment_do_not_matter(backend, dtype):
         AGD(weights, fused=backend not in TORCH)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="it takes minutes")
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
-@pytest.mark.parametrize("arch, side", [
-    ("fcn", 32), *[pytest.param(*case, marks=pytest.mark.slow)
-                   for case in (("resnet18", 32), ("resnet50", 64))],
-])  # fmt: skip
-def test_twenty_steps_of_each_network(backend, arch, side, dtype, bound):
-    if backend == "c" and dtype == torch.float64:
-        pytest.skip("C is of float32")
-    torch.manual_seed(0)
-    net = build(arch, (3, side, side), 10, depth=4, width=64).to(dtype)
-    weights = list(net.parameters())
-    optimizer, theirs = AGD(weights), [W.detach().double() for W in weights]
-    inputs = torch.randn(2, 3, side, side, dtype=dtype)
-    # The gradients of a real loss twice, then draws: 20 backward passes would cost a minute.
-    for step in range(20):
-        if step < 2:
-            optimizer.zero_grad()
-            (net(inputs) - 1).square().mean().backward()
-        else:
-            for W in weights:
-                W.grad.normal_().mul_(10.0 ** (step % 7 - 3))
-        theirs, eta, G = reference_step(theirs, [W.grad for W in weights])
-        optimizer.step()
-        assert optimizer.eta.item() == near(eta, bound) and optimizer.G.item() == near(G, bound)
-    assert max(relative(W, V) for W, V in zip(weights, theirs)) < bound
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it has no threads")

@@ -65,6 +65,7 @@ def test_without_a_compiler_torch_does_it_without_a_word(compiler, tmp_path):
     assert printed(start(tmp_path, CC="false")) == "C"  # a compiler that fails is passed over
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_share_one_file(compiler, tmp_path):
     assert [printed(x) for x in [start(tmp_path) for _ in range(2)]] == ["C", "C"]
     kept = tmp_path / "agd" / "kernels"
@@ -89,6 +90,7 @@ def test_without_a_cache_a_temporary_directory_serves(compiler, tmp_path, obstac
     assert not list(temporary.rglob("*.so")) and not list(home.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_the_threads_are_those_of_torch(compiler, tmp_path):
     """One OpenMP in the process, and as many threads of it after AGD's step as before."""
     code = """

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agd import AGD, init_weights
 from tests.conftest import ROOT
-from tests.reference import matrices, reference_step, same, scale_of
+from tests.reference import matrices, same, scale_of, step_and_check
 from tests.test_backends import BACKENDS, INTERPRETED, TORCH, select
 
 # The same examples each time: what fails here fails everywhere, and nothing is kept on the disk.
@@ -106,7 +106,7 @@ def places(draw, ndim, gaps=True):
     return Placed(tuple(order), step, start)
 
 
-KINDS = ("normal", "normal", "constant", "sparse", "wide", "zero", "positions")
+KINDS = ("normal", "normal", "constant", "sparse", "wide", "zero", "positions", "scales")
 GAINS = (1.0, 1, 0.3, 0.0, 1e-30, 17.0, 1e20)
 
 
@@ -124,6 +124,8 @@ def tensors(draw, shape, dtype, exponents=(-38, 38), kinds=KINDS):
         x[torch.rand(shape, generator=generator) < 0.8] = 0
     elif kind == "wide":
         x.mul_(10 ** torch.empty_like(x).uniform_(-40, 0, generator=generator))
+    elif kind == "scales":  # a scale of its own for each position
+        x.mul_(10 ** torch.empty(shape[2:]).double().uniform_(-40, 0, generator=generator))
     elif kind == "positions":
         x[..., torch.rand(shape[2:], generator=generator) < 0.5] *= 0
     lowest, highest = (-7, 4) if dtype == torch.float16 else exponents
@@ -163,51 +165,6 @@ def weights_of(optimizer):
 
 def copies(optimizer):
     return [p.detach().clone() for p in weights_of(optimizer)]
-
-
-def near(a, b, rtol):
-    return abs(a - b) <= rtol * abs(b)
-
-
-def step_and_check(optimizer):
-    """A step, held to the reference to the last digits, and to every bit of what does not move."""
-    weights = weights_of(optimizer)
-    gains = [float(group["lr"]) for group in optimizer.param_groups for _ in group["params"]]
-    before, grads = copies(optimizer), [p.grad for p in weights]
-    kept = [g.clone() for g in grads if g is not None]
-    strides, skipped = [p.stride() for p in weights], optimizer.skipped.item()
-    finite = all(g.isfinite().all() for g in kept)
-    optimizer.step()
-
-    assert [p.stride() for p in weights] == strides
-    assert same([g for g in grads if g is not None], kept)
-    assert optimizer.skipped.item() == skipped + (not finite)
-    eta = optimizer.eta.item()
-    if not finite:
-        assert math.isnan(eta) and same(copies(optimizer), before)
-        return
-    double = all(p.dtype == torch.float64 for p in weights)
-    rtol = 1e-12 if double else 1e-6  # eta is one for all layers
-    updates, exact, G = reference_step([torch.zeros_like(p) for p in weights], grads, gains)
-    assert near(optimizer.G.item(), G, rtol) and near(eta, exact, rtol)
-    # log((1 + sqrt(1 + 4G)) / 2) is the root of exp(eta) (exp(eta) - 1) = G
-    assert eta >= 0 and near(math.exp(eta) * math.expm1(eta), optimizer.G.item(), 1e-12)
-    for p, gain, old, update in zip(weights, gains, before, updates):
-        still = torch.ones(p.shape[2:], dtype=torch.bool)
-        if p.grad is not None and gain > 0:
-            still = (update == 0).all(0).all(0)  # a zero gradient, or a step too small for float64
-        assert same([p[..., still]], [old[..., still]])
-        # The update is right to its working precision, at the eta that was taken, and that has a
-        # smallest number; then the new weight is rounded.
-        update = -update * (eta / exact if exact > 0 else 1)
-        work = torch.finfo(torch.promote_types(p.dtype, torch.float32))
-        new = old.double() - update
-        bound = (2e-12 if p.dtype == torch.float64 else 2e-6) * update.abs()
-        bound += torch.finfo(p.dtype).eps * new.abs()
-        bound += work.tiny * work.eps * (2 + gain * exact * scale_of(p.shape))
-        bound += torch.finfo(p.dtype).tiny * torch.finfo(p.dtype).eps
-        wrong = (p.double() - new).abs() > bound
-        assert not wrong.any(), (p.double()[wrong], new[wrong], update[wrong])
 
 
 EVENTS = ("gradients", "expanded", "bad", "lose", "gain", "move", "turn", "weight")

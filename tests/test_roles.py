@@ -93,7 +93,7 @@ def test_s_is_measured_from_kept_weights():
     assert list(s_of(AGD(net)).values()) == pytest.approx(s)
 
 
-@pytest.mark.parametrize("arch", ["fcn", "vgg"])
+@pytest.mark.parametrize("arch", ["fcn", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_a_chain_without_biases_is_its_parameters(arch):
     """The paper's rule either way: the same draw, depth and steps."""
     nets = [build(arch, (3, 32, 32), 10, depth=4, width=64) for _ in range(2)]
