@@ -347,8 +347,6 @@ def test_a_log_or_a_record_in_another_place(check, ran, tmp_path):
     ):  # fmt: skip
         (tmp_path / "x.json").write_text(content)
         check(f"{REPLAY} {flags}", noun)
-    (tmp_path / "x.jsonl").write_bytes(FIRST + rows.split(b"\n", 1)[1])
-    check(PLOT, "does not say its --arch")
     (tmp_path / "x.jsonl").write_bytes(rows)
     check(f"{PLOT} -o {{tmp}}/no/x.png", "x.png")
 
