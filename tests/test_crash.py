@@ -90,14 +90,14 @@ def test_nothing_outlives_an_interrupted_crash_test(tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        while test.poll() is None and not list(tmp_path.glob("crashtest-*/case0/stdout")):
+        while test.poll() is None and not list(tmp_path.glob("crash-*/case0/stdout")):
             time.sleep(0.05)
         test.send_signal(signal.SIGINT)
         assert "interrupted" in test.communicate(timeout=60)[1] and test.returncode == 130
     finally:
         test.kill()
     commands = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in commands and not list(tmp_path.glob("crashtest-*"))
+    assert str(tmp_path) not in commands and not list(tmp_path.glob("crash-*"))
 
 
 @pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda:0", "3")])

@@ -138,12 +138,12 @@ def test_steps_of_every_role(dtype, steps, gain):
 
 def everything(net, optimizer):
     """Each tensor that a step may change, but for eta, G and skipped: its bits, by a name."""
-    found = {name: bits(x) for name, x in net.state_dict().items()}
+    kept = {name: bits(x) for name, x in net.state_dict().items()}
     for name, p in net.named_parameters():
         for key, x in optimizer.state[p].items():
             if isinstance(x, torch.Tensor):
-                found[f"{name} {key}"] = bits(x)
-    return found
+                kept[f"{name} {key}"] = bits(x)
+    return kept
 
 
 def changed(before, after):

@@ -54,7 +54,7 @@ class GraphedSteps:
 
     def steps(self, totals):
         """Take the steps of the epoch from the batches' position on, yielding eta (None of a
-        baseline) after each. `totals`: those of the steps before that position."""
+        baseline) after each. `totals`: the Totals of the steps before."""
         self.batches.hold()
         done = self.batches.position
         self.position.fill_(sum(self.sizes[:done]))

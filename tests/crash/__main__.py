@@ -51,7 +51,7 @@ def main(argv=None):
     """Run the command line and print its result in Markdown; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args, began = parse(argv), time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="crashtest-"))
+    folder = Path(tempfile.mkdtemp(prefix="crash-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         reports = list(run_all(args, folder, lambda: time.monotonic() - began < args.seconds))

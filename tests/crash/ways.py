@@ -161,7 +161,7 @@ def break_case(lab, how, hits, seed, more=lambda: True):
     lab.disk.mkdir(exist_ok=True)
     if how == "full":
         size = f"size={lab.bytes + 3 * lab.size}"
-        mount = ["mount", "-t", "tmpfs", "-o", size, "crashtest", str(lab.disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", size, "crash", str(lab.disk)]
         if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
             return Report(lab.case.name, how, note="no tmpfs can be mounted here")
     try:
