@@ -77,12 +77,12 @@ def train(world, net, gradient, epochs, train_bs=100):
 
 def agreement(world, micro_batches, epochs=7):
     """What 7 epochs of 15 steps, the last one ragged, give for each number of micro-batches."""
-    outcome = {}
+    given = {}
     for parts in micro_batches:
         net = net_of()
         gradient = Gradient(world.wrap(net), mse, world, -(-100 // world.size // parts))
-        outcome[parts] = train(world, net, gradient, epochs)
-    return outcome
+        given[parts] = train(world, net, gradient, epochs)
+    return given
 
 
 def norms(world, sync, train_bs=100, micro_bs=None, epochs=2):
@@ -99,16 +99,16 @@ def statistics(world, sync, micro_bs):
     gradient = Gradient(world.wrap(net, sync_bn=sync), mse, world, micro_bs, sync_bn=sync)
     data.train.set_epoch(3)
     one_epoch(Step(gradient.net, mse, AGD(net.parameters(), gain=0), gradient), data.train)
-    outcome = {"trained": net[2].running_mean.clone()}
+    given = {"trained": net[2].running_mean.clone()}
     with torch.no_grad():
         net[1].weight.mul_(2)
     for when in ("before", "after"):
         train = data.train
-        outcome[when] = train.position, train.epoch, train.missing, train.order().tolist()
+        given[when] = train.position, train.epoch, train.missing, train.order().tolist()
         if when == "before":
             net.train()
             trainer.recalibrate(net, data.train, gradient, world, 3)
-    return {**outcome, "buffers": dict(net.named_buffers())}
+    return {**given, "buffers": dict(net.named_buffers())}
 
 
 class Small(nn.Module):
@@ -133,10 +133,10 @@ def memory(world, rooms, calls=0, norms=False):
     net = Small(net_of(norms), rooms[world.rank], calls)
     gradient = Gradient(world.wrap(net), mse, world)
     try:
-        outcome = train(world, net, gradient, 2)
+        given = train(world, net, gradient, 2)
     except Exception as error:
         return {"error": world.failed(error).reason}
-    return {**outcome, "micro_bs": gradient.micro_bs}
+    return {**given, "micro_bs": gradient.micro_bs}
 
 
 class Signalled(Requests):
@@ -158,7 +158,7 @@ def runs(world, several, norms=False):
     """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
     after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
-    outcome, log = [], program.RunLog.log
+    given, log = [], program.RunLog.log
     if world.rank == 0:
         program.RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:
@@ -168,8 +168,8 @@ def runs(world, several, norms=False):
         args = parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
         path = program.RunLog(args.out, name_and_settings(vars(args))[0], {}).log_path
-        outcome.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
-    return outcome
+        given.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
+    return given
 
 
 def drift(world, rank):
@@ -330,15 +330,15 @@ def moved(world, net, rule, how, steps=8):
                 p.grad = g
         optimizer.step()
         etas.append(optimizer.eta.item())
-    outcome = {"eta": etas, "L": optimizer.L, "drifted": []}
-    outcome["weights"] = dict(zip(names, map(whole, net.parameters())))
+    given = {"eta": etas, "L": optimizer.L, "drifted": []}
+    given["weights"] = dict(zip(names, map(whole, net.parameters())))
     if how in ("ddp", "group"):
-        outcome["drifted"] = world.ranks_that_differ(net.parameters())
+        given["drifted"] = world.ranks_that_differ(net.parameters())
     if rule == "spectral":
-        outcome["clock"] = [t.item() for t in optimizer.clock()]
+        given["clock"] = [t.item() for t in optimizer.clock()]
         optimizer.eval()
-        outcome["average"] = dict(zip(names, map(whole, net.parameters())))
-    return outcome
+        given["average"] = dict(zip(names, map(whole, net.parameters())))
+    return given
 
 
 def along_kernel(world):
@@ -366,8 +366,8 @@ def main():
         world = distributed.start(CPU, "--distribute" in sys.argv, seconds)
     except distributed.LaunchError as error:
         sys.exit(f"error: {error}")
-    outcome = globals()[function](world, **kwargs)
-    torch.save(outcome, os.path.join(out, f"{world.rank}.pt"))
+    given = globals()[function](world, **kwargs)
+    torch.save(given, os.path.join(out, f"{world.rank}.pt"))
     world.leave(0)
 
 

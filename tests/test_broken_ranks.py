@@ -37,15 +37,15 @@ def broken(run_ranks, tmp_path):  # noqa: F811
         for name, numbers in cases.items():
             command = words(*SMALL, *flags, "--out", tmp_path / name)
             several += [(command, numbers), (command, {})]
-        outcome, errors = run_ranks(size, "runs", several=several, **options)
-        assert None not in outcome, errors
-        for rank in outcome:
-            assert rank == outcome[0]  # they end in the same step
+        per_rank, errors = run_ranks(size, "runs", several=several, **options)
+        assert None not in per_rank, errors
+        for rank in per_rank:
+            assert rank == per_rank[0]  # they end in the same step
             assert all(ended for _, _, ended in rank)  # and none before all is written
             assert [code for code, *_ in rank[::2]] == [0] * (len(cases) + 1)
         for name in cases:
             same(tmp_path / name, tmp_path / "whole")
-        return {name: pair[:2] for name, pair in zip(cases, outcome[0][1::2])}
+        return {name: pair[:2] for name, pair in zip(cases, per_rank[0][1::2])}
 
     return run
 
@@ -87,9 +87,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, capsys)
     assert call(*SMALL, "--out", tmp_path / "three", asked={9: STOP})[0] == 130
     several = [(words(*SMALL, "--out", tmp_path / "three"), {}),
                (words(*SMALL, "--out", tmp_path / "two"), {"2": {9: TERM}})]  # fmt: skip
-    outcome, errors = run_ranks(3, "runs", several=several)
-    assert None not in outcome, errors
-    assert [x[:2] for x in outcome[0]] == [(0, 5), (130, 10)]
+    per_rank, errors = run_ranks(3, "runs", several=several)
+    assert None not in per_rank, errors
+    assert [x[:2] for x in per_rank[0]] == [(0, 5), (130, 10)]
     assert call(*SMALL, "--out", tmp_path / "two")[0] == 0
     weights = outcome(tmp_path / "whole")[1]
     for name in ("three", "two"):

@@ -101,11 +101,11 @@ def test_three_ranks_are_one_process(run_ranks):
     that drifts in one bit. The quick form of the slow tests below."""
     cases = [["agreement", {"micro_batches": [1, 2], "epochs": 1}],
              ["norms", {"sync": True, "epochs": 1}], ["drift", {"rank": 1}]]  # fmt: skip
-    outcome, errors = run_ranks(3, "several", cases=cases)
-    assert None not in outcome, errors
+    per_rank, errors = run_ranks(3, "several", cases=cases)
+    assert None not in per_rank, errors
     reference = one_process("agreement", micro_batches=[1], epochs=1)[1]
     normed = one_process("norms", sync=False, epochs=1)
-    for agreement, norms, drift in outcome:
+    for agreement, norms, drift in per_rank:
         for run in agreement.values():
             assert close(reference["weights"], run["weights"])
             assert run["loss"] == pytest.approx(reference["loss"], rel=1e-10)
@@ -153,11 +153,11 @@ def reference():
 def test_any_number_of_ranks_and_micro_batches_gives_the_same_weights(size, reference, run_ranks):
     """105 steps in float64; the test set (360 images in batches of 77) does not divide."""
     if size == 1:
-        outcome = [one_process("agreement", micro_batches=[2, 4])]
+        per_rank = [one_process("agreement", micro_batches=[2, 4])]
     else:
-        outcome, errors = run_ranks(size, "agreement", micro_batches=[1, 2, 4])
-        assert None not in outcome, errors
-    for of_rank in outcome:
+        per_rank, errors = run_ranks(size, "agreement", micro_batches=[1, 2, 4])
+        assert None not in per_rank, errors
+    for of_rank in per_rank:
         for run in of_rank.values():
             assert len(run["loss"]) == 105
             assert close(reference["weights"], run["weights"])
@@ -172,13 +172,13 @@ def test_batch_norm_over_ranks(run_ranks):
     cases = [["norms", {"sync": True}], ["norms", {"sync": True, "train_bs": 359, "micro_bs": 50}],
              ["norms", {"sync": False, "train_bs": 718}]]  # fmt: skip
     one = one_process("norms", sync=False)
-    outcome, errors = run_ranks(3, "several", cases=cases)
-    assert None not in outcome, errors
-    for whole, parts, own in outcome:
+    per_rank, errors = run_ranks(3, "several", cases=cases)
+    assert None not in per_rank, errors
+    for whole, parts, own in per_rank:
         assert close(one["weights"], whole["weights"]) and whole["correct"] == one["correct"]
         for key, x in one["buffers"].items():
             assert torch.allclose(x, whole["buffers"][key], rtol=1e-10), key
-        assert parts["correct"] == outcome[0][1]["correct"]
+        assert parts["correct"] == per_rank[0][1]["correct"]
         assert not own["drifted"] and own["examples"] == 360
         for run in (parts, own):
             assert all(x.isfinite().all() for x in [*run["weights"], *run["buffers"].values()])
@@ -190,9 +190,9 @@ def test_statistics_that_are_taken_anew_are_those_of_all_ranks(sync, run_ranks):
     """And the training data stand where they stood."""
     sizes = [None, 25]
     cases = [["statistics", {"sync": sync, "micro_bs": size}] for size in sizes]
-    outcome, errors = run_ranks(2, "several", cases=cases)
-    assert None not in outcome, errors
-    for micro_bs, first, second in zip(sizes, *outcome):
+    per_rank, errors = run_ranks(2, "several", cases=cases)
+    assert None not in per_rank, errors
+    for micro_bs, first, second in zip(sizes, *per_rank):
         one = one_process("statistics", sync=False, micro_bs=micro_bs and 2 * micro_bs)
         assert one["before"] == one["after"] and second["before"] == second["after"]
         for key, x in one["buffers"].items():
@@ -226,9 +226,9 @@ def test_ranks_agree_on_what_fits(run_ranks):
     whole = one_process("memory", rooms=[1000])
     cases = [["memory", {"rooms": [1000, 10, 1000]}],
              ["memory", {"rooms": [1000, 10, 1000], "calls": 5}]]  # fmt: skip
-    outcome, errors = run_ranks(3, "several", cases=cases)
-    assert None not in outcome, errors
-    for first, later in outcome:
+    per_rank, errors = run_ranks(3, "several", cases=cases)
+    assert None not in per_rank, errors
+    for first, later in per_rank:
         assert first["micro_bs"] == 9 and close(whole["weights"], first["weights"])  # 34, 17, 9
         assert later["error"].startswith("rank 1: out of memory with 33 images at a time")
         assert later["error"].endswith("start again with --micro_bs 16")
@@ -267,10 +267,10 @@ def test_weights_on_ranks_take_the_steps_of_one_process(size, run_ranks):
 
     dense = {case[:2]: (*case[:2], "dense") for case in MOVED[size]}
     (references,), errors = run_ranks(1, "several", cases=cases(dense.values()))
-    outcome, more = run_ranks(size, "several", cases=cases(MOVED[size]))
-    assert references is not None and None not in outcome, errors + more
+    per_rank, more = run_ranks(size, "several", cases=cases(MOVED[size]))
+    assert references is not None and None not in per_rank, errors + more
     references = dict(zip(dense, references))
-    for of_rank in outcome:
+    for of_rank in per_rank:
         for case, run in zip(MOVED[size], of_rank):
             one, rel = references[case[:2]], 1e-12 if case[1] == "agd" else 1e-6
             assert run["drifted"] == [] and run["L"] == one["L"], case
@@ -283,17 +283,17 @@ def test_weights_on_ranks_take_the_steps_of_one_process(size, run_ranks):
 
 @slow
 def test_weights_sharded_along_their_kernel_are_refused(run_ranks):
-    outcome, errors = run_ranks(2, "along_kernel")
-    assert all("conv.weight of shape (6, 1, 3, 3), sharded along its kernel" in x for x in outcome)
+    per_rank, errors = run_ranks(2, "along_kernel")
+    assert all("conv.weight of shape (6, 1, 3, 3), sharded along its kernel" in x for x in per_rank)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_rank_ends_the_others_and_is_heard(failing, run_ranks):
     """Also that of rank 0, for which the others wait and whose store has the reason."""
-    outcome, errors = run_ranks(3, "fail", rank=failing)
+    per_rank, errors = run_ranks(3, "fail", rank=failing)
     reason = "ValueError: lost my way" if failing == 0 else "rank 1: ValueError: lost my way"
-    assert [x[::2] for x in outcome] == [[reason, rank == failing] for rank in range(3)], errors
-    assert "ValueError" in outcome[failing][1] and not any("frame #" in x for x in errors)
+    assert [x[::2] for x in per_rank] == [[reason, rank == failing] for rank in range(3)], errors
+    assert "ValueError" in per_rank[failing][1] and not any("frame #" in x for x in errors)
 
 
 def folders(root, bad=()):
@@ -380,8 +380,8 @@ def over_two_nodes(rank, size):
 
 @slow
 def test_ranks_on_two_nodes_meet(run_ranks):
-    outcome, errors = run_ranks(2, "meeting", over_two_nodes, seconds=40)
-    assert outcome == [[0, 1], [0, 1]], errors
+    per_rank, errors = run_ranks(2, "meeting", over_two_nodes, seconds=40)
+    assert per_rank == [[0, 1], [0, 1]], errors
 
 
 def test_a_port_that_is_taken_is_named(run_ranks):
@@ -389,16 +389,16 @@ def test_a_port_that_is_taken_is_named(run_ranks):
     job = str(os.getpid())
     port = read(by_srun(0, 2, job)).port
     with socket.create_server(("", port)):
-        outcome, (errors,) = run_ranks(
+        per_rank, (errors,) = run_ranks(
             2, "meeting", lambda i, n: by_srun(i, n, job), started=1, seconds=10
         )
-    assert outcome == [None] and "Traceback" not in errors
+    assert per_rank == [None] and "Traceback" not in errors
     assert f"MASTER_PORT {port}" in errors and "in use" in errors
 
 
 def test_a_rank_that_does_not_come_is_named(run_ranks):
-    outcome, errors = run_ranks(3, "meeting", started=2, seconds=8)
-    assert outcome == [None, None]
+    per_rank, errors = run_ranks(3, "meeting", started=2, seconds=8)
+    assert per_rank == [None, None]
     assert "".join(errors).count("1 of 3 ranks did not come: 2") == 1, errors
     assert "Traceback" not in "".join(errors)
 
@@ -450,11 +450,11 @@ def test_missing_and_contradictory_variables_are_named(variables, words):
      "mpiexec", (1, 2, 1), "127.0.0.1"),
 ])  # fmt: skip
 def test_variables_describe_a_launch(variables, launcher, numbers, address):
-    outcome = read(variables)
-    assert outcome.launcher == launcher
-    assert (outcome.rank, outcome.size, outcome.local_rank) == numbers
-    assert outcome.address == address
-    assert outcome.agent == ("TORCHELASTIC_RUN_ID" in variables)
+    per_rank = read(variables)
+    assert per_rank.launcher == launcher
+    assert (per_rank.rank, per_rank.size, per_rank.local_rank) == numbers
+    assert per_rank.address == address
+    assert per_rank.agent == ("TORCHELASTIC_RUN_ID" in variables)
 
 
 def test_jobs_have_ports_of_their_own():
