@@ -73,7 +73,7 @@ def read(environ=os.environ):
     if not address:
         raise _missing(launcher, "MASTER_ADDR", ", the name of the node of rank 0")
     job = "/".join(environ[name] for name in JOB[launcher] if environ.get(name))
-    if not job and one_node:
+    if not job and one_node and launcher != "torchrun":  # by hand: no parent in common
         job = str(os.getppid())  # the launcher's own process
     port = environ.get("MASTER_PORT")
     if port is None and (launcher == "torchrun" or not job):

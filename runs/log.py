@@ -166,7 +166,8 @@ class RunLog:
         checkpoint, warning = self._read_checkpoint()
         done = checkpoint["epoch"] if checkpoint else 0
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
-        if len(epochs) < done or epochs[:done] != list(range(1, done + 1)):
+        missing = len(epochs) < done or epochs[:done] != list(range(1, done + 1))
+        if missing or (checkpoint and not rows):
             raise RunError(f"{self.log_path} lacks epochs of {self.checkpoint_path}; --fresh "
                            "starts over")  # fmt: skip
         # One epoch may be logged before its checkpoint, and more where the disk was full.
@@ -238,10 +239,11 @@ class RunLog:
             return
 
     def release(self):
-        """Let other processes go on with this run."""
-        if self.lock is not None:
-            self.lock.close()
-            self.lock = None
+        """Close the log, and let other processes go on with this run."""
+        for file in (self.lock, self.file):
+            if file is not None:
+                file.close()
+        self.lock = self.file = None
 
     @staticmethod
     def compare(settings, then, path):

@@ -86,9 +86,9 @@ def patch(path, at, content):
     path.write_bytes(raw)
 
 
-def bomb(path, said=20_000_000):
+def bomb(path, size=20_000_000):
     """A terabyte of zeros in few bytes, or an entry that claims to be."""
-    content = npy(np.zeros(0, np.uint8), header(shape=f"({said // 192}, 8, 8, 3)")) + bytes(said)
+    content = npy(np.zeros(0, np.uint8), header(shape=f"({size // 192}, 8, 8, 3)")) + bytes(size)
     write(path, zipfile.ZIP_DEFLATED, train_images=content)
     patch(path, 24, struct.pack("<I", 2**32 - 2))
 
