@@ -239,11 +239,10 @@ class RunLog:
             return
 
     def release(self):
-        """Close the log, and let other processes go on with this run."""
-        for file in (self.lock, self.file):
-            if file is not None:
-                file.close()
-        self.lock = self.file = None
+        """Let other processes go on with this run."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
     @staticmethod
     def compare(settings, then, path):
