@@ -1401,7 +1401,7 @@ def _polar(x):
 
 
 def _of_norm_1(x):
-    """Matrices over their Frobenius norms, in place; those of zeros stay."""
+    """Matrices over their Frobenius norms, in place; zero matrices stay."""
     tiny = torch.finfo(x.dtype).tiny
     x.div_(vector_norm(x, math.inf, (1, 2), keepdim=True).clamp_min_(tiny))
     return x.div_(vector_norm(x, 2, (1, 2), keepdim=True).clamp_min_(tiny))

@@ -261,7 +261,7 @@ def _kernels():
         else:
             g = address.to(tl.pointer_type(DTYPE)) + start + offsets
             x = tl.load(g, mask=mask, other=0)
-        # The square of any number of 32 bits is a float64; those of 64 bits need a scale.
+        # The square of any number of 32 bits is a float64; numbers of 64 bits need a scale.
         x = x.to(tl.float64)
         power = 1.0
         if POSITIONS == 1:

@@ -1,4 +1,4 @@
-"""Values of a device, and votes of the ranks, that the host gets without a wait for this step."""
+"""Values of a device, and maxima over ranks, that the host gets without a wait for this step."""
 
 from collections import deque
 
@@ -46,7 +46,7 @@ class DelayedReads:
 
 
 class DelayedMax:
-    """The maximum of the ranks' votes, small whole numbers, which every rank gets in the same step:
+    """The maximum of the ranks' small whole numbers, which every rank gets in the same step:
     with one rank at once, with several a step or a few later."""
 
     def __init__(self, world):

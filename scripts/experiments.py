@@ -41,7 +41,7 @@ BATCHES = (32, 128, 1024, 4096)
 
 
 class Experiment(NamedTuple):
-    """One run. Those of one figure, panel and curve are the points of a grid, or its seeds."""
+    """One run. The runs of one figure, panel and curve are the points of a grid, or its seeds."""
 
     figure: str  # of FIGURES
     panel: str

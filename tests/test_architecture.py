@@ -389,7 +389,7 @@ def weights(out):
     (["--arch", SHUFFLE, "--optimizer", "spectral"], "-spectral-", {}, []),
 ])  # fmt: skip
 def test_a_run_of_any_network(flags, words, settings, default, tmp_path):
-    """What shapes it is in its name and settings, but for a default; it trains every vector."""
+    """Name and settings have the flags that shape the run, except defaults; all vectors train."""
     if "timm:resnet18" in flags:
         pytest.importorskip("timm")
     assert call(*flags, out=tmp_path) == 0

@@ -75,8 +75,8 @@ def test_three_ranks_go_on_to_the_bit(broken):
 @pytest.mark.parametrize("flags", [[], ["--sync_bn"]])
 @pytest.mark.parametrize("optimizer", ["agd", "spectral"])
 def test_networks_with_batch_norm_go_on_to_the_bit(optimizer, flags, broken):
-    """Each rank's running statistics are lost with it; those of the first count, or for the test
-    all take them anew."""
+    """Each rank's running statistics are lost with it; rank 0's count, or for the test all ranks
+    take them anew."""
     cases = {str(k): {"1": {k: TERM}} for k in (2, 5, 9)}
     broken(3, cases, *flags, "--optimizer", optimizer, norms=True)
 

@@ -16,7 +16,7 @@ from runs.files import write_whole
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """Those of three writings, of which the last two are there."""
+    """Three were written; the last two are there."""
     checkpoints = Checkpoints(tmp_path / "a-lr0.1.pt")
     assert checkpoints.read() == (None, None)
     for n in (1, 2, 3):

@@ -236,7 +236,7 @@ def blanks(draw):
 @PROPERTY
 @given(blanks(), st.integers(0, 2**40), st.data())
 def test_a_draw_is_semi_orthogonal_and_its_generators_alone(drawn, seed, data):
-    """Whatever the dtype, but for its rounding, the layout and what is listed behind."""
+    """In every dtype, up to its rounding, in every layout, and whatever is listed behind."""
 
     def draw(drawn, dtype=None):
         empty = [placed(torch.full(shape, math.nan, dtype=dtype or own))

@@ -101,7 +101,7 @@ class GraphedSteps:
                     "--cuda_graph off"
                 ) from error
             self.close()
-            self.step.optimizer.zero_grad()  # the gradients are those of the capture
+            self.step.optimizer.zero_grad()  # the capture has left gradients
 
     def _take(self, size, step):
         """Take one step with the next `size` images; all other places in memory are fixed."""
