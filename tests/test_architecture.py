@@ -453,7 +453,7 @@ def test_what_cannot_be_trained_is_said_before(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--arch", "resnet18", "--bias", "--affine"], "11,174,794 weights in 21 layers"),
-    (["--arch", SMALL, "--freeze", "features.*"], "which agd takes"),
+    (["--arch", SMALL, "--freeze", "features.*"], "agd takes them"),
 ])  # fmt: skip
 @pytest.mark.slow
 def test_the_check_knows_these_networks(flags, words, tmp_path, capsys):
