@@ -115,7 +115,7 @@ needs_triton = pytest.mark.skipif(not cuda.Backend.available(torch.device("cpu")
 @pytest.mark.parametrize("tests, least", [
     (["tests/test_backends.py::test_gains_of_groups"], 1),
     pytest.param(["tests/test_backends.py", "tests/test_properties.py",
-                  "tests/test_roles.py::test_a_step_of_every_role"], 80, marks=pytest.mark.slow),
+                  "tests/test_roles.py::test_a_step_of_every_role"], 70, marks=pytest.mark.slow),
 ], ids=["few", "all"])  # fmt: skip
 def test_the_kernels_in_the_interpreter(tests, least):
     run = subprocess.run(
