@@ -4,6 +4,7 @@ from runs.files import write_whole
 
 
 def table(head, rows):
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -8,6 +8,7 @@ from runs.log import RunError
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
+from scripts.markdown import table
 from scripts.results import Results, network_name
 
 MADE = "Written by `python -m scripts.reproduce`"
@@ -52,12 +53,6 @@ def write(out):
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
-
-
-def table(head, rows):
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def claims(scales):

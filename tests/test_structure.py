@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -73,6 +74,12 @@ def test_imports_go_down():
                 allowed = room == own or LEVEL[room] < LEVEL[own] or own in LEVELS[-1]
             wrong += [] if allowed else [f"{path.relative_to(ROOT)}:{line} imports {room}"]
     assert not wrong
+
+
+def test_signals_are_handled_before_torch_is_imported():
+    """Its import takes a second, in which a signal would leave a traceback, or kill the run."""
+    code = "import sys, training.control; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_root_has_four_modules():

@@ -5,8 +5,6 @@ import signal
 import sys
 import time
 
-from distributed.delayed import DelayedMax
-
 # What a run is asked to do; the greater one counts.
 NOTHING, SAVE, ANNOUNCED, STOP = range(4)
 
@@ -71,6 +69,8 @@ class Control:
     """
 
     def __init__(self, world, requests, save_every):
+        from distributed.delayed import DelayedMax  # main.py handles signals before torch is there
+
         kind, n = save_every
         self.world, self.requests = world, requests
         self.steps = n if kind == "steps" else None
