@@ -4,6 +4,8 @@ errors whose message is all that a user needs."""
 import argparse
 import difflib
 import math
+import os
+import re
 import sys
 
 
@@ -28,19 +30,105 @@ def printable(text):
 
 LONGEST = 250  # characters of a message, whatever was given
 
+# Words for the same flag, a flag's own first. A command suggests the one that it has itself.
+SYNONYMS = """
+arch model net network architecture backbone a m
+augment augmentation augmentations aug data_augmentation
+bias use_bias biases
+check dry_run doctor
+compile torch_compile jit
+cpu no_cuda no_gpu use_cpu disable_cuda force_cpu
+data_dir data_path data_root root dataset_dir dataset_path data_folder
+dataset data dataset_name ds d
+depth n_layers num_layers hidden_layers n_hidden_layers
+device gpu cuda gpu_id gpu_ids cuda_device use_cuda use_gpu accelerator
+distribute distributed ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes
+distribute num_nodes nnodes world_size local_rank rank parallel multiprocessing_distributed
+epochs n_epochs num_epochs max_epochs max_epoch num_train_epochs train_epochs ep e n
+fresh overwrite restart force clean from_scratch scratch reset
+freeze freeze_layers freeze_backbone frozen
+image_size img_size imgsz img resolution res input_size crop_size side size
+log_steps log_interval log_freq log_every print_freq print_every logging_steps
+loss criterion loss_fn loss_function loss_func objective
+lr learning_rate rate base_lr lr0 init_lr initial_lr eta
+micro_bs micro_batch micro_batch_size accumulate accum accum_steps accum_iter
+micro_bs grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches
+optimizer opt optim optimiser optimizer_name algorithm algo
+out output log_dir output_dir out_dir save_dir save_path save_to dir logs log_path log o
+out results result_dir results_dir exp_dir work_dir checkpoint_dir ckpt_dir
+precision amp fp16 bf16 bfloat16 tf32 half mixed_precision dtype use_amp autocast
+profile profiler profiling
+replay reproduce repeat record
+save_every save_freq save_interval save_steps save_period
+save_every checkpoint_every checkpoint_interval checkpoint_freq ckpt_every
+seed random_seed rng_seed manual_seed s
+skip_bad_images skip_bad skip_corrupt skip_errors ignore_errors
+sync_bn sync_batchnorm sync_batch_norm synchronized_bn
+test_bs test_batch_size eval_batch_size val_batch_size valid_batch_size eval_bs val_bs
+test_bs per_device_eval_batch_size
+test_examples n_test num_test test_size max_test_samples max_eval_samples limit_test
+train_bs batch_size batch bs b train_batch_size mini_batch_size minibatch_size minibatch bsz
+train_bs batch_sz per_device_train_batch_size batch_per_gpu
+train_examples n_train num_train train_size subset num_samples n_samples max_samples
+train_examples max_train_samples limit_train limit_train_batches num_examples
+weights pretrained pretrained_weights pretrain finetune init_from state_dict
+width hidden hidden_size hidden_dim n_hidden hidden_units num_hidden
+workers num_workers n_workers nw dataloader_num_workers loader_workers threads j
+jobs num_jobs n_jobs processes num_procs parallel_jobs workers num_workers n_workers nw j
+from source src input copy i
+resize size image_size img_size
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests what was meant; `silent` where another rank prints it."""
 
     silent = False
+    absent = {}  # word -> what stands in the place of a flag that a user may look for
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            what = "flag" if flag.startswith("-") else "place for"
-            self.error(f"there is no {what} {flag}{near(flag, self._option_string_actions)}")
+            self.error(self.unknown(unknown[0]))
         return args
+
+    def given(self, args=None):
+        """{name: value} of what the command line gives, without defaults."""
+        unset = object()
+        names = dict.fromkeys((x.dest for x in self._actions if x.dest != "help"), unset)
+        values = vars(self.parse_args(args, argparse.Namespace(**names)))
+        return {name: x for name, x in values.items() if x is not unset}
+
+    def refuse(self, args, idle):
+        """Refuse a flag that the command line gives and that `idle`, {name: reason}, names: it
+        would have no effect."""
+        given = self.given(args)
+        for action in self._actions:
+            if action.dest in idle and action.dest in given:
+                self.error(f"{action.option_strings[-1]} {idle[action.dest]}")
+
+    def unknown(self, word):
+        """The message for a word that no argument takes."""
+        if not word.startswith("-"):
+            return f"there is no place for {word}{self._place(word)}"
+        flag = word.split("=")[0]
+        name, flags = _plain(flag), {_plain(x): x for x in self._option_string_actions}
+        if name not in flags and name in self.absent:
+            return f"there is no flag {flag}: {self.absent[name]}"
+        lines = (list(map(_plain, line.split())) for line in SYNONYMS.splitlines())
+        words = [name, *(word for line in lines if name in line for word in line)]
+        meant = next((flags[x] for x in words if x in flags), None)
+        long = [x for x in flags.values() if x.startswith("--")]
+        return f"there is no flag {flag}" + (f"; did you mean {meant}?" if meant else
+                                             near(flag, long))  # fmt: skip
+
+    def _place(self, word):
+        """The flag whose value a stray word may be."""
+        for action in self._actions:
+            meant = getattr(action.type, "meant", lambda value: None)(word)
+            if meant is not None and action.option_strings:
+                return f"; did you mean {action.option_strings[-1]} {meant}?"
+        return near(word, self._option_string_actions) if word.isidentifier() else ""
 
     def error(self, message):
         if len(message) > LONGEST:
@@ -50,24 +138,85 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n       {self.prog} --help lists the flags\n")
 
 
+def _plain(word):
+    """A word without case, dashes and dots: CIFAR-10 as cifar10."""
+    return re.sub(r"[\W_]+", "", word).lower()
+
+
 def near(word, words):
     """A suggestion, or nothing."""
-    by_lower = {x.lower(): x for x in words}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+    plain = {_plain(x): x for x in words}
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
 
 
-def one_of(names, *prefixes, rest="PATH"):
-    """An argument type: one of `names`, or one of `prefixes` with `rest` behind it."""
+def one_of(names, *prefixes, rest="PATH", meant=None):
+    """An argument type: one of `names`, or one of `prefixes` with `rest` behind it. `meant`: a
+    function of another value that returns the one meant, or None."""
+    plain = {_plain(x): x for x in names}
+
+    def right(value):
+        return value in names or any(value.startswith(x) and value != x for x in prefixes)
+
+    def suggestion(value):
+        if right(value):
+            return value
+        return plain.get(_plain(value)) or (meant and meant(value)) or None
 
     def check(value):
-        if value in names or any(value.startswith(x) and value != x for x in prefixes):
+        if right(value):
             return value
         listed = ", ".join([*names, *(f"{prefix}{rest}" for prefix in prefixes)])
-        near_one = near(value, [*names, *prefixes])
-        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{near_one}")
+        better = suggestion(value)
+        better = f"; did you mean {better}?" if better else near(value, [*names, *prefixes])
+        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{better}")
 
+    check.meant = suggestion
     return check
+
+
+def synonyms(text):
+    """A function for one_of's `meant`, of lines of a value and the words for it elsewhere."""
+    words = {_plain(x): line.split()[0] for line in text.strip().splitlines() for x in line.split()}
+    return lambda value: words.get(_plain(value))
+
+
+def expand(path):
+    """A path as text, ~ and ~user replaced by the home directory. Raises UserError where that is
+    not known, and for an empty path."""
+    path = str(path)
+    if not path:
+        raise UserError("'' is no path: a variable may be unset")
+    own = path.split(os.sep)[0] == "~"
+    expanded = path if own and os.environ.get("HOME") == "" else os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.split(os.sep)[0][1:]
+        who = "this account has no home directory" if own else f"there is no user {user!r}"
+        raise UserError(f"{path}: {who}; give the whole path" + ("" if own else f", or ./{path}"))
+    return expanded
+
+
+def a_path(value):
+    """An argument type: the path, ~ and ~user replaced by the home directory."""
+    try:
+        return expand(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+DEVICES = ("cpu", "cuda", "cuda:1", "mps", "xpu")  # as torch spells some
+ELSEWHERE = {"": "cuda", "gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda",
+             "metal": "mps", "apple": "mps"}  # fmt: skip
+
+
+def device(value):
+    """An argument type: a device as torch spells it, or as it may; it knows more than DEVICES."""
+    parts = re.fullmatch(r"([a-z]*)[\W_]*(\d*)", value.strip().lower())
+    meant = parts and ELSEWHERE.get(parts[1], parts[1]) + (parts[2] and f":{parts[2]}")
+    if not value or meant != value:
+        better = f"; did you mean {meant}?" if parts and value else ""
+        raise argparse.ArgumentTypeError(f"no device {value!r} among {', '.join(DEVICES)}{better}")
+    return value
 
 
 def number(kind, least, most=None):

@@ -1,33 +1,116 @@
 """The command line of main.py: its table of flags, and the settings that they stand for."""
 
 import argparse
+import inspect
 import os
+import re
 import sys
 
-import torch
-
-from architecture import NETWORKS, Unfit, is_library, libraries
-from architecture.libraries import PREFIXES as LIBRARIES
-from architecture.weights import SUFFIXES
-from cli import Joined, Parser, all_or, checked, every, near, number, one_of
-from data import DATASETS, default_data_dir, is_folder
-from distributed.launch import is_first
-from runs.record import RecordError, read, shown
-from training.losses import LOSSES
-from training.optimizers import AUTOMATIC, BASELINES, optimizer_class
-from training.precision import PRECISIONS, lacks_tf32
+from architecture import LIBRARIES, NETWORKS, SUFFIXES, Unfit, is_library
+from cli import (
+    Joined,
+    Parser,
+    UserError,
+    a_path,
+    all_or,
+    checked,
+    device,
+    every,
+    expand,
+    near,
+    number,
+    one_of,
+    synonyms,
+)
+from data import DATASETS, data_folder, default_data_dir, is_folder
+from training.choices import AUTOMATIC, BASELINES, LOSSES, PRECISIONS
 
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
 
+# What people type elsewhere: what they mean here.
+ARCHS = synonyms("""
+fcn mlp fc dense linear fully_connected fullyconnected perceptron fcnet
+vgg vgg16 vgg16_bn
+torchvision:vit_b_16 vit vit_b vit_base visiontransformer
+torchvision:convnext_tiny convnext
+torchvision:densenet121 densenet
+torchvision:efficientnet_b0 efficientnet
+torchvision:mobilenet_v3_small mobilenet mobilenet_v3
+torchvision:swin_t swin
+torchvision:resnext50_32x4d resnext resnext50
+torchvision:wide_resnet50_2 wide_resnet wideresnet wrn
+torchvision:inception_v3 inception
+""")
+FAMILY = re.compile(  # of torchvision's networks
+    "alexnet|convnext_|densenet|efficientnet_|googlenet|inception_|maxvit_|mnasnet|mobilenet_|"
+    "regnet_|resnet[0-9]|resnext|shufflenet_|squeezenet|swin_|vgg[0-9]|vit_|wide_resnet"
+)
+SETS = synonyms("""
+cifar10 cifar c10
+cifar100 c100
+imagenet imagenet1k imagenet_1k ilsvrc ilsvrc2012 in1k
+digits sklearn load_digits optdigits
+""")
+OBJECTIVES = synonyms("""
+mse l2 square squared mse_loss square_loss mean_squared_error
+xent ce crossentropy cross_entropy cross_entropy_loss nll nll_loss softmax logloss
+""")
+ARITHMETIC = synonyms("""
+fp32 float32 float full single 32 highest
+tf32 tensorfloat32 high
+bf16 bfloat16 fp16 float16 half amp mixed 16
+""")
+RULES = synonyms("""
+agd automatic automaticgradientdescent automatic_gradient_descent
+spectral spectralagd
+""")
+# Flags that people look for, and what stands in their place.
+ABSENT = {
+    "no schedule: AGD and SpectralAGD find the rate of each step, and a baseline keeps its --lr":
+        "scheduler lrscheduler lrschedule schedule sched warmup warmupepochs warmupsteps lrdecay "
+        "stepsize gamma lrgamma lrstepsize cosine decay decayepochs minlr lrmin milestones",
+    "no weight decay: AGD needs none, and a class has its own, as torch.optim.AdamW":
+        "weightdecay wd decayrate l2reg l2",
+    "AGD has none, sgd is the plain one, and --optimizer package.Class takes a class of yours":
+        "momentum nesterov betas beta1 beta2 beta eps epsilon dampening amsgrad",
+    "no clipping: AGD takes the gradient as it is":
+        "clip clipgrad gradclip maxgradnorm gradientclipval clipnorm clipgradnorm gradclipping",
+    "the same command resumes, and a larger --epochs goes on from a finished run":
+        "resume resumefrom resumefromcheckpoint continue checkpoint ckpt load restore r "
+        "autoresume loadcheckpoint",
+    "the number of --epochs ends a run": "iters iterations maxiters maxiter maxsteps steps nsteps "
+        "numsteps maxiterations numiters earlystopping patience maxtime",
+    "each epoch ends with a test": "test eval evaluate validate validation valinterval evalonly "
+        "evalevery evalinterval evalsteps doeval dotrain train",
+    "the log is lines of JSON under --out, and `python -m scripts.plot` draws it":
+        "wandb tensorboard tb logger mlflow comet project wandbproject plot",
+    "all settings are flags": "config cfg yaml settings c hydra configfile",
+    "the images have the number of classes": "numclasses nclasses classes nclass",
+    "the networks take none": "dropout drop droprate droppath",
+    "the losses are plain": "labelsmoothing smoothing mixup cutmix classweights",
+    "git has it: git describe": "version",
+}  # fmt: skip
+
+
+def arch_meant(value):
+    return ARCHS(value) or (f"torchvision:{value.lower()}" if FAMILY.match(value.lower()) else None)
+
+
+def set_meant(value):
+    if value.endswith(".npz"):
+        return f"npz:{value}"
+    is_path = os.sep in value or os.path.isdir(os.path.expanduser(value))
+    return f"folder:{value}" if is_path and ":" not in value else SETS(value)
+
+
+def optimizer(value):
+    """An argument type: one of the rules and baselines, or package.Class."""
+    return value if "." in value else one_of([*AUTOMATIC, *BASELINES], meant=RULES)(value)
+
 
 def parser():
     """The command line: every flag with its type, default and help."""
-    optimizers = [*AUTOMATIC, *BASELINES]
-
-    def optimizer(value):
-        return value if "." in value else one_of(optimizers)(value)
-
     p = Parser(
         prog="python main.py",
         allow_abbrev=False,
@@ -35,14 +118,17 @@ def parser():
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
         "from a finished run.",
     )
+    p.absent = {word: reason for reason, words in ABSENT.items() for word in words.split()}
     add = p.add_argument_group("what to train").add_argument
-    add("--arch", type=one_of(NETWORKS, *LIBRARIES, rest="NAME"), default="fcn", metavar="NET",
+    add("--arch", type=one_of(NETWORKS, *LIBRARIES, rest="NAME", meant=arch_meant),
+        default="fcn", metavar="NET",
         help=f"{', '.join(NETWORKS)}; torchvision:NAME or timm:NAME, a classifier of theirs, with "
         "their start of the weights (default: %(default)s)")
-    add("--dataset", type=one_of(DATASETS, "folder:", "npz:"), default="cifar10", metavar="SET",
+    add("--dataset", type=one_of(DATASETS, "folder:", "npz:", meant=set_meant), default="cifar10",
+        metavar="SET",
         help=f"{', '.join(DATASETS)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
         "arrays as data.prepare writes them (default: %(default)s)")
-    add("--loss", type=one_of(LOSSES), default="mse", metavar="LOSS",
+    add("--loss", type=one_of(LOSSES, meant=OBJECTIVES), default="mse", metavar="LOSS",
         help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
     add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
     add("--width", type=number(int, 1, 1_000_000), default=256,
@@ -52,8 +138,8 @@ def parser():
         help=f"biases in the layers of {', '.join(NETWORKS)}")
     add("--affine", action="store_true", default=None,
         help="gains and biases in their norms")
-    add("--weights", metavar="FILE", help="weights to start from: .safetensors, .pt or .pth; those "
-        "of another shape, as a head for other classes, are drawn")
+    add("--weights", type=a_path, metavar="FILE", help="weights to start from: .safetensors, .pt "
+        "or .pth; those of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
         "they are, as 'features.*'; may be given several times")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
@@ -73,14 +159,14 @@ def parser():
         "number) or paths (the mean number on a path through the network) (default: count for agd "
         "on the four networks, else paths)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
-        help=f"{', '.join(optimizers)} or package.Class; agd is the paper's rule, spectral the one "
-        "to train with (default: %(default)s)")
+        help=f"{', '.join([*AUTOMATIC, *BASELINES])} or package.Class; agd is the paper's rule, "
+        "spectral the one to train with (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
-    add("--precision", type=one_of(PRECISIONS), default="fp32", metavar="P",
-        help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; weights, loss "
-        "and optimiser stay float32) (default: fp32)")
+    add("--precision", type=one_of(PRECISIONS, meant=ARITHMETIC), default="fp32",
+        metavar="P", help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; "
+        "weights, loss and optimiser stay float32) (default: fp32)")
     add("--deterministic", action="store_true", help="the same bits each time on GPUs too "
         "(slower; an operation that has no such form is named)")
     add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
@@ -94,16 +180,16 @@ def parser():
     add = p.add_argument_group("where").add_argument
     add("--data_dir", default=default_data_dir(),
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
-    add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
+    add("--out", type=a_path, default="output", help="logs and checkpoints (default: %(default)s)")
     add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="time or "
         "steps between two checkpoints (90s, 10m, 2h; 500), in addition to one after every epoch "
         "(default: 10m)")
     add("--fresh", action="store_true", help="start over: delete the log and the "
         "checkpoints of an earlier run of the same name")
-    add("--replay", metavar="FILE", help="repeat the run of a record, <out>/logs/NAME.run.json, "
-        "and compare the bits; only --out (default: replayed), --data_dir and --device may be "
-        "given with it")
-    add("--device", help="as torch spells it (default: a GPU if there is one)")
+    add("--replay", type=a_path, metavar="FILE", help="repeat the run of a record, "
+        "<out>/logs/NAME.run.json, and compare the bits; only --out (default: replayed), "
+        "--data_dir, --device and --cpu may be given with it")
+    add("--device", type=device, help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
     add("--check", action="store_true", help="look for what would stop the run, and do not run")
@@ -134,15 +220,56 @@ def words(p, flags):
     return line
 
 
+def command(flags):
+    """The words of the command line that make the run of `flags` again. Records of earlier commits
+    hold flags without effect, which a command line may not have."""
+    p, idle = parser(), without_effect(argparse.Namespace(**flags))
+    return words(p, {name: p.get_default(name) if name in idle else x for name, x in flags.items()})
+
+
+def without_effect(args):
+    """{name: reason} of the flags that ask for something that the run of `args` has not. What rules
+    something out, as --cuda_graph off, or says where things lie, as --data_dir, holds for any run.
+    """
+    idle = {}
+    library, automatic = is_library(args.arch), args.optimizer in AUTOMATIC
+
+    def need(met, reason, *names):
+        idle.update(dict.fromkeys(() if met else names, reason))
+
+    need(args.arch == "fcn", f"is for the fcn: {args.arch} has its own", "depth", "width")
+    own = f"is for {', '.join(NETWORKS)}; {args.arch} has"
+    need(not library, f"{own} biases of its own", "bias")
+    need(not library, f"{own} norms of its own", "affine")
+    need(args.arch != "fcn", "is for networks with norms, and the fcn has none", "affine")
+    need(args.arch != "fcn", "is for networks with batch norm, and the fcn has none", "sync_bn")
+    need(args.distribute, "goes with --distribute: one device has the whole batch", "sync_bn")
+    need(args.arch != "fcn" or args.channels_last != "on",
+         "on is for convolutions, and the fcn has none", "channels_last")  # fmt: skip
+    need(args.freeze is not None, "names no parameter", "freeze")
+    folder = is_folder(args.dataset)
+    need(folder, f"is for imagenet and folder:PATH, not {args.dataset}",
+         "image_size", "workers", "skip_bad_images")  # fmt: skip
+    need(not folder, f"is for the prepared sets, not for {args.dataset}",
+         "train_examples", "test_examples")  # fmt: skip
+    need(automatic, f"is AGD's; {args.optimizer} has --lr", "gain")
+    need(automatic, f"is AGD's; {args.optimizer} does not ask for their number", "layers")
+    own = AUTOMATIC.get(args.optimizer)
+    need(not automatic, f"is for the baselines: {own} has no learning rate (--gain scales its "
+         "update)", "lr")  # fmt: skip
+    return idle
+
+
 def replayed(p, args, argv):
-    """The Namespace of --replay FILE: the record's flags, and --out, --data_dir and --device as
-    given beside it."""
-    unset = object()
-    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    given = {key: value for key, value in given.items() if value is not unset}
-    odd = [key for key in given if key not in ("replay", "out", "data_dir", "device")]
+    """The Namespace of --replay FILE: the record's flags, and --out, --data_dir and the device as
+    given beside it. Flags without effect, which earlier commits took, stay as they were: the log
+    has them."""
+    given = p.given(argv)
+    odd = [x for x in given if x not in ("replay", "out", "data_dir", "device", "cpu")]
     if odd:
         p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
+    from runs.record import RecordError, read, shown  # with torch
+
     try:
         record = read(args.replay)
     except RecordError as error:
@@ -154,11 +281,14 @@ def replayed(p, args, argv):
     if not record["results"]:
         p.error(f"{args.replay} is of a run that has not finished: there is no result")
     # The last result is compared, also where more epochs were requested.
-    flags = {**record["flags"], "epochs": record["results"][-1]["epochs"], **given}
+    flags = {**record["flags"], "epochs": record["results"][-1]["epochs"]}
+    flags |= {"device": None} if "cpu" in given else {}
+    flags |= given
     if not os.path.isdir(os.path.expanduser(str(flags.get("data_dir")))):  # another machine's
         flags["data_dir"] = args.data_dir
     args = p.parse_args(words(p, flags))
     args.out, args.fresh, args.replay = given.get("out", "replayed"), True, given["replay"]
+    args.cpu = "cpu" in given
     return args
 
 
@@ -195,15 +325,70 @@ def no_graph(args):
 def parse(argv=None, check=True):
     """The Namespace of the command line, complete and consistent. `check`: also refuse a device or
     a package that this machine lacks."""
+    p, args = read(argv, check)
+    on_this_machine(p, args, check)
+    if args.test_bs is None:
+        args.test_bs = test_batch(args)
+    if check and args.cuda_graph == "on" and no_graph(args):
+        p.error(f"--cuda_graph on: {no_graph(args)}")
+    return args
+
+
+def read(argv=None, check=True):
+    """(the parser, the Namespace of the command line) as far as torch is not needed, which takes a
+    second to import: a mistake is refused before. With `check` absent files are, too."""
     p = parser()
-    p.silent = "--distribute" in sys.argv and not is_first()  # rank 0 prints
+    if "--distribute" in (sys.argv if argv is None else argv):
+        from distributed.launch import is_first  # with torch
+
+        p.silent = not is_first()  # rank 0 prints
     args = p.parse_args(argv)
-    if args.replay is not None:
+    if args.replay is None:
+        p.refuse(argv, without_effect(args))
+    else:
         args = replayed(p, args, argv)
     if args.cpu:
         if args.device not in (None, "cpu"):
             p.error(f"--cpu contradicts --device {args.device}")
         args.device = "cpu"
+    if args.optimizer in BASELINES and args.lr is None:
+        args.lr = BASELINES[args.optimizer][1]
+    asked, args.layers = args.layers, None
+    if asked != layers(args):  # the default has one name, whether or not it is given
+        args.layers = asked
+    if args.weights is not None and not args.weights.endswith(SUFFIXES):
+        p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
+    if check and args.weights is not None and not os.path.isfile(args.weights):
+        p.error(f"--weights: there is no file {args.weights}")
+    if is_folder(args.dataset):
+        args.image_size = args.image_size or 224
+    try:
+        args.dataset = placed(args, check)
+    except UserError as error:
+        p.error(f"--dataset {args.dataset}: {error}")
+    return p, args
+
+
+def placed(args, check):
+    """The data set, a folder by a name that holds for every account. Raises UserError where a ~ has
+    no home."""
+    kind, _, given = args.dataset.partition(":")
+    if kind == "folder":
+        folder, home = os.path.abspath(expand(given)), os.path.expanduser("~") + os.sep
+        return "folder:" + ("~/" + folder[len(home) :] if folder.startswith(home) else folder)
+    elsewhere = args.dataset in ("digits", "imagenet") or kind == "npz" and os.path.isabs(
+        expand(given))  # fmt: skip
+    if check and not elsewhere:
+        data_folder(args.data_dir)
+    return args.dataset
+
+
+def on_this_machine(p, args, check):
+    """Choose the device; with `check` refuse one, or a package, that is not here."""
+    import torch  # behind what needs none
+
+    from training.precision import lacks_tf32
+
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     # Of several ranks each takes a GPU of its own later; this would touch the first one.
@@ -211,66 +396,41 @@ def parse(argv=None, check=True):
     try:
         torch.empty(0, device=args.device if probe else "cpu").cpu()
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
-        p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
-    if args.optimizer in AUTOMATIC and args.lr is not None:
-        own = AUTOMATIC[args.optimizer].__name__
-        p.error(f"{own} has no learning rate; --lr is for the baselines (--gain scales its update)")
-    if args.optimizer not in AUTOMATIC and args.gain != 1:
-        p.error(f"--gain is AGD's; {args.optimizer} has --lr")
-    if args.optimizer in BASELINES and args.lr is None:
-        args.lr = BASELINES[args.optimizer][1]
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if reason.startswith("Expected one of"):  # and 24 more
+            reason = "torch has cpu, cuda, mps, xpu" + near(args.device, ["cpu", "cuda", "mps"])
+        p.error(f"no device {args.device!r} here: {reason}")
     if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
+        from training.optimizers import optimizer_class
+
         try:
-            optimizer_class(args.optimizer)
+            takes = inspect.signature(optimizer_class(args.optimizer)).parameters.values()
         except ValueError as error:
             p.error(str(error))
-    network_flags(p, args, check)
-    folder = is_folder(args.dataset)
-    for part in ("train", "test"):
-        if folder and getattr(args, f"{part}_examples") is not None:
-            p.error(f"--{part}_examples is for the prepared sets, not for {args.dataset}")
-    if args.dataset.startswith("folder:"):
-        path = os.path.abspath(os.path.expanduser(args.dataset[len("folder:") :]))
-        home = os.path.expanduser("~") + os.sep  # a name that holds for every account
-        args.dataset = "folder:" + ("~/" + path[len(home) :] if path.startswith(home) else path)
-    if folder:
-        args.image_size = args.image_size or 224
-    elif args.image_size is not None:
-        p.error(f"--image_size is for imagenet and folder:PATH, not {args.dataset}")
-    if args.test_bs is None:
-        args.test_bs = test_batch(args)
-    if check and args.cuda_graph == "on" and no_graph(args):
-        p.error(f"--cuda_graph on: {no_graph(args)}")
-    if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
-        p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
-    return args
+        any_rate = any(x.name == "lr" or x.kind == x.VAR_KEYWORD for x in takes)
+        if args.lr is not None and not any_rate:
+            p.error(f"--lr: {args.optimizer} has no learning rate")
+    if check and is_library(args.arch):
+        from architecture import libraries
 
-
-def network_flags(p, args, check):
-    """Refuse flags of the network that contradict each other, and with `check` absent files."""
-    library, _, name = args.arch.partition(":")
-    for key, what in (("bias", "biases"), ("affine", "norms")):
-        if is_library(args.arch) and getattr(args, key):
-            p.error(f"--{key} is for {', '.join(NETWORKS)}; {args.arch} has {what} of its own")
-    if args.arch == "fcn" and args.affine:
-        p.error("--affine is for networks with norms, and the fcn has none")
-    if args.layers is not None and args.optimizer not in AUTOMATIC:
-        p.error(f"--layers is AGD's; {args.optimizer} does not ask for their number")
-    asked, args.layers = args.layers, None
-    if asked != layers(args):  # the default has one name, whether or not it is given
-        args.layers = asked
-    if args.weights is not None:
-        args.weights = os.path.expanduser(args.weights)
-        if not args.weights.endswith(SUFFIXES):
-            p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
-    if not check:
-        return
-    if args.weights is not None and not os.path.isfile(args.weights):
-        p.error(f"--weights: there is no file {args.weights}")
-    if is_library(args.arch):
+        library, _, name = args.arch.partition(":")
         try:
             names = libraries.names(library)
         except Unfit as error:
             p.error(f"--arch {error}")
         if name not in names:
             p.error(f"{library} has no classifier {name!r}{near(name, names)}")
+    if probe and args.precision == "tf32" and lacks_tf32(torch.device(args.device)):
+        p.error(f"--precision tf32: device {args.device} has none; NVIDIA GPUs from Ampere on do")
+
+
+def check_network(args, net):
+    """Raise Unfit for a flag without effect on `net`, which a library may have built."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    if args.replay is not None:  # of a run that was made so
+        return
+    if args.sync_bn and not any(isinstance(x, _BatchNorm) for x in net.modules()):
+        raise Unfit(f"--sync_bn is for networks with batch norm, and {args.arch} has none")
+    if args.channels_last == "on" and not any(p.ndim == 4 for p in net.parameters()):
+        raise Unfit(f"--channels_last on is for convolutions, and {args.arch} has none")

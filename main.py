@@ -3,12 +3,14 @@
 import signal
 import sys
 
+import flags
 from training.control import Requests, ignore
 
 if __name__ == "__main__":
     REQUESTS = Requests()
     REQUESTS.install(ending=False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import
+    flags.read()  # a mistake is refused before torch is imported, which takes seconds
 
 import math
 import os
@@ -20,7 +22,6 @@ from datetime import datetime, timezone
 import torch
 
 import distributed
-import flags
 from architecture import build, is_library
 from architecture.weights import start
 from cli import every
@@ -161,6 +162,7 @@ def build_network(args, data, device):
                 args.arch, data.shape, data.classes, args.depth, args.width, args.bias, args.affine
             )
             notes = start(net, args.weights, args.freeze)
+            flags.check_network(args, net)
             net.to(device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -218,7 +220,7 @@ def open_log(args, world, data, facts):
         return None, None, None
     name, settings = name_and_settings(vars(args))
     log = RunLog(args.out, name, {**settings, "data": data.source})
-    command = flags.words(flags.parser(), vars(args))
+    command = flags.command(vars(args))
     record = Record(log.record_path, vars(args), command, log.settings, data, facts, world)
     promised = None
     if args.replay is not None:

@@ -1,24 +1,49 @@
 """The networks, by name: the four that the AGD paper trains, and those of libraries."""
 
-import torch
-import torch.nn as nn
+from cli import UserError
 
-from architecture import libraries
-from architecture.fcn import FCN
-from architecture.libraries import Unfit, is_library
-from architecture.resnet import ResNet
-from architecture.vgg import VGG
+__all__ = ["LIBRARIES", "NETWORKS", "SUFFIXES", "Unfit", "build", "is_library", "with_vectors"]
 
-__all__ = ["NETWORKS", "Unfit", "build", "is_library"]
+LIBRARIES = ("torchvision:", "timm:")  # prefixes of the names of their networks
+SUFFIXES = (".safetensors", ".pt", ".pth")  # of files of weights
+
+
+class Unfit(UserError):
+    """A network, or weights of a file, that do not fit the images or the network."""
+
+
+# torch is imported within the functions: it takes a second, which a wrong name need not wait for.
+
+
+def _fcn(shape, classes, depth, width):
+    from architecture.fcn import FCN
+
+    return FCN(depth, width, shape.numel(), classes)
+
+
+def _vgg(shape, classes, depth, width):
+    from architecture.vgg import VGG
+
+    return VGG(shape[0], classes)
+
+
+def _resnet(layers):
+    def make(shape, classes, depth, width):
+        from architecture.resnet import ResNet
+
+        return ResNet(layers, shape, classes)
+
+    return make
+
 
 # name -> f(shape (channels, height, width), classes, depth, width) -> network, without biases and
 # affine norm parameters, as the paper trains it
-NETWORKS = {
-    "fcn": lambda shape, classes, depth, width: FCN(depth, width, shape.numel(), classes),
-    "vgg": lambda shape, classes, depth, width: VGG(shape[0], classes),
-    "resnet18": lambda shape, classes, depth, width: ResNet(18, shape, classes),
-    "resnet50": lambda shape, classes, depth, width: ResNet(50, shape, classes),
-}
+NETWORKS = {"fcn": _fcn, "vgg": _vgg, "resnet18": _resnet(18), "resnet50": _resnet(50)}
+
+
+def is_library(arch):
+    """Whether a library holds the network `arch`."""
+    return arch.startswith(LIBRARIES)
 
 
 def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
@@ -28,7 +53,11 @@ def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
 
     depth, width: of the fully connected network.
     """
+    import torch
+
     if is_library(arch):
+        from architecture import libraries
+
         return libraries.build(arch, shape, classes)
     return with_vectors(NETWORKS[arch](torch.Size(shape), classes, depth, width), bias, affine)
 
@@ -36,6 +65,9 @@ def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
 def with_vectors(net, bias, affine):
     """`net` with biases of 0 in its linear and convolutional layers, if `bias`, and with gains of 1
     and biases of 0 in its norms, if `affine`."""
+    import torch
+    import torch.nn as nn
+
     for module in net.modules():
         if bias and isinstance(module, (nn.Linear, nn.Conv2d)):
             module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))

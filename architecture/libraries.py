@@ -7,19 +7,9 @@ import importlib
 
 import torch
 
-from cli import UserError
+from architecture import Unfit
 
-PREFIXES = ("torchvision:", "timm:")
 SIDES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 299, 384, 448)  # tried for a message
-
-
-class Unfit(UserError):
-    """A network, or weights of a file, that do not fit the images or the network."""
-
-
-def is_library(arch):
-    """Whether a library holds the network `arch`."""
-    return arch.startswith(PREFIXES)
 
 
 def names(library):

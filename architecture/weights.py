@@ -6,10 +6,9 @@ import pickle
 
 import torch
 
-from architecture.libraries import Unfit
+from architecture import Unfit
 from cli import near
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
 WITHIN = ("net", "state_dict", "model")  # keys of the weights in checkpoints; the first is ours
 
 

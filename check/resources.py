@@ -39,6 +39,7 @@ def make_network(args, shape, classes):
     """The network that the flags describe."""
     net = build(args.arch, shape, classes, args.depth, args.width, args.bias, args.affine)
     start(net, args.weights, args.freeze)
+    flags.check_network(args, net)
     return net
 
 

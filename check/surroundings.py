@@ -13,7 +13,7 @@ import torch
 
 import distributed
 from cli import UserError
-from data import DATASETS, is_folder, load
+from data import DATASETS, data_folder, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
 from data.workers import usable_cores
@@ -77,14 +77,14 @@ def ranks(args, seconds):
 
 def images(args):
     """The Facts of the data set: arrays are read whole; of a folder some images are decoded."""
-    path = Path(args.data_dir).expanduser() / f"{args.dataset}.npz"
     if args.dataset == "imagenet":
         root = find(args.data_dir)
         splits = read_layout(root)
         if splits["val"].flat or not all(split.tidy() for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
             raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` mends it")
-    elif args.dataset in DATASETS and args.dataset != "digits" and not path.exists():
+    elif args.dataset in DATASETS and args.dataset != "digits" and not (
+            path := data_folder(args.data_dir) / f"{args.dataset}.npz").exists():  # fmt: skip
         raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
                     f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
     data = load(

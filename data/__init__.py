@@ -20,9 +20,10 @@ yields every batch, even if it has no image of it.
 from pathlib import Path
 from typing import NamedTuple
 
-from data.common import DataError, default_data_dir
+from cli import expand
+from data.common import DataError, data_folder, default_data_dir
 
-__all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "is_folder", "load"]
+__all__ = ["DATASETS", "Data", "DataError", "data_folder", "default_data_dir", "is_folder", "load"]
 
 
 class Spec(NamedTuple):
@@ -76,7 +77,7 @@ def load(
         from data.folders import open_folders
         from data.imagenet import find
 
-        root = find(data_dir) if name == "imagenet" else Path(name[len("folder:") :]).expanduser()
+        root = find(data_dir) if name == "imagenet" else Path(expand(name[len("folder:") :]))
         return Data(*open_folders(
             root, DATASETS[name].classes if name in DATASETS else None, train_bs, test_bs,
             image_size=image_size or 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device,
@@ -90,7 +91,8 @@ def load(
         path = Path(__file__).with_name("digits.npz")
         remedy = "It is part of this repository: `git checkout data/digits.npz`."
     elif name.startswith("npz:"):
-        path = Path(data_dir).expanduser() / Path(name[len("npz:") :]).expanduser()
+        file = Path(expand(name[len("npz:") :]))
+        path = file if file.is_absolute() else data_folder(data_dir) / file
         remedy = "What such a file holds: `python -m data.prepare --help`."
         if not path.exists():
             raise DataError(f"there is no {path}")

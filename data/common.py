@@ -1,8 +1,9 @@
 """What the modules of this package share."""
 
 import os
+from pathlib import Path
 
-from cli import UserError
+from cli import UserError, expand
 
 
 class DataError(UserError):
@@ -12,6 +13,14 @@ class DataError(UserError):
 def default_data_dir():
     """$AGD_DATA, or ~/.cache/agd."""
     return os.environ.get("AGD_DATA") or "~/.cache/agd"
+
+
+def data_folder(data_dir):
+    """The Path of the directory of data sets. Raises DataError where there is no home for its ~."""
+    try:
+        return Path(expand(data_dir))
+    except UserError as error:
+        raise DataError(f"{error} with --data_dir or in $AGD_DATA") from None
 
 
 def reason(error):

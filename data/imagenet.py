@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import number
-from data.common import DataError, reason
+from cli import a_path, expand, number
+from data.common import DataError, data_folder, reason
 from data.imagenet_layout import OFFICIAL, few, read_layout
 from data.resize import read_image, shrink
 from data.workers import usable_cores, work
@@ -36,8 +36,9 @@ def add_flags(parser):
         "of that size, quality 95; copy the others as they are")
     add("--jobs", type=number(int, 1), metavar="N", help="processes (default: the usable cores)")
     add("--shard", type=_shard, metavar="I/N", help="every N-th class from the I-th on; I from 1")
-    add("--val_labels", metavar="FILE", help="the classes of a flat val/: LOC_val_solution.csv, "
-        "lines of file name and class, a folder of XML files, or ILSVRC2012_devkit_t12")
+    add("--val_labels", type=a_path, metavar="FILE", help="the classes of a flat val/: "
+        "LOC_val_solution.csv, lines of file name and class, a folder of XML files, or "
+        "ILSVRC2012_devkit_t12")
 
 
 def _shard(value):
@@ -49,11 +50,11 @@ def _shard(value):
 
 def find(data_dir):
     """The folder of ImageNet to train on: the prepared one, else $IMAGENET_PATH."""
-    path, given = Path(data_dir, "imagenet").expanduser(), os.environ.get("IMAGENET_PATH")
+    path, given = data_folder(data_dir) / "imagenet", os.environ.get("IMAGENET_PATH")
     if path.exists():
         return path
-    if given and Path(given).expanduser().is_dir():
-        return Path(given).expanduser()
+    if given and os.path.isdir(expand(given)):
+        return Path(expand(given))
     raise DataError(
         f"there is no folder {path}, nor {given or 'another'}, which $IMAGENET_PATH names. "
         "`python -m data.prepare imagenet --from DIR` makes the first; if DIR is sorted into "
@@ -69,8 +70,8 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
     an image is corrupt. Raises DataError if the layout is not ImageNet's or if the folder there
     was made with other flags, OSError if it cannot be written.
     """
-    source = Path(os.path.abspath(Path(source).expanduser()))
-    target = Path(os.path.abspath(Path(data_dir).expanduser()), "imagenet")
+    source = Path(os.path.abspath(expand(source)))
+    target = Path(os.path.abspath(data_folder(data_dir)), "imagenet")
     ends = sorted(path.resolve() for path in (source, target))
     if ends[1].is_relative_to(ends[0]):
         raise DataError(

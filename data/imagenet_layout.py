@@ -119,7 +119,7 @@ def labels_of(root, path=None):
                 "val_labels.txt has two columns, a file name and its class"
             )
         path = paths[0]
-    path = Path(path).expanduser()
+    path = Path(path)
     print(f"The classes of {root / 'val'} from {path}", file=sys.stderr)
     try:
         labels = _from_devkit(path / "data") if (path / "data").is_dir() else (

@@ -38,8 +38,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from cli import Parser
-from data import DATASETS, DataError, default_data_dir, imagenet
+from cli import Parser, UserError, a_path, expand, one_of
+from data import DATASETS, DataError, data_folder, default_data_dir, imagenet
 from data.common import reason
 
 # torchvision has the checksums of MNIST's packed files; these are of the unpacked ones.
@@ -65,7 +65,7 @@ def prepare(name, data_dir, source=None, check=False):
 
     from data.arrays import load_arrays
 
-    data_dir = Path(data_dir).expanduser()
+    data_dir, source = data_folder(data_dir), source and expand(source)
     path, local = data_dir / f"{name}.npz", source is not None and "://" not in str(source)
     if path.exists() and source is None:
         with contextlib.suppress(DataError):
@@ -78,13 +78,14 @@ def prepare(name, data_dir, source=None, check=False):
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as scratch:
             made = Path(scratch, path.name)
             if local and str(source).endswith(".npz"):
-                shutil.copyfile(Path(source).expanduser(), made)
+                shutil.copyfile(source, made)
             else:
                 np.savez(made, **_arrays(name, data_dir, source, scratch))
             load_arrays(made, *DATASETS[name][:2])
             os.replace(made, path)
     except OSError as error:
-        raise DataError(f"{name} could not be prepared in {data_dir}: {error}") from error
+        raise DataError(f"{name} could not be prepared in {data_dir}: {error}; give another "
+                        "--data_dir, or set $AGD_DATA") from error  # fmt: skip
     return path
 
 
@@ -96,7 +97,7 @@ def _arrays(name, data_dir, source, scratch):
         raise DataError(f"{name} is made with torchvision: pip install torchvision") from error
     dataset = getattr(datasets, name.upper())
     if source is not None and "://" not in str(source):
-        return _from_copy(dataset, Path(source).expanduser())
+        return _from_copy(dataset, Path(source))
     if source is None:
         for place in ("MNIST/raw",) if name == "mnist" else (dataset.base_folder, dataset.filename):
             if (data_dir / place).exists():
@@ -198,9 +199,10 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=["mnist", "cifar10", "cifar100", "imagenet"])
+    parser.add_argument("name", type=one_of(["mnist", "cifar10", "cifar100", "imagenet"]),
+                        metavar="NAME", help="mnist, cifar10, cifar100 or imagenet")  # fmt: skip
     parser.add_argument("--data_dir", default=default_data_dir(), help="(default: %(default)s)")
-    parser.add_argument("--from", dest="source", metavar="FILE_OR_URL",
+    parser.add_argument("--from", dest="source", type=a_path, metavar="FILE_OR_URL",
                         help="a copy to use; imagenet: a folder (default: $IMAGENET_PATH)")
     imagenet.add_flags(parser)
     args = parser.parse_args(argv)
@@ -215,7 +217,7 @@ def main(argv=None):
             parser.error(f"--{flag} is for imagenet, not {args.name}")
         print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source, check=True)}")
         return 0
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:

@@ -311,10 +311,11 @@ def test_inputs_that_differ_are_named_with_advice(parts, names, advice, tmp_path
 @pytest.mark.parametrize("flags", [
     "",
     "--dataset digits --depth 3 --width 32 --epochs 4 --gain 0 --seed 7 --cpu",
-    "--optimizer adam --lr 1e-05 --precision bf16 --train_examples 10 --log_steps --workers 0",
-    "--optimizer torch.optim.SGD --log_steps 3 --log_updates --micro_bs 8 --sync_bn --compile",
+    "--optimizer adam --lr 1e-05 --precision bf16 --train_examples 10 --log_steps",
+    "--optimizer torch.optim.SGD --log_steps 3 --log_updates --micro_bs 8 --compile",
     "--arch resnet18 --dataset folder:~/some-where/it's --image_size 64 --skip_bad_images",
-    "--dataset npz:a.npz --data_dir /a --deterministic --channels_last on --test_bs 9",
+    "--arch vgg --dataset npz:a.npz --data_dir /a --deterministic --channels_last on --test_bs 9",
+    "--arch resnet18 --sync_bn --distribute --cpu --dataset folder:/x --workers 0",
 ])  # fmt: skip
 def test_the_command_of_a_record_gives_its_flags_again(flags):
     args = parse([*flags.split(), "--out", "o", "--fresh"], check=False)

@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from training import choices
+
 
 def mse(outputs, labels):
     """Square loss of each example, (B,), in the AGD paper's normalisation.
@@ -22,4 +24,4 @@ def xent(outputs, labels):
     return F.cross_entropy(outputs, labels, reduction="none")
 
 
-LOSSES = {"mse": mse, "xent": xent}
+LOSSES = dict(zip(choices.LOSSES, (mse, xent)))

@@ -8,6 +8,7 @@ import torch
 import agd
 from agd import AGD, SpectralAGD, init_weights
 from cli import near
+from training import choices
 
 # The first call of some methods of torch.optim.Optimizer imports torch's compiler, only to exclude
 # them from compilation: more than a second of every start.
@@ -15,8 +16,9 @@ for method in vars(torch.optim.Optimizer).values():
     if hasattr(method, "__wrapped__"):
         method.__wrapped__.__dynamo_disable = method.__wrapped__
 
-AUTOMATIC = {"agd": AGD, "spectral": SpectralAGD}  # they have no learning rate, and `gain`
-BASELINES = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.1)}  # and default rates
+AUTOMATIC = {name: getattr(agd, rule) for name, rule in choices.AUTOMATIC.items()}
+BASELINES = {name: (getattr(torch.optim, own), rate)
+             for name, (own, rate) in choices.BASELINES.items()}  # fmt: skip
 
 
 def make_optimizer(

@@ -7,8 +7,6 @@ import torch
 
 from cli import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-
 
 class NotDeterministic(UserError):
     """An operation has no form that gives the same bits each time; the message names it."""

@@ -1,0 +1,6 @@
+"""What a command line chooses from, by name, without torch, whose import takes a second."""
+
+LOSSES = ("mse", "xent")  # functions of training.losses
+PRECISIONS = ("fp32", "tf32", "bf16")
+AUTOMATIC = {"agd": "AGD", "spectral": "SpectralAGD"}  # classes of agd.py, without a learning rate
+BASELINES = {"adam": ("Adam", 1e-3), "sgd": ("SGD", 0.1)}  # of torch.optim, and default rates
