@@ -242,7 +242,6 @@ def without_effect(args):
     need(not library, f"{own} biases of its own", "bias")
     need(not library, f"{own} norms of its own", "affine")
     need(args.arch != "fcn", "is for networks with norms, and the fcn has none", "affine")
-    need(args.arch != "fcn", "is for networks with batch norm, and the fcn has none", "sync_bn")
     need(args.distribute, "goes with --distribute: one device has the whole batch", "sync_bn")
     need(args.arch != "fcn" or args.channels_last != "on",
          "on is for convolutions, and the fcn has none", "channels_last")  # fmt: skip

@@ -97,10 +97,10 @@ def bare(net, data):
 def run_main(args, device, out, arch, examples, *more):
     """Run main.py on (training, test) examples. Returns the seconds from its start to its report
     of the first epoch; RunError, with the end of its output, where it fails."""
+    size = ["--depth", args.depth, "--width", args.width] if arch == "fcn" else []
     command = [sys.executable, "-u", Path(flags.__file__).with_name("main.py"), "--arch", arch,
-               "--dataset", args.dataset, "--depth", args.depth, "--width", args.width,
-               "--train_bs", args.batch_size, "--train_examples", examples[0], "--test_examples",
-               examples[1], "--device", device, "--data_dir", args.data_dir, "--out", out, *more]
+               *size, "--dataset", args.dataset, "--train_bs", args.batch_size, "--train_examples",
+               examples[0], "--test_examples", examples[1], "--device", device, "--data_dir", args.data_dir, "--out", out, *more]
     start, seconds, lines = time.perf_counter(), None, []
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.STDOUT, encoding="utf-8") as process:  # fmt: skip
