@@ -23,8 +23,8 @@ import torch.nn as nn
 
 import agd
 from agd import AGD, SpectralAGD
-from cli import Parser
-from data import DATASETS, default_data_dir
+from cli import Parser, a_path, one_of
+from data import DATASETS, data_folder, default_data_dir
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
@@ -138,15 +138,19 @@ def main(module, title, argv=None):
     parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("case", choices=[*cases, "report"])
+    add("case", type=one_of([*cases, "report"]), metavar="CASE")
     add("--data_dir", default=default_data_dir())
-    add("--out", type=Path, default=Path("results"))
+    add("--out", type=a_path, default="results")
     add("--quick", action="store_true", help="tiny, to see that it runs")
     add("--only", default="", metavar="TEXT", help="parts with it in their names")
     add("--list", action="store_true", help="name the parts, and run none")
     parser.set_defaults(script=script, data=None)
     args = parser.parse_args(argv)
-    folder = args.out / script
+    none = "is of measuring, and report writes the page of what was measured"
+    parser.refuse(argv, {} if args.case != "report" else dict.fromkeys(
+        ("quick", "only", "list"), none))  # fmt: skip
+    parser.refuse(argv, {"only": "is not for --list, which names all parts"} if args.list else {})
+    folder = Path(args.out, script)
     if args.case == "report":
         return report(folder, cases, title)
     settings, path = module["SETTINGS"][args.case], folder / f"{args.case}.json"
@@ -316,7 +320,7 @@ class Characters:
 def of_text(args, net, steps, seed, batch=None, held=None):
     """The work of a network, net(letters), that reads characters; it is tested on the first `held`
     of the last tenth of the text."""
-    path = Path(args.data_dir).expanduser() / "shakespeare.txt"
+    path = data_folder(args.data_dir) / "shakespeare.txt"
     letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
     stream = Characters(text[:cut], args, steps, seed, batch)

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 from torch.cuda import device_count
 
-from cli import Parser, number
-from data import default_data_dir
+from cli import Parser, a_path, number
+from data import data_folder, default_data_dir
 from runs.files import write_whole
 from scripts.results import findings
 
@@ -167,13 +167,14 @@ def main(argv=None):
     add("--budget", type=number(float, 0.01, 100), default=1.0, help="times the plan's seconds")
     add("--device", choices=WORDS, default="cuda", help="(default: cuda)")
     add("--data_dir", default=default_data_dir(), help="with cifar10.npz, now or soon")
-    add("--work", type=Path, default=Path("reproduced/gpu"), help="(default: %(default)s)")
-    add("--out", type=Path, help="(default: that of --work)")
+    add("--work", type=a_path, default="reproduced/gpu", help="(default: %(default)s)")
+    add("--out", type=a_path, help="(default: that of --work)")
     args = parser.parse_args(argv)
+    parser.refuse(argv, {"plan": "is of many checks, and --only is one"} if args.only else {})
     if args.device == "cuda" and not device_count():  # asks NVML: this process starts no CUDA
         parser.error("there is no GPU here; --device cpu is a rehearsal")
-    args.work, args.out = args.work.resolve(), (args.out or args.work).resolve()
-    args.data_dir = Path(args.work / "data" if args.device == "cpu" else args.data_dir).expanduser()
+    args.work, args.out = (Path(x).resolve() for x in (args.work, args.out or args.work))
+    args.data_dir = args.work / "data" if args.device == "cpu" else data_folder(args.data_dir)
     for folder in (args.work, args.out, args.data_dir):
         folder.mkdir(parents=True, exist_ok=True)
     path = args.work / "gpu_checks.json"

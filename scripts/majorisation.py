@@ -13,13 +13,12 @@ gradients and weights are well conditioned); nothing here makes them true.
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 
 from agd import AGD
 from architecture import build
-from data import DATASETS
+from data import DATASETS, data_folder
 from data.arrays import ArrayBatches, load_arrays
 from flags import parse
 from runs.files import write_whole
@@ -37,7 +36,7 @@ REACH = 2.5  # its end, in units of eta
 def normalised(dataset, data_dir):
     """Chunks of (inputs of norm sqrt(d_0) (n, d_0) in float64, labels (n,)) of the first IMAGES;
     and the checksums of the images."""
-    spec, path = DATASETS[dataset], Path(data_dir).expanduser() / f"{dataset}.npz"
+    spec, path = DATASETS[dataset], data_folder(data_dir) / f"{dataset}.npz"
     arrays, source = load_arrays(path, spec.shape, spec.classes)
     batches = ArrayBatches(
         arrays["train_images"][:IMAGES], arrays["train_labels"][:IMAGES], spec.mean, spec.std,

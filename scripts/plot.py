@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cli import Parser
+from cli import Parser, a_path
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
@@ -74,8 +74,10 @@ def draw(paths):
 def main(argv=None):
     parser = Parser(prog="python -m scripts.plot", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a log, results/logs/*.jsonl")
-    parser.add_argument("-o", "--output", default="curves.png", help="(default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN",
+                        help="a log, output/logs/*.jsonl")
+    parser.add_argument("-o", "--output", type=a_path, default="curves.png",
+                        help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"{args.output} does not end in .png, .pdf or .svg")

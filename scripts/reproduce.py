@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 import flags
-from cli import Parser, UserError, number, one_of
-from data import default_data_dir
+from cli import Parser, UserError, a_path, device, number, one_of
+from data import data_folder, default_data_dir
 from data.workers import usable_cores
 from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
@@ -51,6 +51,12 @@ def duration(text):
     if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
     return seconds
+
+
+def figure(text):
+    """An argument type: a figure, also as figure5, fig.5 or 5, or all."""
+    number = re.fullmatch(r"(?i)(?:fig(?:ure)?s?)?[\s._-]*0*(\d+)", text)
+    return one_of([*FIGURES, "all"])(f"fig{number[1]}" if number else text)
 
 
 def chosen_runs(text):
@@ -72,7 +78,7 @@ def parse(argv):
         epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
     )  # fmt: skip
     add = parser.add_argument
-    add("figures", nargs="+", metavar="FIGURE", type=one_of([*FIGURES, "all"]),
+    add("figures", nargs="+", metavar="FIGURE", type=figure,
         help="fig1 to fig8, fig11, phases, or all")
     add("--scale", type=one_of(SCALES), default="quick", metavar="quick|full",
         help="(default: quick)")
@@ -85,10 +91,10 @@ def parse(argv):
         help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
     add("--epochs", type=number(int, 1), metavar="N",
         help="stop every run at N epochs at most; a later command goes on from there")
-    add("--out", default="reproduced", type=Path,
+    add("--out", default="reproduced", type=a_path,
         help="(default: %(default)s; results holds the published ones)")
     add("--data_dir", default=default_data_dir(), help="as main.py's")
-    add("--device", help="as main.py's")
+    add("--device", type=device, help="as main.py's")
     add("--draw", action="store_true", help="run nothing, draw what is there")
     add("--list", action="store_true", help="list the runs by number, with their state, and stop")
     add("--fresh", action="store_true", help="start the runs that are not finished over")
@@ -99,6 +105,8 @@ def parse(argv):
     add("--sbatch", default=[], metavar="OPTIONS", type=shlex.split,
         help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'")
     args = parser.parse_args(argv)
+    parser.refuse(argv, without_effect(args))
+    args.out = Path(args.out)
     args.figures = [x for x in FIGURES if x in args.figures or "all" in args.figures]
     if args.submit and (args.draw or args.runs or args.time_limit):
         parser.error("--submit sends whole runs: leave out --draw, --runs and --time_limit")
@@ -111,6 +119,20 @@ def parse(argv):
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file")
     return parser, args
+
+
+def without_effect(args):
+    """{name: reason} of the flags that ask for something that the command does not do."""
+    how = "jobs", "together", "fresh", "runs"
+    if args.list:
+        return dict.fromkeys((*how, "time_limit", "draw", "submit", "sbatch"),
+                             "is not for --list, which shows all the runs and runs none")
+    if args.draw:
+        return dict.fromkeys(how, "is of runs, and --draw runs none") | (
+            {"runs": "goes without drawing: leave out --draw"})
+    if args.submit:
+        return {"together": "is of runs on this machine, not of those in a queue"}
+    return {}
 
 
 def main(argv=None):
@@ -199,7 +221,7 @@ def count(n):
 def submit(args, numbers, results):
     """Send the runs to SLURM as an array job, and the drawing after them."""
     again = [*args.figures, "--scale", args.scale, "--out", args.out.absolute(),
-             "--data_dir", Path(args.data_dir).expanduser().absolute()]  # fmt: skip
+             "--data_dir", data_folder(args.data_dir).absolute()]  # fmt: skip
     again += ["--device", args.device] if args.device else []
     again += ["--epochs", str(args.epochs)] if args.epochs else []
     folder = results.folder.absolute() / "output"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, data_folder
 from data.imagenet import find
 from data.workers import usable_cores
 from runs.log import RunError
@@ -44,7 +44,7 @@ def tasks(results, figures, most=None):
 def availability(data_dir, fetch):
     """A function of a task: why the data or the packages at hand do not allow it, or None. `fetch`:
     get the data, or try once."""
-    folder = Path(data_dir).expanduser()
+    folder = data_folder(data_dir)
 
     @cache
     def missing_data(name):

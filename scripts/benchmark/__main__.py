@@ -26,7 +26,8 @@ import torch
 
 import flags
 from architecture import NETWORKS
-from cli import Parser, UserError, number
+from cli import Parser, UserError, a_path, number, one_of
+from cli import device as a_device
 from data import default_data_dir
 from runs.files import write_whole
 from runs.provenance import environment, processor, tilde
@@ -39,16 +40,25 @@ CASES = {  # name -> function, rounds, rounds of --quick
     "data": (epoch.folder, 7, 2), "many": (many.case, 3, 1),
     "checkpoint": (epoch.checkpoint, 10, 2),
 }  # fmt: skip
+USES = {  # flag -> the cases that it is of; what says where holds for all
+    "arch": "epoch", "dataset": "epoch many checkpoint", "folder": "data", "image_size": "data",
+    "depth": "epoch many checkpoint", "width": "epoch many checkpoint",
+    "batch_size": "epoch data checkpoint", "repeats": " ".join(CASES), "quick": " ".join(CASES),
+    "clock": "step spectral epoch", "nets": "step spectral", "counts": "many", "together": "many",
+}  # fmt: skip
 
 
 def parse(argv=None):
     parser = Parser(prog="python -m scripts.benchmark", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, whole = parser.add_argument, number(int, 1)
-    add("case", nargs="?", choices=[*CASES, "all", "draw"], default="all", help="(default: all)")
-    add("--arch", default="fcn", choices=NETWORKS, help="of the epoch (default: fcn)")
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
-    add("--folder", type=Path, help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
+    add("case", nargs="?", type=one_of([*CASES, "all", "draw"]), default="all", metavar="CASE",
+        help="(default: all)")
+    add("--arch", default="fcn", type=one_of(NETWORKS), metavar="NET",
+        help="of the epoch (default: fcn)")
+    add("--dataset", default="cifar10", type=one_of(["cifar10", "cifar100"]), metavar="SET")
+    add("--folder", type=a_path,
+        help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
     add("--image_size", type=number(int, 32, 8192), default=224)
     add("--depth", type=number(int, 2, 10_000), default=10)
     add("--width", type=number(int, 1, 1_000_000), default=256)
@@ -64,13 +74,25 @@ def parse(argv=None):
     add("--together", choices=["auto", "on", "off"], default="auto",
         help="of many: as that of scripts.reproduce (default: auto)")
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=a_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data_dir", default=default_data_dir())
     add("--out", help="(default: results; with --quick: reproduced)")
     args = parser.parse_args(argv)
+    parser.refuse(argv, without_effect(args))
     flags.parse(["--device", args.device])  # exits with a sentence where there is none
     args.out = args.out or ("reproduced" if args.quick else "results")
     return args
+
+
+def without_effect(args):
+    """{name: reason} of the flags that are not of the case."""
+    idle = {}
+    if args.case != "all":
+        idle = {name: f"is of {cases.replace(' ', ', ')}, not of {args.case}"
+                for name, cases in USES.items() if args.case not in cases.split()}  # fmt: skip
+    if args.case == "epoch" and args.arch != "fcn":
+        idle |= dict.fromkeys(("depth", "width"), f"is of the fcn: {args.arch} has its own")
+    return idle
 
 
 def measure(name, args):

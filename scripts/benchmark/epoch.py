@@ -100,7 +100,8 @@ def run_main(args, device, out, arch, examples, *more):
     size = ["--depth", args.depth, "--width", args.width] if arch == "fcn" else []
     command = [sys.executable, "-u", Path(flags.__file__).with_name("main.py"), "--arch", arch,
                *size, "--dataset", args.dataset, "--train_bs", args.batch_size, "--train_examples",
-               examples[0], "--test_examples", examples[1], "--device", device, "--data_dir", args.data_dir, "--out", out, *more]
+               examples[0], "--test_examples", examples[1], "--device", device, "--data_dir",
+               args.data_dir, "--out", out, *more]
     start, seconds, lines = time.perf_counter(), None, []
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.STDOUT, encoding="utf-8") as process:  # fmt: skip
@@ -184,7 +185,7 @@ def case(args, device):
 def folder(args, device):
     """Images a second of one thread, by the process's own clock: the loader of main.py without
     workers, and a DataLoader of torchvision's ImageFolder and transforms."""
-    images = (args.folder or find(args.data_dir)).expanduser() / "train"
+    images = Path(args.folder or find(args.data_dir), "train")
     torch.set_num_threads(1)
     batches = FolderBatches(images, args.batch_size, args.image_size, IMAGENET_MEAN, IMAGENET_STD,
                             "cpu", train=True)  # fmt: skip
