@@ -191,8 +191,8 @@ def expand(path):
     expanded = path if own and os.environ.get("HOME") == "" else os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.split(os.sep)[0][1:]
-        who = "this account has no home directory" if own else f"there is no user {user!r}"
-        raise UserError(f"{path}: {who}; give the whole path" + ("" if own else f", or ./{path}"))
+        lacks = "home directory" if own else f"user {user!r}"
+        raise UserError(f"there is no {lacks} for {path}: give the whole path")
     return expanded
 
 

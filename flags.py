@@ -361,25 +361,25 @@ def read(argv=None, check=True):
         p.error(f"--weights: there is no file {args.weights}")
     if is_folder(args.dataset):
         args.image_size = args.image_size or 224
-    try:
-        args.dataset = placed(args, check)
-    except UserError as error:
-        p.error(f"--dataset {args.dataset}: {error}")
-    return p, args
-
-
-def placed(args, check):
-    """The data set, a folder by a name that holds for every account. Raises UserError where a ~ has
-    no home."""
     kind, _, given = args.dataset.partition(":")
-    if kind == "folder":
-        folder, home = os.path.abspath(expand(given)), os.path.expanduser("~") + os.sep
-        return "folder:" + ("~/" + folder[len(home) :] if folder.startswith(home) else folder)
-    elsewhere = args.dataset in ("digits", "imagenet") or kind == "npz" and os.path.isabs(
-        expand(given))  # fmt: skip
-    if check and not elsewhere:
-        data_folder(args.data_dir)
-    return args.dataset
+    if kind in ("folder", "npz"):
+        try:
+            given = expand(given)
+        except UserError as error:
+            p.error(f"--dataset: {error}")
+    if kind == "folder":  # a name that holds for every account
+        given, home = os.path.abspath(given), os.path.expanduser("~") + os.sep
+        args.dataset = "folder:" + (
+            "~/" + given[len(home) :] if given.startswith(home) else given
+        )
+    elsewhere = {"digits": True, "folder": True, "npz": os.path.isabs(given),
+                 "imagenet": "IMAGENET_PATH" in os.environ}  # fmt: skip
+    if check and not elsewhere.get(kind):
+        try:
+            data_folder(args.data_dir)
+        except UserError as error:
+            p.error(str(error))
+    return p, args
 
 
 def on_this_machine(p, args, check):

@@ -23,8 +23,8 @@ import torch.nn as nn
 
 import agd
 from agd import AGD, SpectralAGD
-from cli import Parser, a_path, one_of
-from data import DATASETS, data_folder, default_data_dir
+from cli import Parser, UserError, a_path, one_of
+from data import DATASETS, DataError, data_folder, default_data_dir
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
@@ -146,9 +146,8 @@ def main(module, title, argv=None):
     add("--list", action="store_true", help="name the parts, and run none")
     parser.set_defaults(script=script, data=None)
     args = parser.parse_args(argv)
-    none = "is of measuring, and report writes the page of what was measured"
-    parser.refuse(argv, {} if args.case != "report" else dict.fromkeys(
-        ("quick", "only", "list"), none))  # fmt: skip
+    if args.case == "report":
+        parser.refuse(argv, dict.fromkeys(("quick", "only", "list"), "is not for report"))
     parser.refuse(argv, {"only": "is not for --list, which names all parts"} if args.list else {})
     folder = Path(args.out, script)
     if args.case == "report":
@@ -165,7 +164,10 @@ def main(module, title, argv=None):
         if args.list or args.only not in name or name in result["parts"]:
             continue
         begun = time.perf_counter()
-        rows = [{**x, "part": name} for x in run()]
+        try:
+            rows = [{**x, "part": name} for x in run()]
+        except UserError as error:
+            parser.error(str(error))
         seconds = round(time.perf_counter() - begun)
         result = stored(path, args, settings, parts)  # other processes may have added parts
         result["parts"][name] = {"date": result["date"], "seconds": seconds,
@@ -321,6 +323,8 @@ def of_text(args, net, steps, seed, batch=None, held=None):
     """The work of a network, net(letters), that reads characters; it is tested on the first `held`
     of the last tenth of the text."""
     path = data_folder(args.data_dir) / "shakespeare.txt"
+    if not path.is_file():
+        raise DataError(f"there is no {path}, a text of any length")
     letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
     stream = Characters(text[:cut], args, steps, seed, batch)

@@ -50,7 +50,7 @@ TEST = ("-m pytest -qm gpu -o faulthandler_timeout={limit} --junitxml {folder}/t
 WHERE = "--device {device} --out {folder} "  # and the data in $AGD_DATA
 MAIN = f"main.py {WHERE} --dataset cifar10 --test_bs 1000 "
 FIGURE = f"-m scripts.reproduce {WHERE} --scale full --time_limit {{limit}}s --together {{how}} "
-TIMES = f"-m scripts.benchmark {WHERE} {{nets}} "
+TIMES = f"-m scripts.benchmark {WHERE} {{quick}} "
 MANY = "many --depth 8 --repeats 1 --counts {many} --together "
 WAIT = """-c 'import os, time
 while not os.path.exists(os.environ["AGD_DATA"] + "/cifar10.npz"): time.sleep(0.2)'"""
@@ -77,7 +77,7 @@ PLANS = {  # name -> seconds in all, checks
     "times": (228, [
         KERNELS,
         DATA,
-        Check("step-times", 45, TIMES + "step --repeats 7", "1.5 times fused SGD, graphs"),
+        Check("step-times", 45, TIMES + "step {nets} --repeats 7", "1.5 times fused SGD, graphs"),
         Check("fcn-epoch", 20, MAIN + "--arch fcn --depth 8 {short}", "0.15 s with its test"),
         Check("resnet18-epoch", 50, MAIN + "--arch resnet18 {fast} {compile} {short}", "1.0 s"),
         Check("many-threads", 55, TIMES + MANY + "on", "5 times one run"),
@@ -91,7 +91,7 @@ PLANS = {  # name -> seconds in all, checks
         Check("spectral-resnet18", 45, MAIN + "--arch resnet18 {fast} {short} --optimizer spectral",
               "1.15 times an epoch of adam"),
         Check("adam-resnet18", 35, MAIN + "--arch resnet18 {fast} {short} --optimizer adam"),
-        Check("spectral-times", 60, TIMES + "spectral --repeats 5"),
+        Check("spectral-times", 60, TIMES + "spectral {nets} --repeats 5"),
     ]),
     "rest": (240, [
         Check("vgg-epoch", 50, MAIN + "--arch vgg {fast} {compile} {short}", "0.6 s"),
@@ -104,9 +104,11 @@ PLANS = {  # name -> seconds in all, checks
 ALL = {check.name: check for _, checks in PLANS.values() for check in checks}
 WORDS = {
     "cuda": {"fast": "--precision bf16 --channels_last on", "compile": "--compile", "many": "16",
-             "nets": "--nets 3", "long": "--epochs 2000", "short": "--epochs 6", "images": WAIT},
-    "cpu": {"fast": "", "compile": "", "many": "2", "nets": "--nets 1 --quick",
-            "long": "--epochs 2", "short": "--epochs 2", "images": DRAW}}  # fmt: skip
+             "nets": "--nets 3", "quick": "", "long": "--epochs 2000", "short": "--epochs 6",
+             "images": WAIT},
+    "cpu": {"fast": "", "compile": "", "many": "2", "nets": "--nets 1",
+            "quick": "--quick", "long": "--epochs 2", "short": "--epochs 2", "images": DRAW},
+}  # fmt: skip
 
 
 def run(check, seconds, args, failed):

@@ -115,7 +115,7 @@ def parse(argv):
     if args.fresh and args.submit:
         parser.error("--fresh would start a run over whenever the queue does; leave it out")
     if args.device and not (args.submit or args.draw or args.list):
-        flags.parse(["--device", args.device])  # ends with a sentence where there is none
+        flags.parse(["--dataset", "digits", "--device", args.device])  # exits where there is none
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file")
     return parser, args

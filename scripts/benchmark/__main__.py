@@ -79,7 +79,8 @@ def parse(argv=None):
     add("--out", help="(default: results; with --quick: reproduced)")
     args = parser.parse_args(argv)
     parser.refuse(argv, without_effect(args))
-    flags.parse(["--device", args.device])  # exits with a sentence where there is none
+    # exits with a sentence where there is none
+    flags.parse(["--dataset", "digits", "--device", args.device])
     args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 

@@ -141,7 +141,7 @@ def checkpoint(args, device):
     """The share of an epoch's time that checkpoints take: one at its end, and one whenever the
     default of --save_every has passed. Wall-clock time, which waits for the disk of --out."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    every = cli.every(flags.parse(["--device", "cpu"]).save_every)[1]
+    every = cli.every(flags.parser().get_default("save_every"))[1]
     whole = load(args.dataset, args.data_dir, 1, 1, torch.device("cpu"))
     percent, seconds, sizes = {}, {}, {}
     for label, run in RUNS.items():
