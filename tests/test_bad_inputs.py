@@ -13,14 +13,23 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import torch.nn as nn
 from PIL import Image
 
+import flags
+import scripts.benchmark.__main__ as benchmark
+from architecture import Unfit
 from runs.checkpoint import pack, unpack
+from scripts import reproduce
+from scripts.experiments import SCALES, experiments
+from scripts.gpu_checks import ALL, WORDS
 from tests.conftest import ROOT
 
 PROGRAMS = {
     "main": "main", "prepare": "data.prepare", "benchmark": "scripts.benchmark.__main__",
-    **{name: f"scripts.{name}" for name in ("plot", "reproduce", "scaling", "experiments")},
+    **{name: f"scripts.{name}" for name in
+       ("plot", "reproduce", "scaling", "experiments", "gpu_checks", "spectral", "any_model")},
 }  # fmt: skip
 SMALL = "--cpu --depth 2 --width 4 --epochs 1 --train_bs 2 --out {tmp}/out"
 DIGITS = f"main --dataset digits {SMALL} --train_bs 64 --train_examples 128 --test_examples 64"
@@ -72,7 +81,34 @@ FLAGS = f"""
 {DIGITS} --widht 3                              | did you mean --width
 {DIGITS} --epoch 3                              | did you mean --epochs
 {DIGITS} --trainbs=3                            | did you mean --train_bs
-main digits                                     | no place for digits
+{DIGITS} --batch_size 64                        | did you mean --train_bs
+{DIGITS} --batch-size=64                        | did you mean --train_bs
+{DIGITS} -b 64                                  | did you mean --train_bs
+{DIGITS} --learning-rate 0.1                    | did you mean --lr
+{DIGITS} --model fcn                            | did you mean --arch
+{DIGITS} --data digits                          | did you mean --dataset
+{DIGITS} --gpu 0                                | did you mean --device
+{DIGITS} --gpus 2                               | did you mean --distribute
+{DIGITS} --local-rank=0                         | did you mean --distribute
+{DIGITS} -j 4                                   | did you mean --workers
+{DIGITS} --num_workers 4                        | did you mean --workers
+{DIGITS} --log_dir x                            | did you mean --out
+{DIGITS} --output x                             | did you mean --out
+{DIGITS} --pretrained                           | did you mean --weights
+{DIGITS} --n_epochs 3                           | did you mean --epochs
+{DIGITS} --image-size 64                        | did you mean --image_size
+{DIGITS} --resume                               | the same command resumes
+{DIGITS} --weight_decay 0.1                     | no weight decay
+{DIGITS} --wd 0.1                               | no weight decay
+{DIGITS} --momentum 0.9                         | AGD has none
+{DIGITS} --warmup-epochs 5                      | no schedule
+{DIGITS} --zzz                                  | there is no flag --zzz
+main digits                                     | did you mean --dataset digits
+main resnet18                                   | did you mean --arch resnet18
+main CIFAR-10                                   | did you mean --dataset cifar10
+main set.npz                                    | did you mean --dataset npz:set.npz
+main {{tmp}}                                    | did you mean --dataset folder:
+main 50                                         | no place for 50
 main --epochs                                   | --epochs: expected one argument
 main --epochs 0                                 | '0' is not a whole number from 1
 main --epochs {"9" * 5000}                      | --epochs
@@ -82,7 +118,17 @@ main --seed 10000000000000000000                | --seed
 main --gain nan                                 | finite
 main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
 main --arch resnet                              | did you mean resnet
+main --arch ResNet-18                           | did you mean resnet18
+main --arch resnet34                            | did you mean torchvision:resnet34
+main --arch vit                                 | did you mean torchvision:vit_b_16
+main --arch mlp                                 | did you mean fcn
+main --loss cross_entropy                       | did you mean xent
 main --dataset CIFAR-10                         | did you mean cifar10
+main --dataset cifar                            | did you mean cifar10
+main --dataset fashion-mnist                    | folder:PATH, npz:PATH
+main --dataset {{tmp}}                          | did you mean folder:
+main --dataset ./pictures                       | did you mean folder:./pictures
+main --dataset set.npz                          | did you mean npz:set.npz
 main --dataset folder:                          | folder:PATH
 main --optimizer nowhere.Class --dataset digits | nowhere
 main --optimizer os.system --cpu                | no optimiser
@@ -98,6 +144,11 @@ main --optimizer spectral --lr 0.1              | SpectralAGD has no learning ra
 main --optimizer adam --gain 2                  | --lr
 main --cpu --device cuda                        | --cpu contradicts
 main --device cuda:99                           | cuda:99
+main --device gpu                               | did you mean cuda?
+main --device GPU:1                             | did you mean cuda:1?
+main --device cuda0                             | did you mean cuda:0?
+main --device 0                                 | did you mean cuda:0?
+main --device foo                               | torch has cpu, cuda, mps, xpu
 main --device meta                              | meta
 main --image_size 64                            | folder:PATH
 main --cpu --cuda_graph on                      | it takes a CUDA device
@@ -109,19 +160,181 @@ main --distribute --dataset digits              | torchrun
 {DIGITS} --depth 3 --width 1000000              | does not fit
 main --dataset imagenet --data_dir {{tmp}}/none | no
 {DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
+{DIGITS} --out ~nobody_here/x                   | no user 'nobody_here'
+{DIGITS} --out ''                               | '' is no path
 {FOLDER}                                        | there is no folder
 {NPZ}                                           | there is no
 main --replay {{tmp}}/no.json                   | no.json
 plot                                            | required: RUN
 prepare                                         | required
-prepare cifar11                                 | cifar11
+prepare cifar11                                 | did you mean cifar10
+prepare CIFAR-100                               | did you mean cifar100
+prepare cifar10 --output x                      | there is no flag --output
+prepare imagenet --num_workers 4                | did you mean --jobs
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
+reproduce figure9                               | did you mean fig
+reproduce fig1 --device gpu                     | did you mean cuda?
 benchmark step --device gpu                     | no device 'gpu'
+benchmark steps                                 | did you mean step?
+spectral fnc                                    | did you mean fcn
 experiments half                                | half
 """
 FLAGS = [[x.strip() for x in line.split("|")] for line in FLAGS.strip().splitlines()]
 FLAGS += [(f"{name} nonsense --nonsense", "nonsense") for name in PROGRAMS]
+
+
+# A flag, and runs in which it has no effect.
+FOLDERS, LISTS = "image_size 64|workers 7|skip_bad_images", "jobs 2|together on|fresh|runs 0"
+IDLE = {
+    "main --dataset digits": FOLDERS, "main": f"{FOLDERS}|sync_bn|lr 1|freeze ,|channels_last on",
+    "main --dataset npz:x.npz": FOLDERS, "main --arch resnet18": "depth 34|width 128|sync_bn",
+    "main --arch vgg": "depth 10|width 256",  # also where they are the defaults
+    "main --arch torchvision:resnet18": "depth 3|width 3|bias|affine", "main --cpu": "affine",
+    "main --dataset folder:x": "train_examples 9|test_examples 9",
+    "main --optimizer adam": "gain 1|gain 2|layers count", "main --optimizer spectral": "lr 0.1",
+    "main --optimizer torch.optim.SGD": "gain 1|layers paths",
+    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x",
+    "reproduce fig5 --list": f"{LISTS}|draw|time_limit 9m|submit slurm",
+    "reproduce fig5 --draw": LISTS, "reproduce fig5 --submit slurm": "together on|fresh|runs 0",
+    "reproduce fig5": "sbatch=--gres=gpu:1", "gpu_checks --only step": "plan first",
+    "benchmark step": "arch fcn|folder x|image_size 64|depth 3|counts 2|batch_size 8",
+    "benchmark epoch --arch vgg": "depth 3|nets 2|together on",
+    "benchmark draw": "quick|repeats 2|dataset cifar10", "any_model report": "quick|only x|list",
+    "spectral fcn --list": "only x",
+}
+IDLE = [(f"{run} --{flag}", f"--{flag.split()[0].split('=')[0]} ")
+        for run, flags in IDLE.items() for flag in flags.split("|")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "noun"), table(*IDLE))
+def test_a_flag_without_effect_is_refused(command, noun, check):
+    check(command, noun)
+
+
+def test_the_commands_of_the_house_have_no_flag_without_effect():
+    rows = {row.flags for scale in SCALES for row in experiments(scale)}
+    for row in rows:
+        flags.read(row, check=False)
+    for words in (WORDS["cpu"], WORDS["cuda"]):
+        for check in ALL.values():
+            kind, *more = shlex.split(check.command.format(
+                device="cpu", folder="x", limit=99, how="on", **words))  # fmt: skip
+            if kind == "main.py":
+                flags.read(more, check=False)
+            elif more[0] == "scripts.benchmark":
+                benchmark.parse(more[1:])
+            elif more[0] == "scripts.reproduce":
+                reproduce.parse(more[1:])
+
+
+def test_what_a_built_network_has_no_use_for():
+    args = flags.parse(["--cpu", "--distribute", "--sync_bn", "--arch", "vgg"], check=False)
+    with pytest.raises(Unfit, match="--sync_bn is for networks with batch norm, and vgg has none"):
+        flags.check_network(args, nn.Conv2d(1, 1, 1))
+    flags.check_network(args, nn.BatchNorm1d(1))
+    args = flags.parse(["--cpu", "--arch", "timm:x", "--channels_last", "on"], check=False)
+    with pytest.raises(Unfit, match="--channels_last on is for convolutions, and timm:x has none"):
+        flags.check_network(args, nn.Linear(1, 1))
+    flags.check_network(args, nn.Conv2d(1, 1, 1))
+
+
+def test_a_rate_for_a_class_without_one(check, monkeypatch):
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self):
+            pass
+
+    monkeypatch.setattr(torch.optim, "Own", Own, raising=False)
+    check(f"{DIGITS} --optimizer torch.optim.Own --lr 1", "--lr: torch.optim.Own has no")
+    check(f"{DIGITS} --optimizer torch.optim.Own", "", 0)
+
+
+def test_flags_without_effect_of_earlier_commits_stay_in_their_records(
+    check, tmp_path, monkeypatch
+):
+    """They replay to the bit, log included; their command is one that can be given."""
+    idle = f"{DIGITS} --skip_bad_images --workers 7"
+    with monkeypatch.context() as patch:
+        patch.setattr(flags, "without_effect", lambda args: {})
+        check(idle, "", 0)
+    record = first(tmp_path / "out", "*.run.json")
+    check(f"main --replay {record} --cpu --out {{tmp}}/again", "", 0)
+    again = json.loads(first(tmp_path / "again", "*.run.json").read_text())
+    assert again["flags"]["skip_bad_images"] and not any("bad" in x for x in again["command"])
+    check(idle, "--workers is for imagenet")
+
+
+@pytest.mark.parametrize("words", [
+    "--typo", "--help", "--batch_size 3", "digits", "--arch resnet18 --depth 34", "--device gpu",
+    "--dataset CIFAR-10", "--weights no.pt", "--lr 1", "--out ~nobody_here/x",
+])  # fmt: skip
+def test_a_refusal_does_not_wait_for_torch(words, capsys, monkeypatch):
+    """Its import takes a second or more."""
+    code = ("import runpy, sys\ntry: runpy.run_path('main.py', run_name='__main__')\n"
+            "except SystemExit as end: code = end.code or 0\n"
+            "sys.exit(77 if {'torch', 'numpy'} & sys.modules.keys() else code)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=ROOT,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == (0 if words == "--help" else 2), done.stderr
+
+
+@pytest.mark.parametrize(("text", "figure"), [
+    ("figure5", "fig5"), ("5", "fig5"), ("fig.5", "fig5"), ("Fig5", "fig5"), ("figure 5", "fig5"),
+    ("Figure-08", "fig8"), ("11", "fig11"), ("all", "all"), ("phases", "phases"),
+])  # fmt: skip
+def test_a_figure_is_taken_as_people_write_it(text, figure):
+    assert reproduce.figure(text) == figure
+
+
+def test_every_path_has_its_home(check, tmp_path, monkeypatch):
+    """~ in each flag of each command that is a path, and in what stands for one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    npz(text("home/x")(tmp_path) or tmp_path / "home")
+    check(f"{NPZ} --data_dir ~ --out ~/out".replace(" --data_dir {tmp}", ""), "", 0)
+    check(f"main --dataset npz:~/set.npz {SMALL} --out ~/out", "", 0)
+    weights = "~/out/checkpoints/" + first(tmp_path / "home/out", "*.pt").name
+    check(f"{NPZ} --weights {weights} --out ~/more --data_dir ~", "", 0)
+    check(f"main --replay ~/out/logs/{first(tmp_path / 'home/out', '*.json').name} --cpu", "", 0)
+    images()(tmp_path / "home")
+    check(f"main --dataset folder:~/images {SMALL} --image_size 32 --workers 0", "", 0)
+    check(f"plot ~/out/logs/{first(tmp_path / 'home/out', '*.jsonl').name} -o ~/x.png", "", 0)
+    assert (tmp_path / "home/x.png").exists()
+    check("prepare cifar10 --data_dir ~/sets --from ~/set.npz", "damaged or another")
+    check("prepare imagenet --data_dir ~/sets --from ~/images", "2 class folders")
+    monkeypatch.setenv("AGD_DATA", "~/set")
+    check(f"main --dataset npz:x.npz {SMALL}", "home/set/x.npz")
+    for name in ("reproduce fig1 --draw", "spectral report"):
+        assert run(f"{name} --out ~/{name.split()[0]}", tmp_path) in (0, 1)
+    assert not (tmp_path / "~").exists() and (tmp_path / "home/sets").is_dir()
+
+
+@pytest.mark.parametrize(("command", "noun"), table(
+    ("main --dataset cifar10", "as --data_dir, or set $AGD_DATA"),
+    ("main --dataset imagenet", "as --data_dir, or set $AGD_DATA"),
+    ("main --dataset npz:x.npz", "as --data_dir, or set $AGD_DATA"),
+    ("main --check --dataset cifar10", "as --data_dir, or set $AGD_DATA"),
+    ("main --dataset npz:~/x.npz", "--dataset: there is no home directory for ~/x.npz"),
+    ("main --dataset folder:~/x", "--dataset: there is no home directory for ~/x"),
+    *((f"{DIGITS} --{flag} ~/x.pt", f"argument --{flag}: there is no home directory for ~/x.pt")
+      for flag in ("out", "weights", "replay")),
+    ("prepare cifar10", "as --data_dir, or set $AGD_DATA"),
+    ("prepare cifar10 --data_dir {tmp} --from ~/x", "argument --from"),
+    ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
+    ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
+    ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
+    ("benchmark data --folder ~/x", "argument --folder"),
+    ("spectral fcn --quick --out {tmp}", "$AGD_DATA"), ("any_model report --out ~", "--out"),
+    ("gpu_checks --device cpu --work ~", "argument --work"),
+))  # fmt: skip
+def test_no_home_directory(command, noun, check, monkeypatch):
+    """As in a container that is run as an account of no name."""
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.delenv("AGD_DATA", raising=False)
+    check(command, noun)
 
 
 @pytest.mark.parametrize(("command", "noun"), table(*FLAGS))
@@ -341,12 +554,12 @@ def test_a_log_whose_last_line_is_torn_is_no_fault(check, out):
 
 def test_a_log_or_a_record_in_another_place(check, ran, tmp_path):
     rows, record = first(ran, "*.jsonl").read_bytes(), first(ran, "*.run.json").read_text()
-    for content, flags, noun in (
+    for content, more, noun in (
         (rows.decode(), "", "x.json"), (record, "--epochs 3", "--epochs"),
         (record.replace('"depth": 2', '"depth": "two"'), "", "argument --depth: 'two'"),
     ):  # fmt: skip
         (tmp_path / "x.json").write_text(content)
-        check(f"{REPLAY} {flags}", noun)
+        check(f"{REPLAY} {more}", noun)
     (tmp_path / "x.jsonl").write_bytes(rows)
     check(f"{PLOT} -o {{tmp}}/no/x.png", "x.png")
 
