@@ -124,6 +124,8 @@ class Parser(argparse.ArgumentParser):
 
     def _place(self, word):
         """The flag whose value a stray word may be."""
+        if not re.search("[A-Za-z]", word):
+            return ""
         for action in self._actions:
             meant = getattr(action.type, "meant", lambda value: None)(word)
             if meant is not None and action.option_strings:

@@ -23,7 +23,7 @@ from cli import (
     synonyms,
 )
 from data import DATASETS, data_folder, default_data_dir, is_folder
-from training.choices import AUTOMATIC, BASELINES, LOSSES, PRECISIONS
+from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS
 
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
@@ -76,13 +76,14 @@ ABSENT = {
         "momentum nesterov betas beta1 beta2 beta eps epsilon dampening amsgrad",
     "no clipping: AGD takes the gradient as it is":
         "clip clipgrad gradclip maxgradnorm gradientclipval clipnorm clipgradnorm gradclipping",
-    "the same command resumes, and a larger --epochs goes on from a finished run":
+    "the same command resumes, a larger --epochs goes on from a finished run, and --weights FILE "
+    "starts from a file":
         "resume resumefrom resumefromcheckpoint continue checkpoint ckpt load restore r "
         "autoresume loadcheckpoint",
     "the number of --epochs ends a run": "iters iterations maxiters maxiter maxsteps steps nsteps "
         "numsteps maxiterations numiters earlystopping patience maxtime",
     "each epoch ends with a test": "test eval evaluate validate validation valinterval evalonly "
-        "evalevery evalinterval evalsteps doeval dotrain train",
+        "evalevery evalinterval evalsteps doeval",
     "the log is lines of JSON under --out, and `python -m scripts.plot` draws it":
         "wandb tensorboard tb logger mlflow comet project wandbproject plot",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
@@ -105,8 +106,13 @@ def set_meant(value):
 
 
 def optimizer(value):
-    """An argument type: one of the rules and baselines, or package.Class."""
-    return value if "." in value else one_of([*AUTOMATIC, *BASELINES], meant=RULES)(value)
+    """An argument type: one of OPTIMIZERS, which makes adamw torch.optim.AdamW, or package.Class.
+    """
+    name = OPTIMIZERS.get(value.lower(), value)
+    return name if "." in name else one_of(OPTIMIZERS, meant=RULES)(name)
+
+
+optimizer.meant = lambda value: value if value.lower() in OPTIMIZERS else RULES(value)
 
 
 def parser():
@@ -155,7 +161,8 @@ def parser():
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
     add("--gain", type=number(float, 0, 1e30), default=1.0,
         help="multiplies the update of agd and spectral (default: 1)")
-    add("--layers", type=one_of(LAYERS), metavar="HOW", help="AGD's number of layers: count (their "
+    add("--layers", type=one_of(LAYERS, meant=lambda x: "--depth" if x.isdigit() else None),
+        metavar="HOW", help="AGD's number of layers: count (their "
         "number) or paths (the mean number on a path through the network) (default: count for agd "
         "on the four networks, else paths)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
@@ -220,7 +227,7 @@ def words(p, flags):
     return line
 
 
-def command(flags):
+def command_of(flags):
     """The words of the command line that make the run of `flags` again. Records of earlier commits
     hold flags without effect, which a command line may not have."""
     p, idle = parser(), without_effect(argparse.Namespace(**flags))

@@ -220,7 +220,7 @@ def open_log(args, world, data, facts):
         return None, None, None
     name, settings = name_and_settings(vars(args))
     log = RunLog(args.out, name, {**settings, "data": data.source})
-    command = flags.command(vars(args))
+    command = flags.command_of(vars(args))
     record = Record(log.record_path, vars(args), command, log.settings, data, facts, world)
     promised = None
     if args.replay is not None:

@@ -108,6 +108,7 @@ main resnet18                                   | did you mean --arch resnet18
 main CIFAR-10                                   | did you mean --dataset cifar10
 main set.npz                                    | did you mean --dataset npz:set.npz
 main {{tmp}}                                    | did you mean --dataset folder:
+main AdamW                                      | did you mean --optimizer AdamW
 main 50                                         | no place for 50
 main --epochs                                   | --epochs: expected one argument
 main --epochs 0                                 | '0' is not a whole number from 1
@@ -131,6 +132,8 @@ main --dataset ./pictures                       | did you mean folder:./pictures
 main --dataset set.npz                          | did you mean npz:set.npz
 main --dataset folder:                          | folder:PATH
 main --optimizer nowhere.Class --dataset digits | nowhere
+main --optimizer SpectralAGD                    | did you mean spectral
+main --layers 5                                 | did you mean --depth
 main --optimizer os.system --cpu                | no optimiser
 main --optimizer torch.optim.LBFGS --cpu        | several passes a step
 {DIGITS} --optimizer torch.optim.Optimizer      | does not take these weights
