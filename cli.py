@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that suggests what was meant; `silent` where another rank prints it."""
 
     silent = False
-    absent = {}  # word -> what stands in the place of a flag that a user may look for
+    absent = {}  # a flag that people look for -> what stands in its place
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         flag = word.split("=")[0]
         name, flags = _plain(flag), {_plain(x): x for x in self._option_string_actions}
         if name not in flags and name in self.absent:
-            return f"there is no flag {flag}: {self.absent[name]}"
+            return f"there is no flag {flag}; {self.absent[name]}"
         lines = (list(map(_plain, line.split())) for line in SYNONYMS.splitlines())
         words = [name, *(word for line in lines if name in line for word in line)]
         meant = next((flags[x] for x in words if x in flags), None)

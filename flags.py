@@ -67,30 +67,28 @@ spectral spectralagd
 """)
 # Flags that people look for, and what stands in their place.
 ABSENT = {
-    "no schedule: AGD and SpectralAGD find the rate of each step, and a baseline keeps its --lr":
+    "AGD finds the rate of each step, and a baseline keeps its --lr":
         "scheduler lrscheduler lrschedule schedule sched warmup warmupepochs warmupsteps lrdecay "
         "stepsize gamma lrgamma lrstepsize cosine decay decayepochs minlr lrmin milestones",
-    "no weight decay: AGD needs none, and a class has its own, as torch.optim.AdamW":
-        "weightdecay wd decayrate l2reg l2",
-    "AGD has none, sgd is the plain one, and --optimizer package.Class takes a class of yours":
+    "AGD needs no weight decay, and adamw has one of its own": "weightdecay wd decayrate l2reg l2",
+    "AGD has none, and --optimizer package.Class takes a class with other defaults":
         "momentum nesterov betas beta1 beta2 beta eps epsilon dampening amsgrad",
-    "no clipping: AGD takes the gradient as it is":
+    "AGD takes the gradient as it is":
         "clip clipgrad gradclip maxgradnorm gradientclipval clipnorm clipgradnorm gradclipping",
     "the same command resumes, a larger --epochs goes on from a finished run, and --weights FILE "
     "starts from a file":
         "resume resumefrom resumefromcheckpoint continue checkpoint ckpt load restore r "
         "autoresume loadcheckpoint",
-    "the number of --epochs ends a run": "iters iterations maxiters maxiter maxsteps steps nsteps "
+    "a run has a number of --epochs": "iters iterations maxiters maxiter maxsteps steps nsteps "
         "numsteps maxiterations numiters earlystopping patience maxtime",
     "each epoch ends with a test": "test eval evaluate validate validation valinterval evalonly "
         "evalevery evalinterval evalsteps doeval",
-    "the log is lines of JSON under --out, and `python -m scripts.plot` draws it":
+    "the log is lines of JSON under --out, and scripts.plot draws it":
         "wandb tensorboard tb logger mlflow comet project wandbproject plot",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
     "the images have the number of classes": "numclasses nclasses classes nclass",
-    "the networks take none": "dropout drop droprate droppath",
-    "the losses are plain": "labelsmoothing smoothing mixup cutmix classweights",
-    "git has it: git describe": "version",
+    "the networks and losses take no other setting": "dropout drop droprate droppath "
+        "labelsmoothing smoothing mixup cutmix classweights",
 }  # fmt: skip
 
 

@@ -98,10 +98,10 @@ FLAGS = f"""
 {DIGITS} --n_epochs 3                           | did you mean --epochs
 {DIGITS} --image-size 64                        | did you mean --image_size
 {DIGITS} --resume                               | the same command resumes
-{DIGITS} --weight_decay 0.1                     | no weight decay
-{DIGITS} --wd 0.1                               | no weight decay
+{DIGITS} --weight_decay 0.1                     | needs no weight decay
+{DIGITS} --wd 0.1                               | needs no weight decay
 {DIGITS} --momentum 0.9                         | AGD has none
-{DIGITS} --warmup-epochs 5                      | no schedule
+{DIGITS} --warmup-epochs 5                      | finds the rate of each step
 {DIGITS} --zzz                                  | there is no flag --zzz
 main digits                                     | did you mean --dataset digits
 main resnet18                                   | did you mean --arch resnet18
