@@ -269,10 +269,12 @@ def start(device, distribute=False, seconds=600):
 def _meet(launch, seconds):
     """The torch store that all the ranks of `launch` share, once all of them have come."""
     near = launch.address == "localhost" or launch.address.startswith("127.")
-    limit = timedelta(seconds=min(seconds, NEAR) if near else seconds)
-    hosts = launch.rank == 0 and not launch.agent
+    seconds = min(seconds, NEAR) if near else seconds
+    limit, hosts = timedelta(seconds=seconds), launch.rank == 0 and not launch.agent
     try:
         socket.getaddrinfo(launch.address, launch.port)  # torch retries a wrong name to the end
+        if not hosts:
+            _wait_for_rank_0(launch, seconds)
         store = dist.TCPStore(
             launch.address, launch.port, launch.size, hosts, limit, wait_for_workers=False
         )
@@ -302,6 +304,18 @@ def _meet(launch, seconds):
         raise LaunchError(f"{len(missing)} of {launch.size} ranks did not come: {shown}; they have "
                           "ended, or have another command, or never began") from error  # fmt: skip
     return store
+
+
+def _wait_for_rank_0(launch, seconds):
+    """Wait until rank 0 listens: torch's own retries may take twice as long. Raises OSError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((launch.address, launch.port), 5).close()
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
 
 
 def _count_on_node(launch, store):
