@@ -1,6 +1,5 @@
 """Find what would stop a run, before it waits in a queue: `python main.py --check ...`."""
 
-import os
 import socket
 import sys
 import time
@@ -11,6 +10,7 @@ import torch
 import distributed
 from check import resources, surroundings
 from cli import UserError, printable
+from distributed.launch import is_launched
 
 MEETING = 60  # seconds for the ranks to meet: torch is imported at different speeds
 
@@ -27,11 +27,12 @@ def main(args):
     """Check the command line and print the findings. Returns the exit code: 1 after a fault."""
     began, findings, world = time.perf_counter(), [], None
     if args.distribute:
-        launched = any(name in os.environ for name in distributed.VARIABLES)
-        ranks = surroundings.ranks(args, MEETING) if launched else surroundings.no_launcher()
-        world = collect("ranks", ranks, findings)
-        if findings[-1] == Finding("fault", "ranks", ""):  # another rank says it
-            return 1
+        ranks = surroundings.ranks(args, MEETING) if is_launched() else surroundings.no_launcher()
+    else:
+        ranks = surroundings.alone()
+    world = collect("ranks", ranks, findings)
+    if Finding("fault", "ranks", "") in findings:  # another rank says it
+        return 1
     failed = world is None and findings and findings[-1].kind == "fault"
     world = world or distributed.World(torch.device(args.device))
     try:

@@ -17,6 +17,7 @@ from data import DATASETS, data_folder, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
 from data.workers import usable_cores
+from distributed.launch import check_alone, port_number
 from runs.files import cannot
 from runs.log import RunLog
 from runs.name import name_and_settings
@@ -49,13 +50,19 @@ def size(n):
     return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 
 
+def alone():
+    """No finding, unless a launcher has started several processes for this command."""
+    check_alone()
+    yield from ()
+
+
 def no_launcher():
     yield "note", "no launcher has started this check: ranks and nodes were not compared"
     port = os.environ.get("MASTER_PORT")
     if port is not None:
         try:
-            socket.create_server(("", int(port))).close()
-        except (OSError, ValueError, OverflowError) as error:
+            socket.create_server(("", port_number(port))).close()
+        except OSError as error:
             raise Fault(f"MASTER_PORT {port} cannot be used: {error}; choose another") from error
         yield "ok", f"port {port} is free"
 

@@ -1,6 +1,7 @@
 """One process of a run on many devices: from the launcher's variables to a World, and back.
 
-Started by torchrun, SLURM's srun, Open MPI's mpirun or another MPI's mpiexec.
+Started by torchrun, SLURM's srun, Open MPI's mpirun, another MPI's mpiexec, or by whatever sets
+RANK and WORLD_SIZE, as Kubernetes' PyTorchJob does.
 """
 
 import os
@@ -20,10 +21,9 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cli import UserError
-from distributed.launch import LAUNCHERS, LaunchError, is_first, read, siblings
+from distributed.launch import LaunchError, check_alone, read
 from distributed.sync_bn import SyncBatchNorm
 
-VARIABLES = [name for names in LAUNCHERS.values() for name in names[0]]  # one is set by a launcher
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 ENDING = (signal.SIGINT, signal.SIGTERM)
 # How gloo's and NCCL's errors say that another process has ended.
@@ -33,6 +33,7 @@ GONE = ("another rank is gone: it was killed (out of memory?) or its node is dow
 # Seconds to wait for another rank's reason. It is stored before that rank ends, and mpirun kills
 # the other ranks a second after the first.
 HEARING = 0.5
+NEAR = 90  # seconds for the ranks of one node to meet: those of several start one after the other
 
 
 class RankError(UserError):
@@ -229,11 +230,7 @@ def start(device, distribute=False, seconds=600):
     The message is empty where another rank prints it.
     """
     if not distribute:
-        if siblings() > 1:
-            raise LaunchError(
-                f"{siblings()} processes were started to do the same: with --distribute they work "
-                "together" if is_first() else ""
-            )
+        check_alone()
         return World(device)
     launch = read()
     if device.index is not None:
@@ -242,6 +239,8 @@ def start(device, distribute=False, seconds=600):
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
     try:
         store = _meet(launch, seconds)
+        if launch.local_rank is None:
+            launch = launch._replace(local_rank=_count_on_node(launch, store))
         world = World(device, launch.rank, launch.local_rank, launch.size, launch, store)
         try:
             if device.type == "cuda":
@@ -269,9 +268,13 @@ def start(device, distribute=False, seconds=600):
 
 def _meet(launch, seconds):
     """The torch store that all the ranks of `launch` share, once all of them have come."""
+    near = launch.address == "localhost" or launch.address.startswith("127.")
+    seconds = min(seconds, NEAR) if near else seconds
     limit, hosts = timedelta(seconds=seconds), launch.rank == 0 and not launch.agent
     try:
         socket.getaddrinfo(launch.address, launch.port)  # torch retries a wrong name to the end
+        if not hosts:
+            _wait_for_rank_0(launch, seconds)
         store = dist.TCPStore(
             launch.address, launch.port, launch.size, hosts, limit, wait_for_workers=False
         )
@@ -289,7 +292,7 @@ def _meet(launch, seconds):
     command = zlib.crc32(repr(sys.argv[1:]).encode())
     store = dist.PrefixStore(f"agd/{launch.job}/{launch.size}/{command}", store)
     try:
-        store.set(f"here/{launch.rank}", "")
+        store.set(f"here/{launch.rank}", socket.gethostname())
         if store.add("here", 1) == launch.size:
             store.set("all", "")
         store.wait(["all"], limit)
@@ -301,6 +304,24 @@ def _meet(launch, seconds):
         raise LaunchError(f"{len(missing)} of {launch.size} ranks did not come: {shown}; they have "
                           "ended, or have another command, or never began") from error  # fmt: skip
     return store
+
+
+def _wait_for_rank_0(launch, seconds):
+    """Wait until rank 0 listens: torch's own retries may take twice as long. Raises OSError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((launch.address, launch.port), 5).close()
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
+
+
+def _count_on_node(launch, store):
+    """The number of lower ranks on this node, where the launcher has not told; a pod is a node."""
+    hosts = (store.get(f"here/{rank}") for rank in range(launch.rank))
+    return list(hosts).count(socket.gethostname().encode())
 
 
 def fingerprint(tensors):

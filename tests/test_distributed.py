@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from distributed import LaunchError, fingerprint, start
-from distributed.launch import JOB, LAUNCHERS, NODE_COUNTS, NODES, read
+from distributed import LaunchError, _count_on_node, fingerprint, start
+from distributed import launch as launching
+from distributed.launch import PLANS, check_alone, is_first, read
 from distributed.slurm import first_node
 from tests import ranks
 from tests.conftest import ROOT
@@ -22,10 +24,10 @@ slow = pytest.mark.slow
 FLAGS = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "2",
          "--train_bs", "100", "--test_bs", "77", "--cpu"]  # fmt: skip
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-VARIABLES = {name for kinds in LAUNCHERS.values() for names in kinds for name in names}
-VARIABLES |= {name for names in JOB.values() for name in names}
-VARIABLES |= {*NODES, *NODE_COUNTS, "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST",
-              "TORCHELASTIC_USE_AGENT_STORE"}  # fmt: skip
+VARIABLES = {x for kinds in launching.LAUNCHERS.values() for names in kinds for x in names}
+VARIABLES |= {name for names in launching.JOB.values() for name in names}
+VARIABLES |= {*launching.NODES, *launching.NODE_COUNTS, *PLANS, "MASTER_ADDR", "MASTER_PORT",
+              "SLURM_STEP_NODELIST", "TORCHELASTIC_USE_AGENT_STORE"}  # fmt: skip
 
 
 def free_port():
@@ -406,12 +408,16 @@ def test_a_rank_that_does_not_come_is_named(run_ranks):
 SRUN_4 = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12",
           "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[3-4]"}  # fmt: skip
 HAND = by_hand(0, 2, 1)
+# What Kubernetes' PyTorchJob sets in the second of two pods.
+POD = {k: v for k, v in by_hand(1, 2, 5).items() if k != "LOCAL_RANK"}
 
 
 @pytest.mark.parametrize("variables, words", [
     ({}, "torchrun.*srun or mpirun"),
     ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "srun.*SLURM_NTASKS"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun.*LOCAL_RANK"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "by RANK and WORLD_SIZE needs the variable MASTER_ADDR"),
+    ({"RANK": "0"}, "by RANK and WORLD_SIZE needs the variable WORLD_SIZE"),
+    ({"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}, "torchrun.*MASTER_ADDR"),
     # within sbatch, and within salloc
     ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}, "start with `srun"),
     ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4"}, "start with `srun"),
@@ -427,7 +433,13 @@ HAND = by_hand(0, 2, 1)
     (by_mpi(1, 2, 0, 1), "mpirun.*MASTER_ADDR"),  # over two nodes, without a batch job
     ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "here"},
      "mpiexec.*MASTER_PORT"),
-    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec.*MPI_LOCALRANKID or PMI_LOCAL_RANK"),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec.*MASTER_ADDR"),
+    ({**HAND, "MASTER_PORT": "tcp://10.0.3.4:23456"}, "MASTER_PORT is 'tcp.*Kubernetes"),
+    # torchrun's flags as variables, and no torchrun
+    ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES is 2.*`torchrun main.py"),
+    ({**HAND, "PET_NNODES": "2", "PET_NPROC_PER_NODE": "gpu"}, "PET_NPROC_PER_NODE is gpu"),
+    # a shell's leftovers, under MPI
+    ({"RANK": "0", "WORLD_SIZE": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, "to run under mpiexec"),
 ])  # fmt: skip
 def test_missing_and_contradictory_variables_are_named(variables, words):
     with pytest.raises(LaunchError, match=words):
@@ -435,7 +447,15 @@ def test_missing_and_contradictory_variables_are_named(variables, words):
 
 
 @pytest.mark.parametrize("variables, launcher, numbers, address", [
-    (by_hand(1, 2, 5), "torchrun", (1, 2, 1), "127.0.0.1"),
+    (by_hand(1, 2, 5), "variables", (1, 2, 1), "127.0.0.1"),
+    (POD, "variables", (1, 2, None), "127.0.0.1"),
+    ({**POD, "LOCAL_RANK": "", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}, "variables",
+     (1, 2, None), "127.0.0.1"),
+    # of one process there is no more to say
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "variables", (0, 1, None), "127.0.0.1"),
+    # one variable that is left over does not make another launcher
+    ({**by_mpi(1, 2, 1, 2), "LOCAL_RANK": "0", "RANK": ""}, "mpirun", (1, 2, 1), "127.0.0.1"),
+    ({**by_srun(1, 2), "WORLD_SIZE": "4"}, "srun", (1, 2, 1), "127.0.0.1"),
     (by_srun(1, 2), "srun", (1, 2, 1), "127.0.0.1"),
     (SRUN_4, "srun", (5, 8, 1), "gpu3"),
     ({**SRUN_4, "MASTER_ADDR": "login"}, "srun", (5, 8, 1), "login"),
@@ -471,16 +491,78 @@ def test_the_first_of_a_list_of_nodes(nodes, first):
     assert first_node(nodes) == first
 
 
-@pytest.mark.parametrize("variables", [
-    {**HAND, "TORCHELASTIC_RUN_ID": "1"}, {"OMPI_COMM_WORLD_SIZE": "2"},
+TORCHRUNS = {**HAND, "TORCHELASTIC_RUN_ID": "1"}
+HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+
+
+@pytest.mark.parametrize("variables, words", [
+    (TORCHRUNS, "unset WORLD_SIZE"), (by_mpi(0, 2, 0, 2), "unset OMPI_COMM_WORLD_SIZE"),
+    (HYDRA, "unset PMI_SIZE"), (POD, "unset WORLD_SIZE"), ({**POD, "RANK": "0"}, "WORLD_SIZE"),
+    (HAND, "WORLD_SIZE"), ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI"), ({"PMI_SIZE": "2"}, "PMI_SIZE"),
+    ({k: v for k, v in POD.items() if k != "RANK"}, "WORLD_SIZE"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "unset WORLD_SIZE"),  # a notebook's
+    ({"RANK": "0", "WORLD_SIZE": "1", **by_mpi(0, 2, 0, 2)}, "OMPI_COMM_WORLD_SIZE"),
+    # another process of the node prints it
+    ({**TORCHRUNS, "RANK": "1", "LOCAL_RANK": "1"}, None), (by_mpi(1, 2, 1, 2), None),
+    ({**HYDRA, "PMI_RANK": "1", "MPI_LOCALRANKID": "1"}, None),
+    # torchrun's flags as variables, for which no torchrun was started
+    ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}, "`torchrun main.py --distribute"),
+    ({"PET_NNODES": "1:4"}, "PET_NNODES is 1:4"), ({"PET_NPROC_PER_NODE": "8"}, "NODE is 8"),
 ])  # fmt: skip
-def test_several_processes_of_one_command_need_the_flag(variables, monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match="2 processes were started.*--distribute"):
-        start(torch.device("cpu"))
+def test_several_processes_of_one_command_need_the_flag(variables, words):
+    with pytest.raises(LaunchError) as caught:
+        check_alone(variables)
+    assert (words or "") in str(caught.value) and bool(words) == bool(str(caught.value))
+    assert ("torchrun" in str(caught.value)) == any(x in variables for x in PLANS)
+
+
+LAUNCHES = {"torchrun": TORCHRUNS, "pod": POD, "mpirun": by_mpi(0, 2, 0, 2), "mpiexec": HYDRA,
+            "srun": by_srun(1, 2), "plans": {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}}
+
+
+@pytest.mark.parametrize("variables", [
+    {}, {"RANK": "0"}, {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"},
+    {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    by_hand(0, 1, 1), {"RANK": "3", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "two"},
+    {"MASTER_ADDR": "here", "MASTER_PORT": "tcp://1.2.3.4:5"}, {"MASTER_PORT": "x", "RANK": "y"},
+    by_mpi(0, 1, 0, 1), {"OMPI_COMM_WORLD_SIZE": "many"}, {"PMI_RANK": "0", "PMI_SIZE": "1"},
+    {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "gpu"}, {"PET_NNODES": "1:1"},
+    by_srun(1, 4), {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"},
+    {**by_srun(1, 4), "PMI_RANK": "1", "PMI_SIZE": "4"},  # srun --mpi=pmi2
+    *(dict.fromkeys(launch, "") for launch in LAUNCHES.values()),
+])  # fmt: skip
+def test_a_run_of_its_own_needs_no_variable(variables):
+    check_alone(variables)
+    assert is_first(variables) or variables.get("SLURM_PROCID") == "1"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_each_variable_of_a_launcher_may_be_missing(launcher):
+    """Then the others do, or a sentence names a variable; nor is torchrun named where it is not."""
+    numbers, whole = (int(launcher in ("pod", "srun")), 2), LAUNCHES[launcher]
+    for gone in whole:
+        for value in (None, "", "x"):
+            variables = {k: v for k, v in whole.items() if k != gone}
+            variables |= {gone: value} if value is not None else {}
+            for function in (read, check_alone):
+                try:
+                    launch = function(variables)
+                    assert function is check_alone or (launch.rank, launch.size) == numbers
+                except LaunchError as error:
+                    assert function is check_alone or any(
+                        x in str(error) for x in (gone, "MASTER_", "srun", "PET_NNODES")
+                    ), (variables, str(error))
+                    assert launcher in ("torchrun", "plans") or "torchrun" not in str(error)
+
+
+def test_ranks_without_a_local_rank_count_themselves():
+    store, pods = dist.HashStore(), [b"here", b"there", b"here", b"here"]
+    pods = [socket.gethostname().encode() if pod == b"here" else pod for pod in pods]
+    for rank, pod in enumerate(pods):
+        store.set(f"here/{rank}", pod)
+    launch = read(POD)
+    counted = [_count_on_node(launch._replace(rank=rank), store) for rank in (0, 2, 3)]
+    assert counted == [0, 1, 2]
 
 
 def test_ctrl_c_ends_a_rank_that_waits_for_others(tmp_path):
