@@ -78,7 +78,7 @@ class AGD(torch.optim.Optimizer):
 
     _spectral = False  # whether a kernel is one matrix a group, and output layers differ
     _saved = {"s": "s", "share": "share"}  # keys of a parameter in `state_dict`: fields of its Rule
-    _tensors = frozenset()  # its other keys
+    _tensors = frozenset({"numel"})  # its other keys
     _net = _known = None  # a weak reference to the network; {id: (name, Rule)} of its parameters
     _hook = _parts = None  # for the network's first forward pass; of the last step
     _outputs = _read = False  # whether the output layers, and the shares of L, are known
@@ -320,6 +320,9 @@ class AGD(torch.optim.Optimizer):
         parameter."""
         state = super().state_dict()
         state["param_groups"][0]["skipped"] = self.skipped.clone()
+        for group in state["param_groups"]:
+            if hasattr(group["lr"], "item") and not isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])  # torch.load takes no numbers of numpy
         if self._paths or self._spectral:
             fields = [(key, field) for key, field in self._saved.items()
                       if field != "share" or self._read or not self._paths]  # fmt: skip
@@ -332,18 +335,19 @@ class AGD(torch.optim.Optimizer):
         """As torch's method, but tensors keep their dtypes, and `skipped` stays as it is where the
         state has none. Raises ValueError, and changes nothing, for the state of another optimiser
         or network."""
-        groups, state = state_dict.get("param_groups") or [{}], state_dict.get("state", {})
-        foreign = {key for x in state.values() for key in x} - self._tensors - self._saved.keys()
-        foreign -= {"numel"}
-        own = KEYS.union(*self.param_groups)  # and what a scheduler keeps: initial_lr, swa_lr
-        foreign |= {key for x in groups for key in x if not key.endswith("lr")} - own
+        given, name = state_dict if isinstance(state_dict, Mapping) else {}, type(self).__name__
+        groups, state = given.get("param_groups") or [{}], given.get("state", {})
+        own = KEYS.union(*self.param_groups)  # a scheduler keeps initial_lr, swa_lr beside them
+        foreign = {key for x in groups for key in x if not key.endswith("lr")} - own
+        foreign |= {key for x in state.values() for key in x} - self._tensors - self._saved.keys()
         missing = {key for x in groups for key in ("params", "lr") if key not in x}
         missing |= ({"train_mode"} if self._spectral else set()) - groups[0].keys()
-        missing = {"param_groups", "state"} - state_dict.keys() or missing
+        missing = {"param_groups", "state"} - given.keys() or missing
         if foreign or missing:
-            odd = f"has {min(foreign)}, which is none of" if foreign else f"lacks {min(missing)} of"
-            raise ValueError("this is the state of another optimiser, or none: it "
-                             f"{odd} {type(self).__name__}'s; start without it")
+            odd = (f"{min(foreign)}, and {name}'s has not" if foreign else
+                   f"no {min(missing)}, and {name}'s has one")  # fmt: skip
+            raise ValueError(f"this is the state of another optimiser, or none: it has {odd}; start "
+                             "without it")  # fmt: skip
         for group in groups:
             _checked_gain(group["lr"], group.get("initial_lr"))
         numbers = [i for group in groups for i in group["params"]]
@@ -445,7 +449,7 @@ class SpectralAGD(AGD):
 
     _spectral = True
     _saved = {"scale": "s", "output": "output", "share": "share"}
-    _tensors = frozenset({"z", "m", "weights", "s", "held", "t", "length", "fixed"})
+    _tensors = frozenset({"numel", "z", "m", "weights", "s", "held", "t", "length", "fixed"})
     process_group = None
 
     def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
@@ -541,10 +545,11 @@ class SpectralAGD(AGD):
                              "optimizer.eval() before it is loaded into a template")
         for i, (p, entries) in enumerate(saved.items()):
             shapes = [tuple(entries[key].shape) for key in ("z", "m", "weights") if key in entries]
-            if ("z" in entries) != ("m" in entries) or any(shape != p.shape for shape in shapes):
+            there = {"z", "m", "s", "held", "t", "length"} & entries.keys()
+            if len(there) not in (0, 6) or any(shape != p.shape for shape in shapes):
                 raise ValueError(f"the state is not of these parameters: number {i} has shape "
-                                 f"{tuple(p.shape)}, and its z and m {shapes}")
-            unused = {"weights"} if training and p.dtype.itemsize >= 4 else set()
+                                 f"{tuple(p.shape)}, and there {', '.join(sorted(there))} {shapes}")
+            unused = {"numel", "weights" if training and p.dtype.itemsize >= 4 else ""}
             state[p] = {key: x.detach().to(p.device, copy=True) if isinstance(x, Tensor) else x
                         for key, x in entries.items() if key in self._tensors - unused}
         return {p: tensors for p, tensors in state.items() if tensors}
@@ -1888,7 +1893,7 @@ ROUNDING = 2.0**-21  # of the gain at the start: 4 units of float32 in the last 
 def _checked_gain(gain, start=None, read=True):
     """A gain as a float, 0 where it is negative by rounding, `start` being the first one; a tensor
     as it is, of which a step (`read` False) reads no number."""
-    x, least = gain, -ROUNDING * (start or 1.0)
+    x, least = gain, -ROUNDING * max(1.0, start or 0.0)
     if isinstance(gain, Tensor):
         if gain.numel() == 1 and gain.dtype != torch.bool and not gain.is_complex() and (
                 not read or least <= gain < math.inf):  # fmt: skip
