@@ -344,18 +344,20 @@ class AGD(torch.optim.Optimizer):
         missing |= ({"train_mode"} if self._spectral else set()) - groups[0].keys()
         missing = {"param_groups", "state"} - given.keys() or missing
         if foreign or missing:
-            odd = (f"{min(foreign)}, and {name}'s has not" if foreign else
-                   f"no {min(missing)}, and {name}'s has one")  # fmt: skip
-            raise ValueError(f"this is the state of another optimiser, or none: it has {odd}; start "
-                             "without it")  # fmt: skip
+            odd = f"{min(foreign)}, and" if foreign else f"no {min(missing)}, unlike"
+            raise ValueError("this is the state of another optimiser, or of none: it has "
+                             f"{odd} {name}'s{' has not' * bool(foreign)}; start without it")
         for group in groups:
             _checked_gain(group["lr"], group.get("initial_lr"))
+        there, here = ([len(x["params"]) for x in some] for some in (groups, self.param_groups))
+        odd = f"its groups have {there} parameters, not {here}" if there != here else ""
         numbers = [i for group in groups for i in group["params"]]
         saved = {p: state.get(i, {}) for i, (_, p, _) in zip(numbers, self._each())}
-        for name, p, _ in self._each():
-            if saved.get(p, {}).get("numel", p.numel()) != p.numel():
-                raise ValueError(f"the state is of another network: {_label(name, p)} has "
-                                 f"{saved[p]['numel']} elements there; start without it")
+        for label, p, _ in () if odd else self._each():
+            if (number := saved[p].get("numel", p.numel())) != p.numel():
+                odd = f"{_label(label, p)} has {number} elements there"
+        if odd:
+            raise ValueError(f"this is the state of another network: {odd}; start without it")
         tensors = self._tensors_of(saved, groups[0])
         skipped, older = self.skipped, state_dict.get("skipped", self.skipped)
         super().load_state_dict(state_dict)
@@ -1716,7 +1718,8 @@ def init_weights(params, generator=None, inputs=None, roles=None):
             blocks = rule.parted(whole).movedim(numbering, [*range(len(numbering))])
             tall = blocks.shape[len(numbering)] ** 2 >= Q[0].numel()
             blocks.copy_((Q if tall else Q.mT).reshape(blocks.shape))
-            if not (is_net and name.endswith(".original") and _assign(params, made, p, whole * s)):
+            if not (name or "").endswith(".original") or (
+                    is_net and not _assign(params, made, p, whole * s)):  # fmt: skip
                 _fill(p, whole * s)
             weights[tuple(made)] = p
     for p, *made in magnitudes:  # of weight_norm: the weight is then the one that was drawn
