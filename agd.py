@@ -26,6 +26,7 @@ import importlib
 import itertools
 import math
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -47,9 +48,9 @@ class AGD(torch.optim.Optimizer):
         params: a network, `torch.nn.Module`: every parameter that requires a gradient, with the
             role that its layer gives it. Or an iterable of tensors, of (name, tensor) pairs, or of
             group dicts, the paper's rule: roles by shape. Any memory format and float dtype.
-        gain: multiplies the update; a number or a 0-dim tensor, finite and not negative; the key
-            `lr` of `param_groups`. 0 freezes a group. Under torch.compile a scheduler needs a
-            tensor: a new number compiles the step again.
+        gain: multiplies the update; a real number or a 0-dim tensor, finite and not negative
+            (within rounding of 0 it is 0); the key `lr` of `param_groups`. 0 freezes a group. Under
+            torch.compile a scheduler needs a tensor: a new number compiles the step again.
         fused: None: compiled kernels for the weights that they support (float32 on a CPU, any
             dtype on a CUDA GPU), torch's operations for the others. False: torch's operations.
             True: raise ValueError for a weight that no kernel supports. All agree to rounding.
@@ -71,12 +72,13 @@ class AGD(torch.optim.Optimizer):
     Raises:
         ValueError: for arguments out of range, names that nothing has, and tensors without a rule
             or, with fused=True, without a kernel; at a step, for a sparse or complex gradient; for
-            the state of another optimiser. The message names the tensors and the way out.
+            the state of another optimiser; for a wrapper that shows it a part of the weights, whose
+            G and L are not the network's. The message names the tensors and the way out.
     """
 
     _spectral = False  # whether a kernel is one matrix a group, and output layers differ
     _saved = {"s": "s", "share": "share"}  # keys of a parameter in `state_dict`: fields of its Rule
-    _tensors = frozenset()  # its other keys
+    _tensors = frozenset({"numel"})  # its other keys
     _net = _known = None  # a weak reference to the network; {id: (name, Rule)} of its parameters
     _hook = _parts = None  # for the network's first forward pass; of the last step
     _outputs = _read = False  # whether the output layers, and the shares of L, are known
@@ -85,6 +87,7 @@ class AGD(torch.optim.Optimizer):
         if foreign:
             raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
                             f"{', '.join(foreign)}: there is nothing to set")
+        _refuse_wrappers(type(self).__name__)
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = float(depth) if isinstance(depth, (int, float)) else depth
         known = depth is None or isinstance(depth, Mapping)
@@ -141,8 +144,7 @@ class AGD(torch.optim.Optimizer):
             raise ValueError(NO_RATE if "lr" in foreign else "AGD has no " + ", ".join(foreign)
                              + ": a group has params and, if any, gain")  # fmt: skip
         group = dict(param_group)
-        group["lr"] = group.pop("gain", self.defaults["lr"])
-        _check_gain(group["lr"])
+        group["lr"] = _checked_gain(group.pop("gain", self.defaults["lr"]))
         params, known = group["params"], self._known or {}
         if isinstance(params, nn.Module):
             params = _trainable(params)
@@ -225,10 +227,11 @@ class AGD(torch.optim.Optimizer):
     def _check_gains(self):
         """Check the gains, which a scheduler may have changed; warn of it, and of an unread L."""
         for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                _check_gain(group["lr"])
-                if group.get("initial_lr", group["lr"]) != group["lr"]:
-                    self._warn("scheduled")
+            gain = group["lr"]
+            if type(gain) is not float or not 0 <= gain < math.inf:
+                gain = group["lr"] = _checked_gain(gain, group.get("initial_lr"), read=False)
+            if not isinstance(gain, Tensor) and group.get("initial_lr", gain) != gain:
+                self._warn("scheduled")
         if self._listening and self.depth is None and not torch.compiler.is_compiling():
             self._warn("depth")
 
@@ -261,6 +264,7 @@ class AGD(torch.optim.Optimizer):
                     CAPTURED.setdefault(targets[0], {})[id(parts)] = parts
                 self._parts = parts
                 return parts, targets, grads
+        self._check_whole()
         moving = [(i, p, rule) for i, group in enumerate(self.param_groups)
                   for p, rule in zip(group["params"], self.rules[i])
                   if p.grad is not None]  # fmt: skip
@@ -270,6 +274,16 @@ class AGD(torch.optim.Optimizer):
             self._parts = _Part.split(moving, self.L, self.fused)
         self._made[:] = (key, self._parts), *self._made[:3]
         return self._parts, targets, grads
+
+    def _check_whole(self):
+        """Refuse flat tensors in the weights' places, and steps of one weight each in backward."""
+        pairs = [(p, x) for group, rules in zip(self.param_groups, self.rules)
+                 for p, x in itertools.zip_longest(group["params"], rules)]  # fmt: skip
+        if any(p is None or x is None or p.ndim < 2 and not x.is_vector for p, x in pairs):
+            raise ValueError(PARTS.format(type(self).__name__, "flattened"))
+        if len(pairs) == 1 and not torch.compiler.is_compiling() and (
+                torch._C._current_graph_task_id() >= 0):  # fmt: skip
+            raise ValueError(PARTS.format(type(self).__name__, "in the backward pass"))
 
     def _update(self, parts, targets, grads):
         """Move the weights. Returns G, eta and, of each part, the norms of its gradients' blocks;
@@ -306,31 +320,48 @@ class AGD(torch.optim.Optimizer):
         parameter."""
         state = super().state_dict()
         state["param_groups"][0]["skipped"] = self.skipped.clone()
+        for group in state["param_groups"]:
+            if hasattr(group["lr"], "item") and not isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])  # torch.load takes no numbers of numpy
         if self._paths or self._spectral:
             fields = [(key, field) for key, field in self._saved.items()
                       if field != "share" or self._read or not self._paths]  # fmt: skip
-            state["state"] = {i: {**state["state"].get(i, {}),
+            state["state"] = {i: {**state["state"].get(i, {}), "numel": p.numel(),
                                   **{key: getattr(rule, field) for key, field in fields}}
-                              for i, (_, _, rule) in enumerate(self._each())}  # fmt: skip
+                              for i, (_, p, rule) in enumerate(self._each())}  # fmt: skip
         return state
 
     def load_state_dict(self, state_dict):
         """As torch's method, but tensors keep their dtypes, and `skipped` stays as it is where the
-        state has none. Raises ValueError for the state of another optimiser."""
-        groups, state = state_dict["param_groups"], state_dict["state"]
-        foreign = {key for x in state.values() for key in x} - self._tensors - self._saved.keys()
-        foreign |= FOREIGN.intersection(*[group.keys() for group in groups])
-        if foreign or self._spectral and "train_mode" not in groups[0]:
-            name = type(self).__name__
-            raise ValueError("this is the state of another optimiser" + (
-                f": it has {min(foreign)}, and {name} has nothing of the kind" if foreign else "")
-                + "; start without it")  # fmt: skip
+        state has none. Raises ValueError, and changes nothing, for the state of another optimiser
+        or network."""
+        given, name = state_dict if isinstance(state_dict, Mapping) else {}, type(self).__name__
+        groups, state = given.get("param_groups") or [{}], given.get("state", {})
+        own = KEYS.union(*self.param_groups)  # a scheduler keeps initial_lr, swa_lr beside them
+        foreign = {key for x in groups for key in x if not key.endswith("lr")} - own
+        foreign |= {key for x in state.values() for key in x} - self._tensors - self._saved.keys()
+        missing = {key for x in groups for key in ("params", "lr") if key not in x}
+        missing |= ({"train_mode"} if self._spectral else set()) - groups[0].keys()
+        missing = {"param_groups", "state"} - given.keys() or missing
+        if foreign or missing:
+            odd = f"{min(foreign)}, and" if foreign else f"no {min(missing)}, unlike"
+            raise ValueError("this is the state of another optimiser, or of none: it has "
+                             f"{odd} {name}'s{' has not' * bool(foreign)}; start without it")
+        for group in groups:
+            _checked_gain(group["lr"], group.get("initial_lr"))
+        there, here = ([len(x["params"]) for x in some] for some in (groups, self.param_groups))
+        odd = f"its groups have {there} parameters, not {here}" if there != here else ""
         numbers = [i for group in groups for i in group["params"]]
         saved = {p: state.get(i, {}) for i, (_, p, _) in zip(numbers, self._each())}
+        for label, p, _ in () if odd else self._each():
+            if (number := saved[p].get("numel", p.numel())) != p.numel():
+                odd = f"{_label(label, p)} has {number} elements there"
+        if odd:
+            raise ValueError(f"this is the state of another network: {odd}; start without it")
         tensors = self._tensors_of(saved, groups[0])
         skipped, older = self.skipped, state_dict.get("skipped", self.skipped)
         super().load_state_dict(state_dict)
-        skipped.copy_(self.param_groups[0].get("skipped", older))
+        skipped.copy_(torch.as_tensor(self.param_groups[0].get("skipped", older)))
         self.param_groups[0]["skipped"] = skipped  # the same tensor: a CUDA graph may count in it
         self.state.clear()
         self.state.update(tensors)
@@ -420,7 +451,7 @@ class SpectralAGD(AGD):
 
     _spectral = True
     _saved = {"scale": "s", "output": "output", "share": "share"}
-    _tensors = frozenset({"z", "m", "weights", "s", "held", "t", "length", "fixed"})
+    _tensors = frozenset({"numel", "z", "m", "weights", "s", "held", "t", "length", "fixed"})
     process_group = None
 
     def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
@@ -468,6 +499,7 @@ class SpectralAGD(AGD):
         listed = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         key = [(p.device, p.dtype, p.requires_grad, _local(p).stride()) for _, p in listed]
         if not self._made or self._made[0] != key:
+            self._check_whole()
             rules = [rule for _, _, rule in self._each()]
             if not self._outputs:  # no graph was read
                 last = max((i for i, x in enumerate(rules) if not x.is_vector), default=-1)
@@ -515,10 +547,11 @@ class SpectralAGD(AGD):
                              "optimizer.eval() before it is loaded into a template")
         for i, (p, entries) in enumerate(saved.items()):
             shapes = [tuple(entries[key].shape) for key in ("z", "m", "weights") if key in entries]
-            if ("z" in entries) != ("m" in entries) or any(shape != p.shape for shape in shapes):
+            there = {"z", "m", "s", "held", "t", "length"} & entries.keys()
+            if len(there) not in (0, 6) or any(shape != p.shape for shape in shapes):
                 raise ValueError(f"the state is not of these parameters: number {i} has shape "
-                                 f"{tuple(p.shape)}, and its z and m {shapes}")
-            unused = {"weights"} if training and p.dtype.itemsize >= 4 else set()
+                                 f"{tuple(p.shape)}, and there {', '.join(sorted(there))} {shapes}")
+            unused = {"numel", "weights" if training and p.dtype.itemsize >= 4 else ""}
             state[p] = {key: x.detach().to(p.device, copy=True) if isinstance(x, Tensor) else x
                         for key, x in entries.items() if key in self._tensors - unused}
         return {p: tensors for p, tensors in state.items() if tensors}
@@ -593,7 +626,8 @@ TOKEN = re.compile("token|pos|embed|query|queries|latent|bias_[kv]$")  # names o
 def _rules(params, roles, im2col=False, measure=True):
     """{id: (name or None, Rule)} of all parameters of a network, by its layers; or of (name or
     None, tensor) pairs, by shape: a matrix or kernel, or, of a single dimension, the bias of the
-    weight of its name, or of the weight in front of it that has as many rows, or a gain.
+    weight of its name, or of the weight in front of it that has as many rows, or a gain. Names
+    tell tokens, positions, layer scales and the magnitudes of weight_norm from weights.
     `im2col`: a kernel is one matrix a group. `measure`: s is that of the weights."""
     net = params if isinstance(params, nn.Module) else None
     _check(params if net is None else _trainable(net))
@@ -602,12 +636,14 @@ def _rules(params, roles, im2col=False, measure=True):
                   if nn.parameter.is_lazy(p) or p.numel()]  # fmt: skip
     known, layers, before = {}, {}, None
     for name, p in params:
-        owner, _, tensor = (name or "").rpartition(".")
-        magnitude, rule = False, Rule("matrix" if p.ndim == 2 else "kernel")
-        if net is not None:
-            owner, tensor, magnitude = _owner(name, p)
-            own = net.get_submodule(owner), owner.rpartition(".")[2]
-            rule = Rule("gain") if magnitude else _role(*own, tensor, p.shape)
+        owner, tensor, magnitude = _owner(name or "", p)
+        rule = Rule("matrix" if p.ndim == 2 else "kernel")
+        if magnitude:
+            rule = Rule("gain")
+        elif net is not None:
+            rule = _role(net.get_submodule(owner), owner.rpartition(".")[2], tensor, p.shape)
+        elif name and "weight" not in tensor and p.ndim > 1 + (not TOKEN.search(tensor)):
+            rule = _role(None, "", tensor, p.shape)  # as a network's tensor that is of no layer
         elif p.ndim < 2:
             rule = Rule("gain", start=0.0 if "bias" in tensor else 1.0)
         layer = before if name is None else None
@@ -639,7 +675,7 @@ def _owner(name, p):
     """(the module's name, the tensor's name in it, whether it is the magnitude of weight_norm) of a
     parameter; one of a parametrization stands for the weight that it makes."""
     if own := re.fullmatch(r"(?:(.*)\.)?parametrizations\.(\w+)\.original(\d?)", name):
-        vector = p.ndim > 1 and sum(n > 1 for n in p.shape) < 2
+        vector = p.ndim != 1 and sum(n > 1 for n in p.shape) < 2
         return own[1] or "", own[2], own[3] == "0" and vector
     owner, _, tensor = name.rpartition(".")
     if tensor in ("weight_g", "weight_v", "weight_orig"):  # of the older torch.nn.utils
@@ -1660,10 +1696,14 @@ def init_weights(params, generator=None, inputs=None, roles=None):
     rules = _rules(params if is_net else listed, roles or {}, measure=False)
     # Without a name a constant vector is of a norm layer: its gain or its bias.
     named, wide = all(name for name, _ in listed), {"dtype": torch.float64, "device": "cpu"}
+    weights, magnitudes = {}, []
     for key, p in {id(p): p for _, p in listed}.items():
-        rule = rules[key][1]
+        name, rule = rules[key]
+        *made, magnitude = _owner(name or "", p)
         number, rank, s = rule.blocks(p.shape)
-        if rule.is_vector:
+        if magnitude:
+            magnitudes.append((p, *made))
+        elif rule.is_vector:
             if rule.start is not None and (named or p.max() > p.min()):
                 p.fill_(rule.start)
         elif rule.role == "rows":
@@ -1678,7 +1718,14 @@ def init_weights(params, generator=None, inputs=None, roles=None):
             blocks = rule.parted(whole).movedim(numbering, [*range(len(numbering))])
             tall = blocks.shape[len(numbering)] ** 2 >= Q[0].numel()
             blocks.copy_((Q if tall else Q.mT).reshape(blocks.shape))
-            _fill(p, whole * s)
+            if not (name or "").endswith(".original") or (
+                    is_net and not _assign(params, made, p, whole * s)):  # fmt: skip
+                _fill(p, whole * s)
+            weights[tuple(made)] = p
+    for p, *made in magnitudes:  # of weight_norm: the weight is then the one that was drawn
+        if (v := weights.get(tuple(made))) is not None:
+            dims = [i for i in range(v.ndim) if p.ndim == 0 or p.shape[i] == 1]
+            p.copy_(vector_norm(v, 2, dims).reshape(p.shape))
     if inputs is not None:
         _scale(params, inputs)
 
@@ -1707,6 +1754,16 @@ def _scale(net, inputs):
         named = inputs if isinstance(inputs, Mapping) else {}
         listed = inputs if isinstance(inputs, (tuple, list)) else [inputs]
         net(*([] if named else listed), **named)
+
+
+def _assign(net, made, p, whole):
+    """Draw a weight that torch's parametrization makes of p. False where that has no inverse."""
+    try:
+        with torch.random.fork_rng([p.device] if p.is_cuda else []):
+            setattr(net.get_submodule(made[0]), made[1], whole.to(p))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _fill(p, whole):
@@ -1747,8 +1804,9 @@ EMPTY = ("AGD got an empty list of parameters that require a gradient: pass a ne
          "net.parameters(), and a generator only once")  # fmt: skip
 NO_RATE = ("AGD has no learning rate; gain multiplies its update, and is what a scheduler changes "
            "(the key lr of a group of param_groups)")  # fmt: skip
-FOREIGN = set("betas momentum weight_decay dampening eps rho alpha lr_decay etas step_sizes "
-              "max_iter history_size lambd".split())  # keys of the groups of other optimisers
+KEYS = {"params", "param_names", "name", "lr", "skipped"}  # of groups, in a state
+PARTS = ("{} sees a part of the weights, {}, and its G and L are of all: give it the network, on "
+         "every rank, and call step() after backward(); to shard, take torch's fully_shard")
 WARNINGS = {
     "depth": "AGD could not read its depth L from the network's first forward pass, and takes the "
     "number of weights, which is right for a chain alone. Pass the module that is called; before "
@@ -1813,6 +1871,8 @@ def _check(params):
             raise TypeError(f"AGD takes tensors or (name, tensor) pairs, not {type(p).__name__}")
         if nn.parameter.is_lazy(p):
             reason = "which has no shape yet: run a batch through the network first"
+        elif getattr(p, "_fsdp_flattened", False) and p.ndim < 2:
+            reason = "flattened by FSDP: shard with torch's fully_shard instead"
         elif not p.is_floating_point() or p.dtype.itemsize < 2:
             reason = f"of dtype {p.dtype}: make it real floating point of 16 bits, or leave it out"
         elif p.numel() == 0:
@@ -1830,8 +1890,36 @@ def _check(params):
         raise ValueError(f"AGD has no rule for {several}{'; '.join(kinds)}")
 
 
-def _check_gain(gain):
-    """Reads a tensor: for the constructor and add_param_group, never for a step."""
-    number = isinstance(gain, (int, float)) or (isinstance(gain, Tensor) and gain.numel() == 1)
-    if not (number and 0 <= gain < math.inf):
-        raise ValueError(f"the gain must be a number, finite and not negative, not {gain!r}")
+ROUNDING = 2.0**-21  # of the gain at the start: 4 units of float32 in the last place
+
+
+def _checked_gain(gain, start=None, read=True):
+    """A gain as a float, 0 where it is negative by rounding, `start` being the first one; a tensor
+    as it is, of which a step (`read` False) reads no number."""
+    x, least = gain, -ROUNDING * max(1.0, start or 0.0)
+    if isinstance(gain, Tensor):
+        if gain.numel() == 1 and gain.dtype != torch.bool and not gain.is_complex() and (
+                not read or least <= gain < math.inf):  # fmt: skip
+            return gain
+    else:
+        x = gain.item() if getattr(gain, "shape", None) == () else gain  # of numpy
+        if hasattr(x, "__float__") and not (isinstance(x, bool) or getattr(x, "shape", ())):
+            with contextlib.suppress(ArithmeticError, ValueError):
+                if least <= float(x) < math.inf:
+                    return max(float(x), 0.0)
+    raise ValueError(f"the gain must be a number, finite and not negative, not {gain!r}")
+
+
+# Callers that make an optimiser of a part of the weights, and tell it nothing of that.
+WRAPPERS = {f"torch.distributed.optim.{name}" for name in (
+    "zero_redundancy_optimizer", "optimizer", "apply_optimizer_in_backward")}  # fmt: skip
+WRAPPERS.add("fairscale.optim.oss")
+
+
+def _refuse_wrappers(name):
+    """Raise ValueError where one of WRAPPERS makes an optimiser."""
+    frame = sys._getframe(1) if WRAPPERS & sys.modules.keys() else None
+    while frame is not None:
+        if (caller := frame.f_globals.get("__name__")) in WRAPPERS:
+            raise ValueError(PARTS.format(name, f"in {caller}"))
+        frame = frame.f_back

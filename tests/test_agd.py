@@ -1,6 +1,9 @@
 """What both optimisers promise: gains, refusals, warnings, states; the draw of the weights."""
 
+import contextlib
 import copy
+import fractions
+import inspect
 import math
 import os
 import pickle
@@ -11,6 +14,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -173,6 +177,81 @@ def test_gains_that_change(rule):
             one.step()
 
 
+S = torch.optim.lr_scheduler
+SCHEDULERS = {  # arguments, where a class needs some or ends elsewhere than at 0
+    "LambdaLR": {"lr_lambda": lambda epoch: np.float32(1 - min(epoch, 6) / 6)},
+    "MultiplicativeLR": {"lr_lambda": lambda epoch: np.float64(0.5)},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2, 4]},
+    "ConstantLR": {"factor": 0.5, "total_iters": 3},
+    "LinearLR": {"start_factor": 0.3, "end_factor": 0.0, "total_iters": 6},
+    "PolynomialLR": {"total_iters": 6, "power": 0.7},
+    "CosineAnnealingLR": {"T_max": 6},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "CyclicLR": {"base_lr": 0.0, "max_lr": 1.0, "step_size_up": 3, "cycle_momentum": False},
+    "OneCycleLR": {"max_lr": 1.0, "total_steps": 12, "cycle_momentum": False},
+    "SWALR": {"swa_lr": 0.0, "anneal_epochs": 6, "anneal_strategy": "linear"},
+    "ExponentialLR": {"gamma": 0.1},
+    "ReduceLROnPlateau": {"patience": 1},
+}
+
+
+def schedule(kind, optimizer):
+    """A scheduler of a class of torch, or None where it needs arguments that SCHEDULERS lacks."""
+    if kind.__name__ in ("SequentialLR", "ChainedScheduler"):
+        several = [S.ConstantLR(optimizer, 0.5, 2), S.LinearLR(optimizer, 0.3, 0.0, 6)]
+        more = {"milestones": [2]} if kind is S.SequentialLR else {}
+        return kind(optimizer, several, **more) if more else kind(several)
+    own, needed = SCHEDULERS.get(kind.__name__), inspect.signature(kind).parameters.values()
+    if own is None and sum(x.default is x.empty for x in needed) > 1:
+        return None
+    return kind(optimizer, **own or {})
+
+
+@pytest.mark.filterwarnings("ignore")  # of AGD, that it needs none; of torch, of its own
+@pytest.mark.parametrize("rule, gain", [
+    (AGD, 1.0), (AGD, torch.tensor(1.0)), (SpectralAGD, np.float32(0.7))])  # fmt: skip
+def test_every_scheduler_of_torch_goes_to_its_end_and_past_it(rule, gain, tmp_path):
+    """Its numbers may be of numpy, or negative by rounding; a state may be saved at any time, and
+    the scheduler's keys of the groups are part of it."""
+    kinds = [x for x in vars(S).values() if isinstance(x, type) and x.__name__[0] != "_"
+             and issubclass(x, (S.LRScheduler, S.ReduceLROnPlateau)) and x is not S.LRScheduler]
+    negative = 0
+    for kind in [*kinds, torch.optim.swa_utils.SWALR]:
+        net = nn.Linear(4, 2)
+        optimizer = rule(net, gain=copy.copy(gain))
+        scheduler = schedule(kind, optimizer)
+        for _ in range(10 if scheduler else 0):
+            optimizer.zero_grad()
+            (net(torch.ones(3, 4)) - 1).square().mean().backward()
+            optimizer.step()
+            scheduler.step(*[1.0] * (kind is S.ReduceLROnPlateau))
+            negative += optimizer.param_groups[0]["lr"] < 0
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        other = rule(nn.Linear(4, 2))
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
+        assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"], kind
+    assert len(kinds) > 12 and (negative or isinstance(gain, torch.Tensor))
+
+
+@both
+def test_any_real_number_is_a_gain(rule):
+    """Of numpy too. What is negative by rounding is 0, and moves nothing."""
+    (W,) = weights_with_grads([(5, 5)])
+    kinds = [np.float16, np.float32, np.float64, np.longdouble, np.array]
+    halves = [*[kind(0.5) for kind in kinds], fractions.Fraction(1, 2), torch.tensor([0.5])]
+    for gain in [1, np.int8(1), np.uint64(1), np.array(1), *halves, -1e-18, np.float32(-6e-8)]:
+        written = rule([W])
+        written.param_groups[0]["lr"] = gain
+        for optimizer in (rule([W], gain=gain), rule([{"params": [W], "gain": gain}]), written):
+            before = W.detach().clone()
+            optimizer.step()
+            assert optimizer.param_groups[0]["lr"] == max(gain, 0)
+            assert torch.equal(W, before) == (gain < 0)
+            assert isinstance(optimizer.param_groups[0]["lr"], (float, torch.Tensor))
+
+
 @both
 def test_without_a_gradient_nothing_moves(rule):
     net = small()
@@ -262,10 +341,20 @@ def test_refusals_name_the_tensors_and_the_way_out(params, words):
 @both
 def test_gains_out_of_range_and_what_has_no_place_in_the_signature(rule):
     (W,) = weights_with_grads([(5, 5)])
-    for gain in (-1.0, math.nan, math.inf, torch.tensor(-1.0), torch.ones(2), "1", None):
-        for make in (lambda x: rule([W], gain=x), lambda x: rule([{"params": [W], "gain": x}])):
-            with pytest.raises(ValueError, match="gain"):
-                make(gain)
+    numbers = [-1.0, -1e-6, math.nan, math.inf, 10**400, np.float32(-0.1), fractions.Fraction(-1)]
+    others = ["1", None, True, np.bool_(True), np.array(True), 1j, np.complex64(1), [1.0],
+              np.array([0.5]), np.datetime64("2020"), torch.ones(2), torch.tensor(True)]
+    for gain in [*numbers, *others, torch.tensor(-1.0), torch.tensor(math.nan)]:
+        with pytest.raises(ValueError, match="gain"):
+            rule([W], gain=gain)
+        with pytest.raises(ValueError, match="gain"):
+            rule([{"params": [W], "gain": gain}])
+    W.grad = torch.ones_like(W)
+    for gain in [*numbers, *others]:  # a tensor's number is not read in a step
+        optimizer = rule([W])
+        optimizer.param_groups[0]["lr"] = gain
+        with pytest.raises(ValueError, match="gain"):
+            optimizer.step()
     for options, words in (({"lr": 0.1}, "no learning rate; gain"), ({"eps": 0.1}, "eps")):
         with pytest.raises(TypeError, match=words):
             rule([W], **options)
@@ -402,17 +491,162 @@ def test_a_state_of_before_has_its_count_beside_the_groups():
     assert optimizer.skipped == 4 and state["param_groups"][0]["skipped"] == 3
 
 
+def flat_net(width=8, bias=False):
+    layers = nn.Linear(8, width, bias=bias), nn.ReLU(), nn.Linear(width, 3, bias=bias)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def optimizers_of(*modules):
+    """The classes of optimisers in modules, those that are installed."""
+    found = [pytest.importorskip(x) if x == "torch.optim" else sys.modules.get(x) for x in modules]
+    kinds = [x for module in found if module for x in vars(module).values()]
+    return {x for x in kinds if isinstance(x, type) and issubclass(x, torch.optim.Optimizer)}
+
+
+def every_state():
+    """(name, state) of each optimiser of torch and of the libraries at hand, after a step."""
+    for module in ("timm.optim", "schedulefree", "prodigyopt"):
+        try:
+            __import__(module)
+        except ImportError:
+            pass
+    kinds = optimizers_of("torch.optim", "timm.optim", "schedulefree", "prodigyopt")
+    for kind in sorted(kinds - {torch.optim.Optimizer}, key=str):
+        net = flat_net()
+        try:
+            optimizer = kind(net.parameters(), lr=0.01)
+        except (TypeError, ValueError, AttributeError, KeyError):
+            continue  # one that wraps another
+        with contextlib.suppress(Exception):  # those that need a closure, or sparse gradients
+            train(net, optimizer, 1)
+        yield kind.__name__, optimizer.state_dict()
+
+
+def fingerprint(optimizer):
+    return str([optimizer.state_dict(), optimizer.rules, *optimizer.param_groups, optimizer.L])
+
+
 @both
-@pytest.mark.parametrize("other", ["AGD", "SpectralAGD", "Adam", "SGD", "Muon"])
-def test_the_state_of_another_optimiser_is_refused(rule, other):
-    other = getattr(agd, other, None) or getattr(torch.optim, other, rule)
-    if other is rule:
-        pytest.skip("it is the same, or this torch has none")
-    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False))
-    other = other(net.parameters())
-    train(net, other, 1)
-    with pytest.raises(ValueError, match="another optimiser"):
-        rule(net).load_state_dict(other.state_dict())
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_state_of_another_optimiser_is_refused(rule, by_name):
+    """By the name of what it has or lacks; nothing is changed."""
+    net = flat_net()
+    mine = rule(net if by_name else net.parameters())
+    train(net, mine, 1)
+    before, names = fingerprint(mine), []
+    other = {AGD: SpectralAGD, SpectralAGD: AGD}[rule](flat_net())
+    for name, state in [*every_state(), (other, other.state_dict())]:
+        keys = set(state["param_groups"][0]).union(*state["state"].values(), {"train_mode"})
+        for given in (state, {**state, "state": {}}):
+            with pytest.raises(ValueError, match="another optimiser") as error:
+                mine.load_state_dict(given)
+            assert str(error.value).split("it has ")[1].removeprefix("no ").split(",")[0] in keys
+        names.append(name)
+    assert fingerprint(mine) == before and len(names) > 12 and {"Adam", "SGD", "LBFGS"} <= {*names}
+
+
+@both
+@pytest.mark.parametrize("change, words", [
+    (lambda state: {}, "no param_groups"),
+    (lambda state: None, "no param_groups"),
+    (lambda state: {"net": {}, "optimizer": state}, "no param_groups"),
+    (lambda state: {"param_groups": [], "state": {}}, "no lr"),
+    (lambda state: {"param_groups": state["param_groups"]}, "no state"),
+    (lambda state: state["param_groups"][1].pop("lr") and state, "no lr"),
+    (lambda state: state["param_groups"][1].pop("params") and state, "no params"),
+    (lambda state: state["param_groups"][1].update(momentum=0.9) or state, "momentum"),
+    (lambda state: state["state"][1].update(exp_avg=torch.zeros(3, 8)) or state, "exp_avg"),
+    (lambda state: state["param_groups"][0].update(lr=math.nan) or state, "gain"),
+    (lambda state: state["param_groups"][0]["params"].clear() or state, r"\[0, 1\]"),
+    (lambda state: {**state, "param_groups": state["param_groups"][:1]}, r"\[1\]"),
+])  # fmt: skip
+def test_a_broken_state_is_refused(rule, change, words):
+    net = flat_net()
+    mine = rule([{"params": [net[1].weight]}, {"params": [net[3].weight]}])
+    train(net, mine, 1)
+    state = mine.state_dict()
+    state["state"].setdefault(1, {})
+    before = fingerprint(mine)
+    with pytest.raises(ValueError, match=words):
+        mine.load_state_dict(change(copy.deepcopy(state)))
+    assert fingerprint(mine) == before
+    mine.param_groups[1]["momentum"] = 0.9  # a key of one's own goes with the state
+    mine.load_state_dict(copy.deepcopy(mine.state_dict()))
+    assert mine.param_groups[1]["momentum"] == 0.9
+
+
+@both
+def test_the_state_of_a_network_of_other_shapes_is_refused(rule):
+    wide, net = flat_net(9), flat_net()
+    states = [rule(wide).state_dict()]
+    other, mine = rule(wide), rule(net)
+    train(wide, other, 1), train(net, mine, 1)
+    before = fingerprint(mine)
+    for state in [*states, other.state_dict()]:
+        with pytest.raises(ValueError, match=r"3.weight of shape \(3, 8\) has 27"):
+            mine.load_state_dict(state)
+    assert fingerprint(mine) == before
+    state = mine.state_dict()
+    for entries in state["state"].values():  # of a time before it was kept
+        del entries["numel"]
+    mine.load_state_dict(state)
+    assert str(mine.rules) in before
+
+
+# Wrappers
+
+
+@both
+def test_wrappers_that_take_the_network_apart_are_refused(rule):
+    """G and L are of all weights: an optimiser of some of them is another one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
+
+    def refused(words):
+        return pytest.raises(ValueError, match=rf"{words}.*fully_shard")
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # fmt: skip
+    try:
+        net = flat_net()
+        for kind in (rule, lambda params, **options: rule(params, **options)):
+            with refused("zero_redundancy_optimizer"):
+                ZeroRedundancyOptimizer(net.parameters(), optimizer_class=kind)
+        ZeroRedundancyOptimizer(net.parameters(), optimizer_class=torch.optim.SGD, lr=0.1)
+        train(net, rule(net), 1)  # beside it
+        with refused("apply_optimizer_in_backward"):
+            _apply_optimizer_in_backward(rule, net.parameters(), {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one rank, and of FSDP's end
+            flat = FullyShardedDataParallel(flat_net(), device_id=torch.device("cpu"))
+        for params in (flat, flat.parameters()):
+            with refused("flattened by FSDP"):
+                rule(params)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@both
+def test_steps_on_parts_of_the_weights_are_refused(rule):
+    """One weight each within the backward pass, as it has not all gradients; flat parts of weights
+    in the groups, as DeepSpeed puts them there. A step of the whole network may be in a hook."""
+    net, x = flat_net(), torch.randn(4, 8)
+    own = {p: rule([p]) for p in net.parameters()}
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: own[p].step()) for p in own]
+    with pytest.raises(ValueError, match="in the backward pass"):
+        net(x).square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    optimizer = rule(net)
+    hook = net[1].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    net(x).square().mean().backward()
+    hook.remove()
+    assert optimizer.G > 0
+    for params in (net.parameters(), [net[1].weight]):
+        optimizer, flat = rule(params), nn.Parameter(torch.ones(30))
+        flat.grad, optimizer.param_groups[0]["params"] = torch.ones(30), [flat]
+        with pytest.raises(ValueError, match="flattened"):
+            optimizer.step()
 
 
 @both

@@ -124,6 +124,28 @@ def test_vectors_by_name_and_by_place():
     assert re.search(r" bias +0\.5774", text) and re.search(r" gain +1", text)
 
 
+def test_names_tell_what_is_no_weight():
+    """Tensors that no layer calls a weight have the role that a network's would have; without names
+    all have the paper's rule, and so have weights."""
+    shapes = {"block.layer_scale": (96, 1, 1), "cls_token": (1, 1, 192), "logit_scale": (3, 1, 1),
+              "pos_embedding": (1, 197, 192), "positions": (197, 192), "stacked": (5, 4, 8),
+              "fc.parametrizations.weight.original0": (8, 1), "old.weight_g": (8, 1, 1),
+              "fc.parametrizations.weight.original1": (8, 16), "old.weight_v": (8, 4, 3),
+              "conv.weight": (4, 1, 1), "W": (4, 8)}  # fmt: skip
+    pairs = [(name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+    expected = ("gain rows gain rows rows rows gain gain matrix kernel kernel matrix").split()
+    roles = [rule.role for _, _, rule in AGD(pairs)._each()]
+    assert roles == expected
+    net = nn.Module()
+    for name, p in pairs:
+        if "." not in name and name != "W":
+            net.register_parameter(name, p)
+    own = dict(table(AGD(net)))
+    assert all(own[name] == dict(zip(shapes, expected))[name] for name in own)
+    unnamed = {rule.role for _, _, rule in AGD([p for _, p in pairs])._each()}
+    assert unnamed == {"matrix", "kernel"}
+
+
 # Depth
 
 
@@ -362,6 +384,32 @@ def test_init_weights_scales_every_layer_to_an_output_of_rms_1(activation):
     assert s_of(AGD(net))["0.weight"] == pytest.approx(spectrum.item(), rel=1e-5)
     with pytest.raises(ValueError, match="pass it"):
         init_weights(net.parameters(), inputs=x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("kind, s", [
+    (parametrizations.weight_norm, 0.5**0.5), (nn.utils.weight_norm, 0.5**0.5),
+    (lambda layer: parametrizations.weight_norm(layer, dim=None), 0.5**0.5),
+    (parametrizations.spectral_norm, 1), (parametrizations.orthogonal, 1),
+])  # fmt: skip
+def test_init_weights_draws_what_a_parametrization_makes(kind, s):
+    """weight_norm's magnitudes are those of the rows that are drawn; an orthogonal weight stays
+    one. The generator alone draws."""
+    random = torch.get_rng_state()
+    for named in (False, True):
+        if named and s == 1:
+            continue  # names do not tell which parametrization it is
+        layer = kind(nn.Linear(16, 8, bias=False))
+        before = torch.get_rng_state()
+        init_weights(layer.named_parameters() if named else layer, torch.Generator())
+        assert torch.equal(torch.get_rng_state(), before)
+        layer(torch.ones(1, 16))  # the older weight_norm makes its weight in the forward pass
+        assert torch.linalg.svdvals(layer.weight.detach()) == near(torch.full((8,), s), 1e-5)
+    torch.set_rng_state(random)
+    layer = parametrizations.orthogonal(nn.Linear(16, 8, bias=False))
+    weight = layer.weight.detach().clone()
+    init_weights(layer.named_parameters())
+    assert torch.equal(layer.weight, weight)  # drawn, its parameter would make a weight of zeros
 
 
 def test_unnamed_vectors_that_are_constant_are_not_drawn():
