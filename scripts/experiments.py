@@ -11,6 +11,8 @@ import shlex
 import sys
 from typing import NamedTuple
 
+from cli import guard_streams
+
 FIGURES = {
     "fig1": "AGD beside defaults and beside learning rates",
     "fig2": "a learning rate too small, right and too large",
@@ -134,6 +136,7 @@ def experiments(scale):
 
 
 def main(argv=None):
+    guard_streams()
     for scale in (sys.argv[1:] if argv is None else argv) or SCALES:
         if scale not in SCALES:
             print(f"error: no scale {scale!r}: {' or '.join(SCALES)}", file=sys.stderr)
