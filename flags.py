@@ -9,7 +9,7 @@ import torch
 from architecture import NETWORKS, Unfit, is_library, libraries
 from architecture.libraries import PREFIXES as LIBRARIES
 from architecture.weights import SUFFIXES
-from cli import Joined, Parser, all_or, checked, every, near, number, one_of
+from cli import Joined, Parser, all_or, checked, command, every, near, number, one_of
 from data import DATASETS, default_data_dir, is_folder
 from distributed.launch import is_first
 from runs.record import RecordError, read, shown
@@ -29,7 +29,7 @@ def parser():
         return value if "." in value else one_of(optimizers)(value)
 
     p = Parser(
-        prog="python main.py",
+        prog=command("main"),
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
