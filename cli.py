@@ -55,6 +55,10 @@ class Guarded:
             self.stream.write(text)
         return len(text)
 
+    def writelines(self, texts):
+        for text in texts:
+            self.write(text)
+
     def flush(self):
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
