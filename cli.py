@@ -2,11 +2,14 @@
 errors whose message is all that a user needs."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import re
+import shlex
 import sys
+from pathlib import Path
 
 
 class UserError(RuntimeError):
@@ -26,6 +29,71 @@ def printable(text):
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(text)
     )
+
+
+def command(name, *words):
+    """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
+    from the working directory: `python -m` works in the root of the repository alone."""
+    root = Path(__file__).resolve().parent
+    path = root.joinpath(*name.split("."))
+    path = path if path.is_dir() else path.with_suffix(".py")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if os.path.samefile(os.getcwd(), root):
+            path = path.relative_to(root)
+    line = ["-m", name] if "." in name and not path.is_absolute() else [path]
+    return shlex.join(map(str, ["python", *line, *words]))
+
+
+class Guarded:
+    """A text stream that drops what it cannot write: its reader is gone, its disk is full, its
+    terminal has closed. It tries again with the next text."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, texts):
+        for text in texts:
+            self.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def isatty(self):
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.isatty()
+        return False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def guard_streams():
+    """Make sure that no failed print ends this process, nor changes its exit code: standard output
+    and error are Guarded from here on, and open. They print any character, and whole lines at once.
+
+    What C libraries print must not get into a file that was opened under the number of a closed
+    stream: the three numbers are taken by os.devnull where they are free.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Guarded):
+            continue
+        if stream is None:  # it was closed when the interpreter began
+            stream = open(os.devnull, "w", encoding="utf-8")
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, Guarded(stream))
 
 
 LONGEST = 250  # characters of a message, whatever was given
@@ -81,12 +149,14 @@ resize size image_size img_size
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that suggests what was meant; `silent` where another rank prints it."""
+    """An argument parser that suggests what was meant; `silent` where another rank prints it.
+    Every command begins with one, which guards its streams."""
 
     silent = False
     absent = {}  # a flag that people look for -> what stands in its place
 
     def parse_args(self, args=None, namespace=None):
+        guard_streams()
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self.unknown(unknown[0]))

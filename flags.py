@@ -14,6 +14,7 @@ from cli import (
     a_path,
     all_or,
     checked,
+    command,
     device,
     every,
     expand,
@@ -116,7 +117,7 @@ optimizer.meant = lambda value: value if value.lower() in OPTIMIZERS else RULES(
 def parser():
     """The command line: every flag with its type, default and help."""
     p = Parser(
-        prog="python main.py",
+        prog=command("main"),
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
@@ -223,6 +224,14 @@ def words(p, flags):
         flag = action.option_strings[-1]
         line.append(flag if value is True else f"{flag}={value}")
     return line
+
+
+def settings(args):
+    """[(flag, value)] of the flags that are not at their defaults, and the device."""
+    hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
+    defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
+    return [(key, value) for key, value in vars(args).items()
+            if value is not None and value != defaults.get(key, value)]  # fmt: skip
 
 
 def command_of(flags):

@@ -3,13 +3,16 @@
 import signal
 import sys
 
-import flags
+from cli import guard_streams
 from training.control import Requests, ignore
 
 if __name__ == "__main__":
+    guard_streams()
     REQUESTS = Requests()
     REQUESTS.install(ending=False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import
+    import flags
+
     flags.read()  # a mistake is refused before torch is imported, which takes seconds
 
 import math
@@ -22,6 +25,7 @@ from datetime import datetime, timezone
 import torch
 
 import distributed
+import flags
 from architecture import build, is_library
 from architecture.weights import start
 from cli import every
@@ -45,9 +49,6 @@ IDLE_STREAMS = {}  # by device: streams in which no run of this process works
 def main(argv=None, requests=None):
     """Run the command line. Returns the exit code. `requests`: what signals ask of the run."""
     requests = requests or Requests()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     args = flags.parse(argv)
     if args.check:
         import check  # a run does without
@@ -79,13 +80,15 @@ def train(args, world, requests):
     if args.deterministic:
         set_deterministic()
     if world.rank == 0:
-        display.table(("Setting", "Value"),
-                      [(key, value) for key, value in vars(args).items() if value is not None])
+        display.settings(flags.settings(args))
     data = load_data(args, world)
     net, notes = build_network(args, data, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     optimizer = build_optimizer(args, net, data, world)
     facts = facts_of(args, data, net, optimizer, channels_last)
+    if args.train_bs > data.train.examples:
+        notes = [*notes, f"Note: --train_bs {args.train_bs} is more than the training images: a "
+                         "step takes all of them, and an epoch is one step"]  # fmt: skip
     if world.rank == 0:
         display.network(net, facts, notes)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import distributed
-from cli import UserError
+from cli import UserError, command
 from data import DATASETS, data_folder, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
@@ -89,11 +89,13 @@ def images(args):
         splits = read_layout(root)
         if splits["val"].flat or not all(split.tidy() for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
-            raise Fault(f"{root} {what}: `python -m data.prepare imagenet --from {root}` mends it")
+            mend = command("data.prepare", "imagenet", "--from", root)
+            raise Fault(f"{root} {what}: `{mend}` mends it")
     elif args.dataset in DATASETS and args.dataset != "digits" and not (
             path := data_folder(args.data_dir) / f"{args.dataset}.npz").exists():  # fmt: skip
-        raise Fault(f"there is no {path} yet, and the run would fetch it: `python -m data.prepare "
-                    f"{args.dataset} --data_dir {args.data_dir}`, where there is a network")
+        fetch = command("data.prepare", args.dataset, "--data_dir", args.data_dir)
+        raise Fault(f"there is no {path} yet, and the run would fetch it: `{fetch}`, where there "
+                    "is a network")  # fmt: skip
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
         image_size=args.image_size, train_examples=args.train_examples,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cli import command
 from data.batches import Batches
 from data.common import DataError, reason
 
@@ -128,9 +129,10 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
             if labels.min() != 0 or labels.max() != classes - 1:
                 raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
     except Exception as error:  # a damaged file raises whatever its reader comes upon
-        anew = f"`python -m data.prepare {path.stem} --data_dir {path.parent}` makes it anew."
+        anew = command("data.prepare", path.stem, "--data_dir", path.parent)
         raise DataError(
-            f"{path} is damaged or another data set ({reason(error)}). {remedy or anew}"
+            f"{path} is damaged or another data set ({reason(error)}). "
+            + (remedy or f"`{anew}` makes it anew.")
         ) from error
     return arrays, {"file": path.name, "crc32": crc32}
 

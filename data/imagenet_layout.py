@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -51,12 +52,13 @@ def read_layout(root, val_labels=None):
     Raises DataError with what is wrong, and the commands that unpack what was not unpacked."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
+    unpack = UNPACK.format(root=shlex.quote(str(root)))
     if missing := [f"{split}/" for split in OFFICIAL if not (root / split).is_dir()]:
-        raise DataError(f"there is no {' or '.join(missing)} in {root}: {UNPACK.format(root=root)}")
+        raise DataError(f"there is no {' or '.join(missing)} in {root}: {unpack}")
     train, val = _sorted_split(root / "train"), _sorted_split(root / "val")
     wanted, number = DATASETS["imagenet"].classes, len(train.classes)
     if number != wanted and any(re.fullmatch(r"n\d+\.tar", path.name) for path in train.left_out):
-        raise DataError(f"{train.root} holds tar files of classes: {UNPACK.format(root=root)}")
+        raise DataError(f"{train.root} holds tar files of classes: {unpack}")
     if number != wanted:
         raise DataError(f"{train.root} holds {number} class folders, not ImageNet's {wanted:,}; "
                         "train on another set with main.py --dataset folder:PATH, as it is")

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
+from cli import guard_streams
 from data.common import DataError
 
 # Terminals and queues send these to every process of a job.
@@ -26,6 +27,7 @@ def ignore_all(*_):
     """In a worker process: ignore the signals of a terminal or a queue, which reach the main
     process too. That one needs its workers until its step is done, and then ends them. SIGTERM
     ends them after LAST seconds, because the interpreter sends it as it exits."""
+    guard_streams()
     for number in SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "alarm"):

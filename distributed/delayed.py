@@ -45,6 +45,37 @@ class DelayedReads:
         return values
 
 
+class Glance:
+    """The values of a small tensor on the host some time after they were asked for: nobody waits.
+    On a CPU they are there at once."""
+
+    def __init__(self, device):
+        self.cuda, self.asked, self.host, self.event = device.type == "cuda", False, None, None
+
+    def ask(self, tensor):
+        """Begin to copy `tensor`, of the same shape and type each time, unless a copy is on its
+        way."""
+        if self.asked:
+            return
+        self.asked = True
+        if not self.cuda:
+            self.host = tensor
+            return
+        if self.host is None:
+            with torch.inference_mode(False):
+                self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.event = torch.cuda.Event()
+        self.host.copy_(tensor, non_blocking=True)
+        self.event.record()
+
+    def answer(self):
+        """The values as a list, once; None while there are no new ones."""
+        if not self.asked or self.cuda and not self.event.query():
+            return None
+        self.asked = False
+        return self.host.tolist()
+
+
 class DelayedMax:
     """The maximum of the ranks' small whole numbers, which every rank gets in the same step:
     with one rank at once, with several a step or a few later."""

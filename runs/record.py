@@ -9,7 +9,6 @@ weights to start from. "resumed" has the epochs after which the run went on with
 import hashlib
 import json
 import os
-import shlex
 import threading
 import zlib
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from cli import command
 from runs.files import cannot, write_whole
 from runs.log import RunError, as_logged, json_line
 from runs.provenance import code, data_sha256, hardware, tilde, variables, versions
@@ -102,7 +102,8 @@ class Record:
             advice = f"To have its code: git checkout {shown(commit)}{more}."
         if odd[0][0] == "code":
             print(advice)
-        anyway = shlex.join([*self.content["command"], f"--out={self.path.parent.parent}"])
+        words = self.content["command"][2:]  # after python main.py
+        anyway = command("main", *words, f"--out={self.path.parent.parent}")
         print(f"To run it all the same: {anyway}")
         names = ", ".join(shown(key) for key, *_ in odd)
         raise RecordError(f"other inputs than those of {path} ({names}): the bits may differ")

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -249,33 +248,6 @@ def test_names_have_rates_without_exponents_and_the_part_of_the_data():
     assert name("--dataset", "npz:tiny.npz").startswith("fcn10x256-npz_tiny-mse")
     assert name("--dataset", "npz:cifar10.npz") != name("--dataset", "cifar10")
     assert name("--log_steps").endswith("-steps") and name("--log_steps", 3).endswith("-steps3")
-
-
-@pytest.mark.parametrize("optimizer, last", [
-    ("agd", r"\d+k? img/s 00:00 left █{6}"),
-    pytest.param("spectral", r"turn 0\.\d+ 00:00 left █{6}", marks=pytest.mark.slow),
-])  # fmt: skip
-def test_the_bar_fits_80_columns(optimizer, last, tmp_path):
-    """On a terminal: a bar with the figures, one line, no wider than the terminal."""
-    controller, terminal = pty.openpty()
-    subprocess.run(["stty", "rows", "24", "cols", "80"], stdin=terminal, check=True)
-    process = subprocess.Popen(
-        [sys.executable, "main.py", *QUICK[:-1], "60", "--out", str(tmp_path), "--optimizer",
-         optimizer], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    os.close(terminal)
-    printed = b""
-    while True:
-        try:
-            printed += os.read(controller, 1 << 16)
-        except OSError:  # Linux's end of the file
-            break
-    assert process.wait(60) == 0, process.stderr.read()
-    lines = [x for x in re.split(r"[\r\n]+", printed.decode()) if re.match(r"\d+/60 ", x)]
-    assert len(lines) > 5
-    assert max(map(len, lines)) <= 80
-    figures = r"60/60 loss \d\.\d{3} train \d+\.\d% test \d+\.\d% η \d\.\d{3} "
-    assert re.match(figures + last, lines[-1])
 
 
 def test_a_resumed_run_prints_plain_text_and_imports_no_compiler(run_main, tmp_path):

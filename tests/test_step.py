@@ -66,10 +66,13 @@ def test_an_epoch_and_an_evaluation_read_nothing_back(log_updates):
     with Reads() as reads:
         totals = train_epoch(net, data.train, mse, optimizer, log_updates)
         tested = evaluate(net, data.test, mse)
+        means = totals.means()
         assert reads.count == 0 and reads.kernels > 300
         metrics = [totals.read(), tested.read()]
         assert reads.count > 0
     assert np.isfinite([x["loss"] for x in metrics]).all()
+    assert means.tolist() == pytest.approx(
+        [metrics[0]["loss"], np.mean(metrics[0]["steps"]["eta"])], rel=1e-5)
     assert log_updates == (metrics[0]["steps"]["update"] is not None)
 
 

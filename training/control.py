@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 # What a run is asked to do; the greater one counts.
 NOTHING, SAVE, ANNOUNCED, STOP = range(4)
@@ -56,7 +57,10 @@ class Requests:
         if not first or not self.listening:
             raise KeyboardInterrupt
         if number == signal.SIGINT and sys.stderr.isatty():
-            os.write(2, b"\nStopping after this step; Ctrl-C again, a second later: at once\n")
+            with suppress(OSError):  # the terminal may have closed since
+                blank = b" " * (os.get_terminal_size(2).columns - 1)  # over the bar and ^C
+                os.write(2, b"\r" + blank + b"\rStopping after this step; Ctrl-C again, a second "
+                            b"later: at once\n")  # fmt: skip
         self.stopping = True
 
 

@@ -5,6 +5,7 @@ takes longer than they do. torch's make_graphed_callables ends before the optimi
 """
 
 import functools
+import math
 from collections import Counter
 from contextlib import suppress
 
@@ -139,6 +140,15 @@ class GraphedSteps:
         if self.step.before is not None:
             totals.extras["update"] = list(update.unbind())
         return totals
+
+
+    def means(self):
+        """As Totals.means, of the steps of the epoch so far."""
+        done = self.batches.position
+        losses, etas = self.figures[:2, :done]
+        examples = sum(self.sizes[:done])
+        etas = etas if self.step.automatic else etas * math.nan
+        return torch.stack([losses.sum() / examples, etas.nanmean()])
 
 
 def cuda_recorder():

@@ -1,8 +1,17 @@
 """What a run prints: tables, the progress of its epochs, its end."""
 
+import os
 import sys
+import time
 
 from tqdm import tqdm
+
+from cli import command
+
+LAYERS = 12  # of a network that is printed whole
+SECOND, MINUTE, TENTH = 1.0, 60.0, 0.1
+BAR = 8  # columns of the bar, at least, and of the space before it
+CTRL_C = 3  # columns right of it, for the terminal's own ^C
 
 
 def table(title, rows):
@@ -18,12 +27,23 @@ def columns(title, rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def settings(rows):
+    """Print the settings of a run that are not at their defaults, rows (flag, value)."""
+    print(columns(("Setting", "Value"), rows))
+    print("The others are at their defaults (--help); the log's first row has them all.\n",
+          flush=True)  # fmt: skip
+
+
 def network(net, facts, notes):
-    """Print the layers of a network, their number, and sentences about its start."""
-    table(("Layer", "Shape"), [
+    """Print the layers of a network, of many the first and the last ones, their number, and
+    sentences about its start."""
+    rows = [
         (name, f"{tuple(p.shape)}{'' if p.requires_grad else '  frozen'}")
         for name, p in net.named_parameters()
-    ])  # fmt: skip
+    ]
+    if len(rows) > LAYERS:
+        rows = [*rows[:6], (f"... {len(rows) - 9} more", ""), *rows[-3:]]
+    table(("Layer", "Shape"), rows)
     frozen, paths = facts.get("frozen_weights"), facts.get("paths")
     print("{weights:,} weights in {layers} layers".format(**facts)
           + (f", {frozen:,} of them frozen" if frozen else "")
@@ -32,47 +52,108 @@ def network(net, facts, notes):
     print(*notes, "", sep="\n")
 
 
+def width():
+    """The columns of the terminal."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def fitting(parts, room):
+    """As many of the parts as fit into `room` columns, joined; the first one in any case."""
+    while len(parts) > 1 and len("  ".join(parts)) > room:
+        parts = parts[:-1]
+    return "  ".join(parts)
+
+
 class Progress:
-    """The progress of the epochs: a bar on a terminal, else a line an epoch; nothing if `quiet`."""
+    """The progress of the epochs, nothing if `quiet`. On a terminal: a line an epoch, and below
+    them a bar with the step, the loss and eta so far. Elsewhere: a line an epoch, and one every
+    minute of a longer epoch."""
 
     def __init__(self, epochs, steps, quiet):
-        self.epochs, self.steps, self.terminal = epochs, steps, sys.stdout.isatty()
-        self.quiet, self.bar = quiet, None
+        self.epochs, self.steps, self.quiet = epochs, steps, quiet
+        self.terminal, self.bar = sys.stdout.isatty(), None
+        self.every = SECOND if self.terminal else MINUTE  # between two looks at loss and eta
+        self.figures, self.place = None, None  # (loss, eta) so far, of the epoch of `place`
         encoding = sys.stdout.encoding or "ascii"
         self.eta = "η" if "η".encode(encoding, "ignore") else "eta"
 
-    def begin(self, done):
-        """Show that `done` steps have been taken."""
-        self.bar = tqdm(
-            total=self.epochs * self.steps, initial=done, disable=self.quiet or not self.terminal,
-            file=sys.stdout, bar_format="{desc} {remaining} left {bar}", dynamic_ncols=True,
-            desc=f"{done // self.steps}/{self.epochs}", ascii=None if self.eta == "η" else " #",
-        )  # fmt: skip
+    def begin(self, epoch, step):
+        """Begin at this place: completed epochs, and steps of the next one."""
+        self.first, self.began = epoch * self.steps + step, time.monotonic()
+        self.due, self.shown = self.began + (0 if self.terminal else self.every), self.began
+        if self.terminal and not self.quiet:
+            parts = self._parts(min(epoch + 1, self.epochs), "step", step, self.steps)
+            self.bar = tqdm(
+                total=self.epochs * self.steps, initial=self.first,
+                desc=fitting(parts, width() - CTRL_C - BAR),
+                bar_format="{desc}  {bar}", ncols=width() - CTRL_C, file=sys.stdout, leave=False,
+                ascii=None if self.eta == "η" else " #",
+            )  # fmt: skip
 
-    def step(self, done):
-        """Show that `done` steps have been taken."""
-        self.bar.update(done - self.bar.n)
+    def asks(self):
+        """Whether the loss and eta so far are wanted: once a second at most, once a minute where
+        there is no terminal."""
+        if self.quiet or time.monotonic() < self.due:
+            return False
+        self.due = time.monotonic() + self.every
+        return True
+
+    def step(self, epoch, step, figures=None):
+        """Show a step of an epoch. `figures`: (loss, eta) so far, where there are new ones."""
+        self._show(figures is not None, epoch, "step", step, self.steps, figures)
+
+    def testing(self, epoch, batch, batches):
+        """Show a batch of the test after an epoch."""
+        due = not self.terminal and self.asks()
+        self._show(due, epoch, "testing", batch, batches, self.figures)
+
+    def _show(self, due, epoch, doing, i, of, figures):
+        """Show the place now if it is `due`, is another phase, or was last shown a while ago."""
+        if self.quiet:
+            return
+        place, now = (epoch, doing), time.monotonic()
+        if place != self.place:
+            self.place, self.figures, due = place, None, due or self.terminal
+        self.figures = figures or self.figures
+        if not due and not (self.terminal and now > self.shown + TENTH):
+            return
+        done = (epoch - 1) * self.steps + (i if doing == "step" else self.steps)
+        parts, self.shown = self._parts(epoch, doing, i, of), now
+        if done > self.first:
+            left = (now - self.began) / (done - self.first) * (self.epochs * self.steps - done)
+            parts.append(f"{tqdm.format_interval(left)} left")
+        if self.terminal:
+            self.bar.n, self.bar.ncols = done, width() - CTRL_C
+            self.bar.set_description_str(fitting(parts, self.bar.ncols - BAR))
+        else:
+            print("  ".join(["in " + parts[0], *parts[1:]]), flush=True)
+
+    def _parts(self, epoch, doing, i, of):
+        return [f"epoch {epoch}/{self.epochs}", f"{doing} {i}/{of}", *self._figures()]
+
+    def _figures(self):
+        """The words of the figures; eta is NaN where there is none."""
+        digits = 3 if self.terminal else 4
+        names = zip(("loss", self.eta), self.figures or ())
+        return [f"{name} {x:.{digits}f}" for name, x in names if name == "loss" or x == x]
 
     def epoch(self, row):
-        """Show the row of an epoch."""
-        eta, turn = row["eta_mean"], row.get("turn")
-        rate = row["images_per_second"]
-        if self.terminal:
-            parts = [f"{row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.3f}"]
-            parts += [f"train {row['train_acc']:.1%}", f"test {row['test_acc']:.1%}"]
-            parts += [] if eta is None else [f"{self.eta} {eta:.3f}"]
-            if turn is not None:  # instead of the rate, for which there is no room
-                parts += [f"turn {turn:.2g}"]
-            else:
-                parts += [f"{rate:.0f} img/s" if rate < 1e4 else f"{rate / 1e3:.0f}k img/s"]
-            self.bar.set_description_str(" ".join(parts))
-        elif not self.quiet:
-            parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.4f}"]
-            parts += [f"train {row['train_acc']:.2%}", f"test {row['test_acc']:.2%}"]
-            parts += [] if eta is None else [f"{self.eta} {eta:.4f}"]
-            parts += [f"{rate:,.0f} img/s"] if turn is None else [f"turn {turn:.2g}"]
-            parts += [f"{row['seconds']:.2f} s"]
-            print("  ".join(parts), flush=True)
+        """Print the row of an epoch."""
+        eta, turn, rate = row["eta_mean"], row.get("turn"), row["images_per_second"]
+        digits = 3 if self.terminal else 4
+        parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.{digits}f}"]
+        parts += [f"{part} {row[f'{part}_acc']:.{digits - 2}%}" for part in ("train", "test")]
+        parts += [] if eta is None else [f"{self.eta} {eta:.{digits}f}"]
+        if turn is not None:  # instead of the rate, for which there is no room
+            parts += [f"turn {turn:.2g}"]
+        else:
+            parts += [f"{rate:,.0f} img/s"]
+        parts += [f"{row['seconds']:.2f} s"]
+        self.note(fitting(parts, width()) if self.terminal else "  ".join(parts))
+        self.due = time.monotonic() + self.every
 
     def note(self, text):
         """Print a line, above the bar where there is one."""
@@ -170,4 +251,4 @@ def summary(trainer, ending, seconds, skipped):
     if log.record_path.exists():
         print(f"Record   {log.record_path}")
     if rows:
-        print(f"Curves   python -m scripts.plot {log.log_path} -o curves.png")
+        print(f"Curves   {command('scripts.plot', log.log_path, '-o', 'curves.png')}")

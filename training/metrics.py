@@ -20,6 +20,7 @@ class Totals:
 
     def __init__(self, state=None, device=None):
         self.columns, self.extras = [], {"eta": [], "update": []}
+        self.added, self.sums, self.examples = 0, 0.0, 0  # what `means` has added up
         if state is not None:
             losses, correct = state["losses"].to(device), state["correct"].to(device)
             self.columns = list(zip(losses.unbind(), correct.unbind(), state["counts"]))
@@ -45,6 +46,17 @@ class Totals:
         extras = {key: torch.stack(values).cpu() for key, values in self.extras.items() if values}
         return {"losses": losses.cpu(), "correct": correct.cpu(), "counts": counts.tolist(),
                 **extras}  # fmt: skip
+
+    def means(self):
+        """(The mean loss, the mean eta) of this rank's steps so far, (2,) on the device; NaN where
+        there is none. Adds up the steps since the last call, and reads nothing."""
+        losses, _, counts = zip(*self.columns[self.added :])
+        losses, etas = torch.stack(losses), self.extras["eta"][self.added :]
+        etas = torch.stack(etas).to(losses) if etas else losses.new_zeros(0)
+        self.sums = self.sums + torch.stack([losses.sum(), etas.nansum(), etas.isfinite().sum()])
+        self.added, self.examples = len(self.columns), self.examples + sum(counts)
+        loss, eta, count = self.sums.unbind()
+        return torch.stack([loss / self.examples, eta / count])
 
     def read(self, reduce=None):
         """The metrics of the epoch, in two transfers from the device.

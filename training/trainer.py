@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from contextlib import nullcontext
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import agd
 from cli import UserError
 from distributed import RankError
-from distributed.delayed import DelayedReads
+from distributed.delayed import DelayedReads, Glance
 from distributed.slurm import in_a_job, requeue
 from distributed.sync_bn import average_statistics
 from runs.checkpoint import validate
@@ -90,6 +90,7 @@ class Trainer:
         self.batches = len(data.train)  # of an epoch
         self.totals, self.seconds, self.began = None, 0.0, None  # of the current epoch
         self.etas, self.places = DelayedReads(world.device), deque()
+        self.glance = Glance(world.device)  # at the means of the current epoch, for the terminal
         self.not_finite = []  # (epoch, step) of the last steps, while they have no finite gradient
         self.plain = self.refused = False
         self.failure, self.saving_seconds = None, 0.0  # why the last checkpoint failed
@@ -201,7 +202,7 @@ class Trainer:
             self.progress.note("The steps of the profile run one kernel at a time, without a CUDA "
                                "graph")  # fmt: skip
         whole = self.epoch + 1 + (self.step > 0)  # the first epoch that this command trains whole
-        self.progress.begin(self.epoch * self.batches + self.step)
+        self.progress.begin(self.epoch, self.step)
         ending = Ending()
         try:
             self.control.requests.listening = True
@@ -228,6 +229,7 @@ class Trainer:
         return ending._replace(bad_images=tuple(sorted(bad)))
 
     def _failed(self, error):
+        self.progress.close()  # nothing is printed into the bar
         failure = self.world.failed(error)
         code = error.exit_code if isinstance(error, UserError) else 1
         code = 130 if failure.reason == "interrupted" else code
@@ -256,8 +258,15 @@ class Trainer:
             if isinstance(self.optimizer, agd.SpectralAGD):
                 recalibrate(self.net, data.train, self.gradient, world, epoch)
             world.broadcast(self.net.buffers())  # batch-norm statistics: those of rank 0
+            done = count()
+            self.progress.testing(epoch, next(done), len(data.test))
+
+            def on_batch():
+                self.progress.testing(epoch, next(done), len(data.test))
+                self._decide()
+
             tested = evaluate(
-                self.net, data.test, self.loss_fn, self.gradient.micro_bs, lambda: self._decide()
+                self.net, data.test, self.loss_fn, self.gradient.micro_bs, on_batch
             ).read(world.all_reduce_in_order)
         check_every_image_seen(tested, data.test, world)
         check_ranks_agree(self.net, epoch, world)
@@ -294,11 +303,15 @@ class Trainer:
             set_training(self.model, self.optimizer)
             if self.graphed is not None:
                 etas, self.so_far = self.graphed.steps(totals), self.graphed.totals
+                means = self.graphed.means
             else:
                 etas = take_steps(self.one_step, self.data.train, totals)
-                self.so_far = lambda: totals
+                self.so_far, means = lambda: totals, totals.means
+            self.glance.answer()  # of the epoch before
             for eta in etas:
-                self.progress.step((epoch - 1) * self.batches + self.data.train.position)
+                if self.progress.asks():
+                    self.glance.ask(means())
+                self.progress.step(epoch, self.data.train.position, self.glance.answer())
                 if profile:
                     profile.step()
                 self._after_step(eta)
