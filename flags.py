@@ -12,7 +12,7 @@ from architecture.weights import SUFFIXES
 from cli import Joined, Parser, all_or, checked, every, near, number, one_of
 from data import DATASETS, default_data_dir, is_folder
 from distributed.launch import is_first
-from runs.record import RecordError, read, shown
+from runs.record import RecordError, placeless, read, shown
 from training.losses import LOSSES
 from training.optimizers import AUTOMATIC, BASELINES, optimizer_class
 from training.precision import PRECISIONS, lacks_tf32
@@ -101,8 +101,8 @@ def parser():
     add("--fresh", action="store_true", help="start over: delete the log and the "
         "checkpoints of an earlier run of the same name")
     add("--replay", metavar="FILE", help="repeat the run of a record, <out>/logs/NAME.run.json, "
-        "and compare the bits; only --out (default: replayed), --data_dir and --device may be "
-        "given with it")
+        "and compare the bits; with it, only --out (default: replayed), --data_dir, --device and "
+        "another place of its folder:PATH or its --weights may be given")
     add("--device", help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -140,13 +140,16 @@ def replayed(p, args, argv):
     unset = object()
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {key: value for key, value in given.items() if value is not unset}
-    odd = [key for key in given if key not in ("replay", "out", "data_dir", "device")]
-    if odd:
-        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
     try:
         record = read(args.replay)
     except RecordError as error:
         p.error(str(error))
+    same = placeless(record["flags"])
+    odd = [key for key, x in placeless(given).items()
+           if key not in ("replay", "out", "data_dir", "device", "dataset", "weights")
+           or key in ("dataset", "weights") and same.get(key) != x]  # fmt: skip
+    if odd:
+        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
     odd = [key for key in record["flags"] if key not in vars(args)]
     if odd:
         p.error(f"{args.replay} has --{shown(odd[0])}, which no longer exists; its commit has it: "

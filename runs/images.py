@@ -1,0 +1,120 @@
+"""The files of a run's images: what is cheap to know of them, what has changed in them, and which
+run they belong to, wherever they lie."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+
+from runs.log import RunError, RunLog, differences, read_first_row
+from runs.name import PARTS, name_and_settings, wherever
+from runs.provenance import data_sha256, names_below
+from runs.record import RecordError, read
+
+THREADS = 16  # that ask for sizes and times: on a network's disk an answer takes a millisecond
+CHUNK = 1000  # files that a thread asks for
+
+
+class Images:
+    """The files of a Data: the file `path`, or `files` below a folder `path`."""
+
+    def __init__(self, path, files=None):
+        self.path, self.files = path, files
+
+    @cached_property
+    def summary(self):
+        """{"count", "bytes", "names", "sizes", "times"} of files below a folder; the last three
+        are SHA-256s, cut short, in the order of the files: of the names below the folder, of the
+        sizes, and of the times of the last changes, in seconds.
+
+        None of a single file, whose checksums are settings, and where a file cannot be asked.
+        """
+        if self.files is None:
+            return None
+        chunks = [self.files[i : i + CHUNK] for i in range(0, len(self.files), CHUNK)]
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                sizes, times = np.concatenate(list(pool.map(_sizes_and_times, chunks)), 1)
+        except OSError:
+            return None
+        names = os.fsencode("\0".join(names_below(self.path, self.files)))
+        parts = names, sizes.tobytes(), times.tobytes()
+        hashes = [hashlib.sha256(x).hexdigest()[:16] for x in parts]
+        return {"count": len(self.files), "bytes": int(sizes.sum()),
+                **dict(zip(("names", "sizes", "times"), hashes))}  # fmt: skip
+
+    @cached_property
+    def data_sha256(self):
+        """See provenance.data_sha256. Raises OSError."""
+        return data_sha256(self.path, self.files)
+
+    def difference(self, first_row, record_path):
+        """What differs from the files of a log's first row: "names", "sizes", "contents", "times"
+        where no more is known, or None, also where the row tells nothing of them.
+
+        Where the times alone differ, and the record at `record_path` has a hash of the contents,
+        these are read: a copy is no other data.
+        """
+        then, now = first_row.get("image_files"), self.summary
+        if not then or not now:
+            return None
+        for key in ("names", "sizes"):
+            if then.get(key) != now[key]:
+                return key
+        same = then.get("times") == now["times"]
+        return None if same else self._difference_in_contents(record_path)
+
+    def _difference_in_contents(self, record_path):
+        try:
+            record = read(record_path)
+            # Parts of the run whose changes are not known may have had other images.
+            known = record["data"]["contents"] and all(x["changed"] for x in record["resumed"])
+            if not known or not self.data_sha256["contents"]:
+                return "times"
+        except (RecordError, OSError):
+            return "times"
+        changed = any("data" in x["changed"] for x in record["resumed"])
+        changed |= record["data"]["sha256"] != self.data_sha256["sha256"]
+        return "contents" if changed else None
+
+
+def _sizes_and_times(files):
+    return np.array([(x.st_size, int(x.st_mtime)) for x in map(os.stat, files)], "<i8").T
+
+
+def find_run(out, flags, data):
+    """The RunLog of the run that `flags`, a dict of main.py's, make of a Data.
+
+    The place of a folder is part of the name, so that folders of one name stay apart. Where there
+    is no run of that name yet, but one of a copy elsewhere, then this is that run.
+    """
+    name, settings = name_and_settings(flags)
+    settings["data"] = data.source
+    if data.class_names is not None:
+        settings["classes"] = list(data.class_names)
+    run = RunLog(out, name, settings, Images(*data.files))
+    new = not (run.log_path.exists() or run.checkpoint_path.exists())
+    if new and wherever(flags["dataset"]) == "folder:":
+        for path in sorted(run.log_path.parent.glob("*.jsonl")):
+            if _is_of_a_copy(path, flags, run):
+                return RunLog(out, path.stem, settings, run.images)
+    return run
+
+
+def _is_of_a_copy(path, flags, run):
+    """Whether the log at `path` is of the run `run` of these flags, of a copy of its images."""
+    try:
+        first = read_first_row(path)
+    except RunError:
+        return False
+    then, record = first["flags"], path.with_name(f"{path.stem}.run.json")
+    named = {key: off for key, (_, off) in PARTS.items() if key not in ("dataset", "weights")}
+    return (
+        wherever(str(then.get("dataset"))) == "folder:"
+        and all(then.get(key, off) == flags[key] for key, off in named.items())
+        and not any(differences(first["settings"], run.settings))
+        and first.get("image_files")
+        and run.images.difference(first, record) in (None, "times")
+    )
