@@ -161,12 +161,13 @@ def results(args, net, facts):
     run.release()
     if args.fresh:
         yield "ok", f"{log}, which --fresh forgets"
-    elif run.finished(args.epochs) is not None:
+        return
+    if run.finished(args.epochs) is not None:
         yield "note", f"{log} is finished: nothing would be done without more --epochs or --fresh"
     else:
         yield "ok", f"{log}, which goes on after {len(run.epochs())} epochs"
-        if run.compare_images(run.rows()[0]):
-            yield "note", f"{log} began with other images: their {run.other_images} differ"
+    if run.compare_images(run.rows()[0]):
+        yield "note", f"{log} began with other images: their {run.other_images} differ"
 
 
 def workers(args, world, neighbours, facts):

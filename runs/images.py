@@ -25,9 +25,10 @@ class Images:
 
     @cached_property
     def summary(self):
-        """{"count", "bytes", "names", "sizes", "times"} of files below a folder; the last three
-        are SHA-256s, cut short, in the order of the files: of the names below the folder, of the
-        sizes, and of the times of the last changes, in seconds.
+        """{"count", "bytes", "names", "sizes", "times", "seconds"} of files below a folder; the
+        last four are SHA-256s, cut short, in the order of the files: of the names below the folder,
+        of the sizes, of the times when contents and inodes last changed, and of the former in whole
+        seconds, all that a copy by tar keeps.
 
         None of a single file, whose checksums are settings, and where a file cannot be asked.
         """
@@ -36,14 +37,14 @@ class Images:
         chunks = [self.files[i : i + CHUNK] for i in range(0, len(self.files), CHUNK)]
         try:
             with ThreadPoolExecutor(THREADS) as pool:
-                sizes, times = np.concatenate(list(pool.map(_sizes_and_times, chunks)), 1)
+                sizes, *times = np.concatenate(list(pool.map(_sizes_and_times, chunks)), 1)
         except OSError:
             return None
         names = os.fsencode("\0".join(names_below(self.path, self.files)))
-        parts = names, sizes.tobytes(), times.tobytes()
-        hashes = [hashlib.sha256(x).hexdigest()[:16] for x in parts]
-        return {"count": len(self.files), "bytes": int(sizes.sum()),
-                **dict(zip(("names", "sizes", "times"), hashes))}  # fmt: skip
+        parts = {"names": names, "sizes": sizes.tobytes(), "times": np.stack(times).tobytes(),
+                 "seconds": (times[0] // 10**9).tobytes()}  # fmt: skip
+        hashes = {key: hashlib.sha256(x).hexdigest()[:16] for key, x in parts.items()}
+        return {"count": len(self.files), "bytes": int(sizes.sum()), **hashes}
 
     @cached_property
     def data_sha256(self):
@@ -55,7 +56,7 @@ class Images:
         where no more is known, or None, also where the row tells nothing of them.
 
         Where the times alone differ, and the record at `record_path` has a hash of the contents,
-        these are read: a copy is no other data.
+        these are read: a copy is no other data. Without that hash whole seconds decide.
         """
         then, now = first_row.get("image_files"), self.summary
         if not then or not now:
@@ -63,25 +64,30 @@ class Images:
         for key in ("names", "sizes"):
             if then.get(key) != now[key]:
                 return key
-        same = then.get("times") == now["times"]
-        return None if same else self._difference_in_contents(record_path)
+        if then.get("times") == now["times"]:
+            return None
+        same = self._same_contents(record_path)
+        if same is None:
+            return None if then.get("seconds") == now["seconds"] else "times"
+        return None if same else "contents"
 
-    def _difference_in_contents(self, record_path):
+    def _same_contents(self, record_path):
+        """Whether the files have the contents that a record knows, of all parts of its run; None
+        where that cannot be told."""
         try:
             record = read(record_path)
-            # Parts of the run whose changes are not known may have had other images.
-            known = record["data"]["contents"] and all(x["changed"] for x in record["resumed"])
-            if not known or not self.data_sha256["contents"]:
-                return "times"
+            parts = [x["changed"] for x in record["resumed"]]
+            if all(parts) and record["data"]["contents"] and self.data_sha256["contents"]:
+                same = record["data"]["sha256"] == self.data_sha256["sha256"]
+                return same and not any("data" in changed for changed in parts)
         except (RecordError, OSError):
-            return "times"
-        changed = any("data" in x["changed"] for x in record["resumed"])
-        changed |= record["data"]["sha256"] != self.data_sha256["sha256"]
-        return "contents" if changed else None
+            pass
+        return None
 
 
 def _sizes_and_times(files):
-    return np.array([(x.st_size, int(x.st_mtime)) for x in map(os.stat, files)], "<i8").T
+    return np.array([(x.st_size, x.st_mtime_ns, x.st_ctime_ns) for x in map(os.stat, files)],
+                    "<i8").T  # fmt: skip
 
 
 def find_run(out, flags, data):
