@@ -101,7 +101,7 @@ def find_run(out, flags, data):
     if data.class_names is not None:
         settings["classes"] = list(data.class_names)
     run = RunLog(out, name, settings, Images(*data.files))
-    new = not (run.log_path.exists() or run.checkpoint_path.exists())
+    new = not (os.path.exists(run.log_path) or os.path.exists(run.checkpoint_path))
     if new and wherever(flags["dataset"]) == "folder:":
         for path in sorted(run.log_path.parent.glob("*.jsonl")):
             if _is_of_a_copy(path, flags, run):
