@@ -51,14 +51,15 @@ class Images:
         """See provenance.data_sha256. Raises OSError."""
         return data_sha256(self.path, self.files)
 
-    def difference(self, first_row, record_path):
-        """What differs from the files of a log's first row: "names", "sizes", "contents", "times"
-        where no more is known, or None, also where the row tells nothing of them.
+    def difference(self, then, record_path, last=False):
+        """What differs from the files whose summary a log has as `then`, those that its run began
+        with or the `last` ones: "names", "sizes", "contents", "times" where no more is known, or
+        None, also where there is no summary.
 
         Where the times alone differ, and the record at `record_path` has a hash of the contents,
         these are read: a copy is no other data. Without that hash whole seconds decide.
         """
-        then, now = first_row.get("image_files"), self.summary
+        now = self.summary
         if not then or not now:
             return None
         for key in ("names", "sizes"):
@@ -66,17 +67,17 @@ class Images:
                 return key
         if then.get("times") == now["times"]:
             return None
-        same = self._same_contents(record_path)
+        same = self._same_contents(record_path, last)
         if same is None:
             return None if then.get("seconds") == now["seconds"] else "times"
         return None if same else "contents"
 
-    def _same_contents(self, record_path):
-        """Whether the files have the contents that a record knows, of all parts of its run; None
-        where that cannot be told."""
+    def _same_contents(self, record_path, last):
+        """Whether the files have the contents that a record knows, of the `last` part of its run or
+        of all; None where that cannot be told."""
         try:
             record = read(record_path)
-            parts = [x["changed"] for x in record["resumed"]]
+            parts = [] if last else [x["changed"] for x in record["resumed"]]
             if all(parts) and record["data"]["contents"] and self.data_sha256["contents"]:
                 same = record["data"]["sha256"] == self.data_sha256["sha256"]
                 return same and not any("data" in changed for changed in parts)
@@ -116,11 +117,12 @@ def _is_of_a_copy(path, flags, run):
     except RunError:
         return False
     then, record = first["flags"], path.with_name(f"{path.stem}.run.json")
+    parts = [first, *(x for x in first.get("resumed", []) if isinstance(x, dict))]
+    last = [x["image_files"] for x in parts if isinstance(x.get("image_files"), dict)][-1:]
     named = {key: off for key, (_, off) in PARTS.items() if key not in ("dataset", "weights")}
     return (
         wherever(str(then.get("dataset"))) == "folder:"
         and all(then.get(key, off) == flags[key] for key, off in named.items())
         and not any(differences(first["settings"], run.settings))
-        and first.get("image_files")
-        and run.images.difference(first, record) in (None, "times")
+        and any(run.images.difference(x, record, last=True) in (None, "times") for x in last)
     )

@@ -123,32 +123,35 @@ def _check(row, line, first):
 
 def differences(then, now):
     """In words, one after the other, how the settings `now` differ from `then`, those of a run on
-    disk. Where the images lie is none; nor is what runs of earlier versions have not logged."""
+    disk. Where the images lie is none, nor are class names, which earlier versions did not log."""
     for key, value in as_logged(now).items():
         was = then.get(key)
+        if was == value or key == "classes" and was is None:
+            continue
         if key == "dataset" and isinstance(was, str) and wherever(was) == wherever(value):
             continue
-        if key == "classes" and isinstance(was, list) and was != value:
-            gone, new = ([x for x in a if x not in set(b)] for a, b in
-                         ((list(map(str, was)), value), (value, list(map(str, was)))))
-            yield (f"classes {_few(gone)} then, {_few(new)} now" if gone or new
-                   else "the order of the classes")  # fmt: skip
-        elif was != value and not (key == "classes" and was is None):
+        if key == "classes" and isinstance(was, list):
+            gone, new = _without(was, value), _without(value, was)
+            yield f"classes {gone} then, {new} now" if gone != new else "the order of the classes"
+        else:
             yield from _pairs(key, was, value)
 
 
+def _without(names, others):
+    """The first names that are not among others, in words."""
+    others = set(map(str, others))
+    rest = [shown(name) for name in names if str(name) not in others]
+    return ", ".join(rest[:3]) + ", ..." * (len(rest) > 3) or "none"
+
+
 def _pairs(name, then, now):
-    """`_pairs` of what differs in two dicts; of other values their name and both of them."""
+    """`name then, now` of two values; where both are dicts, of what differs in them."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in {**then, **now}:
             if then.get(key) != now.get(key):
                 yield from _pairs(f"{name} {shown(key)}", then.get(key), now.get(key))
     else:
         yield f"{name} {shown(then)} then, {shown(now)} now"
-
-
-def _few(names):
-    return ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "") or "none"
 
 
 class RunLog:
@@ -256,8 +259,10 @@ class RunLog:
         return row
 
     def compare_images(self, first_row):
+        """Find out how the images differ from those of the first row, and return `other_images`."""
         if self.images is not None:
-            self.other_images = self.images.difference(first_row, self.record_path)
+            then = first_row.get("image_files")
+            self.other_images = self.images.difference(then, self.record_path)
         return self.other_images
 
     def _read_checkpoint(self):

@@ -341,6 +341,16 @@ def test_what_cannot_be_replayed_is_said_at_once(parts, flags, noun, tmp_path, c
     assert noun in capsys.readouterr().err.splitlines()[0]
 
 
+def test_a_flag_that_a_record_lacks_has_its_default(tmp_path):
+    args = vars(parse(["--dataset", "digits", "--cpu"], check=False))
+    for key in args:
+        for flags in ({k: x for k, x in args.items() if k != key}, {**args, key: None}):
+            path = laid(tmp_path / "a.run.json", {**RECORD, "flags": flags})
+            again = vars(parse(["--replay", str(path)], check=False))
+            assert again["epochs"] == 2 and again["train_bs"] == args["train_bs"]
+            assert again["dataset"] == ("cifar10" if key == "dataset" else "digits")
+
+
 def test_a_replay_takes_the_records_flags_and_its_data_where_it_is(tmp_path):
     path = laid(tmp_path / "a.run.json")
     taken = parse(["--replay", str(path), "--out", "o"], check=False)

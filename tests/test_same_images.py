@@ -14,6 +14,7 @@ from PIL import Image
 from data import DATASETS
 from runs import images, provenance
 from runs.images import Images
+from runs.record import read
 from tests.conftest import ROOT
 from tests.program import QUICK, only, rows, train, weights
 
@@ -131,7 +132,7 @@ def test_other_images_are_said_and_noted(change, go, tmp_path):
     apply(root)
     code, printed, (note,) = go(root, 1)  # finished as it is
     assert code == 0 and "Already finished" in printed and f"their {what} differ" in note
-    for part, epochs in enumerate((2, 3), 1):  # and in every further part
+    for part, epochs in enumerate((2, 3), 1):  # and so in every further part
         code, printed, (note,) = go(root, epochs)
         assert code == 0 and f"Going on after epoch {part}" in printed
         assert f"their {what} differ" in note and str(out / "logs") in note
@@ -185,9 +186,8 @@ STAGED = {"cp -r": copied, "cp -a": shutil.copytree, "tar": tarred,
           "mv": lambda root, to: (to.parent.mkdir(exist_ok=True), root.rename(to))}  # fmt: skip
 
 
-@pytest.mark.parametrize("contents", [True, False])
+@pytest.mark.parametrize("place, contents", [("node/pics", True), ("elsewhere", False)])
 @pytest.mark.parametrize("way", STAGED)
-@pytest.mark.parametrize("place", ["node/pics", "elsewhere"])
 def test_a_copy_elsewhere_is_the_same_run(place, way, contents, go, tmp_path, monkeypatch):
     root, out = pictures(tmp_path / "pics"), tmp_path / "out"
     if not contents:  # too many to be read
@@ -197,17 +197,21 @@ def test_a_copy_elsewhere_is_the_same_run(place, way, contents, go, tmp_path, mo
     code, printed, notes = go(tmp_path / place, 2)
     assert code == 0 and "Going on after epoch 1" in printed
     assert first_row(out)["flags"]["dataset"].endswith(place)
+    (record,) = out.glob("logs/*.run.json")
+    assert read(record)["resumed"] == []
     unknown = way == "cp -r" and not contents  # the one that does not keep times
     assert len(notes) == len(noted(out)) == unknown
     assert not unknown or "times" in notes[0] and "copy" in notes[0]
-    if way == "cp -a":
+    if way == "cp -r" and contents:
         assert "Already finished" in go(tmp_path / place, 2)[1]
         assert go(root, 2, out=tmp_path / "whole")[0] == 0  # to the bit what one place gives
         ours, theirs = weights(out), weights(tmp_path / "whole")
         assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("change", [None, *OTHERS, *REFUSED])
+@pytest.mark.parametrize("change", [
+    None, "one is renamed", "one is larger", "two files of two classes are swapped", "labels swap",
+])  # fmt: skip
 def test_another_folder_of_that_name_is_another_run(change, go, tmp_path):
     """Unless it is a copy, to the byte."""
     root, out = pictures(tmp_path / "a" / "pics"), tmp_path / "out"
@@ -218,6 +222,19 @@ def test_another_folder_of_that_name_is_another_run(change, go, tmp_path):
     code, printed, notes = go(other, 1)
     assert code == 0 and not notes and ("Already finished" in printed) == (change is None)
     assert len(list(out.glob("logs/*.jsonl"))) == 1 + (change is not None)
+
+
+def test_a_copy_of_the_last_images_is_the_same_run(go, tmp_path):
+    root, out = pictures(tmp_path / "pics"), tmp_path / "out"
+    shutil.copytree(root, tmp_path / "first")
+    assert go(root, 1)[0] == 0
+    OTHERS["all are inverted"][1](root)
+    assert "contents" in go(root, 2)[2][0]
+    copied(root, tmp_path / "copy")
+    code, printed, notes = go(tmp_path / "copy", 3)
+    assert code == 0 and "Going on after epoch 2" in printed and "contents" in notes[0]
+    assert [len(x) for x in (noted(out), list(out.glob("logs/*.jsonl")))] == [2, 1]
+    assert "Going on" not in go(tmp_path / "first", 3)[1]  # has the first images alone
 
 
 def test_other_settings_or_logs_are_other_runs_of_a_copy(go, tmp_path):
@@ -317,6 +334,22 @@ def test_a_folder_elsewhere_replays(go, tmp_path, capfd):
     with pytest.raises(SystemExit):
         train("--replay", record, "--dataset", "digits")
     assert "leave out --dataset" in capfd.readouterr().err
+
+
+def test_weights_elsewhere_are_the_same_run_and_replay(tmp_path, capfd):
+    out, flags = tmp_path / "out", [*QUICK, "--epochs", 1, "--out", tmp_path / "out", "--weights"]
+    assert train(*flags[:-1], "--out", tmp_path / "start") == 0
+    (start,) = tmp_path.glob("start/checkpoints/*.pt")
+    for i, place in enumerate(("a", "b"), 1):
+        (tmp_path / place).mkdir()
+        path = start = start.rename(tmp_path / place / "w.pt")
+        assert train(*flags, path, "--epochs", i) == 0
+    (record,) = out.glob("logs/*.run.json")
+    assert read(record)["resumed"] == [] and len(read(record)["results"]) == 2
+    path = path.rename(tmp_path / "v.pt")
+    capfd.readouterr()
+    assert train("--replay", record, "--weights", path, "--out", tmp_path / "again") == 0
+    assert "The same bits" in capfd.readouterr().out
 
 
 def test_a_summary_asks_every_file_and_survives_one_that_is_gone(tmp_path, monkeypatch):
