@@ -217,11 +217,11 @@ def open_log(args, world, data, facts):
     ranks None each."""
     if world.rank > 0:
         return None, None, None
-    log, parser = find_run(args.out, vars(args), data), flags.parser()
-    new = args.out == parser.get_default("out") and not os.path.exists(log.log_path)
+    log = find_run(args.out, vars(args), data)
+    new = args.out == flags.parser().get_default("out") and not os.path.exists(log.log_path)
     if new and os.path.exists(os.path.join(FORMER_OUT, "logs", log.log_path.name)):
         print(f"Note: {FORMER_OUT}/ has a run of this name: --out {FORMER_OUT} goes on with it")
-    command = flags.words(parser, vars(args))
+    command = flags.words(flags.parser(), vars(args))
     record = Record(log.record_path, vars(args), command, log.settings, log.images, facts,
                     len(data.train), world)  # fmt: skip
     promised = None
