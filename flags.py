@@ -193,8 +193,9 @@ def parser():
     add("--fresh", action="store_true", help="start over: delete the log and the "
         "checkpoints of an earlier run of the same name")
     add("--replay", type=a_path, metavar="FILE", help="repeat the run of a record, "
-        "<out>/logs/NAME.run.json, and compare the bits; only --out (default: replayed), "
-        "--data_dir, --device and --cpu may be given with it")
+        "<out>/logs/NAME.run.json, and compare the bits; with it, only --out (default: replayed), "
+        "--data_dir, --device, --cpu and another place of its folder:PATH or its --weights may be "
+        "given")
     add("--device", type=device, help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -274,19 +275,22 @@ def without_effect(args):
 
 
 def replayed(p, args, argv):
-    """The Namespace of --replay FILE: the record's flags, and --out, --data_dir and the device as
-    given beside it. Flags without effect, which earlier commits took, stay as they were: the log
-    has them."""
-    given = p.given(argv)
-    odd = [x for x in given if x not in ("replay", "out", "data_dir", "device", "cpu")]
-    if odd:
-        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
-    from runs.record import RecordError, read, shown  # with torch
+    """The Namespace of --replay FILE: the record's flags, and --out, --data_dir, the device and
+    places of the images and the weights as given beside it. Flags without effect, which earlier
+    commits took, stay as they were: the log has them."""
+    from runs.record import RecordError, placeless, read, shown  # with torch
 
+    given = p.given(argv)
     try:
         record = read(args.replay)
     except RecordError as error:
         p.error(str(error))
+    same = placeless(record["flags"])
+    odd = [key for key, x in placeless(given).items()
+           if key not in ("replay", "out", "data_dir", "device", "cpu", "dataset", "weights")
+           or key in ("dataset", "weights") and same.get(key) != x]  # fmt: skip
+    if odd:
+        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
     odd = [key for key in record["flags"] if key not in vars(args)]
     if odd:
         p.error(f"{args.replay} has --{shown(odd[0])}, which no longer exists; its commit has it: "

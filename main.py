@@ -31,8 +31,8 @@ from architecture.weights import start
 from cli import every
 from data import load
 from distributed.slurm import restarted
-from runs.log import RunError, RunLog, as_logged
-from runs.name import name_and_settings
+from runs.images import find_run
+from runs.log import RunError, as_logged
 from runs.provenance import environment
 from runs.record import Record, deviation
 from training import display
@@ -43,6 +43,7 @@ from training.optimizers import AUTOMATIC, make_optimizer
 from training.precision import set_channels_last, set_deterministic, set_precision
 from training.trainer import SEEDING, Trainer
 
+FORMER_OUT = "results"  # the default of --out in earlier versions
 IDLE_STREAMS = {}  # by device: streams in which no run of this process works
 
 
@@ -221,10 +222,13 @@ def open_log(args, world, data, facts):
     ranks None each."""
     if world.rank > 0:
         return None, None, None
-    name, settings = name_and_settings(vars(args))
-    log = RunLog(args.out, name, {**settings, "data": data.source})
+    log = find_run(args.out, vars(args), data)
+    new = args.out == flags.parser().get_default("out") and not os.path.exists(log.log_path)
+    if new and os.path.exists(os.path.join(FORMER_OUT, "logs", log.log_path.name)):
+        print(f"Note: {FORMER_OUT}/ has a run of this name: --out {FORMER_OUT} goes on with it")
     command = flags.command_of(vars(args))
-    record = Record(log.record_path, vars(args), command, log.settings, data, facts, world)
+    record = Record(log.record_path, vars(args), command, log.settings, log.images, facts,
+                    len(data.train), world)  # fmt: skip
     promised = None
     if args.replay is not None:
         promised = record.promised(args.replay, display.table)

@@ -19,7 +19,7 @@ from data.imagenet_layout import read_layout
 from data.workers import usable_cores
 from distributed.launch import check_alone, port_number
 from runs.files import cannot
-from runs.log import RunLog
+from runs.images import find_run
 from runs.name import name_and_settings
 
 IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow
@@ -39,7 +39,9 @@ class Facts(NamedTuple):
     classes: int
     train: int
     test: int
-    source: dict
+    source: dict  # as in Data, and so the next two
+    files: tuple
+    class_names: list | None
     decoding: float | None  # images a second of one process; None for arrays
 
 
@@ -105,7 +107,8 @@ def images(args):
     train, test = data.train.examples, data.test.examples
     yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"
                  + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
-    return Facts(data.shape, data.classes, train, test, data.source, rate)
+    return Facts(data.shape, data.classes, train, test, data.source, data.files, data.class_names,
+                 rate)  # fmt: skip
 
 
 def decoding_rate(data, skip_bad_images):
@@ -138,7 +141,6 @@ def fixed(args):
 
 def results(args, net, facts):
     """Whether the run's folders can be written and have room; what a run of this name has left."""
-    name, settings = name_and_settings(vars(args))
     for part in ("logs", "checkpoints"):
         path = Path(args.out, part)
         while not path.exists():
@@ -155,22 +157,26 @@ def results(args, net, facts):
         if free < need:
             raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "
                         "make room, or choose another --out")  # fmt: skip
-    log = Path(args.out, "logs", f"{name}.jsonl")
+    run = None if facts is None else find_run(args.out, vars(args), facts)
+    log = run.log_path if run else Path(
+        args.out, "logs", f"{name_and_settings(vars(args))[0]}.jsonl")  # fmt: skip
     if not log.exists():
         yield "ok", f"{log}, a new run"
         return
-    if facts is None:
+    if run is None:
         yield "note", f"{log} is there, of images that could not be compared"
         return
-    run = RunLog(args.out, name, {**settings, "data": facts.source})
     run.lock_or_fail()
     run.release()
     if args.fresh:
         yield "ok", f"{log}, which --fresh forgets"
-    elif run.finished(args.epochs) is not None:
-        yield "note", f"{log} is finished: nothing would be done without --fresh or more --epochs"
+        return
+    if run.finished(args.epochs) is not None:
+        yield "note", f"{log} is finished: nothing would be done without more --epochs or --fresh"
     else:
         yield "ok", f"{log}, which goes on after {len(run.epochs())} epochs"
+    if run.compare_images(run.rows()[0]):
+        yield "note", f"{log} began with other images: their {run.other_images} differ"
 
 
 def workers(args, world, neighbours, facts):

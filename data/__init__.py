@@ -59,6 +59,7 @@ class Data(NamedTuple):
     classes: int
     source: dict  # identifies the images that are used
     files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
+    class_names: list | None = None  # of a folder, in the order of the labels
 
 
 def load(

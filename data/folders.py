@@ -92,7 +92,7 @@ def open_folders(root, classes, train_bs, test_bs, image_size, **options):
     source = {"train": train.examples, "val": test.examples}
     paths = [path for part in (train, test) for path, _ in part.loader.dataset.samples]
     shape = (3, image_size, image_size)
-    return train, test, shape, len(train.classes), source, (root, paths)
+    return train, test, shape, len(train.classes), source, (root, paths), train.classes
 
 
 def list_images(root):

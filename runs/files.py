@@ -46,6 +46,13 @@ def reason(error):
     return getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
 
 
+def shown(value):
+    """A value out of a file in a few words that no terminal takes for more than words."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def sync_folder(folder):
     """Make the names in a folder outlive a power cut, where the system can."""
     with contextlib.suppress(OSError):  # Windows opens no folders

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cli import UserError
 from runs.checkpoint import Checkpoints, Damaged, plain, settings_of
-from runs.files import cannot, reason, write_whole
+from runs.files import cannot, reason, shown, write_whole
+from runs.name import wherever
 
 # The keys that readers of a row rely on, by its kind, and the types of other keys, where a row has
 # them. An int is a count from 1; null stands for a number that was not finite.
@@ -21,7 +22,7 @@ REQUIRED = {
               "test_acc": NUMBER, "eta_mean": NULLABLE, "seconds": NUMBER},
     "step": {"epoch": int, "step": int},
 }  # fmt: skip
-OPTIONAL = {"resumed": list, "stopped": TEXT} | dict.fromkeys((
+OPTIONAL = {"resumed": list, "image_files": dict, "stopped": TEXT} | dict.fromkeys((
     "loss", "acc", "eta", "eta_min", "eta_max", "update", "update_min", "update_mean", "update_max",
     "length", "turn", "images_per_second",
 ), NULLABLE)  # fmt: skip
@@ -30,6 +31,9 @@ OPTIONAL = {"resumed": list, "stopped": TEXT} | dict.fromkeys((
 ENVIRONMENT = ("python", "torch", "device", "device_name", "threads", "cores", "commit", "ranks",
                "compile", "channels_last", "cuda_graph", "deterministic")  # fmt: skip
 BATCH_FLAGS = ("micro_bs", "test_bs")
+
+# The ways out of files that cannot be used: the one that keeps them comes first.
+ANEW = "another --out keeps {}, --fresh starts over"
 
 # A forked process would hold the locks for seconds after the run.
 LOCKS = weakref.WeakSet()
@@ -78,20 +82,37 @@ def read_rows(path):
                     break
                 raise ValueError(f"line {i}: {error}") from error
             if line:
-                _check(row, i)
+                _check(row, i, first=not rows)
                 rows.append(row)
-        if not rows or rows[0]["kind"] != "run":
-            raise ValueError("its first row is not that of a run")
+        if not rows:
+            raise ValueError("it has no row")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is no log of a run: {reason(error)}") from error
     return rows
 
 
-def _check(row, line):
-    """Raises ValueError unless a row has what readers rely on."""
-    kind = row.get("kind") if isinstance(row, dict) else None
-    if not isinstance(kind, str):
-        raise ValueError(f"line {line} is no row")
+def read_first_row(path):
+    """The first row of a log. Raises RunError where the file has none."""
+    try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            row = json.loads(file.readline().decode())
+        _check(row, 1, first=True)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is no log of a run: {reason(error)}") from error
+    return row
+
+
+def _check(row, line, first):
+    """Raises ValueError unless a row, the `first` of a log or another, has what readers rely on."""
+    if not isinstance(row, dict):
+        raise ValueError(f"line {line} is {repr(row)[:50]}, and no row")
+    kind = row.get("kind")
+    if not isinstance(kind, str) or first and kind != "run":
+        wanted = 'not "run"' if first else "no name of a kind"
+        has = f"{repr(kind)[:50]} for kind, {wanted}" if "kind" in row else "no kind"
+        raise ValueError(f"line {line} has {has}")
     required = REQUIRED.get(kind, {})
     for key, types in (required | OPTIONAL).items():
         if key in required and key not in row:
@@ -100,25 +121,57 @@ def _check(row, line):
             raise ValueError(f"line {line} has {repr(row[key])[:50]} for {key}")
 
 
+def differences(then, now):
+    """In words, one after the other, how the settings `now` differ from `then`, those of a run on
+    disk. Where the images lie is none, nor are class names, which earlier versions did not log."""
+    for key, value in as_logged(now).items():
+        was = then.get(key)
+        if was == value or key == "classes" and was is None:
+            continue
+        if key == "dataset" and isinstance(was, str) and wherever(was) == wherever(value):
+            continue
+        if key == "classes" and isinstance(was, list):
+            gone, new = _without(was, value), _without(value, was)
+            yield f"classes {gone} then, {new} now" if gone != new else "the order of the classes"
+        else:
+            yield from _pairs(key, was, value)
+
+
+def _without(names, others):
+    """The first names that are not among others, in words."""
+    others = set(map(str, others))
+    rest = [shown(name) for name in names if str(name) not in others]
+    return ", ".join(rest[:3]) + ", ..." * (len(rest) > 3) or "none"
+
+
+def _pairs(name, then, now):
+    """`name then, now` of two values; where both are dicts, of what differs in them."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            if then.get(key) != now.get(key):
+                yield from _pairs(f"{name} {shown(key)}", then.get(key), now.get(key))
+    else:
+        yield f"{name} {shown(then)} then, {shown(now)} now"
+
+
 class RunLog:
     """The log and the checkpoints of the run with these `settings`, which shape its result.
 
-    Rows that a full disk refuses wait in `pending`, and no checkpoint is written before them.
-    `saved` is the (epoch, step) of the newest checkpoint. `changed` has, after `start`, the
-    environment and the flags that differ from the run's first row, {key: value now}.
+    `images`, an Images, are the files that it reads, where they are to be compared. Rows that a
+    full disk refuses wait in `pending`, and no checkpoint is written before them. `saved` is the
+    (epoch, step) of the newest checkpoint. `changed` has, after `start`, the environment, the flags
+    and the images that differ from the run's first row, {key: value now}; `other_images` says how
+    these do, in a word of Images.difference, or is None.
     """
 
-    def __init__(self, out, name, settings):
-        self.name, self.settings = name, settings
+    def __init__(self, out, name, settings, images=None):
+        self.name, self.settings, self.images = name, settings, images
         self.log_path = Path(out, "logs", f"{name}.jsonl")
         self.record_path = Path(out, "logs", f"{name}.run.json")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         self.checkpoints = Checkpoints(self.checkpoint_path)
         self.lock = self.file = self.saved = None
-        self.pending, self.length, self.changed = b"", 0, {}
-        for path in (self.log_path, self.checkpoint_path):
-            with disk_errors(path.parent, "made", "; choose --out"):
-                path.parent.mkdir(parents=True, exist_ok=True)
+        self.pending, self.length, self.changed, self.other_images = b"", 0, {}, None
 
     def rows(self):
         """The rows of the log, none where there is no log. RunError where it is another run's."""
@@ -128,7 +181,7 @@ class RunLog:
         try:
             rows = read_rows(path)
         except RunError as error:
-            raise RunError(f"{error}; --fresh starts over") from error
+            raise RunError(f"{error}; {ANEW.format('it')}") from error
         self.compare(self.settings, rows[0]["settings"], path)
         return rows
 
@@ -144,6 +197,7 @@ class RunLog:
         end = rows[-1] if rows and rows[-1].get("final") else {}
         # An unfinished run may hold more epochs than this command asks for.
         if end and (end.get("stopped") or len(done) >= epochs) or len(done) > epochs:
+            self.compare_images(rows[0])
             return len(done), done[-1]["test_acc"] if done else None, end.get("stopped")
         return None
 
@@ -156,7 +210,10 @@ class RunLog:
         """
         self.lock_or_fail()
         try:
-            return self._start({**first_row, "settings": self.settings})
+            row = {**first_row, "settings": self.settings}
+            if self.images is not None and self.images.summary is not None:
+                row["image_files"] = self.images.summary
+            return self._start(row)
         except BaseException:
             self.release()
             raise
@@ -168,12 +225,12 @@ class RunLog:
         epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
         missing = len(epochs) < done or epochs[:done] != list(range(1, done + 1))
         if missing or (checkpoint and not rows):
-            raise RunError(f"{self.log_path} lacks epochs of {self.checkpoint_path}; --fresh "
-                           "starts over")  # fmt: skip
+            raise RunError(f"{self.log_path} lacks epochs of {self.checkpoint_path}; "
+                           f"{ANEW.format('both')}")  # fmt: skip
         # One epoch may be logged before its checkpoint, and more where the disk was full.
         if checkpoint is None and len(epochs) > 1 and not any(r["kind"] == "unsaved" for r in rows):
             raise RunError(f"{self.log_path} holds {len(epochs)} epochs, and there is no "
-                           "checkpoint to go on from; --fresh starts over, another --out keeps it")
+                           f"checkpoint to go on from; {ANEW.format('them')}")
         if checkpoint:
             self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
             first_row = self._resume(rows[0], first_row)
@@ -192,6 +249,8 @@ class RunLog:
 
         flags = changed(BATCH_FLAGS, then["flags"], now["flags"])
         self.changed = changed(ENVIRONMENT, then, now) | ({"flags": flags} if flags else {})
+        if self.compare_images(then):
+            self.changed["image_files"] = now["image_files"]
         row, (epoch, step) = {**then, "flags": now["flags"]}, self.saved
         if self.changed:
             place = {"after_epoch": epoch} | ({"step": step} if step else {})
@@ -199,23 +258,35 @@ class RunLog:
                               {**place, "date": now.get("date"), **self.changed}]  # fmt: skip
         return row
 
+    def compare_images(self, first_row):
+        """Find out how the images differ from those of the first row, and return `other_images`."""
+        if self.images is not None:
+            then = first_row.get("image_files")
+            self.other_images = self.images.difference(then, self.record_path)
+        return self.other_images
+
     def _read_checkpoint(self):
         with disk_errors(self.checkpoint_path, "read"):
             try:
                 checkpoint, warning = self.checkpoints.read()
             except Damaged as error:
-                raise RunError(f"{error}; --fresh starts over") from error
+                raise RunError(f"{error}; {ANEW.format('both')}") from error
         if checkpoint is not None:
             settings = settings_of(checkpoint)
             if settings is None:
-                raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away")
+                raise RunError(f"{self.checkpoint_path} is no checkpoint of a run; move it away, "
+                               "or choose another --out")  # fmt: skip
             self.compare(self.settings, settings, self.checkpoint_path)
         return checkpoint, warning
 
     def lock_or_fail(self):
-        """Lock the run for this process; RunError where another process has locked it."""
+        """Make the folders of the run and lock it for this process. RunError where they cannot be
+        made, or where another process has locked it."""
         if self.lock is not None:
             return
+        for path in (self.log_path, self.checkpoint_path):
+            with disk_errors(path.parent, "made", "; choose --out"):
+                path.parent.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # Windows
@@ -247,12 +318,11 @@ class RunLog:
     @staticmethod
     def compare(settings, then, path):
         """Raises RunError, with the names, where the settings `then` of the file `path` differ."""
-        now = as_logged(settings)
-        odd = [k for k in now if then.get(k) != now[k]]
+        odd = list(differences(then, settings))
         if odd:
-            was = ", ".join(f"{k} {then.get(k)} then, {now[k]} now" for k in odd)
-            raise RunError(f"{path} is of another run of this name ({was}); use another --out, or "
-                           "--fresh to start over")  # fmt: skip
+            was = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+            raise RunError(f"{path} is of another run of this name ({was}); "
+                           f"{ANEW.format('it')}")  # fmt: skip
 
     def log(self, *rows):
         """Append rows. Returns None, or the reason why they wait in memory."""

@@ -41,16 +41,24 @@ def name_and_settings(flags):
         settings["weights"] = data_sha256(flags["weights"])["sha256"]
         words["weights"] = Path(flags["weights"]).stem
     if dataset.startswith("folder:"):  # its last part, for people, and a sum that tells paths apart
-        words["dataset"] = f"{os.path.basename(dataset)}_{zlib.crc32(dataset.encode()):08x}"
-    if dataset.startswith("npz:"):  # its checksums are settings, wherever it is
-        file = os.path.basename(dataset[len("npz:") :])
-        settings["dataset"], words["dataset"] = f"npz:{file}", f"npz_{file.removesuffix('.npz')}"
+        last = os.path.basename(dataset[len("folder:") :])
+        settings["dataset"] = f"folder:{last}"
+        words["dataset"] = f"{last}_{zlib.crc32(dataset.encode()):08x}"
+    if dataset.startswith("npz:"):  # its checksums are settings
+        settings["dataset"] = wherever(dataset)
+        words["dataset"] = settings["dataset"].replace(":", "_").removesuffix(".npz")
     for key in ("gain", "lr"):  # without an exponent: 1e-05 as 0.00001
         words[key] = words[key] if flags[key] is None else format(Decimal(repr(flags[key])), "f")
     if flags["log_steps"] == "all":
         words["log_steps"] = ""
     parts = [form.format(words[key]) for key, (form, off) in PARTS.items() if flags[key] != off]
     return run_name(*parts), settings
+
+
+def wherever(dataset):
+    """A --dataset without the place of its files: "folder:", "npz:FILE", or the name that it is."""
+    kind, colon, path = dataset.partition(":")
+    return kind + colon + (os.path.basename(path) if kind == "npz" else "")
 
 
 def run_name(*parts):

@@ -33,13 +33,12 @@ def data_sha256(path, files=None):
     and content of each in the order of their names, without contents ("contents" is False) where
     these have more than CONTENTS bytes.
     """
-    root, digest = os.path.join(path, ""), hashlib.sha256()
+    digest = hashlib.sha256()
     if files is None:
         named = [(b"", os.path.getsize(path), path)]
-    else:  # a slice is quicker than relpath, for a million of names
-        names = (x[len(root) :] if x.startswith(root) else os.path.relpath(x, path) for x in files)
-        named = sorted((os.fsencode(name.replace(os.sep, "/")), os.path.getsize(file), file)
-                       for name, file in zip(names, files))  # fmt: skip
+    else:
+        named = sorted((os.fsencode(name), os.path.getsize(file), file)
+                       for name, file in zip(names_below(path, files), files))  # fmt: skip
     total = sum(size for _, size, _ in named)
     contents = files is None or total <= CONTENTS
     for name, size, file in named:
@@ -50,6 +49,13 @@ def data_sha256(path, files=None):
                     digest.update(part)
     return {"sha256": digest.hexdigest(), "files": len(named), "bytes": total,
             "contents": contents}  # fmt: skip
+
+
+def names_below(path, files):
+    """The names of `files` below the folder `path`, with slashes on every system."""
+    root = os.path.join(path, "")  # a slice is quicker than relpath, for a million of names
+    names = (x[len(root) :] if x.startswith(root) else os.path.relpath(x, path) for x in files)
+    return (name.replace(os.sep, "/") for name in names)
 
 
 def code(root=HERE):

@@ -8,6 +8,7 @@ weights to start from. "resumed" has the epochs after which the run went on with
 
 import hashlib
 import json
+import math
 import os
 import threading
 import zlib
@@ -18,9 +19,10 @@ from pathlib import Path
 import torch
 
 from cli import command
-from runs.files import cannot, write_whole
+from runs.files import cannot, shown, write_whole
 from runs.log import RunError, as_logged, json_line
-from runs.provenance import code, data_sha256, hardware, tilde, variables, versions
+from runs.name import wherever
+from runs.provenance import code, hardware, tilde, variables, versions
 
 LARGEST = 2**26  # bytes of a record that is read
 
@@ -30,7 +32,7 @@ PLACEMENT_FLAGS = ("out", "data_dir", "device", "cpu", "distribute", "workers", 
 # Keys of the log that comparisons leave out: times, and facts that the record holds.
 VOLATILE_KEYS = ("date", "seconds", "images_per_second", "saving_seconds", "resumed", "python",
                  "torch", "platform", "device", "device_name", "threads", "cores", "commit",
-                 "launcher", "no_cuda_graph")  # fmt: skip
+                 "launcher", "no_cuda_graph", "name", "image_files")  # fmt: skip
 # Variables that set the number of threads, which is an input itself.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 HARDWARE = ("device", "device_name", "processor", "vectors", "threads", "ranks")  # inputs
@@ -57,12 +59,12 @@ class Record:
     """The record of the run under way, at `path`; `problem` is why it cannot be written, or None.
 
     flags: a dict by name. command: the words of main.py's command line that make the run again.
-    data: the run's Data. facts: a dict with COUNTS.
+    images: the run's Images. facts: a dict with COUNTS. steps: of an epoch.
     """
 
-    def __init__(self, path, flags, command, settings, data, facts, world):
+    def __init__(self, path, flags, command, settings, images, facts, steps, world):
         self.path, self.problem, self.thread = Path(path), None, None
-        self.flags, self.device, self.files = flags, world.device, data.files
+        self.flags, self.device, self.images = flags, world.device, images
         self.content = {
             "format": 1,
             "name": self.path.name.removesuffix(".run.json"),
@@ -71,7 +73,7 @@ class Record:
             "settings": as_logged(settings),
             "hardware": hardware(world.device, world.size),
             "environment": variables(),
-            "counts": {**{key: facts[key] for key in COUNTS}, "epoch_steps": len(data.train)},
+            "counts": {**{key: facts[key] for key in COUNTS}, "epoch_steps": steps},
             "resumed": [],
             "results": [],
         }
@@ -137,7 +139,7 @@ class Record:
             if "data" not in self.content:
                 self.content["code"] = code()
                 self.content["versions"] = versions(self.flags, self.device)
-                self.content["data"] = data_sha256(*self.files)
+                self.content["data"] = self.images.data_sha256
         except OSError as error:
             self.problem = str(error)
 
@@ -173,11 +175,11 @@ def read(path):
             raise ValueError("there is no such file")
         if Path(path).stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST >> 20} MiB")
-        # int() refuses NaN and Infinity, which JSON has not
-        content = json.loads(Path(path).read_bytes().decode(), parse_constant=int)
+        content = json.loads(Path(path).read_bytes().decode())
         if isinstance(content, dict) and content.get("format", 1) != 1:
             raise ValueError(f"its format is {shown(content['format'])}, and this program reads 1")
         _check(content, FORM, "it")
+        _check_numbers(content, "it")
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is no record of a run: {error}") from error
     return content
@@ -200,6 +202,15 @@ def _check(value, form, where):
             _check(item, form.get(str) or form[key], f"{where}.{shown(key)}")
 
 
+def _check_numbers(value, where):
+    """Raises ValueError with the place of a NaN or an infinity, which JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, and no finite number")
+    if isinstance(value, (list, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(item, f"{where}.{shown(key)}")
+
+
 def _changes(then, now, flags=False):
     """[(name, then, now)] of the inputs in which two records differ, and of the flags."""
 
@@ -208,7 +219,7 @@ def _changes(then, now, flags=False):
                  "weights": content["settings"].get("weights"), **content["versions"]}  # fmt: skip
         parts |= {key: content["hardware"].get(key) for key in HARDWARE}
         parts |= {k: x for k, x in content["environment"].items() if k not in THREAD_VARIABLES}
-        asked = content["flags"].items() if flags else ()
+        asked = placeless(content["flags"]).items() if flags else ()
         return parts | {f"--{key}": x for key, x in asked if key not in PLACEMENT_FLAGS}
 
     a, b = inputs(then), inputs(now)
@@ -259,23 +270,23 @@ def weights_sha256(net):
 
 def comparable(rows):
     """The rows of a log without what differs between runs of the same bits: VOLATILE_KEYS, the rows
-    about a full disk, and PLACEMENT_FLAGS."""
+    about a full disk, PLACEMENT_FLAGS, and the places of files."""
     def without(row, keys):
         return {key: x for key, x in row.items() if key not in keys}
 
     rows = [without(row, VOLATILE_KEYS) for row in rows if row["kind"] != "unsaved"]
-    return [row | {"flags": without(row["flags"], PLACEMENT_FLAGS)} if "flags" in row else row
-            for row in rows]  # fmt: skip
+    parts = {"flags": lambda x: without(placeless(x), PLACEMENT_FLAGS),
+             "settings": lambda x: without(x, ("dataset",))}  # fmt: skip
+    return [row | {key: of(row[key]) for key, of in parts.items() if key in row} for row in rows]
+
+
+def placeless(flags):
+    """Flags without the places of files: the contents are inputs of their own."""
+    places = {"dataset": wherever, "weights": lambda path: "FILE"}
+    return {k: places[k](x) if k in places and isinstance(x, str) else x for k, x in flags.items()}
 
 
 def log_sha256(rows):
     """SHA-256 of the comparable rows of a log, a line of JSON each, its keys sorted."""
     lines = (json_line(row, sort_keys=True) for row in comparable(rows))
     return hashlib.sha256(b"".join(lines)).hexdigest()
-
-
-def shown(value):
-    """A value out of a file in a few words that no terminal takes for more than words."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,6 +14,7 @@ import main as program
 from agd import AGD, depth, init_weights
 from data import load
 from flags import parse
+from runs.log import RunLog
 from runs.name import name_and_settings
 from training import trainer
 from training.control import Requests
@@ -158,16 +159,16 @@ def runs(world, several, norms=False):
     """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
     after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
-    given, log = [], program.RunLog.log
+    given, log = [], RunLog.log
     if world.rank == 0:
-        program.RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
+        RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:
         program.build = lambda *args: net_of(norms=True, dtype=torch.float32)
     for flags, numbers in several:
         requests = Signalled(numbers.get(str(world.rank), {}))
         args = parse(["--cpu", "--distribute", *flags])
         code = program.train(args, world, requests)
-        path = program.RunLog(args.out, name_and_settings(vars(args))[0], {}).log_path
+        path = RunLog(args.out, name_and_settings(vars(args))[0], {}).log_path
         given.append((code, requests.looks, '{"kind": "end"' in path.read_text()))
     return given
 

@@ -529,16 +529,23 @@ LOGS = table(
     (lambda x: [bytes(range(256)) * 9], "--fresh"),
     *((lambda x, line=line: [line, *x[1:]], "no log of a run") for line in (
         b'{"level": "info"}\n', b"1\n2\n", b"[" * 100_000 + b"\n", b"")),
-    (at(0, '"settings"', '"x"'), "line 1 has no settings"),
+    (at(0, '"settings"', '"x"'), "line 1 has no settings; another --out keeps it, --fresh"),
+    (at(0, '"flags"', '"x"'), "line 1 has no flags; another --out keeps it, --fresh"),
+    (at(0, '"kind"', '"x"'), "line 1 has no kind; another --out keeps it"),
+    (at(0, '"kind": "run"', '"kind": "ran"'), "line 1 has 'ran' for kind, not \"run\"; another"),
+    (at(0, '"settings": {', '"settings": 3, "x": {'), "line 1 has 3 for settings; another --out"),
+    (at(0, '"kind": "run"', '"kind": "run", "image_files": 3'), "3 for image_files; another --out"),
+    (at(0, ", ", ",, "), "line 1: "),
     (lambda x: [x[0], x[1][:20] + b"\n", *x[2:]], "line 2"),
     (at(1, '"seconds"', '"x"'), "line 2 has no seconds"),
     (lambda x: [x[0], *x[2:]], "lacks epochs"),
-    (at(0, '"seed": 0', '"seed": 7'), "seed 7 then, 0 now"),
+    (at(0, '"seed": 0', '"seed": 7'), "seed 7 then, 0 now); another --out keeps it, --fresh"),
+    (at(0, '"seed": 0', '"x": 0'), "seed None then, 0 now"),
     (at(3, '"stopped": null', '"stopped": []'), "for stopped"),
     *((row(**{key: value}), f"for {key}") for key, value in (
         ("epoch", None), ("epoch", 0), ("train_loss", "small"), ("test_acc", None),
         ("eta_min", {}))),
-    (row(kind=3), "line 2 is no row"),
+    (row(kind=3), "line 2 has 3 for kind"),
 )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_without_a_checkpoint_the_log_starts_anew(tmp_path):
 def test_an_out_that_is_a_file(tmp_path):
     (tmp_path / "b").write_text("")
     with pytest.raises(RunError, match="choose --out"):
-        RunLog(tmp_path / "b", "a", {})
+        RunLog(tmp_path / "b", "a", {}).start(FIRST)
 
 
 def test_another_environment_is_noted_on_resuming(tmp_path):

@@ -17,6 +17,7 @@ from data import default_data_dir
 from flags import parse, parser
 from flags import words as flag_words
 from runs import provenance
+from runs.images import Images
 from runs.log import read_rows
 from runs.provenance import code, data_sha256, tilde, variables
 from runs.record import (
@@ -124,7 +125,10 @@ def test_a_deviation_names_its_first_epoch(net, rows, words):
     ("[]", "it is of the wrong type"),
     ("{}", "it has not the right entries (code, command, counts,"),
     ({"flags": {"seed": [1]}}, "it.flags.seed is of the wrong type"),
-    ({"flags": {"seed": float("nan")}}, "'NaN'"),
+    *(({"flags": {"lr": float(x)}}, f"it.flags.lr is {x}, and no finite number")
+      for x in ("nan", "inf", "-inf")),
+    (json.dumps(RECORD).replace('"lr": null', '"lr": 1e999'), "it.flags.lr is inf"),
+    ({"settings": {"data": {"crc32": [1, float("nan")]}}}, "it.settings.data.crc32.1 is nan"),
     ({"command": [1]}, "it.command[0] is of the wrong type"),
     ({"results": [{**RESULT, "epochs": True}]}, "it.results[0].epochs is of"),
     ({"results": [{**RESULT, "more": 1}]}, "entries (more)"),
@@ -231,10 +235,9 @@ def made(path, seed=0, file=Path(__file__)):
     """A Record at `path`."""
     flags = {"arch": "fcn", "dataset": "digits", "optimizer": "agd", "compile": False, "seed": seed,
              "epochs": 4, "image_size": None}  # fmt: skip
-    data = SimpleNamespace(train=range(3), files=(file,))
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     facts = {"train_examples": 5, "test_examples": 2, "weights": 7, "layers": 1}
-    return Record(path, flags, ["--seed=0"], {"seed": seed}, data, facts, world)
+    return Record(path, flags, ["--seed=0"], {"seed": seed}, Images(file), facts, 3, world)
 
 
 def begun(path, done=None, **options):
@@ -337,6 +340,16 @@ def test_what_cannot_be_replayed_is_said_at_once(parts, flags, noun, tmp_path, c
     with pytest.raises(SystemExit, match="2"):
         parse(["--replay", str(laid(tmp_path / "a.run.json", **parts)), *flags])
     assert noun in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_flag_that_a_record_lacks_has_its_default(tmp_path):
+    args = vars(parse(["--dataset", "digits", "--cpu"], check=False))
+    for key in args:
+        for flags in ({k: x for k, x in args.items() if k != key}, {**args, key: None}):
+            path = laid(tmp_path / "a.run.json", {**RECORD, "flags": flags})
+            again = vars(parse(["--replay", str(path)], check=False))
+            assert again["epochs"] == 2 and again["train_bs"] == args["train_bs"]
+            assert again["dataset"] == ("cifar10" if key == "dataset" else "digits")
 
 
 def test_a_replay_takes_the_records_flags_and_its_data_where_it_is(tmp_path):

@@ -186,10 +186,19 @@ def resumed(progress, log, trainer):
     """Print from where a run resumes, and how its environment differs from its first."""
     step = f", step {trainer.step} of {trainer.batches}" if trainer.step else ""
     progress.note(f"Going on after epoch {len(trainer.rows)}{step}, of {log.log_path}")
-    if log.changed:
-        odd = ", ".join(key.replace("_", " ") for key in log.changed)
+    odd = ", ".join(key.replace("_", " ") for key in log.changed if key != "image_files")
+    if odd:
         progress.note(f"Note: not as it began ({odd}): the last digits may differ")
+    if log.other_images:
+        progress.note(other_images(log))
     progress.note("")
+
+
+def other_images(log):
+    """How the images differ from those that a run began with, as a line."""
+    what = ("the times of their files differ, and may be those of a copy"
+            if log.other_images == "times" else f"their {log.other_images} differ")  # fmt: skip
+    return f"Note: not the images that {log.log_path} began with: {what}"
 
 
 def already(log, epochs, test_acc, stopped):
@@ -198,13 +207,15 @@ def already(log, epochs, test_acc, stopped):
         print(f"Already finished: {epochs} epochs, test accuracy {figure(test_acc, '.2%')}.")
     else:
         print(f"Already ended: {stopped}.")
-    print(f"{log.log_path} has it; --fresh starts over.")
+    print(f"{log.log_path} has it; another --out keeps it, --fresh starts over.")
+    if log.other_images:
+        print(other_images(log))
 
 
 def further(log, epoch, epochs):
     """Print that the checkpoint of a run is in an epoch past the last one of the command."""
     print(f"The checkpoint is in epoch {epoch} already, past --epochs {epochs}.")
-    print(f"{log.log_path} has the epochs before; --fresh starts over.")
+    print(f"{log.log_path} has the epochs before; another --out keeps it, --fresh starts over.")
 
 
 def figure(x, form):

@@ -25,7 +25,7 @@ from distributed.delayed import DelayedReads, Glance
 from distributed.slurm import in_a_job, requeue
 from distributed.sync_bn import average_statistics
 from runs.checkpoint import validate
-from runs.log import RunError
+from runs.log import ANEW, RunError
 from training import display
 from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
@@ -151,7 +151,8 @@ class Trainer:
                 OverflowError) as error:  # fmt: skip
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"the checkpoint is of another network or optimiser ({reason}); --fresh starts over"
+                f"the checkpoint is of another network or optimiser ({reason}); "
+                f"{ANEW.format('it')}"
             ) from error
 
     def save(self, totals):
