@@ -10,7 +10,7 @@ from architecture import NETWORKS, Unfit, is_library, libraries
 from architecture.libraries import PREFIXES as LIBRARIES
 from architecture.weights import SUFFIXES
 from cli import Joined, Parser, all_or, checked, every, near, number, one_of
-from data import DATASETS, default_data_dir, is_folder
+from data import AUGMENTATIONS, DATASETS, default_data_dir, is_folder
 from distributed.launch import is_first
 from runs.record import RecordError, read, shown
 from training.losses import LOSSES
@@ -56,6 +56,9 @@ def parser():
         "of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
         "they are, as 'features.*'; may be given several times")
+    add("--augment", type=one_of(AUGMENTATIONS), default="default", metavar="HOW",
+        help="of the training images: default (the crops and flips of the data set), crop (no "
+        "flips, where left and right differ) or none (default: default)")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
@@ -225,6 +228,9 @@ def parse(argv=None, check=True):
         except ValueError as error:
             p.error(str(error))
     network_flags(p, args, check)
+    spec = DATASETS.get(args.dataset)
+    if args.augment != "default" and spec is not None and not spec.flip:
+        p.error(f"--augment {args.augment}: {args.dataset} is not augmented")
     folder = is_folder(args.dataset)
     for part in ("train", "test"):
         if folder and getattr(args, f"{part}_examples") is not None:

@@ -86,7 +86,7 @@ def train(args, world, requests):
     optimizer = build_optimizer(args, net, data, world)
     facts = facts_of(args, data, net, optimizer, channels_last)
     if world.rank == 0:
-        display.network(net, facts, notes)
+        display.network(net, facts, [*data.notes, *notes])
 
     log, record, promised = open_log(args, world, data, facts)
     finished = world.broadcast_object(log.finished(args.epochs) if log else None)
@@ -145,7 +145,7 @@ def load_data(args, world):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, world.device, args.seed,
         args.workers, args.image_size, args.skip_bad_images, world.rank, world.size,
-        args.train_examples, args.test_examples,
+        args.train_examples, args.test_examples, args.augment,
     )  # fmt: skip
     if world.rank == 0:
         world.broadcast_object()

@@ -48,7 +48,7 @@ def parse(argv=None):
     add("case", nargs="?", choices=[*CASES, "all", "draw"], default="all", help="(default: all)")
     add("--arch", default="fcn", choices=NETWORKS, help="of the epoch (default: fcn)")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
-    add("--folder", type=Path, help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
+    add("--folder", type=Path, help="of images (default: $IMAGENET_PATH or imagenet in --data_dir)")
     add("--image_size", type=number(int, 32, 8192), default=224)
     add("--depth", type=number(int, 2, 10_000), default=10)
     add("--width", type=number(int, 1, 1_000_000), default=256)
