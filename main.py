@@ -86,7 +86,9 @@ def train(args, world, requests):
     optimizer = build_optimizer(args, net, data, world)
     facts = facts_of(args, data, net, optimizer, channels_last)
     if world.rank == 0:
-        display.network(net, facts, [*data.notes, *notes])
+        display.network(net, facts, notes)
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
 
     log, record, promised = open_log(args, world, data, facts)
     finished = world.broadcast_object(log.finished(args.epochs) if log else None)

@@ -12,14 +12,18 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import printable
+from data.arrays import channel_statistics
 from data.batches import Batches
 from data.common import DataError, reason
 from data.imagenet_layout import entries_of, few, unreadable
-from data.resize import is_image, open_image, read_image, to_rgb
+from data.resize import is_deep, is_image, open_image, read_image, suffix, to_rgb
 from data.workers import held_back, ignore_all
 
+SAMPLE = 32  # images by which a folder is judged and measured
 LONG = 16  # the longer side of a test image is at most so many times the shorter one
-SYSTEM = ("thumbs.db", "desktop.ini")  # files that no one has put there, as hidden ones
+SYSTEM = ("thumbs.db", "desktop.ini")  # files that Windows puts there
+KINDS = 12  # of files that a sentence lists
+NONE = "without a suffix"
 
 
 class FolderBatches(Batches):
@@ -28,15 +32,19 @@ class FolderBatches(Batches):
     Training takes a RandomResizedCrop and a flip (`augment` crop: no flip; none: what testing
     takes), testing resizes the shorter side to 256/224 of `image_size` and cuts out the centre. An
     image that cannot be decoded raises DataError with its path or, with `skip_bad_images`, is left
-    out and listed once in `bad_images`. `left_out` counts the files that are no images by name.
+    out and listed once in `bad_images`. `notes` has a sentence where there are several kinds of
+    files. Of deep images `mean` and `std` are measured instead, on a sample of those of training.
     """
 
     def __init__(
         self, root, batch_size, image_size, mean, std, device, train=False, seed=0, workers=0,
         skip_bad_images=False, rank=0, size=1, augment="default",
     ):  # fmt: skip
-        self.classes, samples, self.left_out = list_images(root)
-        super().__init__(len(samples), batch_size, mean, std, device, train, seed, rank, size)
+        self.classes, samples, self.notes = list_images(root)
+        self.mean, self.std = train and deep_statistics(samples, image_size) or (mean, std)
+        super().__init__(
+            len(samples), batch_size, self.mean, self.std, device, train, seed, rank, size
+        )
         self.root, self.skip_bad_images, self.bad_images = root, skip_bad_images, set()
         images = _Images(samples, image_size, augment if train else "none", seed)
         self.loader = DataLoader(
@@ -77,7 +85,9 @@ class FolderBatches(Batches):
             return iter(self.loader)
 
 
-def open_folders(root, classes, train_bs, test_bs, image_size, augment, **options):
+def open_folders(
+    root, classes, train_bs, test_bs, image_size, mean, std, augment="default", **options
+):
     """The fields of a Data of the folders train/ and val/ of `root`, with `classes` (None: any)."""
     for split in ("train", "val"):
         if not (root / split).is_dir():
@@ -86,9 +96,9 @@ def open_folders(root, classes, train_bs, test_bs, image_size, augment, **option
                 f"{root}/val/CLASS/ with the images of each class."
             )
     train = FolderBatches(
-        root / "train", train_bs, image_size, train=True, augment=augment, **options
+        root / "train", train_bs, image_size, mean, std, train=True, augment=augment, **options
     )
-    test = FolderBatches(root / "val", test_bs, image_size, **options)
+    test = FolderBatches(root / "val", test_bs, image_size, train.mean, train.std, **options)
     odd = sorted(set(train.classes) ^ set(test.classes))
     if odd:
         raise DataError(f"{root}/train and {root}/val differ in their class folders: {few(odd)}")
@@ -97,16 +107,13 @@ def open_folders(root, classes, train_bs, test_bs, image_size, augment, **option
     source = {"train": train.examples, "val": test.examples}
     paths = [path for part in (train, test) for path, _ in part.loader.dataset.samples]
     shape = (3, image_size, image_size)
-    notes = [
-        f"{part.left_out.total():,} files in {part.root}/ were left out: {kinds(part.left_out)}"
-        for part in (train, test) if part.left_out
-    ]  # fmt: skip
-    return train, test, shape, len(train.classes), source, (root, paths), tuple(notes)
+    notes = train.notes + test.notes
+    return train, test, shape, len(train.classes), source, (root, paths), notes
 
 
 def list_images(root):
-    """([name of each class], [(path, class)], files left out) of the images below `root`, in
-    torchvision's order. A Counter by suffix has the other files, hidden ones excepted.
+    """([name of each class], [(path, class)], sentences) of the images below `root`, in
+    torchvision's order. The sentences say which kinds of files were taken and left out.
 
     Every folder in `root` is a class, hidden ones too, and what lies below it belongs to it. Links
     are followed: torchvision's ImageFolder would follow those in a circle for hours, so a folder
@@ -115,9 +122,9 @@ def list_images(root):
     """
     entries = entries_of(root)
     classes = [name for name, is_folder in entries if is_folder]
-    beside = Counter(map(suffix, (name for name, is_folder in entries if not is_folder)))
-    left_out = Counter({f"{x} beside the class folders": n for x, n in beside.items() if x})
-    samples, empty, found = [], [], Counter()
+    left_out = Counter(f"{suffix(name) or NONE} beside the class folders"
+                       for name, folder in entries if not folder and is_users(name))  # fmt: skip
+    taken, samples, empty, found = Counter(), [], [], Counter()
     for label, name in enumerate(classes):
         images, seen, others = [], set(), Counter()
         for folder, _, names in os.walk(os.path.join(root, name), onerror=unreadable,
@@ -127,8 +134,11 @@ def list_images(root):
                 raise DataError(f"{folder} is a link to a folder that class {name} has already: "
                                 "remove one of them")  # fmt: skip
             seen.add((place.st_dev, place.st_ino))
-            images.append((folder, sorted(filter(is_image, names))))
-            others.update(filter(None, (suffix(n) for n in names if not is_image(n))))
+            pictures = sorted(filter(is_image, names))
+            images.append((folder, pictures))
+            taken.update(map(suffix, pictures))
+            if len(pictures) < len(names):
+                others.update(suffix(n) or NONE for n in names if not is_image(n) and is_users(n))
         paths = [os.path.join(folder, n) for folder, names in sorted(images) for n in names]
         samples += [(path, label) for path in paths]
         left_out += others
@@ -138,25 +148,41 @@ def list_images(root):
     if empty or len(classes) < 2:
         fault = (
             f"{len(empty)} of its {len(classes)} classes have none: {few(empty)}"
-            + (f"; files there are {kinds(found)}, and images .jpg, .png or another suffix of "
+            + (f"; the files there are {listed(found)}, and images are .jpg, .png or others of "
                "docs/data.md" if found else "") if empty else
             f"{classes[0]} is its only class, and there is nothing to tell apart" if classes else
             "it has no folders"
         )  # fmt: skip
         raise DataError(f"no images under {root}, one folder a class: {fault}")
-    return classes, samples, left_out
+    sentence = f"{root} has {len(samples):,} images: {listed(taken)}"
+    if left_out:
+        sentence += f"; left out: {listed(left_out)}"
+    return classes, samples, (sentence,) if left_out or len(taken) > 1 else ()
 
 
-def suffix(name):
-    """What a file is counted as that is no image, or None where it is hidden or the system's."""
-    if name.startswith(".") or name.lower() in SYSTEM:
-        return None
-    return os.path.splitext(name)[1].lower()[:20] or "without a suffix"
+def is_users(name):
+    """Whether a file was put there on purpose: it is neither hidden nor the system's."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
 
 
-def kinds(counts):
-    """The most frequent of a Counter of suffixes, for a sentence."""
-    return few([f"{name} ({n:,})" for name, n in counts.most_common()])
+def listed(counts):
+    """The most frequent kinds of files in a Counter, for a sentence."""
+    parts = [f"{printable(name)[:50]} ({n:,})" for name, n in counts.most_common(KINDS)]
+    return ", ".join(parts) + (", ..." if len(counts) > KINDS else "")
+
+
+def deep_statistics(samples, image_size):
+    """(mean, deviation) of each channel on a sample of the images whose files are `samples`, or
+    None where less than half are of 12 or 16 bits. Of these, sensors fill a part: by ImageNet's
+    statistics all would be about as black, and a network without biases cannot tell them apart."""
+    sample, images = [path for path, _ in samples[:: -(-len(samples) // SAMPLE)]], []
+    for path in sample:
+        with contextlib.suppress(Exception):  # training, and not this, tells of a damaged file
+            with open_image(read_image(path)) as file:
+                deep = is_deep(file)
+            if deep:
+                images.append(centre_crop(decode(path), image_size).numpy())
+    return channel_statistics(np.stack(images)) if 2 * len(images) > len(sample) else None
 
 
 class _Sampler:

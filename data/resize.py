@@ -24,7 +24,7 @@ FORMATS = {
     "BLP": ".blp", "IM": ".im", "MSP": ".msp", "XBM": ".xbm",
     "TGA": ".tga .icb .vda .vst",  # the last, since nothing marks such a file
 }
-SUFFIXES = tuple(" ".join(FORMATS.values()).split())
+SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 LARGEST = 2**30  # bytes of an image file
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for whoever writes into a pipe
@@ -52,19 +52,30 @@ def shrink(content, size=None):
     return made.getvalue()
 
 
+def suffix(name):
+    """The suffix of a file name, as ".jpg", or nothing."""
+    at = name.rfind(".")
+    return name[at:].lower() if at >= 0 else ""
+
+
 def is_image(name):
     """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(SUFFIXES)
+    return suffix(name) in SUFFIXES
+
+
+def is_deep(image):
+    """Whether the pixels of PIL's image are grey values of 12 or 16 bits."""
+    # In some versions the mode of a grey PNG or PGM of 16 bits is I.
+    return image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
 
 
 def to_rgb(image):
     """PIL's image as one of 8-bit RGB, by its `convert`.
 
-    That would saturate grey values of more than 8 bits: those of 16, or 12, are scaled by the range
-    of their type. Raises ValueError for other integers and floats, whose range nothing declares.
+    That would saturate deep grey values, so these are scaled by the range of their type. Raises
+    ValueError for other integers and for floats, whose range nothing declares.
     """
-    # In some versions the mode of a grey PNG or PGM of 16 bits is I.
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+    if is_deep(image):
         tags = getattr(image, "tag_v2", {})  # a TIFF's
         scale, offset = 255 / (2 ** tags.get(BITS, (16,))[0] - 1), 0.5
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits alone
