@@ -148,7 +148,8 @@ def _images_of(arrays, key, shape):
         images = images[..., None]
     elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
         images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.shape[1:] != (shape or images.shape[-3:]):
+    given = images.dtype, images.ndim, images.shape[1:]
+    if given != (np.uint8, 4, shape or images.shape[1:]):
         sides = ", ".join(map(str, shape or "HWC"))
         raise ValueError(f"{key} is {_form(arrays[key])}, not uint8 (N, {sides}) from 0 to 255")
     if not images.size:

@@ -21,7 +21,7 @@ FORMATS = {
     "TIFF": ".tif .tiff", "BMP": ".bmp", "DIB": ".dib", "PPM": ".ppm .pgm .pbm .pnm .pfm",
     "JPEG2000": ".jp2 .j2k .jpc .jpf .jpx .j2c", "AVIF": ".avif .avifs", "DDS": ".dds",
     "SGI": ".sgi .rgb .rgba .bw", "PCX": ".pcx", "QOI": ".qoi", "ICO": ".ico", "ICNS": ".icns",
-    "BLP": ".blp", "IM": ".im", "MSP": ".msp", "XBM": ".xbm",
+    "BLP": ".blp", "MSP": ".msp", "XBM": ".xbm",
     "TGA": ".tga .icb .vda .vst",  # the last, since nothing marks such a file
 }
 SUFFIXES = frozenset(" ".join(FORMATS.values()).split())

@@ -83,8 +83,8 @@ def make_seeds(folder):
     image = Image.fromarray(np.stack([8 * x, 12 * y, x * y % 256], 2).astype(np.uint8))
     kinds = ("RGB JPEG", "L JPEG", "CMYK JPEG", "RGB PNG", "P PNG", "RGBA PNG", "P GIF", "RGB BMP",
              "RGB PPM", "RGB WEBP", "RGB TIFF", "1 TIFF", "RGB EPS", "L JPEG2000", "RGB DDS",
-             "RGB SGI", "RGB PCX", "RGB QOI", "RGBA ICO", "RGB ICNS", "P BLP", "RGB IM", "1 MSP",
-             "1 XBM", "RGB TGA", "P TGA", "I PPM", "I;16 TIFF", "I;16 PNG")  # fmt: skip
+             "RGB SGI", "RGB PCX", "RGB QOI", "RGBA ICO", "RGB ICNS", "P BLP", "1 MSP", "1 XBM",
+             "RGB TGA", "P TGA", "I PPM", "I;16 TIFF", "I;16 PNG")  # fmt: skip
     kinds += ("RGB AVIF",) if features.check("avif") else ()
     modes = {mode: image.convert("L").convert(mode) for mode in ("I", "I;16")}  # not from RGB
     images = [made((modes.get(mode) or image.convert(mode)).save, kind)
