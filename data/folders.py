@@ -156,7 +156,7 @@ def list_images(root):
         raise DataError(f"no images under {root}, one folder a class: {fault}")
     sentence = f"{root} has {len(samples):,} images: {listed(taken)}"
     if left_out:
-        sentence += f"; left out: {listed(left_out)}"
+        sentence += f"; {left_out.total():,} files were left out: {listed(left_out)}"
     return classes, samples, (sentence,) if left_out or len(taken) > 1 else ()
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import socket
 import struct
 import tarfile
@@ -21,6 +22,7 @@ from data.common import reason
 from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
 from data.prepare import MNIST_MD5, main, prepare
 from data.resize import FORMATS, SUFFIXES, to_rgb
+from tests.conftest import ROOT
 from tests.program import rows, train
 
 CPU = torch.device("cpu")
@@ -716,6 +718,9 @@ def test_every_suffix_of_the_formats_is_taken():
     theirs = {x for x, kind in Image.registered_extensions().items() if kind in FORMATS}
     assert theirs <= SUFFIXES and {".jpg", ".jfif", ".gif", ".jp2", ".avif"} <= SUFFIXES
     assert not {".eps", ".ps", ".pdf", ".mpg", ".wmf", ".txt", ""} & SUFFIXES
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = page.split("A file is an image by its suffix")[1].split("What it holds")[0]
+    assert set(re.findall(r"\.[a-z0-9]+", listed)) == SUFFIXES
 
 
 def outcome(read, path):

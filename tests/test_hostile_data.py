@@ -311,7 +311,7 @@ def test_the_images_are_those_of_torchvision_in_its_order(tmp_path):
     theirs = datasets.ImageFolder(tmp_path)
     classes, samples, notes = list_images(tmp_path)
     assert (classes, samples) == (theirs.classes, theirs.samples) and len(samples) == 14
-    for part in ("14 images", ".jpg (4)", ".tiff (2)", "left out: ", ".txt (1)",
+    for part in ("14 images", ".jpg (4)", ".tiff (2)", "; 2 files were left out: ", ".txt (1)",
                  ".jpg beside the class folders (1)"):  # fmt: skip
         assert part in notes[0], notes
 
@@ -326,7 +326,8 @@ def test_what_is_left_out_is_counted_and_named(folder):
     for name in ("a.svg", "b.svg", "README", "x.y\n.heic", f"z.{'z' * 200}"):
         (pear / name).touch()
     (note,) = list_images(folder / "train")[2]
-    assert note.startswith(f"{folder}/train has 4 images: .jpg (3), .jfif (1); left out: .svg (2)")
+    assert note.startswith(f"{folder}/train has 4 images: .jpg (3), .jfif (1); 5 files were left "
+                           "out: .svg (2)")  # fmt: skip
     assert "without a suffix (1)" in note and ".heic (1)" in note and len(note) < 400
     for path in pear.glob("*.j*"):
         path.unlink()
