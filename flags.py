@@ -23,7 +23,7 @@ from cli import (
     one_of,
     synonyms,
 )
-from data import DATASETS, data_folder, default_data_dir, is_folder
+from data import AUGMENTATIONS, DATASETS, data_folder, default_data_dir, is_folder
 from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS
 
 MODES = ("auto", "on", "off")
@@ -147,6 +147,9 @@ def parser():
         "or .pth; those of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
         "they are, as 'features.*'; may be given several times")
+    add("--augment", type=one_of(AUGMENTATIONS), default="default", metavar="HOW",
+        help="of the training images: default (the crops and flips of the data set), crop (no "
+        "flips, where left and right differ) or none (default: default)")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
@@ -266,6 +269,8 @@ def without_effect(args):
          "image_size", "workers", "skip_bad_images")  # fmt: skip
     need(not folder, f"is for the prepared sets, not for {args.dataset}",
          "train_examples", "test_examples")  # fmt: skip
+    spec = DATASETS.get(args.dataset)
+    need(spec is None or spec.flip, f"has no effect: {args.dataset} is not augmented", "augment")
     need(automatic, f"is AGD's; {args.optimizer} has --lr", "gain")
     need(automatic, f"is AGD's; {args.optimizer} does not ask for their number", "layers")
     own = AUTOMATIC.get(args.optimizer)

@@ -92,6 +92,8 @@ def train(args, world, requests):
                          "step takes all of them, and an epoch is one step"]  # fmt: skip
     if world.rank == 0:
         display.network(net, facts, notes)
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
 
     log, record, promised = open_log(args, world, data, facts)
     finished = world.broadcast_object(log.finished(args.epochs) if log else None)
@@ -150,7 +152,7 @@ def load_data(args, world):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, world.device, args.seed,
         args.workers, args.image_size, args.skip_bad_images, world.rank, world.size,
-        args.train_examples, args.test_examples,
+        args.train_examples, args.test_examples, args.augment,
     )  # fmt: skip
     if world.rank == 0:
         world.broadcast_object()

@@ -101,8 +101,10 @@ def images(args):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
         image_size=args.image_size, train_examples=args.train_examples,
-        test_examples=args.test_examples,
+        test_examples=args.test_examples, augment=args.augment,
     )  # fmt: skip
+    for note in data.notes:
+        yield "note", note
     rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
     train, test = data.train.examples, data.test.examples
     yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"

@@ -23,7 +23,14 @@ from typing import NamedTuple
 from cli import expand
 from data.common import DataError, data_folder, default_data_dir
 
-__all__ = ["DATASETS", "Data", "DataError", "data_folder", "default_data_dir", "is_folder", "load"]
+__all__ = [
+    "AUGMENTATIONS", "DATASETS", "Data", "DataError", "data_folder", "default_data_dir",
+    "is_folder", "load",
+]  # fmt: skip
+
+
+# In training: the crops and flips of the data set; crops alone; images as in testing.
+AUGMENTATIONS = ("default", "crop", "none")
 
 
 class Spec(NamedTuple):
@@ -60,30 +67,36 @@ class Data(NamedTuple):
     source: dict  # identifies the images that are used
     files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
     class_names: list | None = None  # of a folder, in the order of the labels
+    notes: tuple = ()  # sentences for the user
 
 
 def load(
     name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,
     skip_bad_images=False, rank=0, size=1, train_examples=None, test_examples=None,
+    augment="default",
 ):  # fmt: skip
     """The Data of `name`: one of DATASETS, "folder:PATH", or "npz:FILE", a prepared file of any
     classes and side in `data_dir`, augmented like CIFAR's if it has colours.
 
-    Of arrays, `train_examples` and `test_examples` take the first so many. Batch sizes are global:
+    `augment` is one of AUGMENTATIONS. Of arrays, `train_examples` and `test_examples` take the
+    first so many. Batch sizes are global:
     of each batch this rank gets every `size`-th example from `rank` on. Raises DataError, with
     what to do about it, if the images are missing or damaged.
     """
     # torch is imported here, and torchvision for folders alone: they take seconds.
     if is_folder(name):
         from data.folders import open_folders
-        from data.imagenet import find
+        from data.imagenet import find, passed_over
 
         root = find(data_dir) if name == "imagenet" else Path(expand(name[len("folder:") :]))
-        return Data(*open_folders(
+        note = passed_over(data_dir) if name == "imagenet" else None
+        data = Data(*open_folders(
             root, DATASETS[name].classes if name in DATASETS else None, train_bs, test_bs,
             image_size=image_size or 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device,
             seed=seed, workers=workers, skip_bad_images=skip_bad_images, rank=rank, size=size,
+            augment=augment,
         ))  # fmt: skip
+        return data._replace(notes=(note, *data.notes)) if note else data
 
     from data.arrays import ArrayBatches, channel_statistics, load_arrays
 
@@ -109,9 +122,12 @@ def load(
         spec = Spec(images.shape[1:], int(labels.max()) + 1, pad=height // 8 if colours else 0,
                     flip=colours)  # fmt: skip
     mean, std = (spec.mean, spec.std) if spec.mean else channel_statistics(images)
+    if augment != "default" and not spec.flip:
+        raise DataError(f"{name} is not augmented: leave out --augment {augment}")
+    pad, flip = 0 if augment == "none" else spec.pad, spec.flip and augment == "default"
     batches = []
     for split, batch_size, count, augmentation in (
-        ("train", train_bs, train_examples, {"shuffle": True, "pad": spec.pad, "flip": spec.flip}),
+        ("train", train_bs, train_examples, {"shuffle": True, "pad": pad, "flip": flip}),
         ("test", test_bs, test_examples, {}),
     ):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]

@@ -105,29 +105,34 @@ def channel_statistics(images):
 
 
 def load_arrays(path, shape=None, classes=None, remedy=None):
-    """({key: array} by KEYS, {"file", "crc32"} which identifies them) of a prepared data set.
+    """({key: array} by KEYS, {"file", "crc32"} which identifies them) of a prepared data set:
+    images uint8 (N, H, W, C), labels int64 (N,).
 
-    Checks the shape of an image and the number of classes; None takes any. Memory is taken for no
-    more than the file is worth (RATIO), and no object is read: those would be pickles. Raises
-    DataError with `remedy`, what to do about a file that is damaged.
+    The file may have other forms that say the same: images (N, H, W) or channels first, labels of
+    any type of number or (N, 1). Checks the shape of an image and the number of classes; None takes
+    any shape, and as many classes as there are in train_labels. Memory is taken for no more than
+    the file is worth (RATIO), and no object is read: those would be pickles. Raises DataError with
+    `remedy`, what to do about a file that is damaged.
     """
     path = Path(path)
     try:
         arrays, crc32 = _read(path)
         for split in ("train", "test"):
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-            if shape is None and images.ndim == 4 and images.size:
-                shape = images.shape[1:]
-            if images.dtype != np.uint8 or images.shape[1:] != shape:
-                sides = ", ".join(map(str, shape or "HWC"))
-                raise ValueError(f"{split}_images is not uint8 (N, {sides})")
-            if labels.dtype != np.int64 or labels.shape != images.shape[:1] or not len(labels):
-                raise ValueError(f"{split}_labels is not int64 (N,) with an entry an image")
+            images = _images_of(arrays, f"{split}_images", shape)
+            labels = _labels_of(arrays, f"{split}_labels", len(images))
+            shape = images.shape[1:]
+            least, most = labels.min(), labels.max()
+            if split == "test":  # a small part need not have every class
+                if least < 0 or most >= classes:
+                    raise ValueError(f"test_labels run from {least} to {most}, and those of "
+                                     f"training from 0 to {classes - 1}")  # fmt: skip
+                continue
+            if least == most:
+                raise ValueError("train_labels are all the same: there is nothing to tell apart")
             classes = classes or len(np.unique(labels))
-            if classes < 2:
-                raise ValueError(f"{split}_labels are all the same: there is nothing to tell apart")
-            if labels.min() != 0 or labels.max() != classes - 1:
-                raise ValueError(f"{split}_labels do not run from 0 to {classes - 1}")
+            if least != 0 or most != classes - 1:
+                raise ValueError(f"train_labels run from {least} to {most}, and {classes} classes "
+                                 f"have the numbers from 0 to {classes - 1}")  # fmt: skip
     except Exception as error:  # a damaged file raises whatever its reader comes upon
         anew = command("data.prepare", path.stem, "--data_dir", path.parent)
         raise DataError(
@@ -137,6 +142,42 @@ def load_arrays(path, shape=None, classes=None, remedy=None):
     return arrays, {"file": path.name, "crc32": crc32}
 
 
+def _images_of(arrays, key, shape):
+    """Make the images `key` of `arrays` uint8 (N, H, W, C), `shape` (H, W, C) or None for any.
+    Returns them."""
+    images = arrays[key]
+    if images.ndim == 3:
+        images = images[..., None]
+    elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+        images = images.transpose(0, 2, 3, 1)
+    given = images.dtype, images.ndim, images.shape[1:]
+    if given != (np.uint8, 4, shape or images.shape[1:]):
+        sides = ", ".join(map(str, shape or "HWC"))
+        raise ValueError(f"{key} is {_form(arrays[key])}, not uint8 (N, {sides}) from 0 to 255")
+    if not images.size:
+        raise ValueError(f"{key} is {_form(arrays[key])}, in which there is no pixel")
+    arrays[key] = images
+    return images
+
+
+def _labels_of(arrays, key, count):
+    """Make the labels `key` of `arrays` int64 (count,), where that loses nothing. Returns them."""
+    labels = arrays[key]
+    if labels.dtype.kind not in "biuf" or labels.shape not in ((count,), (count, 1)):
+        raise ValueError(f"{key} is {_form(labels)}, not a number for each of {count:,} images")
+    labels = labels.reshape(count)
+    with np.errstate(invalid="ignore"):  # NaN and infinity are no whole numbers, as is found below
+        arrays[key] = labels.astype(np.int64, copy=False)
+    if not np.array_equal(arrays[key], labels):
+        raise ValueError(f"{key} is {_form(labels)} with values that are not whole numbers")
+    return arrays[key]
+
+
+def _form(array):
+    """The type and the shape of an array, in words."""
+    return f"{array.dtype} ({', '.join(map(str, array.shape))})"
+
+
 def _read(path):
     """({key: array}, {key: CRC}) of an .npz. ValueError where its entries claim too much."""
     size, arrays, crc32 = path.stat().st_size, {}, {}
@@ -144,7 +185,8 @@ def _read(path):
         raise ValueError("it is no file")
     with zipfile.ZipFile(path) as archive:
         entries = {key: archive.getinfo(f"{key}.npy") for key in KEYS}
-        total = sum(entry.file_size for entry in entries.values())
+        # A label of a byte takes eight in the end.
+        total = sum(x.file_size * (8 if "labels" in key else 1) for key, x in entries.items())
         if total > MODEST + RATIO * size:
             raise ValueError(f"{size:,} bytes are said to hold {total:,}")
         for key, entry in entries.items():

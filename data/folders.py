@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections import Counter
 
 import numpy as np
 import torch
@@ -11,31 +12,41 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import printable
+from data.arrays import channel_statistics
 from data.batches import Batches
 from data.common import DataError, reason
-from data.imagenet_layout import entries_of, few, is_image, unreadable
-from data.resize import open_image, read_image
+from data.imagenet_layout import entries_of, few, unreadable
+from data.resize import is_deep, is_image, open_image, read_image, suffix, to_rgb
 from data.workers import held_back, ignore_all
 
+SAMPLE = 32  # images by which a folder is judged and measured
 LONG = 16  # the longer side of a test image is at most so many times the shorter one
+SYSTEM = ("thumbs.db", "desktop.ini")  # files that Windows puts there
+KINDS = 12  # of files that a sentence lists
+NONE = "without a suffix"
 
 
 class FolderBatches(Batches):
     """Batches of the images below `root`, one folder a class, at `image_size` x `image_size`.
 
-    Training takes a RandomResizedCrop and a flip, testing resizes the shorter side to 256/224 of
-    `image_size` and cuts out the centre. An image that cannot be decoded raises DataError with its
-    path or, with `skip_bad_images`, is left out and listed once in `bad_images`.
+    Training takes a RandomResizedCrop and a flip (`augment` crop: no flip; none: what testing
+    takes), testing resizes the shorter side to 256/224 of `image_size` and cuts out the centre. An
+    image that cannot be decoded raises DataError with its path or, with `skip_bad_images`, is left
+    out and listed once in `bad_images`. `notes` has a sentence where there are several kinds of
+    files. Of deep images `mean` and `std` are measured instead, on a sample of those of training.
     """
 
     def __init__(
         self, root, batch_size, image_size, mean, std, device, train=False, seed=0, workers=0,
-        skip_bad_images=False, rank=0, size=1,
+        skip_bad_images=False, rank=0, size=1, augment="default",
     ):  # fmt: skip
-        self.classes, samples = list_images(root)
-        super().__init__(len(samples), batch_size, mean, std, device, train, seed, rank, size)
+        self.classes, samples, self.notes = list_images(root)
+        self.mean, self.std = train and deep_statistics(samples, image_size) or (mean, std)
+        super().__init__(
+            len(samples), batch_size, self.mean, self.std, device, train, seed, rank, size
+        )
         self.root, self.skip_bad_images, self.bad_images = root, skip_bad_images, set()
-        images = _Images(samples, image_size, train, seed)
+        images = _Images(samples, image_size, augment if train else "none", seed)
         self.loader = DataLoader(
             images,
             batch_sampler=_Sampler(self),
@@ -74,7 +85,9 @@ class FolderBatches(Batches):
             return iter(self.loader)
 
 
-def open_folders(root, classes, train_bs, test_bs, image_size, **options):
+def open_folders(
+    root, classes, train_bs, test_bs, image_size, mean, std, augment="default", **options
+):
     """The fields of a Data of the folders train/ and val/ of `root`, with `classes` (None: any)."""
     for split in ("train", "val"):
         if not (root / split).is_dir():
@@ -82,8 +95,10 @@ def open_folders(root, classes, train_bs, test_bs, image_size, **options):
                 f"there is no folder {root / split}: an image folder has {root}/train/CLASS/ and "
                 f"{root}/val/CLASS/ with the images of each class."
             )
-    train = FolderBatches(root / "train", train_bs, image_size, train=True, **options)
-    test = FolderBatches(root / "val", test_bs, image_size, **options)
+    train = FolderBatches(
+        root / "train", train_bs, image_size, mean, std, train=True, augment=augment, **options
+    )
+    test = FolderBatches(root / "val", test_bs, image_size, train.mean, train.std, **options)
     odd = sorted(set(train.classes) ^ set(test.classes))
     if odd:
         raise DataError(f"{root}/train and {root}/val differ in their class folders: {few(odd)}")
@@ -92,21 +107,26 @@ def open_folders(root, classes, train_bs, test_bs, image_size, **options):
     source = {"train": train.examples, "val": test.examples}
     paths = [path for part in (train, test) for path, _ in part.loader.dataset.samples]
     shape = (3, image_size, image_size)
-    return train, test, shape, len(train.classes), source, (root, paths), train.classes
+    notes = train.notes + test.notes
+    return train, test, shape, len(train.classes), source, (root, paths), train.classes, notes
 
 
 def list_images(root):
-    """([name of each class], [(path, class)]) of the images below `root`, in torchvision's order.
+    """([name of each class], [(path, class)], sentences) of the images below `root`, in
+    torchvision's order. The sentences say which kinds of files were taken and left out.
 
     Every folder in `root` is a class, hidden ones too, and what lies below it belongs to it. Links
     are followed: torchvision's ImageFolder would follow those in a circle for hours, so a folder
     that links lead to twice raises DataError. So does a single class, one without images, or a
     folder that cannot be read.
     """
-    classes = [name for name, is_folder in entries_of(root) if is_folder]
-    samples, empty = [], []
+    entries = entries_of(root)
+    classes = [name for name, is_folder in entries if is_folder]
+    left_out = Counter(f"{suffix(name) or NONE} beside the class folders"
+                       for name, folder in entries if not folder and is_users(name))  # fmt: skip
+    taken, samples, empty, found = Counter(), [], [], Counter()
     for label, name in enumerate(classes):
-        images, seen = [], set()
+        images, seen, others = [], set(), Counter()
         for folder, _, names in os.walk(os.path.join(root, name), onerror=unreadable,
                                         followlinks=True):  # fmt: skip
             place = os.stat(folder)
@@ -114,19 +134,55 @@ def list_images(root):
                 raise DataError(f"{folder} is a link to a folder that class {name} has already: "
                                 "remove one of them")  # fmt: skip
             seen.add((place.st_dev, place.st_ino))
-            images.append((folder, sorted(filter(is_image, names))))
+            pictures = sorted(filter(is_image, names))
+            images.append((folder, pictures))
+            taken.update(map(suffix, pictures))
+            if len(pictures) < len(names):
+                others.update(suffix(n) or NONE for n in names if not is_image(n) and is_users(n))
         paths = [os.path.join(folder, n) for folder, names in sorted(images) for n in names]
         samples += [(path, label) for path in paths]
+        left_out += others
         if not paths:
             empty.append(name)
+            found += others
     if empty or len(classes) < 2:
         fault = (
-            f"{len(empty)} of its {len(classes)} classes have none: {few(empty)}" if empty else
+            f"{len(empty)} of its {len(classes)} classes have none: {few(empty)}"
+            + (f"; the files there are {listed(found)}, and images are .jpg, .png or others of "
+               "docs/data.md" if found else "") if empty else
             f"{classes[0]} is its only class, and there is nothing to tell apart" if classes else
             "it has no folders"
         )  # fmt: skip
         raise DataError(f"no images under {root}, one folder a class: {fault}")
-    return classes, samples
+    sentence = f"{root} has {len(samples):,} images: {listed(taken)}"
+    if left_out:
+        sentence += f"; {left_out.total():,} files were left out: {listed(left_out)}"
+    return classes, samples, (sentence,) if left_out or len(taken) > 1 else ()
+
+
+def is_users(name):
+    """Whether a file was put there on purpose: it is neither hidden nor the system's."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def listed(counts):
+    """The most frequent kinds of files in a Counter, for a sentence."""
+    parts = [f"{printable(name)[:50]} ({n:,})" for name, n in counts.most_common(KINDS)]
+    return ", ".join(parts) + (", ..." if len(counts) > KINDS else "")
+
+
+def deep_statistics(samples, image_size):
+    """(mean, deviation) of each channel on a sample of the images whose files are `samples`, or
+    None where less than half are of 12 or 16 bits. Of these, sensors fill a part: by ImageNet's
+    statistics all would be about as black, and a network without biases cannot tell them apart."""
+    sample, images = [path for path, _ in samples[:: -(-len(samples) // SAMPLE)]], []
+    for path in sample:
+        with contextlib.suppress(Exception):  # training, and not this, tells of a damaged file
+            with open_image(read_image(path)) as file:
+                deep = is_deep(file)
+            if deep:
+                images.append(centre_crop(decode(path), image_size).numpy())
+    return channel_statistics(np.stack(images)) if 2 * len(images) > len(sample) else None
 
 
 class _Sampler:
@@ -142,8 +198,8 @@ class _Sampler:
 
 
 class _Images(Dataset):
-    def __init__(self, samples, image_size, train, seed):
-        self.samples, self.image_size, self.train, self.seed = samples, image_size, train, seed
+    def __init__(self, samples, image_size, augment, seed):
+        self.samples, self.image_size, self.augment, self.seed = samples, image_size, augment, seed
 
     def __getitem__(self, item):
         """(uint8 (side, side, 3), label, None), or (None, label, (path, reason)) of a bad image."""
@@ -153,10 +209,10 @@ class _Images(Dataset):
             image = decode(path)
         except Exception as error:  # a decoder raises anything on a damaged file
             return None, label, (printable(path), reason(error))
-        if not self.train:
+        if self.augment == "none":
             return centre_crop(image, self.image_size), label, None
-        rng = np.random.default_rng((self.seed, epoch, index))
-        return random_crop_and_flip(image, self.image_size, rng), label, None
+        rng, flip = np.random.default_rng((self.seed, epoch, index)), self.augment != "crop"
+        return random_crop_and_flip(image, self.image_size, rng, flip), label, None
 
     def collate(self, items):
         """(uint8 (n, side, side, 3), labels (n,), [(path, reason) of each bad image])."""
@@ -169,7 +225,7 @@ class _Images(Dataset):
 
 
 def decode(path):
-    """uint8 (height, width, 3), to the bit what PIL's convert("RGB") gives; raises as PIL does.
+    """uint8 (height, width, 3), to the bit what `to_rgb` makes of PIL's image; raises as it does.
 
     PIL reads every header, so what it refuses is refused. torchvision decodes JPEGs, with the same
     library in three quarters of PIL's time. PIL decodes the rest, and every file in which
@@ -185,19 +241,19 @@ def decode(path):
             with contextlib.suppress(Exception):
                 image = torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
                 return image.permute(1, 2, 0)
-        return torch.from_numpy(np.array(file.convert("RGB")))
+        return torch.from_numpy(np.array(to_rgb(file)))
 
 
-def random_crop_and_flip(image, side, rng):
-    """torchvision's RandomResizedCrop and a flip of an image, uint8 (height, width, 3), drawn from
-    a numpy generator: (side, side, 3).
+def random_crop_and_flip(image, side, rng, flip=True):
+    """torchvision's RandomResizedCrop of an image, uint8 (height, width, 3), drawn from a numpy
+    generator, and with `flip` a flip of one in two: (side, side, 3).
 
     The window covers 8 to 100 % of the area, with an aspect ratio from 3/4 to 4/3 (uniform in its
     logarithm); after ten windows that do not fit, it is the largest central one of such a ratio.
     """
     top, left, h, w = random_window(*image.shape[:2], rng)
     image = resize(image[top : top + h, left : left + w], side, side)
-    return image.flip(1) if rng.random() < 0.5 else image
+    return image.flip(1) if flip and rng.random() < 0.5 else image
 
 
 def random_window(height, width, rng):

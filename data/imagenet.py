@@ -49,17 +49,34 @@ def _shard(value):
 
 
 def find(data_dir):
-    """The folder of ImageNet to train on: the prepared one, else $IMAGENET_PATH."""
-    path, given = data_folder(data_dir) / "imagenet", os.environ.get("IMAGENET_PATH")
-    if path.exists():
+    """The folder of ImageNet to train on: $IMAGENET_PATH where it is set, else the prepared one."""
+    given = os.environ.get("IMAGENET_PATH")
+    path = Path(expand(given)) if given else data_folder(data_dir) / "imagenet"
+    if path.is_dir():
         return path
-    if given and os.path.isdir(expand(given)):
-        return Path(expand(given))
+    if given:
+        raise DataError(
+            f"there is no folder {path}, which $IMAGENET_PATH names: name another, or unset it for "
+            f"{Path(data_dir, 'imagenet')}"
+        )
     raise DataError(
-        f"there is no folder {path}, nor {given or 'another'}, which $IMAGENET_PATH names. "
-        "`python -m data.prepare imagenet --from DIR` makes the first; if DIR is sorted into "
-        "classes, IMAGENET_PATH=DIR will do."
+        f"there is no folder {path}, and $IMAGENET_PATH names no other. `python -m data.prepare "
+        "imagenet --from DIR` makes it; if DIR is sorted into classes, IMAGENET_PATH=DIR will do."
     )
+
+
+def passed_over(data_dir):
+    """A sentence where $IMAGENET_PATH is taken and there is a prepared folder, else None."""
+    given = os.environ.get("IMAGENET_PATH")
+    if not given:
+        return None
+    try:
+        prepared = data_folder(data_dir) / "imagenet"
+    except DataError:  # no home directory
+        return None
+    if not prepared.exists() or prepared.resolve() == find(data_dir).resolve():
+        return None
+    return f"ImageNet is $IMAGENET_PATH, {given}; unset it to train on {prepared}"
 
 
 def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=None):
@@ -83,7 +100,8 @@ def prepare(source, data_dir, resize=None, jobs=None, shard=(1, 1), val_labels=N
     for split, layout in splits.items():
         names = [str(path.relative_to(source)) for path in layout.left_out]
         print(f"{split}/ holds {layout.images:,} of ImageNet's {OFFICIAL[split]:,} images"
-              + (f"; left out, since no images of a class: {few(names)}" if names else ""),
+              + (f"; {len(names):,} left out, since no images of a class: {few(names)}"
+                 if names else ""),
               file=sys.stderr)  # fmt: skip
     options = {"resize": resize} if resize else {"resize": None, "from": str(source)}
     records = target / ".prepared"
@@ -221,6 +239,9 @@ def _report(splits, target, options, scratch):
         print(f"missing: {len(missing):,} class folders that no command has finished yet, "
               f"{few(missing)}")  # fmt: skip
     print(f"imagenet is {'not whole yet' if missing else 'ready'}: {target}")
+    given = os.environ.get("IMAGENET_PATH")
+    if given and target.resolve() != Path(given).expanduser().resolve():
+        print(f"Training takes $IMAGENET_PATH, {given}; unset it to train on {target}")
 
 
 def _write(path, text, scratch):

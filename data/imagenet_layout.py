@@ -12,12 +12,10 @@ from xml.etree import ElementTree
 from cli import printable
 from data import DATASETS
 from data.common import DataError, reason
+from data.resize import is_image
 
 # ILSVRC 2012: the contents of the official archives
 OFFICIAL = {"train": 1_281_167, "val": 50_000}
-
-# Training reads files with these endings.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 UNPACK = """ImageNet is a folder with train/CLASS/ and val/, which hold the images. To unpack:
   cd {root}
@@ -177,10 +175,6 @@ def entries_of(folder):
 def unreadable(error):
     """Raise the DataError of a folder that cannot be listed; an `onerror` of os.walk."""
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-
-def is_image(name):
-    return name.lower().endswith(SUFFIXES)
 
 
 def few(names):

@@ -8,7 +8,9 @@ What lies under the data directory in torchvision's layout (MNIST/raw,
 cifar-10-batches-py, cifar-100-python) is used before anything is fetched. The
 result, <data_dir>/<name>.npz, holds train_images, test_images uint8
 (N, H, W, C) and train_labels, test_labels int64 (N,), uncompressed; copy it to
-a machine without a network as it is.
+a machine without a network as it is. In a file of your own, for --dataset
+npz:FILE, images may also be (N, H, W) or have their channels first, and labels,
+numbered from 0 without a gap, any type of number or (N, 1).
 
     python -m data.prepare imagenet --from DIR            checked and linked
     python -m data.prepare imagenet --from DIR --resize   a smaller copy

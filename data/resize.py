@@ -1,4 +1,4 @@
-"""One image file: read, decoded by PIL, and shrunk to a JPEG.
+"""One image file: its name, how it is read and decoded by PIL, and shrunk to a JPEG.
 
 Imports PIL alone, so that a process which prepares ImageNet starts in a tenth of a second.
 """
@@ -12,10 +12,21 @@ from PIL import Image, UnidentifiedImageError
 # At 256 pixels and quality 95 an image takes 30 to 40 kB, a third more than at 90, and is 4 dB
 # nearer to the original. Training decodes it once more, so a second loss should not be visible.
 QUALITY = 95
-# The formats that are decoded, whatever the file is called. PIL knows more, among them PostScript,
-# a program that Ghostscript would run.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+# The formats that are decoded, whatever the file is called, and the suffixes by which a file is
+# taken for an image: the same on every machine, also where PIL lacks a decoder. These are what PIL
+# both reads and writes (the fuzzer damages one of each). It opens more, among them PostScript, a
+# program that Ghostscript would run, and files whose content it cannot decode by itself (.wmf).
+FORMATS = {
+    "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "PNG": ".png .apng", "GIF": ".gif", "WEBP": ".webp",
+    "TIFF": ".tif .tiff", "BMP": ".bmp", "DIB": ".dib", "PPM": ".ppm .pgm .pbm .pnm .pfm",
+    "JPEG2000": ".jp2 .j2k .jpc .jpf .jpx .j2c", "AVIF": ".avif .avifs", "DDS": ".dds",
+    "SGI": ".sgi .rgb .rgba .bw", "PCX": ".pcx", "QOI": ".qoi", "ICO": ".ico", "ICNS": ".icns",
+    "BLP": ".blp", "MSP": ".msp", "XBM": ".xbm",
+    "TGA": ".tga .icb .vda .vst",  # the last, since nothing marks such a file
+}
+SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 LARGEST = 2**30  # bytes of an image file
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for whoever writes into a pipe
 
 
@@ -29,22 +40,60 @@ def shrink(content, size=None):
     with open_image(content) as file:
         short = min(file.size)
         if size is None or short <= size:
-            file.convert("RGB")
+            to_rgb(file)
             return content
         sides = [max(size, round(side * size / short)) for side in file.size]
         # A JPEG decoder halves at little cost; at three times the result that is invisible.
         file.draft(None, (3 * sides[0], 3 * sides[1]))
-        image = file.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
+        image = to_rgb(file).resize(sides, Image.Resampling.LANCZOS)
     image.info.clear()  # comments of the original
     made = io.BytesIO()
     image.save(made, "JPEG", quality=QUALITY)
     return made.getvalue()
 
 
+def suffix(name):
+    """The suffix of a file name, as ".jpg", or nothing."""
+    at = name.rfind(".")
+    return name[at:].lower() if at >= 0 else ""
+
+
+def is_image(name):
+    """Whether a file of this name is taken for an image."""
+    return suffix(name) in SUFFIXES
+
+
+def is_deep(image):
+    """Whether the pixels of PIL's image are grey values of 12 or 16 bits."""
+    # In some versions the mode of a grey PNG or PGM of 16 bits is I.
+    return image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+
+
+def to_rgb(image):
+    """PIL's image as one of 8-bit RGB, by its `convert`.
+
+    That would saturate deep grey values, so these are scaled by the range of their type. Raises
+    ValueError for other integers and for floats, whose range nothing declares.
+    """
+    if is_deep(image):
+        tags = getattr(image, "tag_v2", {})  # a TIFF's
+        scale, offset = 255 / (2 ** tags.get(BITS, (16,))[0] - 1), 0.5
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits alone
+            scale, offset = -scale, 255.5
+        image = image.convert("I").point(lambda x: x * scale + offset).convert("L")
+    elif image.mode in ("I", "F"):
+        kind = "integers" if image.mode == "I" else "floats"
+        raise ValueError(f"its pixels are {kind} of no known range (PIL's mode {image.mode}), to "
+                         "be saved scaled to 8 or 16 bits")  # fmt: skip
+    return image.convert("RGB")
+
+
 def open_image(content):
     """PIL's image of the bytes of a file, its header read. Raises what PIL raises."""
+    Image.init()  # `open` takes no format that PIL has not loaded, or was built without
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError:  # PIL's words hold an address in memory
         raise UnidentifiedImageError("not an image that PIL knows") from None
 

@@ -11,16 +11,17 @@ from runs.provenance import data_sha256
 SHAPING = ("arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size",
            "train_examples", "test_examples", "skip_bad_images")  # fmt: skip
 # settings that a run without them does not have: they came later
-LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze")
+LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze", "augment")
 # the parts of a name, in order: flag -> (its form, the value for which it is left out)
 PARTS = {
     "arch": ("{}", ""), "bias": ("bias", None), "affine": ("affine", None),
     "weights": ("from_{}", None), "freeze": ("freeze_{}", None), "dataset": ("{}", ""),
-    "image_size": ("{}", None), "train_examples": ("train{}", None),
-    "test_examples": ("test{}", None), "loss": ("{}", ""), "train_bs": ("bs{}", ""),
-    "optimizer": ("{}", ""), "layers": ("{}", None), "gain": ("gain{}", 1), "lr": ("lr{}", None),
-    "seed": ("seed{}", ""), "skip_bad_images": ("skip", False), "sync_bn": ("syncbn", False),
-    "precision": ("{}", "fp32"), "log_steps": ("steps{}", None), "log_updates": ("updates", False),
+    "image_size": ("{}", None), "augment": ("augment_{}", "default"),
+    "train_examples": ("train{}", None), "test_examples": ("test{}", None), "loss": ("{}", ""),
+    "train_bs": ("bs{}", ""), "optimizer": ("{}", ""), "layers": ("{}", None),
+    "gain": ("gain{}", 1), "lr": ("lr{}", None), "seed": ("seed{}", ""),
+    "skip_bad_images": ("skip", False), "sync_bn": ("syncbn", False), "precision": ("{}", "fp32"),
+    "log_steps": ("steps{}", None), "log_updates": ("updates", False),
 }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def availability(data_dir, fetch):
         if name == "imagenet":
             try:
                 find(folder)
-            except DataError:
-                return f"there is no folder {folder / name}, nor $IMAGENET_PATH"
+            except DataError as error:
+                return str(error)
         elif name.startswith("npz:"):  # tiny100, which stands in for CIFAR-100
             if (folder / "cifar100.npz").exists():
                 return "CIFAR-100 itself is here"

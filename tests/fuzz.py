@@ -32,7 +32,7 @@ import hypothesis
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from cli import UserError
 from data import load
@@ -82,8 +82,13 @@ def make_seeds(folder):
     y, x = np.mgrid[:20, :30]
     image = Image.fromarray(np.stack([8 * x, 12 * y, x * y % 256], 2).astype(np.uint8))
     kinds = ("RGB JPEG", "L JPEG", "CMYK JPEG", "RGB PNG", "P PNG", "RGBA PNG", "P GIF", "RGB BMP",
-             "RGB PPM", "RGB WEBP", "RGB TIFF", "1 TIFF", "RGB EPS")  # fmt: skip
-    images = [made(image.convert(mode).save, kind) for mode, kind in map(str.split, kinds)]
+             "RGB PPM", "RGB WEBP", "RGB TIFF", "1 TIFF", "RGB EPS", "L JPEG2000", "RGB DDS",
+             "RGB SGI", "RGB PCX", "RGB QOI", "RGBA ICO", "RGB ICNS", "P BLP", "1 MSP", "1 XBM",
+             "RGB TGA", "P TGA", "I PPM", "I;16 TIFF", "I;16 PNG")  # fmt: skip
+    kinds += ("RGB AVIF",) if features.check("avif") else ()
+    modes = {mode: image.convert("L").convert(mode) for mode in ("I", "I;16")}  # not from RGB
+    images = [made((modes.get(mode) or image.convert(mode)).save, kind)
+              for mode, kind in map(str.split, kinds)]  # fmt: skip
     images += [made(image.save, "JPEG", progressive=True), made(image.save, "MPO", save_all=True),
                made(image.save, "TIFF", compression="tiff_lzw")]  # fmt: skip
     harmful = [pickle.dumps({"epoch": 1, "net": Harm()}), made(lambda f: torch.save(Harm(), f))]

@@ -154,6 +154,9 @@ main --device 0                                 | did you mean cuda:0?
 main --device foo                               | torch has cpu, cuda, mps, xpu
 main --device meta                              | meta
 main --image_size 64                            | folder:PATH
+main --augment flip                             | default, crop, none
+{DIGITS} --augment crop                         | digits is not augmented
+main --dataset mnist --augment none             | mnist is not augmented
 main --cpu --cuda_graph on                      | it takes a CUDA device
 main --cuda_graph yes                           | auto, on, off
 main --dataset folder:/x --train_examples 9     | prepared sets
@@ -375,6 +378,15 @@ def images(*names, content=b"no image"):
     return write
 
 
+def pixels(mode):
+    """Images of two classes, and one of PIL's `mode`."""
+    def write(tmp):
+        images()(tmp)
+        Image.new(mode, (40, 40)).save(tmp / "images/train/cat/x.jpg", "TIFF")
+
+    return write
+
+
 def npz(tmp, **arrays):
     """set.npz as it should be, with these arrays in it."""
     for split in ("train", "test"):
@@ -393,11 +405,24 @@ PLACES = table(
     (f"{DIGITS} --profile", "--profile", text("out/profiles")),
     (FOLDER, "there is no folder", text("images")),
     (FOLDER, "ant", images("ant/notes.txt")),
+    (FOLDER, "ant; the files there are .svg (2), .heic (1), and images are .jpg",
+     images("ant/1.svg", "ant/2.svg", "ant/1.HEIC")),
+    (FOLDER, "x.jpg cannot be decoded: its pixels are floats", pixels("F")),
+    (FOLDER, "x.jpg cannot be decoded: its pixels are integers", pixels("I")),
     (FOLDER, "cow", lambda tmp: [images()(tmp), text("images/val/cow/0.jpg")(tmp)]),
     (FOLDER, "x.jpg cannot be decoded", images("cat/x.jpg")),
     (f"{FOLDER} --skip_bad_images", "none of the 2 images", images("cat/0.jpg", "dog/0.jpg")),
     (NPZ, "set.npz is damaged", text("set.npz")),
     (NPZ, "train_labels", lambda tmp: npz(tmp, train_labels=np.array([{}] * 8, object))),
+    (f"{NPZ} --augment crop", "npz:set.npz is not augmented", npz),
+    *((NPZ, noun, lambda tmp, key=key, x=x: npz(tmp, **{key: x})) for noun, key, x in (
+        ("train_labels is float64 (8) with values that are not whole", "train_labels",
+         np.full(8, np.nan)),
+        ("train_labels run from -1 to 0", "train_labels", np.arange(8) % 2 - 1),
+        ("test_labels run from 0 to 2", "test_labels", np.arange(8) % 3),
+        ("test_labels is int64 (8, 2), not a number", "test_labels", np.ones((8, 2), int)),
+        ("train_images is float32 (8, 8, 8, 1), not uint8", "train_images",
+         np.zeros((8, 8, 8, 1), np.float32)))),
     (REPLAY, "x.json", text("x.json")),
     (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
     (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),

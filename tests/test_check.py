@@ -101,7 +101,7 @@ LAID = [
     (lambda tmp: flip(prepared(tmp / "cifar10.npz")), "--dataset cifar10",
      "cifar10.npz is damaged|makes it anew"),
     (lambda tmp: prepared(tmp / "cifar10.npz", classes=7), "--dataset cifar10",
-     "do not run from 0 to 9"),
+     "from 0 to 9"),
     (nothing, f"{SMALL} --dataset folder:TMP/none", "there is no folder|none"),
     (*folder(splits=["train"]), "there is no folder|set/val"),
     (*folder(lambda root: (root / "val/b").rename(root / "val/c")), "class folders: b, c"),

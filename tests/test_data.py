@@ -5,7 +5,9 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import socket
+import struct
 import tarfile
 import threading
 
@@ -14,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DATASETS, DataError, load
+from data import AUGMENTATIONS, DATASETS, DataError, load
 from data.arrays import ArrayBatches, load_arrays
 from data.common import reason
 from data.folders import centre_crop, decode, random_crop_and_flip, random_window, resize
 from data.prepare import MNIST_MD5, main, prepare
+from data.resize import FORMATS, SUFFIXES, to_rgb
+from tests.conftest import ROOT
+from tests.program import rows, train
 
 CPU = torch.device("cpu")
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
@@ -74,7 +79,7 @@ def test_crop_and_flip_match_a_loop_over_images():
 
 
 @pytest.mark.parametrize("pixels", [False, True])  # as CPUs gather images, as GPUs do
-@pytest.mark.parametrize("options", [AUGMENTED, {}])
+@pytest.mark.parametrize("options", [AUGMENTED, {**AUGMENTED, "flip": False}, {}])
 @pytest.mark.parametrize("side", [(32, 32), (28, 20)])
 def test_a_batch_at_a_position_is_that_of_the_iteration(options, side, pixels):
     """Epoch after epoch, from the same memory."""
@@ -163,6 +168,98 @@ def test_a_prepared_file_of_ones_own(channels, tmp_path):
     assert moved == (channels == 3)
     elsewhere = load(f"npz:{tmp_path / 'mine.npz'}", "nowhere", 20, 20, CPU)
     assert elsewhere.source == ours.source and ours.source["file"] == "mine.npz"
+
+
+FORMS = {  # what a file holds instead of int64 (N,) and uint8 (N, H, W, C)
+    **{dtype: ("labels", lambda x, d=dtype: x.astype(d)) for dtype in (
+        "uint8", "int8", "uint16", "int32", ">i4", ">i8", "uint64", "float32", "float64")},
+    "a column": ("labels", lambda x: x[:, None].astype(np.uint8)),
+    "no axis for grey": ("images", lambda x: x[..., 0]),
+    "colours first": ("images", lambda x: x.transpose(0, 3, 1, 2)),
+    "Fortran's order": ("images", np.asfortranarray),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_that_says_the_same_in_another_form_is_the_same_data(channels, form, tmp_path):
+    """MedMNIST's has labels of uint8 (N, 1), grey images (N, H, W), and a part for validation."""
+    part, change = FORMS[form]
+    if form == "no axis for grey" and channels == 3:
+        return
+    images = np.random.default_rng(0).integers(0, 90, (30, 16, 20, channels), dtype=np.uint8)
+    whole = {"train_images": images, "train_labels": np.arange(30) % 5,
+             "test_images": images[:7], "test_labels": np.arange(7) % 3}  # fmt: skip
+    changed = {key: change(x) if part in key else x for key, x in whole.items()}
+    np.savez(tmp_path / "a.npz", **whole)
+    np.savez(tmp_path / "b.npz", **changed, val_images=images[:3], val_labels=np.zeros((3, 1)))
+    expected, _ = load_arrays(tmp_path / "a.npz")
+    ours, _ = load_arrays(tmp_path / "b.npz")
+    assert all(ours[k].dtype == x.dtype and np.array_equal(ours[k], x) for k, x in expected.items())
+    a, b = (load(f"npz:{name}.npz", tmp_path, 8, 8, CPU) for name in "ab")
+    assert (a.classes, a.shape) == (b.classes, b.shape) == (5, (channels, 16, 20))
+    for one, other in zip(a[:2], b[:2]):
+        assert all(map(torch.equal, joined(one), joined(other)))
+
+
+def test_a_set_named_by_hand_may_have_other_forms_too(tmp_path):
+    images, labels = some_images()
+    write_npz(tmp_path / "mine.npz", images.transpose(0, 3, 1, 2), labels[:, None].astype(np.uint8))
+    assert main(["cifar10", "--data_dir", str(tmp_path), "--from", f"{tmp_path}/mine.npz"]) == 0
+    assert load("cifar10", tmp_path, 8, 8, CPU).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_augmentation_is_a_choice(augment, tmp_path):
+    """crop draws the windows of the default; none leaves the images of the same order alone."""
+    images, labels = some_images()
+    write_npz(tmp_path / "cifar10.npz", images, labels)
+    ours = load("cifar10", tmp_path, 8, 40, CPU, seed=3, augment=augment)
+    options = {"default": AUGMENTED, "crop": {"shuffle": True, "pad": 4}, "none": {"shuffle": True}}
+    expected = joined(batches(images, labels, 8, **options[augment], seed=3))
+    assert all(map(torch.equal, joined(ours.train), expected))
+    for other in set(AUGMENTATIONS) - {augment}:
+        others = load("cifar10", tmp_path, 8, 40, CPU, seed=3, augment=other)
+        assert not torch.equal(joined(others.train)[0], expected[0])
+        assert torch.equal(joined(others.train)[1], expected[1])
+        assert torch.equal(joined(others.test)[0], joined(ours.test)[0])
+
+
+def arrows(count, seed):
+    """Arrows to the left (label 0) and to the right, (N, 32, 32, 3), on noise."""
+    images = np.random.default_rng(seed).integers(0, 60, (count, 32, 32, 3), dtype=np.uint8)
+    y, x = np.mgrid[:32, :32]
+    left = abs(y - 16) <= x // 2
+    labels = np.arange(count) % 2
+    images[labels == 0] += np.uint8(150) * left[..., None]
+    images[labels == 1] += np.uint8(150) * left[:, ::-1, None]
+    return images, labels
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_left_and_right_are_learnt_without_flips(kind, tmp_path):
+    (images, labels), (others, answers) = arrows(80, 0), arrows(40, 1)
+    if kind == "npz":
+        np.savez(tmp_path / "arrows.npz", train_images=images, train_labels=labels,
+                 test_images=others, test_labels=answers)  # fmt: skip
+        flags = ["--dataset", "npz:arrows.npz", "--data_dir", tmp_path]
+    else:
+        flags = ["--dataset", f"folder:{tmp_path}", "--image_size", 32, "--workers", 0]
+        for split, *arrays in (("train", images, labels), ("val", others, answers)):
+            for i, (image, label) in enumerate(zip(*arrays)):
+                folder = tmp_path / split / ("left", "right")[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(folder / f"{i}.png")
+    accuracies = {}
+    for augment in AUGMENTATIONS:
+        out = tmp_path / augment
+        assert train(*flags, "--cpu", "--depth", 2, "--width", 32, "--epochs", 6, "--train_bs", 8,
+                     "--augment", augment, "--out", out) == 0  # fmt: skip
+        first, *_, end = rows(out)
+        accuracies[augment] = end["test_acc"]
+        assert ("augment" in first["settings"]) == ("augment" in first["name"]) == (
+            augment != "default")  # fmt: skip
+    assert accuracies["default"] < 0.8 < 0.95 < min(accuracies["crop"], accuracies["none"])
 
 
 def test_a_part_of_a_set_is_its_first_images(tmp_path):
@@ -383,6 +480,20 @@ def test_folder_order_and_augmentation_are_functions_of_seed_epoch_and_index(ope
         assert inputs.numpy() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_a_folder_is_augmented_as_asked(augment, open_folder):
+    ours = open_folder(augment=augment)
+    inputs, seed = next(iter(ours.train))[0], (0, 0)
+    for i, given in zip(ours.train.order(), inputs):
+        rng, image = np.random.default_rng((*seed, i)), decode(ours.files[1][i])
+        expected = centre_crop(image, 32) if augment == "none" else (
+            random_crop_and_flip(image, 32, rng, flip=augment == "default"))  # fmt: skip
+        mean, std = np.array([0.485, 0.456, 0.406]), [0.229, 0.224, 0.225]
+        expected = ((expected.numpy() / 255 - mean) / std).transpose(2, 0, 1)
+        assert given.numpy() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(joined(ours.test)[0], joined(open_folder().test)[0])
+
+
 def test_a_rank_without_a_share_yields_empty_batches(open_folder):
     parts = [list(open_folder(rank=r, size=6, workers=1).test) for r in range(6)]
     whole = list(open_folder().test)
@@ -443,7 +554,7 @@ QUICK = {  # a JPEG of RGB or grey pixels is decoded by torchvision
 }  # fmt: skip
 SLOW = {  # format and mode of what PIL decodes
     "CMYK": ("JPEG", "CMYK"), "PNG": ("PNG", "RGBA"), "palette": ("PNG", "P"), "GIF": ("GIF", "P"),
-    "16 bits": ("PNG", "I;16"), "BMP": ("BMP", "RGB"), "WEBP": ("WEBP", "RGB"),
+    "BMP": ("BMP", "RGB"), "WEBP": ("WEBP", "RGB"),
     "TIFF": ("TIFF", "CMYK"), "PPM": ("PPM", "RGB"), "MPO": ("MPO", "RGB"),
 }  # fmt: skip
 
@@ -451,9 +562,7 @@ SLOW = {  # format and mode of what PIL decodes
 def encoded(kind):
     """The bytes of a small image file."""
     name, mode = SLOW.get(kind, ("JPEG", "L" if kind == "grey" else "RGB"))
-    image = Image.fromarray(NOISE.astype(np.uint8))
-    image = Image.fromarray(NOISE[..., 2].astype(np.uint16) * 257) if mode == "I;16" else (
-        image.convert(mode))  # fmt: skip
+    image = Image.fromarray(NOISE.astype(np.uint8)).convert(mode)
     options, made = QUICK.get(kind, {}), io.BytesIO()
     if kind == "MPO":
         options = {"save_all": True, "append_images": [image.rotate(180)]}
@@ -478,6 +587,140 @@ def test_every_kind_of_image_is_decoded_as_pil_does(kind, tmp_path, monkeypatch)
     assert image.dtype == torch.uint8 and np.array_equal(image.numpy(), expected)
     monkeypatch.delattr("torchvision.io.decode_jpeg")  # a later torchvision
     assert np.array_equal(decode(path).numpy(), expected)
+
+
+# Pixels of many bits
+
+
+RAMP = np.linspace(0.1, 0.9, 32) * np.ones((32, 1))
+EIGHT = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def ramp(mode):
+    """PIL's image of RAMP, of any of its modes."""
+    if mode.startswith("I;16"):
+        kind = ">u2" if mode == "I;16B" else "<u2"  # of this little-endian machine: I;16N
+        return Image.frombytes(mode, (32, 32), (RAMP * 65535).round().astype(kind).tobytes())
+    if mode in ("I", "F"):
+        return Image.fromarray((RAMP * 65535).astype(np.int32) if mode == "I" else
+                               RAMP.astype(np.float32))  # fmt: skip
+    grey = Image.fromarray((RAMP * 255).round().astype(np.uint8))
+    return (grey if mode in ("1", "L", "P", "LA", "PA") else grey.convert("RGB")).convert(mode)
+
+
+def off(image):
+    """The largest difference of an image, uint8 (32, 32, 3), from RAMP, in 255ths."""
+    return np.abs(np.asarray(image, float) - (RAMP * 255).round()[..., None]).max()
+
+
+@pytest.mark.parametrize("mode", [*EIGHT, *SIXTEEN, "I", "F"])
+def test_no_mode_of_any_format_saturates(mode, tmp_path):
+    """8 bits are what PIL makes of them, to the bit; 12 and 16 are scaled; others are refused."""
+    path, image, seen = tmp_path / "x", ramp(mode), []
+    if mode in EIGHT:
+        assert np.array_equal(to_rgb(image), image.convert("RGB"))
+    for kind in FORMATS:
+        try:
+            image.save(path, kind)
+        except (OSError, ValueError, KeyError, SystemError):  # not a format of this mode
+            continue
+        with Image.open(path) as file:
+            if file.mode not in (*SIXTEEN, "I", "F"):
+                expected = np.asarray(file.convert("RGB"))
+                # PIL saturates already where it saves so many bits as 8.
+                assert np.array_equal(decode(path), expected)
+                continue
+            seen.append(f"{file.format} {file.mode}")
+        if mode == "I;16B" and kind == "JPEG2000":  # PIL saves its bytes in the wrong order
+            continue
+        if seen[-1] in ("TIFF I", "TIFF F", "PPM F"):
+            with pytest.raises(ValueError, match=f"(integers|floats) of .*mode {mode}.* 16 bits"):
+                decode(path)
+        else:
+            assert off(decode(path)) <= 1, seen
+    assert bool(seen) == (mode not in (*EIGHT, "I;16N"))
+    image.format = "PNG"  # mode I in PIL before version 11
+    if mode in (*SIXTEEN, "I"):
+        assert off(to_rgb(image)) <= 1
+
+
+def tiff(values, bits, white_is_zero=False):
+    """The bytes of a grey TIFF."""
+    height, width = RAMP.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8,
+            277: 1, 278: height, 279: len(values)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    at = 8 + len(values) + len(values) % 2
+    return (struct.pack("<2sHI", b"II", 42, at) + values).ljust(at, b"\0") + (
+        struct.pack("<H", len(tags)) + entries + bytes(4))  # fmt: skip
+
+
+def twelve_bits():
+    a, b = (RAMP * 4095).round().astype(int).reshape(-1, 2).T
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
+
+
+def pnm(kind, most):
+    values = np.repeat((RAMP * most).round()[..., None], 3 if kind in "P3 P6" else 1, 2)
+    content = values.astype(">u2").tobytes() if kind in "P5 P6" else (
+        " ".join(map(str, values.astype(int).ravel())).encode())  # fmt: skip
+    return f"{kind} 32 32 {most}\n".encode() + content
+
+
+SIXTEEN_BITS = (RAMP * 65535).round().astype("<u2")
+
+
+@pytest.mark.parametrize("content", [
+    tiff(SIXTEEN_BITS.tobytes(), 16), tiff((65535 - SIXTEEN_BITS).tobytes(), 16, True),
+    tiff(twelve_bits(), 12),
+    *(pnm(kind, most) for kind in ("P2", "P3", "P5", "P6") for most in (1023, 4095, 65535)),
+])  # fmt: skip
+def test_a_file_is_scaled_by_the_range_that_it_declares(content, tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    assert off(decode(path)) <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_folder_of_deep_images_is_normalised_by_its_own_statistics(bits, tmp_path):
+    """Sensors fill 12 of 16 bits, and a network without biases cannot tell black from black."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for k, name in enumerate(("dim", "bright")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(10):
+                values = rng.integers(1000 + 2000 * k, 2000 + 2000 * k, (40, 40))
+                values = (values << 4).astype(np.uint16) >> (16 - bits)
+                image = Image.fromarray(values.astype(np.uint8) if bits == 8 else values)
+                image.save(tmp_path / split / name / f"{i}.png")
+    ours = load(f"folder:{tmp_path}", "", 4, 4, CPU, image_size=32)
+    if bits == 8:
+        assert (ours.train.mean, ours.test.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    else:
+        inputs = joined(ours.test)[0]
+        assert abs(inputs.mean()) < 0.1 and inputs.std() == pytest.approx(1, abs=0.1)
+    assert train("--dataset", f"folder:{tmp_path}", "--cpu", "--depth", 2, "--width", 8, "--epochs",
+                 6, "--train_bs", 4, "--image_size", 32, "--workers", 0,
+                 "--out", tmp_path / "out") == 0  # fmt: skip
+    assert rows(tmp_path / "out")[-1]["test_acc"] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG", "MPO"])
+def test_of_several_pictures_in_a_file_the_first_is_taken(kind, tmp_path):
+    one = ramp("RGB")
+    one.save(tmp_path / "x", kind, save_all=True, append_images=[one.transpose(0)] * 2)
+    assert off(decode(tmp_path / "x")) < 12 < off(np.asarray(one.transpose(0)))
+
+
+def test_every_suffix_of_the_formats_is_taken():
+    Image.init()
+    theirs = {x for x, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert theirs <= SUFFIXES and {".jpg", ".jfif", ".gif", ".jp2", ".avif"} <= SUFFIXES
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".wmf", ".txt", ""} & SUFFIXES
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = page.split("A file is an image by its suffix")[1].split("What it holds")[0]
+    assert set(re.findall(r"\.[a-z0-9]+", listed)) == SUFFIXES
 
 
 def outcome(read, path):

@@ -144,15 +144,26 @@ FORGED = [  # what makes the file, words of the sentence
     (lambda p: write(p, test_labels=b"text"), "magic|EOF"),
     (cut(0.98), "zip"),
     (cut(0.5), "zip"),
-    (changed(train_labels=LABELS - 1), "train_labels do not run from 0 to 2"),
-    (changed(test_labels=np.arange(12)), "test_labels do not run from 0 to 2"),
+    (changed(train_labels=LABELS - 1), "from -1 to 1, and 3 classes have .* from 0 to 2"),
+    (changed(train_labels=LABELS * 2), "from 0 to 4, and 3 classes have .* from 0 to 2"),
+    (changed(test_labels=np.arange(12)), "test_labels run from 0 to 11, .* from 0 to 2"),
+    (changed(test_labels=LABELS - 1), "test_labels run from -1 to 1, .* from 0 to 2"),
     (changed(train_labels=np.full(12, 2**62)), "nothing to tell apart"),
-    (changed(train_labels=LABELS.astype(np.int32)), "train_labels is not int64"),
-    (changed(train_labels=LABELS[:, None]), "train_labels is not int64"),
-    (changed(test_images=np.zeros((0, 8, 8, 3), np.uint8)), "test_labels is not int64"),
-    (changed(train_images=np.zeros((12, 0, 8, 3), np.uint8)), "train_images is not uint8"),
-    (changed(train_images=np.uint8(3)), "train_images is not uint8"),
-    (changed(train_images=np.zeros((12, 8, 8, 3), bool)), "train_images is not uint8"),
+    (changed(train_labels=np.arange(12, dtype=np.uint64) << 60), "not whole|from 0 to 11"),
+    *((changed(train_labels=LABELS + x), "float64 .12. with values that are not whole numbers")
+      for x in (0.5, np.nan, np.inf, 1e300)),
+    *((changed(train_labels=x), "not a number for each of 12 images") for x in (
+        LABELS[:11], np.eye(3)[LABELS], LABELS[None], LABELS[:, None, None], np.int64(1),
+        LABELS.astype(str), LABELS * 1j, LABELS.astype("M8[s]"))),
+    (changed(test_images=np.zeros((0, 8, 8, 3), np.uint8)), "test_images .* there is no pixel"),
+    (changed(train_images=np.zeros((12, 0, 8, 3), np.uint8)), "train_images .*no pixel"),
+    *((changed(train_images=np.ones(shape, dtype)), rf"train_images is {dtype} .*, not uint8 \(N")
+      for shape, dtype in (((), "uint8"), ((12, 192), "uint8"), ((12, 2, 8, 8, 3), "uint8"),
+                           ((12, 8, 8, 3), "bool"), ((12, 8, 8, 3), "float32"),
+                           ((12, 8, 8), "uint16"), ((12, 3, 8, 8), "float64"))),
+    (changed(test_images=np.ones((12, 8, 8), np.uint8)), r"test_images .*, not uint8 \(N, 8, 8, 3"),
+    (lambda p: write(p, zipfile.ZIP_DEFLATED, train_labels=npy(np.zeros(2**25, np.uint8)),
+                     train_images=npy(np.zeros(2**25, np.uint8))), "are said to hold"),
 ]  # fmt: skip
 
 
@@ -298,8 +309,31 @@ def test_the_images_are_those_of_torchvision_in_its_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "b" / "a")
     theirs = datasets.ImageFolder(tmp_path)
-    assert list_images(tmp_path) == (theirs.classes, theirs.samples)
-    assert len(theirs.samples) == 14
+    classes, samples, notes = list_images(tmp_path)
+    assert (classes, samples) == (theirs.classes, theirs.samples) and len(samples) == 14
+    for part in ("14 images", ".jpg (4)", ".tiff (2)", "; 2 files were left out: ", ".txt (1)",
+                 ".jpg beside the class folders (1)"):  # fmt: skip
+        assert part in notes[0], notes
+
+
+def test_what_is_left_out_is_counted_and_named(folder):
+    """Nothing is said of one kind of images alone, of hidden files and of the system's."""
+    pear = folder / "train" / "pear"
+    for name in (".hidden", "Thumbs.db", "desktop.ini"):
+        (pear / name).touch()
+    assert not list_images(folder / "train")[2]
+    (pear / "1.jpg").rename(pear / "1.JFIF")
+    for name in ("a.svg", "b.svg", "README", "x.y\n.heic", f"z.{'z' * 200}"):
+        (pear / name).touch()
+    (note,) = list_images(folder / "train")[2]
+    assert note.startswith(f"{folder}/train has 4 images: .jpg (3), .jfif (1); 5 files were left "
+                           "out: .svg (2)")  # fmt: skip
+    assert "without a suffix (1)" in note and ".heic (1)" in note and len(note) < 400
+    for path in pear.glob("*.j*"):
+        path.unlink()
+    (pear / "1.JFIF").unlink()
+    with pytest.raises(DataError, match=r"have none: pear; the files there are \.svg \(2\), "):
+        list_images(folder / "train")
 
 
 @pytest.mark.parametrize("shape", [(3, 4000), (4000, 3), (1, 60_000)])

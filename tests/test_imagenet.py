@@ -128,6 +128,20 @@ def test_an_image_is_shrunk_to_an_rgb_jpeg(mode, kind, width, height):
     assert all(shrink(original, size) is original for size in longer)
 
 
+@pytest.mark.parametrize("size", [None, 30])
+def test_deep_images_are_scaled_and_floats_are_refused(size):
+    ramp = np.linspace(0.1, 0.9, 60) * np.ones((40, 1))
+    deep = content(Image.fromarray((ramp * 65535).astype(np.uint16)), "PNG")
+    small = opened(shrink(deep, size))
+    if size is None:
+        assert shrink(deep) is deep
+    else:
+        expected = np.linspace(0.1, 0.9, small.width) * 255
+        assert np.asarray(small)[..., 0] == pytest.approx(expected * np.ones((30, 1)), abs=6)
+    with pytest.raises(ValueError, match="floats of no known range"):
+        shrink(content(Image.fromarray(ramp.astype(np.float32)), "TIFF"), size)
+
+
 # The whole command
 
 
@@ -140,6 +154,7 @@ def test_links(tree, command, tmp_path, monkeypatch):
     assert code == 0, printed
     assert "train 3 of 3 classes, 12 of ImageNet's 1,281,167 images" in printed
     assert "val   3 of 3 classes, 6 of" in printed and "left out" not in printed
+    assert f"Training takes $IMAGENET_PATH, {tree}; unset it to train on {out}" in printed
     for path in tree.glob("*/*"):
         assert Path(os.readlink(out / path.relative_to(tree))) == path
     assert files(out) == files(tree) and state(tree) == before
@@ -293,7 +308,8 @@ def test_what_is_no_image_of_a_class_is_left_out(odd, tree, command, tmp_path):
     for flags in ([], ["--resize", 50]):
         out = tmp_path / f"out{len(flags)}"
         code, printed = command("--from", tree, *flags, out=out)
-        assert code == 0 and f"train/{odd.removesuffix('/a.jpg')}" in printed
+        assert code == 0 and f"; 1 left out, since no images of a class: train/{odd}".removesuffix(
+            "/a.jpg") in printed  # fmt: skip
         train = out / "imagenet" / "train"
         assert {path.name for path in train.iterdir()} == set(CLASSES)
         assert len([x for x in files(out / "imagenet") if not x.endswith(".md")]) == 18
@@ -570,7 +586,7 @@ def test_two_commands_at_once_do_not_hurt_each_other(tree, command, tmp_path):
 # Training
 
 
-def test_training_takes_the_prepared_folder_then_imagenet_path(tree, tmp_path, monkeypatch):
+def test_training_takes_imagenet_path_then_the_prepared_folder(tree, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     with pytest.raises(DataError) as error:
         load("imagenet", tmp_path, 4, 4, cpu)
@@ -581,7 +597,15 @@ def test_training_takes_the_prepared_folder_then_imagenet_path(tree, tmp_path, m
     with pytest.raises(DataError, match="nowhere, which .IMAGENET_PATH names"):
         load("imagenet", tmp_path, 4, 4, cpu)
     monkeypatch.setenv("IMAGENET_PATH", str(tree))
-    assert load("imagenet", tmp_path, 4, 4, cpu, image_size=32).files[0] == tree
-    shutil.copytree(tree, tmp_path / "imagenet")
     ours = load("imagenet", tmp_path, 4, 4, cpu, image_size=32)
-    assert (ours.files[0], ours.train.examples) == (tmp_path / "imagenet", 12)
+    assert (ours.files[0], ours.notes) == (tree, ())
+    prepared = shutil.copytree(tree, tmp_path / "imagenet")
+    ours = load("imagenet", tmp_path, 4, 4, cpu, image_size=32)
+    assert ours.files[0] == tree and f"unset it to train on {prepared}" in ours.notes[0]
+    monkeypatch.setenv("IMAGENET_PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=f"nowhere, which .* or unset it for {prepared}"):
+        load("imagenet", tmp_path, 4, 4, cpu)
+    for path in ("", str(prepared)):
+        monkeypatch.setenv("IMAGENET_PATH", path)
+        ours = load("imagenet", tmp_path, 4, 4, cpu, image_size=32)
+        assert (ours.files[0], ours.train.examples, ours.notes) == (prepared, 12, ())

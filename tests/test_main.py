@@ -247,6 +247,8 @@ def test_names_have_rates_without_exponents_and_the_part_of_the_data():
     assert name("--dataset", "npz:a/tiny.npz") == name("--dataset", "npz:tiny.npz")
     assert name("--dataset", "npz:tiny.npz").startswith("fcn10x256-npz_tiny-mse")
     assert name("--dataset", "npz:cifar10.npz") != name("--dataset", "cifar10")
+    assert name("--augment", "default") == name()
+    assert "-cifar10-augment_crop-mse-" in name("--augment", "crop")
     assert name("--log_steps").endswith("-steps") and name("--log_steps", 3).endswith("-steps3")
 
 

@@ -58,7 +58,7 @@ def parse(argv=None):
         help="of the epoch (default: fcn)")
     add("--dataset", default="cifar10", type=one_of(["cifar10", "cifar100"]), metavar="SET")
     add("--folder", type=a_path,
-        help="of images (default: imagenet in --data_dir or $IMAGENET_PATH)")
+        help="of images (default: $IMAGENET_PATH or imagenet in --data_dir)")
     add("--image_size", type=number(int, 32, 8192), default=224)
     add("--depth", type=number(int, 2, 10_000), default=10)
     add("--width", type=number(int, 1, 1_000_000), default=256)
