@@ -13,8 +13,9 @@ from cli import Joined, Parser, all_or, checked, every, near, number, one_of
 from data import DATASETS, default_data_dir, is_folder
 from distributed.launch import is_first
 from runs.record import RecordError, read, shown
+from training.choices import AUTOMATIC, BASELINES, OPTIMIZERS
+from training.foreign import optimizer_class
 from training.losses import LOSSES
-from training.optimizers import AUTOMATIC, BASELINES, optimizer_class
 from training.precision import PRECISIONS, lacks_tf32
 
 MODES = ("auto", "on", "off")
@@ -23,10 +24,10 @@ LAYERS = ("count", "paths")
 
 def parser():
     """The command line: every flag with its type, default and help."""
-    optimizers = [*AUTOMATIC, *BASELINES]
 
     def optimizer(value):
-        return value if "." in value else one_of(optimizers)(value)
+        name = OPTIMIZERS.get(value.lower(), value)
+        return name if "." in name else one_of(OPTIMIZERS)(name)
 
     p = Parser(
         prog="python main.py",
@@ -73,8 +74,9 @@ def parser():
         "number) or paths (the mean number on a path through the network) (default: count for agd "
         "on the four networks, else paths)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
-        help=f"{', '.join(optimizers)} or package.Class; agd is the paper's rule, spectral the one "
-        "to train with (default: %(default)s)")
+        help=f"{', '.join([*AUTOMATIC, *BASELINES])}; a class of torch.optim, as adamw, or any "
+        "package.Class, as of a file in this folder; agd is the paper's rule, spectral the one to "
+        "train with (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
@@ -213,7 +215,7 @@ def parse(argv=None, check=True):
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         p.error(f"no device {args.device!r} here: {str(error).splitlines()[0].split('. ')[0]}")
     if args.optimizer in AUTOMATIC and args.lr is not None:
-        own = AUTOMATIC[args.optimizer].__name__
+        own = AUTOMATIC[args.optimizer]
         p.error(f"{own} has no learning rate; --lr is for the baselines (--gain scales its update)")
     if args.optimizer not in AUTOMATIC and args.gain != 1:
         p.error(f"--gain is AGD's; {args.optimizer} has --lr")
