@@ -110,6 +110,32 @@ def own(body, init=""):
     return f"{OWN}\nclass X(Own):\n{more}    def f(self, group, p, state):\n{lines}\n"
 
 
+MODES = """
+import torch
+
+class X(torch.optim.SGD):
+    def __init__(self, params, lr=0.05):
+        super().__init__(params, lr)
+        MODE = False
+
+    def train(self):
+        self.swap(True, 0.5)
+
+    def eval(self):
+        self.swap(False, -1)
+
+    @torch.no_grad()
+    def swap(self, training, weight):
+        if MODE != training:
+            MODE = training
+            for p in self.param_groups[0]["params"]:
+                p.lerp_(self.state[p].setdefault("z", p.clone()), weight)
+
+    def step(self):
+        super().step()
+"""
+
+
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     """f(text): own.py of this text lies in the current folder, which Python does not search."""
@@ -152,6 +178,7 @@ return group["lr"] * state["parts"][0].norm().float() * (1 if state["kind"] == "
                      "self.eta = torch.ones(3)"), id="attributes that AGD has"),
     pytest.param(own('state["step"] = state.get("step", 0) + 1\nreturn group["lr"] / state["step"]',
                      "super().__init__(params, lr, capturable=False)"), id="a step that is an int"),
+    pytest.param(MODES.replace("MODE", "self.param_groups[0]['on']"), id="train() and eval()"),
     pytest.param(f"{OWN}\nclass X(torch.optim.SGD):\n    def zero_grad(self):\n"
                  "        for p in self.param_groups[0]['params']:\n            p.grad.zero_()\n",
                  id="gradients of zero"),
@@ -179,6 +206,7 @@ def test_a_class_of_a_users_own_goes_on_to_the_bit(text, in_folder, trains):
          "return state['p'].x"), "cannot go on from a checkpoint: AttributeError"),
     (own("self.t = getattr(self, 't', 0) + 1\nreturn 1 / self.t"), "its state_dict() lacks t;"),
     (own("self.t = getattr(self, 't', 0) + 1\nreturn 2 if self.t % 40 == 0 else 1"), "lacks t;"),
+    (MODES.replace("MODE", "self.on"), "its state_dict() lacks"),
     (own("return random.random()"), "its state_dict() lacks something"),
     (own("return 1").replace("step(self)", "step(self, closure)"), "several passes"),
 ])  # fmt: skip
@@ -218,7 +246,7 @@ def test_the_trial_leaves_no_trace(in_folder):
     optimizer = foreign("own.X", [p], lr=0.5)
     assert torch.equal(torch.get_rng_state(), before) and not optimizer.state
     assert p.grad is None and bool((p == 1).all()) and optimizer.param_groups[0]["lr"] == 0.5
-    with pytest.raises(Unusable, match=r"and --lr: TypeError.*choose a subclass"):
+    with pytest.raises(Unusable, match=r"and --lr: TypeError.*or a subclass"):
         foreign("torch.optim.Optimizer", [p], lr=0.5)
 
 

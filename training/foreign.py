@@ -4,9 +4,11 @@ from a checkpoint to the bit."""
 import importlib
 import inspect
 import os
+import re
 import sys
 import threading
 import traceback
+from collections import deque
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +19,8 @@ from runs.checkpoint import pack, plain, unpack
 from training.choices import AUTOMATIC
 from training.step import set_training, show_average
 
-LARGEST = 64  # the sides of a weight in the trial
-BEFORE, AFTER = 4, 12  # its steps before and after the checkpoint
+LARGEST = 96  # the sides of a weight in the trial; what splits weights, splits by such numbers
+EPOCH = 8  # the steps of its two epochs
 SEEDING = threading.Lock()  # all threads share the global generator
 
 
@@ -69,13 +71,15 @@ def foreign(dotted, parameters, lr=None):
     def blame(words, remedy="choose another, as torch.optim.AdamW"):
         try:
             yield
+        except Unusable:
+            raise
         except (Exception, SystemExit) as error:  # whatever someone else's code comes upon
-            reason = f"{_told(error, cls)}; {remedy}"
-            raise Unusable(f"--optimizer {dotted} {words}: {reason}") from error
+            told = _told(error, cls)
+            way_out = "give --lr" if not rate and re.search(r"\blr\b", told) else remedy
+            raise Unusable(f"--optimizer {dotted} {words}: {told}; {way_out}") from error
 
-    subclass = "a subclass whose constructor takes (params, lr)"
     with blame(f"does not take these weights{' and --lr' if rate else ''}",
-               f"{'choose' if rate else 'give --lr, or'} {subclass}"):  # fmt: skip
+               "choose another, or a subclass whose constructor takes (params, lr)"):  # fmt: skip
         optimizer = make(parameters)
     with SEEDING:
         lacking = _try_out(make, parameters, blame)
@@ -89,8 +93,8 @@ def foreign(dotted, parameters, lr=None):
 
 
 def _try_out(make, parameters, blame):
-    """Have the optimiser make(parameters) take steps on small weights of the same shapes, and go on
-    from a checkpoint in their middle. torch's generators stay as they are.
+    """Have the optimiser make(parameters) train on small weights of the same shapes, and go on from
+    checkpoints within an epoch and between two. torch's generators stay as they are.
 
     Returns None where the weights are the same to the bit, else the names of its attributes that
     are not. What the class raises is raised in a context blame(words).
@@ -108,38 +112,42 @@ def _try_out(make, parameters, blame):
         net = torch.nn.ParameterList(x.clone() for x in start)
         return net, make(list(net))
 
-    def steps(net, optimizer, gradients):
-        set_training(net, optimizer)
-        for each in gradients:
+    def train(net, optimizer, done=0, saves=()):
+        for step, each in enumerate(gradients[done:], done):
+            if step % EPOCH == 0 or step == done:
+                set_training(net, optimizer)
             for p, x in zip(net, each):
                 p.grad = x.clone()
             optimizer.step()
             optimizer.zero_grad()
+            if (step + 1) % EPOCH == 0:
+                show_average(optimizer)
+            if step + 1 in saves:
+                with blame("cannot be saved as numbers, strings and tensors"):
+                    state = unpack(pack(plain(optimizer.state_dict(), "state_dict()")))
+                    weights = [p.detach().clone() for p in net]
+                    yield step + 1, state, weights, generators(device)
 
-    start, gradients = noise(), [noise() for _ in range(BEFORE + AFTER)]
+    start, gradients = noise(), [noise() for _ in range(2 * EPOCH)]
     before = generators(device)
     try:
         with blame("cannot train by gradients alone"):
             net, optimizer = begin()
-            steps(net, optimizer, gradients[:BEFORE])
-            show_average(optimizer)
-        with blame("cannot be saved as numbers, strings and tensors"):
-            state = unpack(pack(plain(optimizer.state_dict(), "state_dict()")))
-            weights, then = [p.detach().clone() for p in net], generators(device)
-        with blame("cannot train by gradients alone"):
-            steps(net, optimizer, gradients[BEFORE:])
-        with blame("cannot go on from a checkpoint"):
-            again, resumed = begin()
-            with torch.no_grad():
-                torch._foreach_copy_(list(again), weights)
-            load_state(resumed, state)
-            set_generators(then, device)
-            steps(again, resumed, gradients[BEFORE:])
+            saved = list(train(net, optimizer, saves=(EPOCH // 2, EPOCH)))
+        for done, state, weights, then in saved:
+            with blame("cannot go on from a checkpoint"):
+                again, resumed = begin()
+                with torch.no_grad():
+                    torch._foreach_copy_(list(again), weights)
+                load_state(resumed, state)
+                set_generators(then, device)
+                deque(train(again, resumed, done), 0)
+            pairs = zip(net, again)
+            if not all(torch.equal(*(x.detach().nan_to_num() for x in pair)) for pair in pairs):
+                return [x for x in vars(optimizer) if _differs(vars(optimizer), vars(resumed), x)]
     finally:
         set_generators(before, device)
-    if all(torch.equal(*(x.detach().nan_to_num() for x in pair)) for pair in zip(net, again)):
-        return None
-    return [key for key in vars(optimizer) if _differs(vars(optimizer), vars(resumed), key)]
+    return None
 
 
 def _differs(one, other, key):
@@ -148,7 +156,7 @@ def _differs(one, other, key):
         return key not in ("state", "param_groups", "defaults") and (
             pack(plain(one[key])) != pack(plain(other.get(key)))
         )
-    except TypeError:
+    except Exception:  # no plain value
         return False
 
 
