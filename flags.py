@@ -168,8 +168,9 @@ def parser():
         "number) or paths (the mean number on a path through the network) (default: count for agd "
         "on the four networks, else paths)")
     add("--optimizer", type=optimizer, default="agd", metavar="OPT",
-        help=f"{', '.join([*AUTOMATIC, *BASELINES])} or package.Class; agd is the paper's rule, "
-        "spectral the one to train with (default: %(default)s)")
+        help=f"{', '.join([*AUTOMATIC, *BASELINES])}; a class of torch.optim, as adamw, or any "
+        "package.Class, as of a file in this folder; agd is the paper's rule, spectral the one to "
+        "train with (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
@@ -423,7 +424,7 @@ def on_this_machine(p, args, check):
             reason = "torch has cpu, cuda, mps, xpu" + near(args.device, ["cpu", "cuda", "mps"])
         p.error(f"no device {args.device!r} here: {reason}")
     if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
-        from training.optimizers import optimizer_class
+        from training.foreign import optimizer_class
 
         try:
             takes = inspect.signature(optimizer_class(args.optimizer)).parameters.values()

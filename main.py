@@ -117,7 +117,7 @@ def train(args, world, requests):
         epochs=args.epochs, micro_bs=args.micro_bs, sync_bn=args.sync_bn, compiled=args.compile,
         graphs=args.cuda_graph if facts["cuda_graph"] else None,
         log_steps=math.inf if args.log_steps == "all" else args.log_steps or 0,
-        log_updates=args.log_updates, draws="." in args.optimizer,
+        log_updates=args.log_updates, foreign="." in args.optimizer,
         seed=args.seed if is_library(args.arch) else None, profile=profile,
     )  # fmt: skip
     if checkpoint is not None:
@@ -186,7 +186,7 @@ def build_optimizer(args, net, data, world):
             drawn=not is_library(args.arch) and args.weights is None, seed=args.seed,
             process_group=torch.distributed.group.WORLD if world.size > 1 else None,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:  # of a class that someone else has written
+    except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(
             f"--optimizer {args.optimizer} does not take these weights: {reason}"

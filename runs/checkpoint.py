@@ -10,7 +10,6 @@ import errno
 import io
 import json
 import math
-import numbers
 import os
 import pickle
 import warnings
@@ -18,10 +17,13 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy
 import torch
 
 from cli import printable
 from runs.files import reason, write_whole
+
+NUMBERS = (bool, int, float, complex)
 
 
 class Damaged(ValueError):
@@ -178,8 +180,9 @@ def unpack(data):
 
 
 def plain(value, name="it"):
-    """`value` as a checkpoint can hold it: numbers, strings, None, and lists, tuples and dicts of
-    them, with tensors on the CPU that keep nothing alive but their own elements.
+    """`value` as a checkpoint can hold it: numbers, strings, None, torch's dtypes and devices, and
+    lists, tuples and dicts of them, with tensors on the CPU that keep nothing alive but their own
+    elements.
 
     Raises TypeError, with the place of it below `name`, for anything else.
     """
@@ -192,11 +195,11 @@ def plain(value, name="it"):
     if isinstance(value, (list, tuple)):
         items = [plain(x, f"{name}[{i}]") for i, x in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    for kind in (bool, int, float, str, bytes):  # plain types for their subclasses
+    for kind in (*NUMBERS, str, bytes):  # plain types for their subclasses
         if isinstance(value, kind):
             return kind(value)
-    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
+    if isinstance(value, numpy.generic) and type(value.item()) in NUMBERS:
         return value.item()
-    if value is None:
+    if value is None or isinstance(value, (torch.dtype, torch.device)):
         return value
     raise TypeError(f"{name} is a {type(value).__name__}")

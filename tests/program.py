@@ -77,9 +77,18 @@ def same(one, other):
     assert comparable(rows(one, name))[1:] == comparable(rows(other, name))[1:]
     a, b = (unpack((out / "checkpoints" / f"{name}.pt").read_bytes()) for out in (one, other))
     assert equal(a["net"], b["net"])
-    assert a["optimizer"].keys() == b["optimizer"].keys()
-    for key, state in b["optimizer"].get("state", {}).items():
-        for part, value in state.items():
-            assert torch.equal(torch.as_tensor(a["optimizer"]["state"][key][part]),
-                               torch.as_tensor(value)), (key, part)  # fmt: skip
+    assert alike(a["optimizer"], b["optimizer"])
     return a
+
+
+def alike(a, b):
+    """Whether two plain values agree in types and, to the bit, in tensors."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b

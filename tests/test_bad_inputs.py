@@ -137,7 +137,13 @@ main --layers 5                                 | did you mean --depth
 main --optimizer os.system --cpu                | no optimiser
 main --optimizer torch.optim.LBFGS --cpu        | several passes a step
 {DIGITS} --optimizer torch.optim.Optimizer      | does not take these weights
+{DIGITS} --optimizer torch.optim.SparseAdam     | does not support dense gradients
+main --optimizer lbfgs --cpu                    | torch.optim.LBFGS
+main --optimizer adamww --cpu                   | did you mean adamw
+main --optimizer torch.optim.adamw --cpu        | did you mean AdamW
+main --optimizer torch.optim.lr_scheduler.StepLR | no optimiser; torch.optim.AdamW
 main --optimizer .SGD --cpu                     | no optimiser
+main --optimizer ..SGD --cpu                    | no optimiser
 main --optimizer agd.AGD --cpu                  | --optimizer agd
 main --optimizer agd.SpectralAGD                | --optimizer spectral
 main --precision fp16                           | fp32, tf32, bf16

@@ -1,24 +1,17 @@
-"""The optimisers, by name: of agd.py, baselines, and any other class of torch's form."""
-
-import importlib
-import inspect
+"""The optimisers, by name: of agd.py, baselines, and those of foreign classes."""
 
 import torch
 
 import agd
 from agd import AGD, SpectralAGD, init_weights
-from cli import near
-from training import choices
+from training.choices import AUTOMATIC, BASELINES
+from training.foreign import foreign
 
 # The first call of some methods of torch.optim.Optimizer imports torch's compiler, only to exclude
 # them from compilation: more than a second of every start.
 for method in vars(torch.optim.Optimizer).values():
     if hasattr(method, "__wrapped__"):
         method.__wrapped__.__dynamo_disable = method.__wrapped__
-
-AUTOMATIC = {name: getattr(agd, rule) for name, rule in choices.AUTOMATIC.items()}
-BASELINES = {name: (getattr(torch.optim, own), rate)
-             for name, (own, rate) in choices.BASELINES.items()}  # fmt: skip
 
 
 def make_optimizer(
@@ -31,7 +24,8 @@ def make_optimizer(
     the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: the
     weights start from the method's own distribution, so their norms are known; False for weights of
     a file or a library. `seed`: of the draw; None draws nothing. Ranks of a `process_group` share
-    the work of a step.
+    the work of a step. Raises TypeError or ValueError where AGD has no rule for a weight, Unusable
+    where a foreign class cannot train here.
     """
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if name in AUTOMATIC:
@@ -41,8 +35,8 @@ def make_optimizer(
     parameters = [p for _, p in trained]
     if name in BASELINES:
         own, rate = BASELINES[name]
-        return own(parameters, lr=rate if lr is None else lr)
-    return optimizer_class(name)(parameters, **({} if lr is None else {"lr": lr}))
+        return getattr(torch.optim, own)(parameters, lr=rate if lr is None else lr)
+    return foreign(name, parameters, lr)
 
 
 def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group=None):
@@ -77,23 +71,3 @@ def set_capturable(optimizer, yes, device):
             state = optimizer.state.get(p, {})
             if "step" in state:
                 state["step"] = state["step"].to(device if yes else "cpu")
-
-
-def optimizer_class(dotted):
-    """The optimiser class package.Class. Raises ValueError, with the reason, where it is none."""
-    module, _, name = dotted.rpartition(".")
-    try:
-        package = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"no optimiser {dotted}: {error}") from error
-    cls = getattr(package, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        meant = near(name, [x for x in dir(package) if x[:1].isupper()])
-        raise ValueError(f"{dotted} is no optimiser{meant}")
-    _, *takes = inspect.signature(cls.step).parameters.values()
-    if any(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in takes):
-        raise ValueError(f"{dotted} wants to make several passes a step, and gets one")
-    for own, rule in AUTOMATIC.items():
-        if cls is rule:
-            raise ValueError(f"--optimizer {own} is {name}, with its own initialisation")
-    return cls

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import sys
-import threading
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from runs.log import ANEW, RunError
 from training import display
 from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
+from training.foreign import SEEDING, generators, load_state, set_generators
 from training.gradient import Gradient
 from training.metrics import Totals, epoch_row, step_rows
 from training.nonfinite import first_nonfinite
@@ -38,7 +38,6 @@ from training.step import Step, evaluate, largest_share, set_training, show_aver
 
 IN_A_ROW = 20  # steps without a finite gradient after which a run ends
 RECALIBRATING = 8  # batches from which batch norm takes the statistics of the average
-SEEDING = threading.Lock()  # all threads share the global generator
 
 
 class Ending(NamedTuple):
@@ -72,7 +71,8 @@ class Trainer:
         micro_bs: images that a rank takes at a time, None for all that fit.
         graphs: "on", "auto", or None for no CUDA graphs.
         log_steps: epochs whose steps have rows in the log.
-        draws: whether the optimiser may draw random numbers, from torch's generator.
+        foreign: whether the optimiser is of someone else's class: it may draw random numbers, from
+            torch's generator, and change its learning rate.
         seed: of the random numbers that the network draws in training, as dropout does, or None.
         profile: a Profile of the first whole epoch, or None.
     """
@@ -80,19 +80,19 @@ class Trainer:
     def __init__(
         self, world, data, net, optimizer, loss_fn, control, progress, log=None, rows=(), *,
         epochs, micro_bs=None, sync_bn=False, compiled=False, graphs=None, log_steps=0,
-        log_updates=False, draws=False, seed=None, profile=None,
+        log_updates=False, foreign=False, seed=None, profile=None,
     ):  # fmt: skip
         self.world, self.data, self.net, self.optimizer = world, data, net, optimizer
         self.loss_fn, self.control, self.progress, self.log = loss_fn, control, progress, log
         self.epochs, self.log_steps, self.profile = epochs, log_steps, profile
-        self.draws, self.seed, self.rows, self.done = draws, seed, list(rows), len(rows)
+        self.foreign, self.seed, self.rows, self.done = foreign, seed, list(rows), len(rows)
         self.epoch = self.step = self.missing = 0
         self.batches = len(data.train)  # of an epoch
         self.totals, self.seconds, self.began = None, 0.0, None  # of the current epoch
         self.etas, self.places = DelayedReads(world.device), deque()
         self.glance = Glance(world.device)  # at the means of the current epoch, for the terminal
         self.not_finite = []  # (epoch, step) of the last steps, while they have no finite gradient
-        self.plain = self.refused = False
+        self.refused = False
         self.failure, self.saving_seconds = None, 0.0  # why the last checkpoint failed
         self.here = [world.size, str(world.device.type), torch.__version__]
 
@@ -125,11 +125,11 @@ class Trainer:
             rates = [[g.get("lr") for g in groups] for groups in (
                 self.optimizer.param_groups, checkpoint["optimizer"]["param_groups"]
             )]  # fmt: skip
-            if rates[0] != rates[1]:
+            if rates[0] != rates[1] and not self.foreign:
                 raise ValueError(f"lr {rates[1]} there, and {rates[0]} here")
             state = validate(checkpoint, self.batches)
             self.net.load_state_dict(then)
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_state(self.optimizer, checkpoint["optimizer"])
             self.epoch, self.step, totals = state["epoch"], state["step"], state["totals"]
             self.missing, self.seconds = state["missing"], state["seconds"]
             self.not_finite = [tuple(place) for place in state["not_finite"]]
@@ -143,7 +143,7 @@ class Trainer:
                 self.totals = Totals(totals, self.world.device)
             if state["generators"]:
                 with SEEDING:
-                    _set_generators(state["generators"], self.world.device)
+                    set_generators(state["generators"], self.world.device)
             for part, paths in zip(self.data[:2], json.loads(state["bad_images"])):
                 if paths:
                     part.bad_images.update(paths)
@@ -180,7 +180,7 @@ class Trainer:
             "seconds": seconds, "not_finite": self.not_finite,
             "micro_bs": [self.gradient.requested, self.gradient.micro_bs],
             "bad_images": json.dumps(bad), "here": self.here,
-            "generators": _generators(self.world.device) if self.draws else [],
+            "generators": generators(self.world.device) if self.foreign else [],
             "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
         })  # fmt: skip
         self.control.saved_at = time.monotonic()
@@ -198,7 +198,8 @@ class Trainer:
 
     def run(self):
         """Train the remaining epochs. Returns the Ending; an exception becomes one, too."""
-        set_capturable(self.optimizer, self.graphs is not None, self.world.device)
+        if not self.foreign:
+            set_capturable(self.optimizer, self.graphs is not None, self.world.device)
         if self.profile and self.graphed:
             self.progress.note("The steps of the profile run one kernel at a time, without a CUDA "
                                "graph")  # fmt: skip
@@ -325,10 +326,6 @@ class Trainer:
 
     def _after_step(self, eta):
         self.step = self.data.train.position
-        if self.draws and not self.plain:  # a state that cannot be saved is an error now
-            if self.log:
-                self.log.plain(self.optimizer.state_dict())
-            self.plain = True
         if eta is not None:
             self.places.append((self.epoch + 1, self.step))
             self._count_skipped(self.etas.put(eta))
@@ -425,7 +422,7 @@ def recalibrate(net, train, gradient, world, epoch):
 
 def read_clock(optimizer, etas):
     """{"length", "turn"} of an optimiser with a clock, after the last step of an epoch; else {}."""
-    if not hasattr(optimizer, "clock"):
+    if not isinstance(optimizer, agd.SpectralAGD):
         return {}
     # As logged: a run that resumes after that step has no other.
     optimizer.eta = torch.full_like(optimizer.eta, etas[-1])
@@ -466,18 +463,6 @@ def check_ranks_agree(net, epoch, world):
     raise RankError(
         f"{ranks} after epoch {epoch}: nodes of different hardware or software, or faulty memory"
     )
-
-
-def _generators(device):
-    """The states of the generators that an optimiser may draw from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_generators(states, device):
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
 
 
 def _kind(x):
