@@ -24,6 +24,12 @@ Exit code: 0 all well (of a shard: its own part), 1 some images are corrupt or
 missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import contextlib
 import gzip
@@ -32,11 +38,9 @@ import os
 import pickle
 import shutil
 import socket
-import sys
 import tarfile
 import tempfile
 import zlib
-from pathlib import Path
 
 from cli import Parser
 from data import DATASETS, DataError, default_data_dir, imagenet

@@ -7,8 +7,13 @@ No rate here has a schedule, so that a run is the beginning of a longer one: fig
 run may stop reading it at different epochs.
 """
 
-import shlex
 import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import shlex
 from typing import NamedTuple
 
 FIGURES = {

@@ -13,6 +13,12 @@ every check. The same command goes on: it skips passed checks and takes failed o
 cpu` is a rehearsal.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import time
 
 BEGAN = time.monotonic()  # before torch is imported, which may take a quarter of a minute
@@ -22,9 +28,7 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from torch.cuda import device_count

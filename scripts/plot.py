@@ -5,9 +5,14 @@ on the test images (dashed), on the right AGD's automatic learning rate eta, its
 within the band from its least to its greatest. PNG, PDF or SVG, by the name of the output.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import math
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter

@@ -12,6 +12,12 @@ Exit code: 0 when everything that can be run here is there, 75 when --time_limit
 after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense, or logs of other runs.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import signal
 import time
 
@@ -25,8 +31,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import torch
 

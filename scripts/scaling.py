@@ -4,9 +4,14 @@ Prints the tables of docs/distributed.md; --write renews them there. Times are i
 bytes, bandwidths in GB/s.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import math
-from pathlib import Path
 
 import torch
 

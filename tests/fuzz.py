@@ -7,6 +7,12 @@ end the process: it ends the fuzzing of that reader, and its file is kept. Input
 --seed. Prints Markdown; exit code: 0 without findings, 1 with one.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import contextlib
 import faulthandler
@@ -18,14 +24,12 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
 import zipfile
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis

@@ -16,11 +16,15 @@ of a GPU) when a case ends. `all` is one case after the other. `draw` prints the
 and, with --out results, puts them into docs/performance.md.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import json
-import sys
 from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 
