@@ -2,9 +2,13 @@
 errors whose message is all that a user needs."""
 
 import argparse
+import contextlib
 import difflib
 import math
+import os
+import shlex
 import sys
+from pathlib import Path
 
 
 class UserError(RuntimeError):
@@ -24,6 +28,19 @@ def printable(text):
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(text)
     )
+
+
+def command(name, *words):
+    """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
+    from the working directory: `python -m` works in the root of the repository alone."""
+    root = Path(__file__).resolve().parent
+    path = root.joinpath(*name.split("."))
+    path = path if path.is_dir() else path.with_suffix(".py")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if os.path.samefile(os.getcwd(), root):
+            path = path.relative_to(root)
+    line = ["-m", name] if "." in name and not path.is_absolute() else [path]
+    return shlex.join(map(str, ["python", *line, *words]))
 
 
 LONGEST = 250  # characters of a message, whatever was given

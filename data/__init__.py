@@ -20,6 +20,7 @@ yields every batch, even if it has no image of it.
 from pathlib import Path
 from typing import NamedTuple
 
+from cli import command
 from data.common import DataError, default_data_dir
 
 __all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "is_folder", "load"]
@@ -91,7 +92,7 @@ def load(
         remedy = "It is part of this repository: `git checkout data/digits.npz`."
     elif name.startswith("npz:"):
         path = Path(data_dir).expanduser() / Path(name[len("npz:") :]).expanduser()
-        remedy = "What such a file holds: `python -m data.prepare --help`."
+        remedy = f"What such a file holds: `{command('data.prepare', '--help')}`."
         if not path.exists():
             raise DataError(f"there is no {path}")
     else:

@@ -42,7 +42,7 @@ import tarfile
 import tempfile
 import zlib
 
-from cli import Parser
+from cli import Parser, command
 from data import DATASETS, DataError, default_data_dir, imagenet
 from data.common import reason
 
@@ -123,9 +123,9 @@ def _arrays(name, data_dir, source, scratch):
             f"{name} could not be fetched: {reason(error)}",
             *(f"  address   {address}" for address in addresses),
             *(f"  file      {file}  MD5 {md5}" for file, md5 in files),
-            f"Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
-            f"python -m data.prepare {name} --data_dir {data_dir} --from FILE",
-            "To try without a network:\n  python main.py --dataset digits",
+            "Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
+            + command("data.prepare", name, "--data_dir", data_dir, "--from", "FILE"),
+            f"To try without a network:\n  {command('main', '--dataset', 'digits')}",
         ])) from error  # fmt: skip
     finally:
         socket.setdefaulttimeout(timeout)
@@ -198,7 +198,7 @@ def _original(dataset, read, where="the archive"):
 def main(argv=None):
     """The exit code of the command."""
     parser = Parser(
-        prog="python -m data.prepare",
+        prog=command("data.prepare"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

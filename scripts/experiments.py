@@ -16,6 +16,8 @@ if not __package__:  # started by its path
 import shlex
 from typing import NamedTuple
 
+from scripts.words import network_name
+
 FIGURES = {
     "fig1": "AGD beside defaults and beside learning rates",
     "fig2": "a learning rate too small, right and too large",
@@ -57,6 +59,11 @@ class Experiment(NamedTuple):
     def flag(self, name, default=None):
         """The value of a flag, as it is written."""
         return self.flags[self.flags.index(name) + 1] if name in self.flags else default
+
+    @property
+    def network(self):
+        """The network, in words."""
+        return network_name(*map(self.flag, ("--arch", "--depth", "--width")))
 
 
 def experiments(scale):

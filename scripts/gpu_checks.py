@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from torch.cuda import device_count
 
-from cli import Parser, number
+from cli import Parser, command, number
 from data import default_data_dir
 from runs.files import write_whole
 from scripts.results import findings
@@ -163,7 +163,7 @@ def keep(args, report):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m scripts.gpu_checks", description=__doc__,
+    parser = Parser(prog=command("scripts.gpu_checks"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--plan", choices=PLANS, default="first", help="(default: first)")

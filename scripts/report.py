@@ -1,6 +1,5 @@
 """`<out>/README.md`: the paper's numbers beside the runs that are there, and what is missing."""
 
-import math
 from pathlib import Path
 
 from runs.files import write_whole
@@ -9,7 +8,8 @@ from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
 from scripts.markdown import table
-from scripts.results import Results, network_name
+from scripts.results import Results
+from scripts.words import number
 
 MADE = "Written by `python -m scripts.reproduce`"
 INTRODUCTION = (
@@ -151,9 +151,8 @@ def outcome(result):
     """Train loss and test accuracy, and the epochs of a run that is not finished."""
     if result.stopped:
         return f"stopped in epoch {len(result.epochs)}: {result.stopped.split(' at ')[0]}"
-    loss = "not finite" if math.isnan(result.loss) else f"{result.loss:.4f}"
     cut = "" if result.finished else f" ({length(result)} epochs)"
-    return f"{loss}, {100 * result.last['test_acc']:.1f} %{cut}"
+    return f"{number(result.loss)}, {100 * result.last['test_acc']:.1f} %{cut}"
 
 
 def sizes(results):
@@ -175,7 +174,7 @@ def searches(results):
         planned, runs, best = results.planned(*key), results.of(*key), results.tuned(*key)
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
-        words = f"{short(key[0])}, {network_name(planned[0])}, {runs[0].data}, {key[2]}"
+        words = f"{short(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"
         cells = [f"**{outcome(x)}**" if best and x.experiment == best.experiment else outcome(x)

@@ -35,7 +35,7 @@ import subprocess
 import torch
 
 import flags
-from cli import Parser, UserError, number, one_of
+from cli import Parser, UserError, command, number, one_of
 from data import default_data_dir
 from data.workers import usable_cores
 from runs.log import RunError
@@ -71,7 +71,7 @@ def chosen_runs(text):
 def parse(argv):
     """(the parser, the arguments)."""
     parser = Parser(
-        prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
+        prog=command("scripts.reproduce"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
     )  # fmt: skip

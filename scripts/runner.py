@@ -14,11 +14,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cli import command
 from data import DataError
 from data.imagenet import find
 from data.workers import usable_cores
 from runs.log import RunError
 from scripts.results import epochs_done, log_name
+from scripts.words import number
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 GRACE = 30  # seconds that a run gets to stop
@@ -67,7 +69,7 @@ def availability(data_dir, fetch):
                 prepare(name, folder)
             except DataError as error:
                 reason = str(error).splitlines()[0]
-                return f"{reason}; `python -m data.prepare {name}` tells the ways"
+                return f"{reason}; `{command('data.prepare', name)}` prints the ways to get it"
         return None
 
     def reason(task):
@@ -209,7 +211,7 @@ class Runner:
             result = self.results.find(task)
             if result.stopped:
                 return f"stopped: {result.stopped}"
-            return f"loss {result.loss:.4f}  test {result.last['test_acc']:.2%}"
+            return f"loss {number(result.loss)}  test {result.last['test_acc']:.2%}"
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code >= 0:
             text = self.output(task).read_text(encoding="utf-8", errors="replace")

@@ -57,7 +57,7 @@ class Host:
         environment = {"CUDA_DEVICE_MAX_CONNECTIONS": str(STREAMS), **environment}
         with open(log, "a", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.together"], stdin=subprocess.PIPE,
+                [sys.executable, __file__], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, start_new_session=True, env=environment,
             )  # fmt: skip
         self.runs = []

@@ -45,6 +45,7 @@ from runs import record
 from runs.checkpoint import Damaged, unpack
 from runs.log import read_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH = 1000  # inputs for which hypothesis remembers what it has drawn
 SECONDS = 5  # for an input
 EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "pickle.find_class", "ctypes.dlopen", "pty.")
@@ -73,7 +74,8 @@ class Harm:
 def make_seeds(folder):
     """{reader: [whole files of its kind, and some that would run code]}; uses an empty folder."""
     flags = "--arch fcn --depth 2 --width 4 --dataset digits --epochs 1 --log_steps --out".split()
-    subprocess.run([sys.executable, "main.py", *flags, folder], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "main.py", *flags, folder]
+    subprocess.run(command, check=True, capture_output=True)
     log, checkpoint, facts = (
         next(Path(folder).rglob(x)).read_bytes() for x in ("*.jsonl", "*.pt", "*.run.json")
     )

@@ -30,7 +30,7 @@ import torch
 
 import flags
 from architecture import NETWORKS
-from cli import Parser, UserError, number
+from cli import Parser, UserError, command, number
 from data import default_data_dir
 from runs.files import write_whole
 from runs.provenance import environment, processor, tilde
@@ -46,7 +46,7 @@ CASES = {  # name -> function, rounds, rounds of --quick
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m scripts.benchmark", description=__doc__,
+    parser = Parser(prog=command("scripts.benchmark"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, whole = parser.add_argument, number(int, 1)
     add("case", nargs="?", choices=[*CASES, "all", "draw"], default="all", help="(default: all)")
@@ -70,10 +70,10 @@ def parse(argv=None):
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data_dir", default=default_data_dir())
-    add("--out", help="(default: results; with --quick: reproduced)")
+    add("--out", default="reproduced",
+        help="(default: %(default)s; results holds the published files)")
     args = parser.parse_args(argv)
     flags.parse(["--device", args.device])  # exits with a sentence where there is none
-    args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 
 
