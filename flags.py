@@ -94,7 +94,7 @@ def parser():
     add = p.add_argument_group("where").add_argument
     add("--data_dir", default=default_data_dir(),
         help="data sets (default: $AGD_DATA or ~/.cache/agd)")
-    add("--out", default="results", help="logs and checkpoints (default: %(default)s)")
+    add("--out", default="output", help="logs and checkpoints (default: %(default)s)")
     add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="time or "
         "steps between two checkpoints (90s, 10m, 2h; 500), in addition to one after every epoch "
         "(default: 10m)")
