@@ -168,13 +168,12 @@ def test_plot_names_what_is_no_log(content, tmp_path, capsys):
 
 def test_every_command_finds_the_repository_by_its_own_path():
     line = re.compile(r"sys.path\[0\] = str\(Path\(__file__\).resolve\(\).parents\[(\d)\]\)")
-    files = [path for room in ("scripts", "data", "examples", "tests")
+    files = [path for room in ("scripts", "data", "examples")
              for path in (ROOT / room).rglob("*.py")
              if re.search("^if __name__ ==", path.read_text(), re.M)]  # fmt: skip
-    assert len(files) >= 16
-    for path in files:
-        if path.name != "victim.py":  # which the crash test starts in the root
-            assert path.parents[int(line.search(path.read_text())[1])] == ROOT, path
+    for path in [*files, ROOT / "tests" / "fuzz.py", ROOT / "tests" / "crash" / "__main__.py"]:
+        assert path.parents[int(line.search(path.read_text())[1])] == ROOT, path
+    assert len(files) >= 14
 
 
 @pytest.mark.slow
