@@ -1,9 +1,9 @@
 """What to run on a GPU that is there for minutes, the most valuable first (on Linux).
 
-    python -m scripts.gpu_checks --plan first    8 minutes: agreement, training, figures 5, 7, 1
-    python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
-    python -m scripts.gpu_checks --plan spectral 4 minutes: SpectralAGD's agreement and speed
-    python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
+    python -m scripts.gpu_checks --plan first     8 minutes: agreement, training, figures 5, 7, 1
+    python -m scripts.gpu_checks --plan times     4 minutes: speed, and runs that are killed
+    python -m scripts.gpu_checks --plan spectral  4 minutes: SpectralAGD's agreement and speed
+    python -m scripts.gpu_checks --plan rest      4 minutes: processes, NCCL, memory, ResNet-50
 
 A check is a test marked `gpu`, a case of scripts.benchmark or runs of main.py, in a process with
 its part of the plan's time. Time that it leaves goes to later checks; one that hangs or crashes
