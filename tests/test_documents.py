@@ -48,8 +48,7 @@ def documents():
     texts = {path: path.read_text(encoding="utf-8") for path in PAGES}
     for path in SCRIPTS:
         lines = path.read_text(encoding="utf-8").splitlines()
-        texts[path] = "\n".join(x.lstrip("#")[1:] for x in lines if x.startswith("# ")
-                                or x.startswith("#  "))  # fmt: skip
+        texts[path] = "\n".join(f" {line[1:]}" for line in lines if line.startswith("#"))
     for path in SOURCES:
         texts[path] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return {path.relative_to(ROOT): text for path, text in texts.items()}
@@ -62,7 +61,7 @@ def commands(text):
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     indented = re.findall(rf"^ {{4,}}({PROGRAMS}(?:.*\\\n)*.*)", text, re.M)
     inline = re.findall(rf"`({PROGRAMS}[^`]*)`", text)
-    lines = re.sub(r"\\\n\s*", " ", "\n".join([*blocks, *indented])).splitlines()
+    lines = re.sub(r"\s*\\\n\s*", " ", "\n".join([*blocks, *indented])).splitlines()
     lines = [part.strip() for line in lines for part in line.split("&&")]
     lines = [re.split(r"\s{2,}", line)[0] for line in lines]  # a description may stand beside it
     for line in [*lines, *inline]:
