@@ -221,6 +221,8 @@ def test_links_lead_to_files_and_headings(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
             assert heading in anchors, link
+    for name in re.findall(r"\b(?:test_\w+|crash|fuzz)\.py\b", text):
+        assert (ROOT / "tests" / name).exists(), name
 
 
 def test_the_first_commands_of_readme_work_as_they_stand(tmp_path, monkeypatch):
