@@ -20,7 +20,7 @@ yields every batch, even if it has no image of it.
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import expand
+from cli import command, expand
 from data.common import DataError, data_folder, default_data_dir
 
 __all__ = [
@@ -107,7 +107,7 @@ def load(
     elif name.startswith("npz:"):
         file = Path(expand(name[len("npz:") :]))
         path = file if file.is_absolute() else data_folder(data_dir) / file
-        remedy = "What such a file holds: `python -m data.prepare --help`."
+        remedy = f"What such a file holds: `{command('data.prepare', '--help')}`."
         if not path.exists():
             raise DataError(f"there is no {path}")
     else:

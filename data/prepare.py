@@ -26,6 +26,12 @@ Exit code: 0 all well (of a shard: its own part), 1 some images are corrupt or
 missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import contextlib
 import gzip
@@ -34,13 +40,11 @@ import os
 import pickle
 import shutil
 import socket
-import sys
 import tarfile
 import tempfile
 import zlib
-from pathlib import Path
 
-from cli import Parser, UserError, a_path, expand, one_of
+from cli import Parser, UserError, a_path, command, expand, one_of
 from data import DATASETS, DataError, data_folder, default_data_dir, imagenet
 from data.common import reason
 
@@ -122,9 +126,9 @@ def _arrays(name, data_dir, source, scratch):
             f"{name} could not be fetched: {reason(error)}",
             *(f"  address   {address}" for address in addresses),
             *(f"  file      {file}  MD5 {md5}" for file, md5 in files),
-            f"Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
-            f"python -m data.prepare {name} --data_dir {data_dir} --from FILE",
-            "To try without a network:\n  python main.py --dataset digits",
+            "Fetch it by hand on any machine, then give it as FILE (mnist: the folder) to\n  "
+            + command("data.prepare", name, "--data_dir", data_dir, "--from", "FILE"),
+            f"To try without a network:\n  {command('main', '--dataset', 'digits')}",
         ])) from error  # fmt: skip
     finally:
         socket.setdefaulttimeout(timeout)
@@ -197,7 +201,7 @@ def _original(dataset, read, where="the archive"):
 def main(argv=None):
     """The exit code of the command."""
     parser = Parser(
-        prog="python -m data.prepare",
+        prog=command("data.prepare"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

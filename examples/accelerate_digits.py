@@ -4,6 +4,12 @@
 Needs accelerate (requirements-libraries.txt); some seconds on a CPU.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator

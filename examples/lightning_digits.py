@@ -3,6 +3,12 @@
 Needs lightning (requirements-libraries.txt); some seconds on a CPU.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import lightning
 import torch
 import torch.nn.functional as F

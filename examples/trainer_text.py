@@ -4,8 +4,13 @@ README. `python -m examples.trainer_text`
 Needs transformers and accelerate (requirements-libraries.txt); some seconds on a CPU.
 """
 
-import tempfile
+import sys
 from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tempfile
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments

@@ -12,9 +12,14 @@ parts, `--only` runs those with a text in their name. `report` writes the tables
 the README.md there. Images are neither cropped nor mirrored.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import itertools
 import math
-import sys
 from functools import partial
 
 import torch

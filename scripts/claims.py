@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from scripts import majorisation
 from scripts.experiments import BATCHES, DEPTHS, WIDTHS
+from scripts.words import number
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
 
@@ -96,7 +97,7 @@ def best_rates(runs):
 def smaller_objective(runs):
     loss = {"AGD": runs.agd("fig5", "fcn").loss}
     loss |= {name: run.loss for name, run in runs.tuned("fig5", "fcn").items()}
-    words = ", ".join(f"{name} {loss[name]:.4f}" for name in loss)
+    words = ", ".join(f"{name} {number(loss[name])}" for name in loss)
     return max(loss["AGD"], loss["Adam"]) < loss["SGD"], words
 
 
@@ -129,7 +130,7 @@ def batches(runs):
             holds = holds and loss[-1] < loss[0] and loss[-1] <= 1.02 * min(loss)
             holds = holds and run.last["train_acc"] > 2 * CHANCE
         first = seeds[0].column("train_loss")
-        words.append(f"{batch}: {first[0]:.3f} to {first[-1]:.3f}")
+        words.append(f"{batch}: {number(first[0], 4)} to {number(first[-1], 4)}")
     return holds, "train loss at " + ", ".join(words)
 
 
@@ -165,8 +166,9 @@ def rise_and_fall(run):
     late = top > len(eta) / 10 and acc > 0.5
     holds = late and smooth[top] >= 1.25 * lowest and smooth[-1] <= 0.9 * smooth[top]
     return holds, (
-        f"η {lowest:.3f} to {smooth[top]:.3f} at epoch {epoch} (train accuracy {points(acc)}), "
-        f"then {smooth[-1]:.3f} at the end ({points(run.last['train_acc'])})"
+        f"η {number(lowest, 4)} to {number(smooth[top], 4)} at epoch {epoch} (train accuracy "
+        f"{points(acc)}), "
+        f"then {number(smooth[-1], 4)} at the end ({points(run.last['train_acc'])})"
     )
 
 

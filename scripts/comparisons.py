@@ -23,13 +23,14 @@ import torch.nn as nn
 
 import agd
 from agd import AGD, SpectralAGD
-from cli import Parser, UserError, a_path, one_of
+from cli import Parser, UserError, a_path, command, one_of
 from data import DATASETS, DataError, data_folder, default_data_dir
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
 from runs.provenance import environment
 from scripts.markdown import renew, table
+from scripts.words import significant
 from training.losses import xent
 from training.step import evaluate, train_epoch
 
@@ -75,8 +76,9 @@ def verdict(bound):
     """The cells of a bound's line."""
     limit, least = bound["limit"], bound["least"]
     by = (bound["found"] - limit) * (1 if least else -1)
-    return [bound["what"], f"{bound['found']:.4g}", f"{'≥' if least else '≤'} {limit:g}",
-            f"{'**holds**' if by >= 0 else '**does not hold**'}, by {abs(by):.2g}"]  # fmt: skip
+    words = "**holds**" if by >= 0 else "**does not hold**"
+    return [bound["what"], significant(bound["found"], 4), f"{'≥' if least else '≤'} {limit:g}",
+            f"{words}, by {significant(abs(by), 2)}"]  # fmt: skip
 
 
 def tables(result):
@@ -85,7 +87,7 @@ def tables(result):
     for x in result["rows"]:
         cells = runs.setdefault(x["run"], {key: {} for key in keys})
         for key, number in x["numbers"].items():
-            cells[key][f"{number:.4g}"] = None  # a number that several seeds share, once
+            cells[key][significant(number, 4)] = None  # a number that several seeds share, once
     parts = [table(["run", *keys], [[run, *map("; ".join, cells.values())]
                                     for run, cells in runs.items()])]  # fmt: skip
     if result["bounds"]:
@@ -135,12 +137,13 @@ def stored(path, args, settings, parts):
 def main(module, title, argv=None):
     """The command line of a script: `module` has CASES, SETTINGS and perhaps QUICK."""
     script, cases = Path(module["__file__"]).stem, module["CASES"]
-    parser = Parser(prog=f"python -m scripts.{script}", description=module["__doc__"],
+    parser = Parser(prog=command(f"scripts.{script}"), description=module["__doc__"],
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("case", type=one_of([*cases, "report"]), metavar="CASE")
     add("--data_dir", default=default_data_dir())
-    add("--out", type=a_path, default="results")
+    add("--out", type=a_path, default="reproduced",
+        help="(default: %(default)s; results holds the published files)")
     add("--quick", action="store_true", help="tiny, to see that it runs")
     add("--only", default="", metavar="TEXT", help="parts with it in their names")
     add("--list", action="store_true", help="name the parts, and run none")

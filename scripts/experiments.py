@@ -7,11 +7,17 @@ No rate here has a schedule, so that a run is the beginning of a longer one: fig
 run may stop reading it at different epochs.
 """
 
-import shlex
 import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import shlex
 from typing import NamedTuple
 
 from cli import Parser, one_of
+from scripts.words import network_name
 
 FIGURES = {
     "fig1": "AGD beside defaults and beside learning rates",
@@ -54,6 +60,11 @@ class Experiment(NamedTuple):
     def flag(self, name, default=None):
         """The value of a flag, as it is written."""
         return self.flags[self.flags.index(name) + 1] if name in self.flags else default
+
+    @property
+    def network(self):
+        """The network, in words."""
+        return network_name(*map(self.flag, ("--arch", "--depth", "--width")))
 
 
 def experiments(scale):

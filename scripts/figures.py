@@ -11,9 +11,10 @@ import numpy as np
 
 from scripts import majorisation, style
 from scripts.experiments import BASELINES, BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
-from scripts.results import data_name, network_name, searched
+from scripts.results import searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
 from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
+from scripts.words import data_name
 
 
 def draw(figure, results):
@@ -137,7 +138,7 @@ def fig3(results):
                   linestyle="none"),
     ])  # fmt: skip
     data = data_name(row.flag("--dataset"), measured["run"]["data"])
-    words = f"{network_name(row)}, {measured['images']:,} images of {data}"
+    words = f"{row.network}, {measured['images']:,} images of {data}"
     figure.supxlabel(words, fontsize=7)
     return figure
 

@@ -1,9 +1,9 @@
 """What to run on a GPU that is there for minutes, the most valuable first (on Linux).
 
-    python -m scripts.gpu_checks --plan first    8 minutes: agreement, training, figures 5, 7, 1
-    python -m scripts.gpu_checks --plan times    4 minutes: speed, and runs that are killed
-    python -m scripts.gpu_checks --plan spectral 4 minutes: SpectralAGD's agreement and speed
-    python -m scripts.gpu_checks --plan rest     4 minutes: processes, NCCL, memory, ResNet-50
+    python -m scripts.gpu_checks --plan first     8 minutes: agreement, training, figures 5, 7, 1
+    python -m scripts.gpu_checks --plan times     4 minutes: speed, and runs that are killed
+    python -m scripts.gpu_checks --plan spectral  4 minutes: SpectralAGD's agreement and speed
+    python -m scripts.gpu_checks --plan rest      4 minutes: processes, NCCL, memory, ResNet-50
 
 A check is a test marked `gpu`, a case of scripts.benchmark or runs of main.py, in a process with
 its part of the plan's time. Time that it leaves goes to later checks; one that hangs or crashes
@@ -12,6 +12,12 @@ takes no more than its own. Where kernels disagree with torch's operations, late
 every check. The same command goes on: it skips passed checks and takes failed ones last. `--device
 cpu` is a rehearsal.
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import time
 
@@ -22,14 +28,12 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from torch.cuda import device_count
 
-from cli import Parser, a_path, number
+from cli import Parser, a_path, command, number
 from data import data_folder, default_data_dir
 from runs.files import write_whole
 from scripts.results import findings
@@ -161,7 +165,7 @@ def keep(args, report):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m scripts.gpu_checks", description=__doc__,
+    parser = Parser(prog=command("scripts.gpu_checks"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--plan", choices=PLANS, default="first", help="(default: first)")

@@ -1,26 +1,91 @@
-"""Draw runs: `python -m scripts.plot RUN [RUN ...] -o curves.png`, RUN a log of main.py.
+"""Draw runs: `python -m scripts.plot RUN [RUN ...] -o curves.png`.
 
-Left the objective, in the middle the accuracy, on the training images as they were met (solid) and
-on the test images (dashed), on the right AGD's automatic learning rate eta, its mean in an epoch
-within the band from its least to its greatest. PNG, PDF or SVG, by the name of the output.
+RUN is a log of main.py, a record (NAME.run.json), which stands for its log, or a folder, which
+stands for the logs in it or in its logs/. Above the objective, then the accuracy, on the training
+images as they were met (solid) and on the test images (dashed), below AGD's automatic learning rate
+eta, its mean in an epoch within the band from its least to its greatest. The title is what all runs
+have in common, the legend what tells them apart. The picture is 80 mm wide: a column of a page.
+PNG, PDF or SVG, by the name of the output.
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import math
-from pathlib import Path
+import os
+import re
+import textwrap
+from collections import Counter
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cli import Parser, a_path
+from cli import Parser, a_path, command
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
 from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from scripts.words import data_name, network_name, optimizer_name
 
 COLOURS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK]
+MARKERS = [None, "o", "s", "^", "D", "v"]  # of the first seven runs, of the next seven, ...
+MOST = len(COLOURS) * len(MARKERS)
 DASHED = (0, (3, 1.5))
-TITLES = {"mse": "Square loss", "xent": "Cross-entropy"}
+WIDTH = 80 / 25.4  # inches
+PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
+TITLE, LABEL = 50, 48  # characters of a line
+LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
+RECORD, CHECKPOINT = ".run.json", ".pt"
+
+
+def logs(paths):
+    """The logs that the paths stand for, and the sentences about those in folders that have nothing
+    to draw. Raises RunError for a path that stands for none."""
+    found, notes = {}, []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted([*path.glob("*.jsonl"), *path.glob("logs/*.jsonl")], key=by_number)
+            drawn = {}
+            for log in inside:
+                try:
+                    drawn[log] = read(log)
+                except RunError as error:
+                    notes.append(f"left out: {error}")
+            if not drawn:
+                raise RunError(f"{path} holds {nothing(path, inside)}")
+            found |= drawn
+        elif path.name.endswith(RECORD):
+            log = path.with_name(path.name.removesuffix(RECORD) + ".jsonl")
+            if not log.exists():
+                raise RunError(f"the log of {path} is not beside it: there is no {log}")
+            found[log] = read(log)
+        elif CHECKPOINT in path.suffixes:
+            name = path.name.rpartition(CHECKPOINT)[0] + ".jsonl"
+            log = path.resolve().parents[1] / "logs" / name
+            log = log if path.is_absolute() else os.path.relpath(log)
+            raise RunError(f"{path} is a checkpoint: give its log, {log}")
+        else:
+            found[path] = read(path)
+    once = {path.resolve(): path for path in found}
+    return {path: found[path] for path in once.values()}, notes
+
+
+def by_number(path):
+    """A key that sorts names with numbers as people do: bs128 before bs1024."""
+    return [(int(x), "") if x.isdigit() else (0, x) for x in re.split(r"(\d+)", str(path))]
+
+
+def nothing(folder, inside):
+    """What a folder without anything to draw holds, and where something is."""
+    if inside:
+        return "no run with a finished epoch"
+    below = sorted({path.parents[1] for path in folder.glob("*/logs/*.jsonl")})
+    below += sorted({path.parent for path in folder.glob("*/*.jsonl")})
+    return "no logs" + (f"; {below[0]} does" if below else ", nor does its logs/")
 
 
 def read(path):
@@ -32,57 +97,136 @@ def read(path):
     return Result(None, rows[0], epochs, [], None, True)
 
 
-def labels(paths):
-    """A label a run: the parts of its name that not all runs have, or the whole name."""
-    names = [Path(path).stem.split("-") for path in paths]
-    shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
-    return [", ".join([x for x in name if x not in shared] or name) for name in names]
+def described(run):
+    """A run's settings in words, {quantity: (words, whether they are the default)}, in the order of
+    a title."""
+    settings = dict(run.first["settings"])
+
+    def take(key, default=None):
+        value = settings.pop(key, None)
+        return default if value is None else value
+
+    source, dataset = take("data") or run.first.get("data"), take("dataset", "")
+    network = network_name(take("arch", "?"), take("depth"), take("width"))
+    images, tests = take("train_examples"), take("test_examples")
+    rate, gain, layers = take("lr"), take("gain", 1), take("layers")
+    weights, start = take("weights"), run.first["flags"].get("weights")
+    freeze, size, precision = take("freeze"), take("image_size"), take("precision", "fp32")
+    words = {
+        "network": (network, False),
+        "bias": ("biases", False) if take("bias") else ("no biases", True),
+        "affine": ("affine norms", False) if take("affine") else ("plain norms", True),
+        "weights": (f"from {Path(start or weights).name}", False) if weights else ("drawn", True),
+        "freeze": (f"{freeze} frozen", False) if freeze else ("nothing frozen", True),
+        "data": (data_name(dataset, source), False),
+        "images": (f"{images:,} images" if images else "all images", not images),
+        "tests": (f"{tests:,} test images" if tests else "all test images", True),
+        "size": (f"{size} pixels" if size else "images as they are", not size),
+        "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
+        "batch": (f"batch {take('train_bs', '?')}", False),
+        "optimizer": (optimizer_name(take("optimizer", "?"), rate), False),
+        "gain": (f"gain {gain:g}", gain == 1),
+        "layers": (f"L by {layers}" if layers else "L as usual", not layers),
+        "precision": (precision, precision == "fp32"),
+        "sync_bn": ("--sync_bn", False) if take("sync_bn") else ("batch norm a rank", True),
+        "seed": (f"seed {take('seed', '?')}", False),
+    }  # fmt: skip
+    for key, value in settings.items():
+        name = key.replace("_", " ")
+        words[key] = (f"{name} {value}", value in (None, False))
+    return words
 
 
-def draw(paths):
-    """A figure of the runs."""
-    runs = [read(path) for path in paths]
-    with_eta = [any(row["eta_mean"] is not None for row in run.epochs) for run in runs]
-    columns = 3 if any(with_eta) else 2
+def told_apart(runs):
+    """(the title, a label a run) of {path: Result}: what is common, and what is not."""
+    each = [described(run) for run in runs.values()]
+    keys = list(dict.fromkeys(key for words in each for key in words))
+    # A setting that other runs do not have is at its default there.
+    each = [{key: words.get(key, (f"no {key.replace('_', ' ')}", True)) for key in keys}
+            for words in each]  # fmt: skip
+    common = [key for key in keys if len({words[key][0] for words in each}) == 1]
+    title = [each[0][key][0] for key in common if not each[0][key][1]]
+    labels = [", ".join(words[key][0] for key in keys if key not in common) for words in each]
+    # Runs of the same settings are told apart by their places.
+    counts, where = Counter(labels), places(list(runs))
+    labels = [", ".join(filter(None, pair)) if counts[pair[0]] > 1 else pair[0]
+              for pair in zip(labels, where)]  # fmt: skip
+    return ", ".join(title), labels
+
+
+def places(paths):
+    """The parts of each path that not all have, without the suffix."""
+    parts = [[x for x in path.resolve().with_suffix("").parts if x != "logs"] for path in paths]
+    shared = set.intersection(*map(set, parts))
+    return ["/".join(x for x in each if x not in shared) for each in parts]
+
+
+def filled(text, width):
+    """The text in lines, broken between its parts where these fit."""
+    whole = text.replace(", ", ",\n").replace(" ", "\xa0").replace("\n", " ")
+    return textwrap.fill(whole, width, break_on_hyphens=False).replace("\xa0", " ")
+
+
+def draw(runs):
+    """A figure of {path of a log: its Result}; with a legend for 2 to MOST of them."""
+    title, labels = told_apart(runs)
+    title = filled(title, TITLE)
+    labels = [filled(label, LABEL) for label in labels] if 1 < len(runs) <= MOST else []
+    results = list(runs.values())
+    with_eta = [any(row["eta_mean"] is not None for row in run.epochs) for run in results]
+    panels = 3 if any(with_eta) else 2
+    columns = 2 if labels and max(map(len, labels)) <= 20 else 1
+    lines = sum(label.count("\n") + 1 for label in labels) / columns + title.count("\n") + 1
     with plt.style.context([style.STYLE]):
-        figure, axes = plt.subplots(1, columns, figsize=(3.0 * columns, 2.6))
-        for i, (run, name, eta) in enumerate(zip(runs, labels(paths), with_eta)):
-            colour = COLOURS[i % len(COLOURS)]
+        size = WIDTH, panels * PANEL + lines * LINE + 0.35
+        figure, axes = plt.subplots(panels, 1, figsize=size, sharex=True)
+        for i, (run, eta) in enumerate(zip(results, with_eta)):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+            label = labels[i] if labels else None
             for ax, kind in ((axes[0], "loss"), (axes[1], "acc")):
-                style.curve(ax, run, f"train_{kind}", colour, label=name)
+                style.curve(ax, run, f"train_{kind}", colour, marker, label=label)
                 style.curve(ax, run, f"test_{kind}", colour, linestyle=DASHED)
             if eta:
                 style.band(axes[2], run, "eta", colour)
-        losses = {run.first["settings"].get("loss") for run in runs}
-        axes[0].set_title(TITLES.get(losses.pop() if len(losses) == 1 else None, "Objective"))
+        losses = {run.first["settings"].get("loss") for run in results}
+        axes[0].set_ylabel(LOSSES.get(losses.pop() if len(losses) == 1 else None, "objective"))
         low, high = axes[0].get_ylim()
         if math.isfinite(axes[0].dataLim.ymax) and (low <= 0 or high / low > 5):
             axes[0].set_yscale("log")
-        axes[1].set_title("Accuracy")
+        axes[1].set_ylabel("accuracy")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[1].legend(handles=style.kinds(DASHED), loc="lower right")
         if any(with_eta):
-            axes[2].set_title("Automatic learning rate η")
+            axes[2].set_ylabel("learning rate η")
             axes[2].set_ylim(bottom=0)
-        for ax in axes:
-            ax.set_xlabel("epoch")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        style.legend(figure, axes[0].get_legend_handles_labels()[0], min(len(runs), 4))
+        axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        figure.align_ylabels()
+        figure.suptitle(title, fontsize=8)
+        if labels:
+            handles = axes[0].get_legend_handles_labels()[0]
+            figure.legend(handles=handles, loc="outside lower center", ncols=columns,
+                          fontsize=7)  # fmt: skip
     return figure
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m scripts.plot", description=__doc__,
+    parser = Parser(prog=command("scripts.plot"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN",
-                        help="a log, output/logs/*.jsonl")
+                        help="a log, output/logs/NAME.jsonl, its record, or a folder of logs")
     parser.add_argument("-o", "--output", type=a_path, default="curves.png",
                         help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"{args.output} does not end in .png, .pdf or .svg")
     try:
-        style.save(draw(args.runs), args.output)
+        runs, notes = logs(args.runs)
+        if len(runs) > MOST:
+            notes.append(f"{len(runs)} runs have no legend: it tells {MOST} apart")
+        for note in notes:
+            print(note, file=sys.stderr)
+        style.save(draw(runs), args.output)
     except RunError as error:
         parser.error(str(error))
     except OSError as error:

@@ -1,6 +1,5 @@
 """`<out>/README.md`: the paper's numbers beside the runs that are there, and what is missing."""
 
-import math
 from pathlib import Path
 
 from runs.files import write_whole
@@ -9,14 +8,16 @@ from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
 from scripts.markdown import table
-from scripts.results import Results, network_name
+from scripts.results import Results
+from scripts.words import number
 
 MADE = "Written by `python -m scripts.reproduce`"
 INTRODUCTION = (
     f"{MADE}; nothing here was typed. A quick run is a beginning: the paper's numbers are those of "
     "1,000 to 2,000 epochs (ImageNet: 350), and a quick number beside one of them is not its "
-    "reproduction. 'JPEG CIFAR-10' are CIFAR-10's images after a pass through JPEG, which may move "
-    "an accuracy by a point or two."
+    "reproduction. *JPEG CIFAR-10* is CIFAR-10 whose images were stored as JPEG of quality 75, "
+    "which may move an accuracy by a point or two; *tiny100*, a hundred classes of Tiny ImageNet at 32 "
+    "pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
 )
 TUNED = (
     "Tuned means the least train loss in the last epoch (**bold**) over the grid, test accuracies "
@@ -151,9 +152,8 @@ def outcome(result):
     """Train loss and test accuracy, and the epochs of a run that is not finished."""
     if result.stopped:
         return f"stopped in epoch {len(result.epochs)}: {result.stopped.split(' at ')[0]}"
-    loss = "not finite" if math.isnan(result.loss) else f"{result.loss:.4f}"
     cut = "" if result.finished else f" ({length(result)} epochs)"
-    return f"{loss}, {100 * result.last['test_acc']:.1f} %{cut}"
+    return f"{number(result.loss)}, {100 * result.last['test_acc']:.1f} %{cut}"
 
 
 def sizes(results):
@@ -175,7 +175,7 @@ def searches(results):
         planned, runs, best = results.planned(*key), results.of(*key), results.tuned(*key)
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
-        words = f"{short(key[0])}, {network_name(planned[0])}, {runs[0].data}, {key[2]}"
+        words = f"{short(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"
         cells = [f"**{outcome(x)}**" if best and x.experiment == best.experiment else outcome(x)

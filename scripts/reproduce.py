@@ -1,16 +1,24 @@
 """Run what a figure of the paper needs, and draw it: `python -m scripts.reproduce fig5`.
 
 Runs that are finished are skipped, runs that were cut go on from their last checkpoint: the same
-command, again and again, ends with the figure. `all` is every figure; what the data at hand does
-not allow is named and left out. The result lies under --out:
+command, again and again, ends with the figure. `all` is every figure. Data sets are fetched as by
+main.py; runs whose data or packages cannot be had are left out and named. The result lies under
+--out:
 
     <out>/<scale>/logs/*.jsonl       a log a run
     <out>/<scale>/figures/*.png      and .pdf
     <out>/README.md                  the paper's numbers beside these, and a verdict on each claim
 
-Exit code: 0 when everything that can be run here is there, 75 when --time_limit came first, 130
-after Ctrl-C, 1 when a run failed, 2 for a command that makes no sense, or logs of other runs.
+Exit code: 0 when every run and every figure that was asked for is there, 75 when --time_limit came
+first, 130 after Ctrl-C, 1 when a run failed or something was left out, 2 for a command that makes
+no sense, or logs of other runs.
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import signal
 import time
@@ -25,19 +33,17 @@ import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
 import flags
-from cli import Parser, UserError, a_path, device, number, one_of
+from cli import Parser, UserError, a_path, command, device, number, one_of
 from data import data_folder, default_data_dir
 from data.workers import usable_cores
 from runs.log import RunError
 from scripts.experiments import FIGURES, SCALES
 from scripts.results import Results, epochs_done, log_name
-from scripts.runner import Process, Runner, availability, is_finished, tasks
+from scripts.runner import ITSELF, Process, Runner, availability, file_to_fetch, is_finished, tasks
 from scripts.together import STREAMS, Host
 
 TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
@@ -73,7 +79,7 @@ def chosen_runs(text):
 def parse(argv):
     """(the parser, the arguments)."""
     parser = Parser(
-        prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
+        prog=command("scripts.reproduce"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
     )  # fmt: skip
@@ -150,7 +156,7 @@ def main(argv=None):
 
 def reproduce(parser, args):
     """List, run, submit or draw what the arguments ask for; returns the exit code."""
-    results, code = Results(args.out, args.scale), 0
+    results, code, left_out = Results(args.out, args.scale), 0, {}
     every = tasks(results, args.figures, args.epochs)
     if args.list:
         show(args, every, results)
@@ -165,19 +171,19 @@ def reproduce(parser, args):
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--out {args.out} cannot be made: {error.strerror}")
-        todo = left_to_do(args, every, chosen, results)
+        todo, left_out = left_to_do(args, every, chosen, results)
         if args.submit and todo:
             submit(args, todo, results)
-            return 0
+            return lacks(left_out)
         code = run(args, [every[i] for i in todo], results) if todo else 0
     if args.runs is None and not args.submit:
         code = max(code, draw(args, results))
-    return code
+    return max(code, lacks(left_out))
 
 
 def show(args, every, results):
     """Print the table of the runs with their states."""
-    lacking = availability(args.data_dir, fetch=False)
+    lacking, absent = availability(args.data_dir, fetch=False), {}
     for i, task in enumerate(every):
         name = log_name(task.flags)
         done = min(task.epochs, epochs_done(results.log(name)))
@@ -186,11 +192,16 @@ def show(args, every, results):
             state = "finished" if done == task.epochs else f"stopped after {done} epochs"
         elif reason := lacking(task):
             state += f", left out: {reason}"
+        else:
+            absent[file_to_fetch(task, args.data_dir)] = None
         print(f"{i:3}  {name}  {state}")
+    for path in filter(None, absent):
+        print(f"There is no {path} yet: the first run fetches it")
 
 
 def left_to_do(args, every, chosen, results):
-    """The numbers of the unfinished runs that can be run here; prints what is left out, and why."""
+    """(the numbers of the unfinished runs that can be run here, {reason: words about the others});
+    prints both."""
     lacking, todo, left_out = availability(args.data_dir, fetch=True), [], {}
     unfinished = [i for i in chosen if not is_finished(results, every[i])]
     for i in unfinished:
@@ -204,8 +215,20 @@ def left_to_do(args, every, chosen, results):
     for reason, lost in left_out.items():
         shown = dict.fromkeys(row.figure for row in results.table if row.flags in lost)
         of = ", ".join(figure for figure in shown if figure in args.figures)
-        print(f"  left out, {len(lost)} of {of}: {reason}")
-    return todo
+        left_out[reason] = f"{count(len(lost))} of {of}"
+        if todo:  # else the command ends with it
+            print(f"  left out, {left_out[reason]}: {reason}")
+    return todo, left_out
+
+
+def lacks(left_out):
+    """Print the runs that were left out, to the standard error; returns the exit code."""
+    left_out.pop(ITSELF, None)
+    if not left_out:
+        return 0
+    parts = [f"{runs} ({reason})" for reason, runs in left_out.items()]
+    print(f"error: left out: {', '.join(parts)}", file=sys.stderr)
+    return 1
 
 
 def count(n):
@@ -275,13 +298,13 @@ def deadline(args):
 
 
 def draw(args, results):
-    """Draw the figures that have runs, and write the page that shows them; returns the exit code.
-    """
+    """Draw the figures that have runs, and write the page that shows them; returns the exit code,
+    1 where one of them has none."""
     from scripts import figures, majorisation, report
 
     if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
         return TIME_IS_UP
-    code = 0
+    code, missing = 0, 0
     if "fig3" in args.figures:
         try:
             majorisation.measure(results, args.data_dir, deadline(args))
@@ -292,11 +315,16 @@ def draw(args, results):
         try:
             paths = figures.save(figure, results)
             print(f"{figure}: {paths[0]}" if paths else f"{figure}: nothing to draw yet")
+            missing += not paths
         except RunError as error:
             print(f"{figure}: not drawn, {error}")
             code = max(code, 1)
-    print(f"All of it: {report.write(args.out)}")
-    return code
+    if missing < len(args.figures):
+        print(f"All of it: {report.write(args.out)}")
+    if missing and args.draw:
+        print("error: not all is drawn: the same command without --draw runs what is missing",
+              file=sys.stderr)  # fmt: skip
+    return max(code, 1) if missing else code
 
 
 if __name__ == "__main__":

@@ -13,12 +13,7 @@ import flags as command_line
 from runs.log import RunError, RunLog, read_rows
 from runs.name import name_and_settings
 from scripts.experiments import experiments
-
-ARCHITECTURES = {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
-DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-            "imagenet": "ImageNet"}  # fmt: skip
-# Images other than their file's name says, by the checksum of the training images.
-JPEG = {"2926c671": "JPEG CIFAR-10"}
+from scripts.words import data_name
 
 
 class Result(NamedTuple):
@@ -130,7 +125,7 @@ class Results:
         named by the logs where there are any."""
         row, result = self.planned(*key)[0], next(iter(self.of(*key)), None)
         data, part = row.flag("--dataset"), row.flag("--train_examples")
-        words = f"{network_name(row)}, {result.data if result else data_name(data)}"
+        words = f"{row.network}, {result.data if result else data_name(data)}"
         return words + (f", {int(part):,} images" if part else "")
 
 
@@ -162,19 +157,6 @@ def epochs_done(path):
     with suppress(OSError):
         return path.read_bytes().count(b'{"kind": "epoch"')
     return 0
-
-
-def network_name(experiment):
-    """The network of a run, in words."""
-    flag = experiment.flag
-    fcn = f"FCN {flag('--depth')}×{flag('--width')}"
-    return ARCHITECTURES.get(flag("--arch"), fcn)
-
-
-def data_name(dataset, source=None):
-    """The name of images: of the data set, unless the checksums of a log say otherwise."""
-    crc = (source or {}).get("crc32", {}).get("train_images")
-    return JPEG.get(crc, DATASETS.get(dataset, dataset.removeprefix("npz:").removesuffix(".npz")))
 
 
 def findings(folder):

@@ -14,15 +14,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataError, data_folder
+from cli import command
+from data import DataError, data_folder, default_data_dir
 from data.imagenet import find
 from data.workers import usable_cores
 from runs.log import RunError
 from scripts.results import epochs_done, log_name
+from scripts.words import number
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 GRACE = 30  # seconds that a run gets to stop
 UNRECORDED = 3  # the exit code of a scripts.together that could not record a CUDA graph
+FETCHED = ("mnist", "cifar10", "cifar100")
+ITSELF = "CIFAR-100 itself is here"  # why its stand-in is left out
 WORK = {"vgg": 3.1e8, "resnet18": 5.6e8, "resnet50": 4.1e9}  # multiplications for an image
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -41,33 +45,41 @@ def tasks(results, figures, most=None):
     return sorted(rows.values(), key=lambda x: (figures.index(x.figure), -cost(x) * x.epochs))
 
 
+def file_to_fetch(task, data_dir):
+    """The file of a data set that a run fetches, where it is not there yet, else None."""
+    name = task.flag("--dataset")
+    path = data_folder(data_dir) / f"{name}.npz"
+    return path if name in FETCHED and not path.exists() else None
+
+
 def availability(data_dir, fetch):
     """A function of a task: why the data or the packages at hand do not allow it, or None. `fetch`:
-    get the data, or try once."""
+    get the data now, or try once; else a data set that a run fetches counts as being there."""
     folder = data_folder(data_dir)
 
     @cache
     def missing_data(name):
-        path = folder / f"{name.removeprefix('npz:').removesuffix('.npz')}.npz"
         if name == "imagenet":
             try:
                 find(folder)
-            except DataError as error:
-                return str(error)
+            except DataError:
+                way = command("data.prepare", name, "--from", "DIR")
+                return f"there is no folder {folder / name}, nor $IMAGENET_PATH; `{way}` makes it"
         elif name.startswith("npz:"):  # tiny100, which stands in for CIFAR-100
             if (folder / "cifar100.npz").exists():
-                return "CIFAR-100 itself is here"
-            return None if path.exists() else f"there is no {path}"
-        elif name != "digits" and not path.exists():
-            if not fetch:
-                return f"there is no {path} yet"
+                return ITSELF
+            path = folder / name.removeprefix("npz:")
+            return None if path.exists() else f"there is no {path}, a stand-in for CIFAR-100"
+        elif fetch and name in FETCHED and not (folder / f"{name}.npz").exists():
             from data.prepare import prepare
 
             try:
                 prepare(name, folder)
             except DataError as error:
                 reason = str(error).splitlines()[0]
-                return f"{reason}; `python -m data.prepare {name}` tells the ways"
+                where = [] if data_dir == default_data_dir() else ["--data_dir", data_dir]
+                way = command("data.prepare", name, *where)
+                return f"{reason}; `{way}` prints the ways to get it"
         return None
 
     def reason(task):
@@ -209,7 +221,7 @@ class Runner:
             result = self.results.find(task)
             if result.stopped:
                 return f"stopped: {result.stopped}"
-            return f"loss {result.loss:.4f}  test {result.last['test_acc']:.2%}"
+            return f"loss {number(result.loss)}  test {result.last['test_acc']:.2%}"
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code >= 0:
             text = self.output(task).read_text(encoding="utf-8", errors="replace")

@@ -4,15 +4,21 @@ Prints the tables of docs/distributed.md; --write renews them there. Times are i
 bytes, bandwidths in GB/s.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import math
-from pathlib import Path
 
 import torch
 
 from architecture import build
-from cli import Parser, number
+from cli import Parser, command, number
 from scripts.markdown import renew, table
+from scripts.words import significant
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
 MARKS = "<!-- tables: python -m scripts.scaling --write -->", "<!-- end of the tables -->"
@@ -143,7 +149,8 @@ def tables(args):
     names, first = next(iter(models.items()))
     cases = {f"{b:,} a GPU": (b, False) for b in args.batch_per_gpu}
     cases |= {f"{b:,} in all": (b, True) for b in args.batch}
-    inputs = [(k, f"{v:,.6g}" if v >= 1e-3 else f"{v:.2g}", *x) for k, (v, *x) in INPUTS.items()]
+    inputs = [(k, f"{v:,.6g}" if v >= 1e-3 else significant(v, 2), *x)
+              for k, (v, *x) in INPUTS.items()]  # fmt: skip
     speeds, size = ", ".join(f"{x:g}" for x in links.values()), sum(size for size, _ in weights)
     inputs += [("links", speeds, "GB/s a node", f"line rates: {', '.join(links)}"),
                ("gradient", f"{size / 1e6:.1f}", "MB", f"counted: {len(weights)} weights"),
@@ -171,7 +178,7 @@ def tables(args):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m scripts.scaling", description=__doc__,
+    parser = Parser(prog=command("scripts.scaling"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, positive, whole = parser.add_argument, number(float, 1e-6), number(int, 1)
     add("--images_per_second", type=positive, metavar="R", help="of one GPU, a whole step")

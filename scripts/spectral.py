@@ -12,9 +12,14 @@ the tables of all cases into the README.md there. SpectralAGD is scored at its a
 at its last weights. A case takes one thread.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import itertools
 import math
-import sys
 from functools import partial
 
 import torch

@@ -10,11 +10,16 @@ that the other process is gone, however it went: it ends with it. Where a run ca
 graph, it ends with UNRECORDED: torch before 2.12 replays no other graph after that.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import traceback
 
@@ -52,7 +57,7 @@ class Host:
         environment = {"CUDA_DEVICE_MAX_CONNECTIONS": str(STREAMS), **environment}
         with open(log, "a", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.together"], stdin=subprocess.PIPE,
+                [sys.executable, __file__], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, start_new_session=True, env=environment,
             )  # fmt: skip
         self.runs = []

@@ -7,6 +7,12 @@ end the process: it ends the fuzzing of that reader, and its file is kept. Input
 --seed. Prints Markdown; exit code: 0 without findings, 1 with one.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import contextlib
 import faulthandler
@@ -18,14 +24,12 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
 import zipfile
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
@@ -41,6 +45,7 @@ from runs import record
 from runs.checkpoint import Damaged, unpack
 from runs.log import read_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH = 1000  # inputs for which hypothesis remembers what it has drawn
 SECONDS = 5  # for an input
 EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "pickle.find_class", "ctypes.dlopen", "pty.")
@@ -69,7 +74,8 @@ class Harm:
 def make_seeds(folder):
     """{reader: [whole files of its kind, and some that would run code]}; uses an empty folder."""
     flags = "--arch fcn --depth 2 --width 4 --dataset digits --epochs 1 --log_steps --out".split()
-    subprocess.run([sys.executable, "main.py", *flags, folder], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "main.py", *flags, folder]
+    subprocess.run(command, check=True, capture_output=True)
     log, checkpoint, facts = (
         next(Path(folder).rglob(x)).read_bytes() for x in ("*.jsonl", "*.pt", "*.run.json")
     )

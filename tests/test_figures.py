@@ -16,7 +16,8 @@ from runs.log import RunError
 from scripts import figures, majorisation, report
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
-from scripts.results import Result, Results, data_name, log_name, searched
+from scripts.results import Result, Results, log_name, searched
+from scripts.words import data_name
 from tests.conftest import ROOT
 
 PUBLISHED = Results(ROOT / "results", "quick")

@@ -24,6 +24,7 @@ from scripts.results import Results, epochs_done, log_name
 from tests.conftest import ROOT
 
 DIGITS = "--arch fcn --depth 3 --width 16 --dataset digits --log_updates"
+IMAGENET = "--arch resnet50 --dataset imagenet --optimizer agd --seed 0"
 NAME = "fcn3x16-digits-mse-bs128-agd-seed0-updates"
 TOGETHER = pytest.mark.parametrize("together", [
     "off", pytest.param("on", marks=pytest.mark.slow),
@@ -218,28 +219,65 @@ def test_a_run_that_is_killed_is_named(together, tmp_path):
     assert process.returncode == 1 and "killed by SIGKILL (see " in output, output
 
 
-def test_data_and_packages_that_are_not_at_hand_are_left_out(monkeypatch, tmp_path, capsys):
-    fetched = []
+def on_cifar10(flags):
+    return tuple("cifar10" if word == "digits" else word for word in flags)
 
-    def refuse(name, data_dir, source=None):
+
+def refusing(fetched):
+    """A stand-in for data.prepare.prepare without a network; lists what it was asked for."""
+
+    def prepare(name, data_dir, source=None):
         fetched.append(name)
         raise DataError(f"{name} could not be fetched: no network\nmore words")
 
-    monkeypatch.setattr("data.prepare.prepare", refuse)
+    return prepare
+
+
+def test_what_is_not_at_hand_is_left_out_named_and_an_exit_code(monkeypatch, tmp_path, capsys):
+    """Part of the data: what can be run and drawn is. --list and --draw fetch nothing."""
+    fetched, agd = [], small_table("")[0]
+    lost = agd._replace(figure="fig8", flags=on_cifar10(agd.flags))
+    imagenet = agd._replace(figure="fig4", flags=tuple(shlex.split(IMAGENET)))
+    monkeypatch.setattr(results, "experiments", lambda scale: [agd, lost, imagenet])
+    monkeypatch.setattr("data.prepare.prepare", refusing(fetched))
+    flags = ["--out", tmp_path / "out", "--data_dir", tmp_path, "--device", "cpu"]
+    assert call("all", "--list", *flags) == 0
+    assert f"no {tmp_path}/cifar10.npz yet: the first run fetches it" in capsys.readouterr().out
+    assert call("fig8", "--draw", *flags) == 1 and not fetched
+    assert "fig8: nothing to draw yet" in capsys.readouterr().out
+    assert call("fig8", *flags) == 1 and fetched == ["cifar10"]
+    output, error = capsys.readouterr()
+    (line,) = error.splitlines()
+    assert "cifar10 could not be fetched: no network; `python -m data.prepare cifar10 -" in line
+    assert line.startswith("error: left out: 1 run of fig8 (") and "All of it" not in output
+    assert call("fig4", "fig5", "fig8", *flags) == 1
+    output, error = capsys.readouterr()
+    assert "3 runs: 0 finished, 1 to do, 2 left out" in output and "/fig5.png" in output
+    assert f"left out, 1 run of fig4: there is no folder {tmp_path}/imagenet" in output
+    assert "1 run of fig8 (cifar10" in error and "1 run of fig4 (there is no folder" in error
+    assert call("fig5", *flags) == 0 and not capsys.readouterr().err
+
+
+def test_a_data_set_that_is_not_there_is_fetched_before_the_runs(small, monkeypatch, tmp_path):
+    """As main.py would at first use."""
+    rows = [x._replace(flags=on_cifar10(x.flags)) for x in small_table("")[:1]]
+    monkeypatch.setattr(results, "experiments", lambda scale: rows)
+    begun = []
+    monkeypatch.setattr("data.prepare.prepare", lambda name, data_dir: begun.append(name))
+    monkeypatch.setattr(reproduce, "run", lambda args, todo, _: begun.append(todo) or 1)
+    assert call("fig5", "--out", tmp_path, "--data_dir", tmp_path, "--device", "cpu") == 1
+    assert begun == ["cifar10", rows]
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    flags = ["--scale", "full", "--out", tmp_path, "--data_dir", tmp_path]
-    for what in ("--list", "--draw"):  # which fetch nothing
-        assert call("fig5", what, *flags) == 0 and not fetched
-    assert "cifar10.npz yet" in capsys.readouterr().out
-    assert call("fig1", "fig8", *flags) == 0 and fetched == ["cifar10"]
-    output = capsys.readouterr().out
-    assert "of fig1, fig8: cifar10 could not be fetched: no network; `python -m" in output
-    assert f"left out, 2 of fig1: there is no folder {tmp_path}/imagenet" in output
-    assert "0 to do" in output and "fig1: nothing to draw yet" in output
+    flags = ["--out", tmp_path, "--data_dir", tmp_path]
     (tmp_path / "cifar10.npz").write_bytes(b"")
     assert call("fig8", "--list", *flags) == 0
     output = capsys.readouterr().out
     assert output.count("pip install") == 3 and "pip install prodigyopt" in output
+    assert call("fig8", "--runs", "prodigy", *flags) == 1
+    assert "1 run of fig8 (pip install prodigyopt)" in capsys.readouterr().err
 
 
 def test_the_stand_in_gives_way_to_cifar100(tmp_path, capsys):

@@ -16,17 +16,21 @@ of a GPU) when a case ends. `all` is one case after the other. `draw` prints the
 and, with --out results, puts them into docs/performance.md.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import json
-import sys
 from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 
 import flags
 from architecture import NETWORKS
-from cli import Parser, UserError, a_path, number, one_of
+from cli import Parser, UserError, a_path, command, number, one_of
 from cli import device as a_device
 from data import default_data_dir
 from runs.files import write_whole
@@ -49,7 +53,7 @@ USES = {  # flag -> the cases that it is of; what says where holds for all
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m scripts.benchmark", description=__doc__,
+    parser = Parser(prog=command("scripts.benchmark"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, whole = parser.add_argument, number(int, 1)
     add("case", nargs="?", type=one_of([*CASES, "all", "draw"]), default="all", metavar="CASE",
@@ -76,12 +80,12 @@ def parse(argv=None):
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
     add("--device", type=a_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data_dir", default=default_data_dir())
-    add("--out", help="(default: results; with --quick: reproduced)")
+    add("--out", default="reproduced",
+        help="(default: %(default)s; results holds the published files)")
     args = parser.parse_args(argv)
     parser.refuse(argv, without_effect(args))
     # exits with a sentence where there is none
     flags.parse(["--dataset", "digits", "--device", args.device])
-    args.out = args.out or ("reproduced" if args.quick else "results")
     return args
 
 

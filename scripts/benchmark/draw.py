@@ -6,7 +6,7 @@ from pathlib import Path
 from scripts.benchmark.epoch import PERCENT
 from scripts.benchmark.step import ADAMW, GRAPH, NETS
 from scripts.markdown import renew, table
-from scripts.results import data_name
+from scripts.words import data_name
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 MARKS = "<!-- benchmark: python -m scripts.benchmark draw -->", "<!-- end of the benchmark -->"
@@ -93,6 +93,6 @@ def block(folder):
 
 def write(folder):
     """Print the tables of a folder and, where it is the results' own, renew the page's."""
-    print(text := block(folder))
+    print(text := block(folder) or f"There are no files of a benchmark in {folder}")
     if Path(folder).resolve() == PAGE.parents[1] / "results" / "benchmark":
         renew(PAGE, *MARKS, text, "\n\n")

@@ -11,16 +11,20 @@ written, between two renames, in an evaluation, while the log is truncated.
 where one differs or a process ended as it must not, 2 for a wrong flag, 130 interrupted.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
 from datetime import date
-from pathlib import Path
 
 import torch
 
