@@ -113,10 +113,10 @@ def _try_out(make, parameters, blame):
         return net, make(list(net))
 
     def train(net, optimizer, done=0, saves=()):
-        for step, each in enumerate(gradients[done:], done):
+        for step in range(done, 2 * EPOCH):
             if step % EPOCH == 0 or step == done:
                 set_training(net, optimizer)
-            for p, x in zip(net, each):
+            for p, x in zip(net, gradients[step % len(gradients)]):
                 p.grad = x.clone()
             optimizer.step()
             optimizer.zero_grad()
@@ -128,7 +128,7 @@ def _try_out(make, parameters, blame):
                     weights = [p.detach().clone() for p in net]
                     yield step + 1, state, weights, generators(device)
 
-    start, gradients = noise(), [noise() for _ in range(2 * EPOCH)]
+    start, gradients = noise(), [noise() for _ in range(3)]
     before = generators(device)
     try:
         with blame("cannot train by gradients alone"):
