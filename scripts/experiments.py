@@ -151,8 +151,8 @@ def main(argv=None):
     parser.add_argument("scales", nargs="*", type=one_of(SCALES), metavar="quick|full")
     for scale in parser.parse_args(argv).scales or SCALES:
         for row in experiments(scale):
-            command = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
-            print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {command}")
+            line = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
+            print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {line}")
 
 
 if __name__ == "__main__":
