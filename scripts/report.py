@@ -15,9 +15,9 @@ MADE = "Written by `python -m scripts.reproduce`"
 INTRODUCTION = (
     f"{MADE}; nothing here was typed. A quick run is a beginning: the paper's numbers are those of "
     "1,000 to 2,000 epochs (ImageNet: 350), and a quick number beside one of them is not its "
-    "reproduction. *JPEG CIFAR-10* is CIFAR-10 whose images were stored as JPEG of quality 75, which "
-    "may move an accuracy by a point or two; *tiny100*, a hundred classes of Tiny ImageNet at 32 "
-    "pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
+    "reproduction. *JPEG CIFAR-10* is CIFAR-10 whose images were stored as JPEG of quality 75, "
+    "which may move an accuracy by a point or two; *tiny100*, a hundred classes of Tiny ImageNet "
+    "at 32 pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
 )
 TUNED = (
     "Tuned means the least train loss in the last epoch (**bold**) over the grid, test accuracies "
