@@ -37,10 +37,18 @@ PAPER = {
     ("fig7", "batch 1024", "AGD"): "60.0", ("fig7", "batch 4096", "AGD"): "59.8",
 }  # fmt: skip
 
+
+def page(out):
+    """The path of the page under `out`. Raises RunError where the page there is somebody else's."""
+    path = Path(out, "README.md")
+    if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        raise RunError(f"{path} is a page of somebody else's, and stays: choose another --out")
+    return path
+
+
 def write(out):
-    """Write the page from the files under `out`; returns its path. Raises RunError where the page
-    there is somebody else's."""
-    out, path = Path(out), Path(out, "README.md")
+    """Write the page from the files under `out`; returns its path."""
+    out, path = Path(out), page(out)
     scales = [results for results in (Results(out, scale) for scale in SCALES)
               if (results.folder / "logs").is_dir()]  # fmt: skip
     parts = ["# Results", INTRODUCTION, claims(scales)]
@@ -49,8 +57,6 @@ def write(out):
         parts += [part(results) for part in (numbers, sizes, searches, pictures, extent)]
     if (out / "measured" / "README.md").exists():
         parts.append("## More\n\n[Other runs and the benchmark](measured/README.md)")
-    if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
-        raise RunError(f"{path} is a page of somebody else's, and stays: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path

@@ -304,6 +304,7 @@ def draw(args, results):
 
     if args.time_limit is not None and time.monotonic() > BEGAN + args.time_limit:
         return TIME_IS_UP
+    report.page(args.out)
     code, missing = 0, 0
     if "fig3" in args.figures:
         try:

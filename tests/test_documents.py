@@ -202,6 +202,8 @@ def test_flags_in_backquotes_are_those_of_a_command(parse_alone):
         parse(name, argv.get(name, []))
     for page, text in documents().items():
         text = re.sub(r"```.*?```", "", OLD.sub("", text), flags=re.S)
+        if page.name == "from-the-authors-code.md":  # whose left column has the authors' flags
+            text = re.sub(r"^\|[^|]*\|", "", text, flags=re.M)
         for words in re.findall(r"`(--\w[^`]*)`", text):
             for flag in re.findall(r"(?<![\w=])--[a-z][\w-]*", words):
                 assert flag in parse_alone | OTHERS, f"{page}: {words}"
