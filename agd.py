@@ -279,11 +279,11 @@ class AGD(torch.optim.Optimizer):
         """Refuse flat tensors in the weights' places, and steps of one weight each in backward."""
         pairs = [(p, x) for group, rules in zip(self.param_groups, self.rules)
                  for p, x in itertools.zip_longest(group["params"], rules)]  # fmt: skip
-        if any(p is None or x is None or p.ndim < 2 and not x.is_vector for p, x in pairs):
-            raise ValueError(PARTS.format(type(self).__name__, "flattened"))
-        if len(pairs) == 1 and not torch.compiler.is_compiling() and (
-                torch._C._current_graph_task_id() >= 0):  # fmt: skip
-            raise ValueError(PARTS.format(type(self).__name__, "in the backward pass"))
+        flat = any(p is None or x is None or p.ndim < 2 and not x.is_vector for p, x in pairs)
+        within = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+        if flat or within and len(pairs) == 1:
+            how = "flattened" if flat else "in the backward pass"
+            raise ValueError(PARTS.format(type(self).__name__, how))
 
     def _update(self, parts, targets, grads):
         """Move the weights. Returns G, eta and, of each part, the norms of its gradients' blocks;
@@ -1896,10 +1896,11 @@ ROUNDING = 2.0**-21  # of the gain at the start: 4 units of float32 in the last 
 def _checked_gain(gain, start=None, read=True):
     """A gain as a float, 0 where it is negative by rounding, `start` being the first one; a tensor
     as it is, of which a step (`read` False) reads no number."""
-    x, least = gain, -ROUNDING * max(1.0, start or 0.0)
+    known = start is not None and (read or not isinstance(start, Tensor))
+    least = -ROUNDING * max(1.0, start if known else 0.0)
     if isinstance(gain, Tensor):
-        if gain.numel() == 1 and gain.dtype != torch.bool and not gain.is_complex() and (
-                not read or least <= gain < math.inf):  # fmt: skip
+        number = gain.numel() == 1 and gain.dtype != torch.bool and not gain.is_complex()
+        if number and (not read or least <= gain < math.inf):
             return gain
     else:
         x = gain.item() if getattr(gain, "shape", None) == () else gain  # of numpy

@@ -107,7 +107,8 @@ def test_a_step_reads_nothing(rule, gain):
         for W in weights[:3] + weights[4:]:
             W.grad = torch.empty_like(W)
         optimizer = rule([{"params": weights[:1]}, {"params": weights[1:]}])
-        optimizer.param_groups[0]["lr"] = torch.ones(()) if gain == "tensor" else gain
+        gain = torch.ones(()) if gain == "tensor" else gain
+        optimizer.param_groups[0].update(lr=gain, initial_lr=gain)  # as a scheduler does
     for _ in range(20):  # as long as it looks at gradients
         optimizer.step()
     assert optimizer.eta.is_meta and optimizer.eta.dtype == torch.float64
