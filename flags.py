@@ -134,14 +134,6 @@ def words(p, flags):
     return line
 
 
-def settings(args):
-    """[(flag, value)] of the flags that are not at their defaults, and the device."""
-    hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
-    defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
-    return [(key, value) for key, value in vars(args).items()
-            if value is not None and value != defaults.get(key, value)]  # fmt: skip
-
-
 def replayed(p, args, argv):
     """The Namespace of --replay FILE: the record's flags, and --out, --data_dir and --device as
     given beside it."""
@@ -175,6 +167,14 @@ def layers(args):
     its networks."""
     paper = args.optimizer == "agd" and not args.arch.startswith(LIBRARIES)
     return args.layers or ("count" if paper else "paths")
+
+
+def settings(args):
+    """[(flag, value)] of the flags that are not at their defaults, and the device."""
+    hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
+    defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
+    return [(key, value) for key, value in vars(args).items()
+            if value is not None and value != defaults.get(key, value)]  # fmt: skip
 
 
 def test_batch(args):

@@ -11,7 +11,7 @@ import shlex
 import sys
 from typing import NamedTuple
 
-from cli import guard_streams
+from cli import Parser, one_of
 
 FIGURES = {
     "fig1": "AGD beside defaults and beside learning rates",
@@ -136,11 +136,9 @@ def experiments(scale):
 
 
 def main(argv=None):
-    guard_streams()
-    for scale in (sys.argv[1:] if argv is None else argv) or SCALES:
-        if scale not in SCALES:
-            print(f"error: no scale {scale!r}: {' or '.join(SCALES)}", file=sys.stderr)
-            return 2
+    parser = Parser(prog="python -m scripts.experiments", description=__doc__)
+    parser.add_argument("scales", nargs="*", type=one_of(SCALES), metavar="quick|full")
+    for scale in parser.parse_args(argv).scales or SCALES:
         for row in experiments(scale):
             command = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
             print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {command}")
