@@ -11,6 +11,16 @@ import sys
 from pathlib import Path
 
 
+class UserError(RuntimeError):
+    """An error whose message says what is wrong and what to do about it: printed as one line, with
+    no traceback. `exit_code` is the process's: 2 for input that cannot be used, else 1."""
+
+    exit_code = 2
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
 class Guarded:
     """A text stream that drops what it cannot write: its reader is gone, its disk is full, its
     terminal has closed. It tries again with the next text."""
@@ -61,16 +71,6 @@ def guard_streams():
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, Guarded(stream))
-
-
-class UserError(RuntimeError):
-    """An error whose message says what is wrong and what to do about it: printed as one line, with
-    no traceback. `exit_code` is the process's: 2 for input that cannot be used, else 1."""
-
-    exit_code = 2
-
-    def __init__(self, message):
-        super().__init__(printable(message))
 
 
 def printable(text):
