@@ -22,28 +22,6 @@ class UserError(RuntimeError):
         super().__init__(printable(message))
 
 
-def printable(text):
-    """`text` with each unprintable character as a backslash escape: control characters, and the
-    bytes of a file name that is not UTF-8."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
-
-
-def command(name, *words):
-    """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
-    from the working directory: `python -m` works in the root of the repository alone."""
-    root = Path(__file__).resolve().parent
-    path = root.joinpath(*name.split("."))
-    path = path if path.is_dir() else path.with_suffix(".py")
-    with contextlib.suppress(OSError):  # the working directory may be gone
-        if os.path.samefile(os.getcwd(), root):
-            path = path.relative_to(root)
-    line = ["-m", name] if "." in name and not path.is_absolute() else [path]
-    return shlex.join(map(str, ["python", *line, *words]))
-
-
 class Guarded:
     """A text stream that drops what it cannot write: its reader is gone, its disk is full, its
     terminal has closed. It tries again with the next text."""
@@ -94,6 +72,28 @@ def guard_streams():
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, Guarded(stream))
+
+
+def printable(text):
+    """`text` with each unprintable character as a backslash escape: control characters, and the
+    bytes of a file name that is not UTF-8."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+
+
+def command(name, *words):
+    """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
+    from the working directory: `python -m` works in the root of the repository alone."""
+    root = Path(__file__).resolve().parent
+    path = root.joinpath(*name.split("."))
+    path = path if path.is_dir() else path.with_suffix(".py")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if os.path.samefile(os.getcwd(), root):
+            path = path.relative_to(root)
+    line = ["-m", name] if "." in name and not path.is_absolute() else [path]
+    return shlex.join(map(str, ["python", *line, *words]))
 
 
 LONGEST = 250  # characters of a message, whatever was given

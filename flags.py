@@ -231,14 +231,6 @@ def words(p, flags):
     return line
 
 
-def settings(args):
-    """[(flag, value)] of the flags that are not at their defaults, and the device."""
-    hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
-    defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
-    return [(key, value) for key, value in vars(args).items()
-            if value is not None and value != defaults.get(key, value)]  # fmt: skip
-
-
 def command_of(flags):
     """The words of the command line that make the run of `flags` again. Records of earlier commits
     hold flags without effect, which a command line may not have."""
@@ -320,6 +312,14 @@ def layers(args):
     its networks."""
     paper = args.optimizer == "agd" and not args.arch.startswith(LIBRARIES)
     return args.layers or ("count" if paper else "paths")
+
+
+def settings(args):
+    """[(flag, value)] of the flags that are not at their defaults, and the device."""
+    hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
+    defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
+    return [(key, value) for key, value in vars(args).items()
+            if value is not None and value != defaults.get(key, value)]  # fmt: skip
 
 
 def test_batch(args):

@@ -3,11 +3,9 @@
 import signal
 import sys
 
-from cli import guard_streams
 from training.control import Requests, ignore
 
 if __name__ == "__main__":
-    guard_streams()
     REQUESTS = Requests()
     REQUESTS.install(ending=False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import

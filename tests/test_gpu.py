@@ -21,6 +21,7 @@ from agd import AGD, Layout, Rule, SpectralAGD, TorchBackend, init_weights
 from agd_kernels import cuda
 from architecture import build
 from data import default_data_dir, load
+from distributed.delayed import Glance
 from runs.log import read_rows
 from runs.provenance import environment
 from scripts.benchmark.measure import by_clock, take_turns
@@ -226,8 +227,26 @@ def test_no_host_read_in_an_epoch():
     next(train), next(test)  # the epoch's draws have gone to the device with the first batch
     with watched():
         totals = train_epoch(net, train, mse, optimizer)
+        totals.means()
         tested = evaluate(net, test, mse)
     assert totals.read()["loss"] < 2 and tested.read()["acc"] >= 0
+
+
+@needs_a_gpu
+def test_a_glance_waits_for_nothing():
+    glance, x = Glance(DEVICE), torch.arange(2.0, device=DEVICE)
+    glance.ask(x)  # takes the memory on the host
+    torch.cuda.synchronize()
+    assert glance.answer() == [0.0, 1.0] and glance.answer() is None
+    torch.cuda._sleep(1_000_000_000)  # cycles, some half a second
+    began = time.perf_counter()
+    with watched():
+        glance.ask(x + 1)
+        glance.ask(x + 2)  # one is on its way
+        assert glance.answer() is None
+    assert time.perf_counter() - began < 0.2
+    torch.cuda.synchronize()
+    assert glance.answer() == [1.0, 2.0] and glance.answer() is None
 
 
 @needs_a_gpu
