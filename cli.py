@@ -26,6 +26,13 @@ def printable(text):
     )
 
 
+def size(n):
+    """Bytes in words."""
+    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
+    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
+
+
 LONGEST = 250  # characters of a message, whatever was given
 
 

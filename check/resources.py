@@ -10,7 +10,8 @@ import torch
 import flags
 from architecture import build, is_library
 from architecture.weights import start
-from check.surroundings import Fault, size
+from check.surroundings import Fault
+from cli import size
 from data.workers import usable_cores
 from training.gradient import Gradient, OutOfMemory
 from training.losses import LOSSES

@@ -20,6 +20,7 @@ yields every batch, even if it has no image of it.
 from pathlib import Path
 from typing import NamedTuple
 
+from data import workers
 from data.common import DataError, default_data_dir
 
 __all__ = ["DATASETS", "Data", "DataError", "default_data_dir", "is_folder", "load"]
@@ -58,6 +59,13 @@ class Data(NamedTuple):
     classes: int
     source: dict  # identifies the images that are used
     files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
+
+    def start(self, neighbours=1):
+        """Start the worker processes; `neighbours`: ranks that do so on this node. Returns
+        sentences about what the machine has too little of. Raises DataError where that is not
+        enough for one."""
+        parts = [part for part in (self.train, self.test) if part.workers]
+        return workers.start(parts, self.shape, neighbours) if parts else []
 
 
 def load(
