@@ -136,7 +136,7 @@ def free(monkeypatch, disk=None, memory=None, shared=None):
     if disk is not None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, disk))
     if memory is not None:
-        monkeypatch.setattr(check.resources, "free_memory", lambda device: memory)
+        monkeypatch.setattr(check.resources, "bytes_free", lambda device: memory)
     if shared is not None:
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: (
@@ -291,4 +291,4 @@ def test_control_groups_of_both_versions_limit_memory(tmp_path):
     groups = tmp_path / "cgroup"
     for text, free in (("0::/job/step\n", 900 - 500 + 100), ("3:cpu:/x\n5:memory:/job\n", 37)):
         groups.write_text(text)
-        assert check.resources.free_memory(torch.device("cpu"), tmp_path, groups) == free
+        assert check.resources.bytes_free(torch.device("cpu"), tmp_path, groups) == free
