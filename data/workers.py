@@ -122,9 +122,8 @@ def start(parts, shape, neighbours):
 
 def shared_bytes(parts, shape):
     """The bytes of shared memory that a rank's batches fill at most: one part is read at a time."""
-    return max(
-        AHEAD * part.workers * -(-part.batch_size // part.size) * math.prod(shape) for part in parts
-    )
+    images = max(-(-min(x.batch_size, x.examples) // x.size) for x in parts)
+    return AHEAD * parts[0].workers * images * math.prod(shape)
 
 
 def shared_free():
