@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from cli import printable
 from data.batches import Batches
@@ -20,6 +20,7 @@ from data.workers import (
     REMEDIES,
     WorkerError,
     end,
+    has_room,
     held_back,
     ignore_all,
     processes_of,
@@ -209,8 +210,13 @@ class _Images(Dataset):
         bad = [bad for _, _, bad in items if bad is not None]
         if not images:
             return np.empty((0, self.image_size, self.image_size, 3), np.uint8), labels, bad
-        try:  # stacked in shared memory, if this is a worker
-            return default_collate(images), labels, bad
+        worker = get_worker_info()
+        # A worker of torch before 2.7 dies where another one takes the last room meanwhile.
+        at_once = 2 * worker.num_workers * len(images) * images[0].nbytes if worker else 0
+        try:
+            if not has_room(at_once):
+                raise RuntimeError
+            return default_collate(images), labels, bad  # stacked in shared memory, by a worker
         except RuntimeError:
             return np.stack([image.numpy() for image in images]), labels, bad
 

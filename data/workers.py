@@ -110,12 +110,13 @@ def start(parts, shape, neighbours):
             notes = [f"No more than {workers} of {wanted} --workers can be started ({why})"]
     for part in parts:
         part.workers = workers
-    need, free = neighbours * shared_bytes(parts, shape), shared_free()
-    if free is not None and free < need:
+    need = neighbours * shared_bytes(parts, shape)
+    if not has_room(need):
+        free = size(shutil.disk_usage(SHM).free)
         notes.append(
-            f"{SHM} has {size(free)} free, and the batches of {neighbours * workers} workers may "
-            f"fill {size(need)}: what has no room goes through pipes, more slowly; fewer "
-            "--workers, or a container with a larger --shm-size"
+            f"{SHM} has {free} free, and the batches of {neighbours * workers} workers may fill "
+            f"{size(need)}: what has no room goes through pipes, more slowly; fewer --workers, or "
+            "a container with a larger --shm-size"
         )
     return notes
 
@@ -126,12 +127,12 @@ def shared_bytes(parts, shape):
     return AHEAD * parts[0].workers * images * math.prod(shape)
 
 
-def shared_free():
-    """The bytes of shared memory that are free; None where the system does not tell."""
+def has_room(need):
+    """Whether so many bytes of shared memory are free, or the system does not tell."""
     try:
-        return shutil.disk_usage(SHM).free
+        return shutil.disk_usage(SHM).free >= need
     except OSError:
-        return None
+        return True
 
 
 def _cause(error):
