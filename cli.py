@@ -83,6 +83,11 @@ def printable(text):
     )
 
 
+def size(n):
+    """Bytes in words."""
+    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
+    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 def command(name, *words):
     """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
     from the working directory: `python -m` works in the root of the repository alone."""

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 
 import torch
@@ -35,8 +35,8 @@ from runs.provenance import environment
 from runs.record import Record, deviation
 from training import display
 from training.control import Control
-from training.gradient import is_out_of_memory
 from training.losses import LOSSES
+from training.memory import does_not_fit, is_out_of_memory
 from training.optimizers import AUTOMATIC, make_optimizer
 from training.precision import set_channels_last, set_deterministic, set_precision
 from training.trainer import SEEDING, Trainer
@@ -159,6 +159,7 @@ def load_data(args, world):
 
 def build_network(args, data, device):
     """The network of the flags, on the device; sentences about weights that were loaded."""
+    net = None
     with SEEDING:
         torch.manual_seed(args.seed)
         try:
@@ -171,7 +172,12 @@ def build_network(args, data, device):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError("the network does not fit into memory") from error
+            with suppress(Exception), torch.device("meta"):  # a library may need numbers
+                net = net or build(
+                    args.arch, data.shape, data.classes, args.depth, args.width, args.bias,
+                    args.affine,
+                )  # fmt: skip
+            raise RunError(does_not_fit(error, net)) from error
     set_precision(net, args.precision, device)
     return net, notes
 

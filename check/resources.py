@@ -1,19 +1,18 @@
 """Check what a run would take: the network, memory for a batch, seconds an epoch."""
 
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 import flags
 from architecture import build, is_library
 from architecture.weights import start
-from check.surroundings import Fault, size
+from check.surroundings import Fault
+from cli import size
 from data.workers import usable_cores
 from training.gradient import Gradient, OutOfMemory
 from training.losses import LOSSES
+from training.memory import bytes_free, does_not_fit, is_out_of_memory
 from training.optimizers import make_optimizer
 from training.precision import set_channels_last, set_precision
 
@@ -24,8 +23,15 @@ def network(args, shape, classes):
     """The network, on the meta device, which the optimiser takes."""
     # Of a library or a file, and where AGD measures, it takes numbers.
     of_numbers = is_library(args.arch) or args.weights is not None or args.layers is not None
-    with torch.device("cpu" if of_numbers or args.optimizer == "spectral" else "meta"):
-        net = make_network(args, shape, classes)
+    try:
+        with torch.device("cpu" if of_numbers or args.optimizer == "spectral" else "meta"):
+            net = make_network(args, shape, classes)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        with torch.device("meta"):
+            net = make_network(args, shape, classes)
+        raise Fault(does_not_fit(error, net)) from error
     try:
         make(args, net, shape)
     except (TypeError, ValueError) as error:
@@ -70,7 +76,7 @@ def memory(args, world, neighbours, net, facts):
     if facts.decoding is None:
         channels, height, width = facts.shape
         fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)
-    free, neighbours = free_memory(world.device), 1 if cuda else neighbours
+    free, neighbours = bytes_free(world.device), 1 if cuda else neighbours
     need = (fixed + each * largest) * neighbours
     images = f"{largest} image{'s' if largest > 1 else ''} at a time"
     images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
@@ -106,36 +112,6 @@ def bytes_an_image(net, loss, shape):
         return sum(seen.values())
 
     return max(kept(4) - kept(2), 2) / 2 * 1.25  # and what is passing through
-
-
-def free_memory(device, root="/sys/fs/cgroup", groups="/proc/self/cgroup"):
-    """Bytes free on a GPU, or to all the processes of this machine, container or job."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [sys.maxsize]
-    with suppress(OSError, KeyError, ValueError):
-        lines = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    with suppress(OSError):
-        for group in Path(groups).read_text(encoding="utf-8").splitlines():
-            free += _left_by(*group.split(":", 2), Path(root))
-    return min(free)
-
-
-def _left_by(number, kinds, path, root):
-    """Bytes that a control group of this process and those above it leave it, as SLURM and
-    containers set them, in their second version and in their first; the cache of files is free."""
-    top, names = root, ("memory.max", "memory.current", "inactive_file")
-    if number != "0":
-        top = root / "memory"
-        names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-    at = Path(top, path.strip("/"))
-    while (number == "0" or "memory" in kinds.split(",")) and (at == top or top in at.parents):
-        with suppress(OSError, ValueError):  # no group here, or no limit: "max"
-            limit, used = (int((at / name).read_text()) for name in names[:2])
-            stat = dict(x.split() for x in (at / "memory.stat").read_text().splitlines())
-            yield limit - used + int(stat.get(names[2], 0))
-        at = at.parent
 
 
 def seconds_an_epoch(args, world, facts):

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 import distributed
-from cli import UserError, command
+from cli import UserError, command, size
 from data import DATASETS, data_folder, is_folder, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
-from data.workers import usable_cores
+from data.workers import SHM, shared_bytes, usable_cores
 from distributed.launch import check_alone, port_number
 from runs.files import cannot
 from runs.images import find_run
@@ -24,7 +24,6 @@ from runs.name import name_and_settings
 
 IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow
 DECODING = 1.5
-SHM = "/dev/shm"  # where worker processes leave their batches
 STATE = {"agd": 0, "spectral": 3}  # numbers a weight in a checkpoint; 2 of other optimisers
 
 
@@ -43,13 +42,7 @@ class Facts(NamedTuple):
     files: tuple
     class_names: list | None
     decoding: float | None  # images a second of one process; None for arrays
-
-
-def size(n):
-    """Bytes in words."""
-    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
-    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
-    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
+    data: object  # the Data
 
 
 def alone():
@@ -100,7 +93,7 @@ def images(args):
                     "is a network")  # fmt: skip
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
-        image_size=args.image_size, train_examples=args.train_examples,
+        workers=args.workers, image_size=args.image_size, train_examples=args.train_examples,
         test_examples=args.test_examples, augment=args.augment,
     )  # fmt: skip
     for note in data.notes:
@@ -110,12 +103,12 @@ def images(args):
     yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"
                  + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
     return Facts(data.shape, data.classes, train, test, data.source, data.files, data.class_names,
-                 rate)  # fmt: skip
+                 rate, data)  # fmt: skip
 
 
 def decoding_rate(data, skip_bad_images):
     """Images a second that one process decodes. Raises Fault where some cannot be decoded."""
-    parts = [part.loader.dataset for part in (data.train, data.test)]
+    parts = [part.images for part in (data.train, data.test)]
     places = [(part, i) for part in parts for i in range(len(part.samples))]
     chosen = random.Random(0).sample(places, min(IMAGES, len(places)))
     chosen[0][0][0, chosen[0][1]]  # the first one takes longer
@@ -182,16 +175,20 @@ def results(args, net, facts):
 
 
 def workers(args, world, neighbours, facts):
-    """Whether the batches of worker processes fit in shared memory, and the workers the cores."""
+    """Whether the worker processes can be started, their batches fit in shared memory, and the
+    cores are enough."""
     if facts.decoding is None or not args.workers:
         return
-    channels, height, width = facts.shape
-    batch = -(-max(args.train_bs, args.test_bs) // world.size) * channels * height * width
-    need, cores = 2 * args.workers * batch * neighbours, usable_cores()
-    free = shutil.disk_usage(SHM).free if Path(SHM).is_dir() else need
-    if free < need:
-        raise Fault(f"{SHM} has {size(free)} free, and {args.workers} workers may "
-                    f"fill {size(need)}: fewer --workers, or a container with a larger --shm-size")
-    yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
+    parts, cores, notes = facts.data[:2], usable_cores(), []
+    try:
+        notes = facts.data.start(neighbours)
+    finally:
+        for part in parts:
+            part.close()
+    for note in notes:
+        yield "note", note
+    if not notes:
+        need = neighbours * shared_bytes(parts, facts.shape)
+        yield "ok", f"{args.workers} processes decode, {size(need)} of {SHM} at most"
     if args.workers > cores:
         yield "note", f"{args.workers} workers share {cores} cores: --workers {cores}"

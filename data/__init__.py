@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import command, expand
+from data import workers
 from data.common import DataError, data_folder, default_data_dir
 
 __all__ = [
@@ -68,6 +69,13 @@ class Data(NamedTuple):
     files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
     class_names: list | None = None  # of a folder, in the order of the labels
     notes: tuple = ()  # sentences for the user
+
+    def start(self, neighbours=1):
+        """Start the worker processes; `neighbours`: ranks that do so on this node. Returns
+        sentences about what the machine has too little of. Raises DataError where that is not
+        enough for one."""
+        parts = [part for part in (self.train, self.test) if part.workers]
+        return workers.start(parts, self.shape, neighbours) if parts else []
 
 
 def load(

@@ -50,14 +50,14 @@ class ArrayBatches(Batches):
         self.count = torch.arange(min(batch_size, len(images)), device=device)
 
     def __iter__(self):
-        draws, self.position = self._draws(), self.start
+        draws, self.position = self._draws(), self.first
         for share in self.shares():
             self.advance()
             yield self._batch(*draws[:, share])
 
     def hold(self):
         """Make `at` give the batches of this epoch, from the same memory in every epoch."""
-        draws, self.position = self._draws(), self.start
+        draws, self.position = self._draws(), self.first
         self.held = draws if self.held is None else self.held.copy_(draws)
 
     def at(self, position, size):

@@ -7,7 +7,9 @@ import torch
 class Batches:
     """See the package's docstring. `mean` and `std` of each channel are in units of 0..1."""
 
-    missing = epoch = start = position = 0
+    missing = epoch = first = position = 0
+    workers = 0  # processes that prepare the batches
+    unshared = 0  # batches that found no room in shared memory
 
     def __init__(
         self, examples, batch_size, mean, std, device, shuffle=False, seed=0, rank=0, size=1
@@ -23,7 +25,7 @@ class Batches:
         return -(-self.examples // self.batch_size)
 
     def set_epoch(self, epoch, start=0):
-        self.epoch, self.start, self.position = epoch, start, start
+        self.epoch, self.first, self.position = epoch, start, start
 
     def advance(self):
         self.position += 1
@@ -33,8 +35,8 @@ class Batches:
         return rng.permutation(self.examples) if self.shuffle else np.arange(self.examples)
 
     def shares(self):
-        """The slice of `order` that this rank takes of each batch, from `start` on."""
-        for i in range(self.start * self.batch_size, self.examples, self.batch_size):
+        """The slice of `order` that this rank takes of each batch, from `first` on."""
+        for i in range(self.first * self.batch_size, self.examples, self.batch_size):
             yield slice(i + self.rank, min(i + self.batch_size, self.examples), self.size)
 
     def normalised(self, images):

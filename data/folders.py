@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from cli import printable
 from data.arrays import channel_statistics
@@ -17,7 +17,17 @@ from data.batches import Batches
 from data.common import DataError, reason
 from data.imagenet_layout import entries_of, few, unreadable
 from data.resize import is_deep, is_image, open_image, read_image, suffix, to_rgb
-from data.workers import held_back, ignore_all
+from data.workers import (
+    AHEAD,
+    REMEDIES,
+    WorkerError,
+    end,
+    has_room,
+    held_back,
+    ignore_all,
+    processes_of,
+    undisturbed,
+)
 
 SAMPLE = 32  # images by which a folder is judged and measured
 LONG = 16  # the longer side of a test image is at most so many times the shorter one
@@ -36,6 +46,8 @@ class FolderBatches(Batches):
     files. Of deep images `mean` and `std` are measured instead, on a sample of those of training.
     """
 
+    pause = False  # whether a pass has no batches: it starts the workers
+
     def __init__(
         self, root, batch_size, image_size, mean, std, device, train=False, seed=0, workers=0,
         skip_bad_images=False, rank=0, size=1, augment="default",
@@ -47,25 +59,49 @@ class FolderBatches(Batches):
         )
         self.root, self.skip_bad_images, self.bad_images = root, skip_bad_images, set()
         images = _Images(samples, image_size, augment if train else "none", seed)
+        self.images, self.workers = images, workers
+        self.loader, self.processes, self.unshared = None, (), 0
+
+    def start(self, workers):
+        """Start that many worker processes, which wait for the first pass. Raises OSError and
+        others of the system's, and leaves none behind."""
         self.loader = DataLoader(
-            images,
+            self.images,
             batch_sampler=_Sampler(self),
             num_workers=workers,
-            collate_fn=images.collate,
-            pin_memory=torch.device(device).type == "cuda",
+            collate_fn=self.images.collate,
+            pin_memory=torch.device(self.device).type == "cuda",
             persistent_workers=workers > 0,
+            prefetch_factor=AHEAD if workers else None,
             worker_init_fn=ignore_all,
             generator=torch.Generator(),  # the workers draw nothing, and leave torch's own alone
         )
+        if workers:
+            self.pause = True
+            try:
+                self.processes = processes_of(self._loaded)
+            finally:
+                self.pause = False
 
-    def close(self):
-        self.loader = None
+    def close(self, kill=False):
+        with undisturbed():
+            if kill:
+                end(self.processes)
+            self.loader = None  # asks the workers to end
+            end(self.processes)
+        self.processes = ()
 
     def __iter__(self):
-        self.missing, self.position = 0, self.start
+        self.missing, self.position = 0, self.first
         for images, labels, bad in self._loaded():
             self.advance()
+            if isinstance(images, np.ndarray):
+                self.unshared += len(labels) > 0
+                images = torch.from_numpy(images)
+            labels = torch.from_numpy(labels)
             for path, why in bad:
+                if isinstance(why, Exception):
+                    raise why
                 if not self.skip_bad_images:
                     raise DataError(
                         f"{path} cannot be decoded: {why}. Replace it, or leave such images "
@@ -81,6 +117,8 @@ class FolderBatches(Batches):
 
     def _loaded(self):
         """No local of __iter__: a traceback would keep it, and the workers, beyond close()."""
+        if self.loader is None:
+            self.start(self.workers)
         with held_back():
             return iter(self.loader)
 
@@ -105,7 +143,7 @@ def open_folders(
     if classes not in (None, len(train.classes)):
         raise DataError(f"{root}/train holds {len(train.classes)} class folders, not {classes}")
     source = {"train": train.examples, "val": test.examples}
-    paths = [path for part in (train, test) for path, _ in part.loader.dataset.samples]
+    paths = [path for part in (train, test) for path, _ in part.images.samples]
     shape = (3, image_size, image_size)
     notes = train.notes + test.notes
     return train, test, shape, len(train.classes), source, (root, paths), train.classes, notes
@@ -192,6 +230,8 @@ class _Sampler:
         self.batches = batches
 
     def __iter__(self):
+        if self.batches.pause:
+            return
         epoch, order = self.batches.epoch, self.batches.order()
         for share in self.batches.shares():
             yield [(epoch, int(i)) for i in order[share]]
@@ -208,6 +248,10 @@ class _Images(Dataset):
         try:
             image = decode(path)
         except Exception as error:  # a decoder raises anything on a damaged file
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in REMEDIES:
+                why = WorkerError(f"{printable(path)} cannot be read here ({reason(error)}): try "
+                                  "fewer --workers")  # fmt: skip
+                return None, label, (printable(path), why)
             return None, label, (printable(path), reason(error))
         if self.augment == "none":
             return centre_crop(image, self.image_size), label, None
@@ -215,13 +259,23 @@ class _Images(Dataset):
         return random_crop_and_flip(image, self.image_size, rng, flip), label, None
 
     def collate(self, items):
-        """(uint8 (n, side, side, 3), labels (n,), [(path, reason) of each bad image])."""
-        good = [(image, label) for image, label, bad in items if bad is None]
+        """(uint8 (n, side, side, 3), int64 array of labels (n,), [(path, reason) of each bad
+        image]). The images are an array where shared memory has no room for a tensor: then, as the
+        labels, they go through a pipe."""
+        images = [image for image, _, bad in items if bad is None]
+        labels = np.array([label for _, label, bad in items if bad is None], np.int64)
         bad = [bad for _, _, bad in items if bad is not None]
-        if good:  # stacked in shared memory, if this is a worker
-            return *default_collate(good), bad
-        shape = 0, self.image_size, self.image_size, 3
-        return torch.empty(shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad
+        if not images:
+            return np.empty((0, self.image_size, self.image_size, 3), np.uint8), labels, bad
+        worker = get_worker_info()
+        # A worker of torch before 2.7 dies where another one takes the last room meanwhile.
+        at_once = 2 * worker.num_workers * len(images) * images[0].nbytes if worker else 0
+        try:
+            if not has_room(at_once):
+                raise RuntimeError
+            return default_collate(images), labels, bad  # stacked in shared memory, by a worker
+        except RuntimeError:
+            return np.stack([image.numpy() for image in images]), labels, bad
 
 
 def decode(path):

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +16,8 @@ from PIL import Image
 import architecture
 import check
 import main
+from data.folders import FolderBatches
+from data.workers import SHM
 from tests.conftest import ROOT
 
 DIGITS = "--dataset digits --depth 3 --width 16"
@@ -136,11 +139,11 @@ def free(monkeypatch, disk=None, memory=None, shared=None):
     if disk is not None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, disk))
     if memory is not None:
-        monkeypatch.setattr(check.resources, "free_memory", lambda device: memory)
+        monkeypatch.setattr(check.resources, "bytes_free", lambda device: memory)
     if shared is not None:
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: (
-            Usage(1, 1, shared) if path == check.surroundings.SHM else real(path)))  # fmt: skip
+            Usage(1, 1, shared) if path == SHM else real(path)))  # fmt: skip
 
 
 def refused_parameter(tmp, monkeypatch):
@@ -163,10 +166,12 @@ def taken_port(tmp, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(monkeypatch.server.getsockname()[1]))
 
 
-def no_shared_memory(tmp, monkeypatch):
+def no_processes(tmp, monkeypatch):
+    def refuse(part, workers):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
     images(tmp / "set")
-    monkeypatch.setattr(check.surroundings, "SHM", str(tmp))
-    free(monkeypatch, shared=10)
+    monkeypatch.setattr(FolderBatches, "start", refuse)
 
 
 def variables(**values):
@@ -185,8 +190,12 @@ FAULTS = [
     (variables(IMAGENET_PATH="/nowhere"), f"{SMALL} --dataset imagenet",
      "nowhere, which $IMAGENET_PATH names"),
     (lambda tmp, patch: free(patch, disk=1000), DIGITS, "1.0 kB free|checkpoints take|make room"),
-    (no_shared_memory, f"{SMALL} --workers 2 --dataset folder:TMP/set",
-     "10 B free|2 workers|--shm-size"),
+    (no_processes, f"{SMALL} --workers 2 --dataset folder:TMP/set",
+     "workers|no worker process|ulimit -u|--workers 0"),
+    (lambda tmp, patch: free(patch, memory=2_000_000),
+     "--dataset digits --width 1000000 --optimizer spectral",
+     "does not fit into memory|weights are 32 TB|are free"),
+    (variables(RANK=1, WORLD_SIZE=2), DIGITS, "2 processes were started|--distribute"),
     (lambda tmp, patch: free(patch, memory=2_000_000), "--dataset digits --arch vgg",
      "2.0 MB that are free|not even one image"),
     (lambda tmp, patch: free(patch, memory=400_000_000),
@@ -228,6 +237,15 @@ def test_no_alarm_where_nothing_is_wrong(flags, look, tmp_path):
         assert f"ok     {what}" in printed, what
     assert "nothing was trained" in printed
     assert not list(tmp_path.rglob("*.jsonl")) and not (tmp_path / "a").exists()
+
+
+def test_workers_whose_batches_find_no_room_are_noted(look, tmp_path, monkeypatch):
+    """The run goes on, more slowly."""
+    images(tmp_path / "set")
+    free(monkeypatch, shared=10)
+    code, printed, _ = look(f"{SMALL} --workers 2 --dataset folder:TMP/set")
+    assert code == 0 and printed.count(SHM) == 1, printed
+    assert "has 10 B free, and the batches of 2 workers may fill 74 kB" in printed
 
 
 def test_runs_that_are_there_are_no_fault(look, tmp_path):
@@ -291,4 +309,4 @@ def test_control_groups_of_both_versions_limit_memory(tmp_path):
     groups = tmp_path / "cgroup"
     for text, free in (("0::/job/step\n", 900 - 500 + 100), ("3:cpu:/x\n5:memory:/job\n", 37)):
         groups.write_text(text)
-        assert check.resources.free_memory(torch.device("cpu"), tmp_path, groups) == free
+        assert check.resources.bytes_free(torch.device("cpu"), tmp_path, groups) == free

@@ -12,8 +12,9 @@ from data import load
 from tests.conftest import with_norms
 from tests.reference import Averaging
 from tests.test_agd import Reads
-from training.gradient import OutOfMemory, is_out_of_memory
+from training.gradient import OutOfMemory
 from training.losses import LOSSES, mse, xent
+from training.memory import is_out_of_memory
 from training.metrics import Totals
 from training.step import evaluate, train_epoch
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from cli import UserError
+from training.memory import is_out_of_memory, shortage
 
 
 class OutOfMemory(UserError):
@@ -54,7 +55,7 @@ class Gradient:
         self.compiled, self.compiled_size, self.span = compiled, None, span
         self.world = world if world is not None and world.size > 1 else None
         self.sync_bn = sync_bn and self.world is not None
-        self.whole = whole
+        self.whole, self.shortage = whole, ""
         self.trials = 2 if self.world is not None else 0
         self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
         if self.sync_bn:
@@ -150,9 +151,10 @@ class Gradient:
                 raise
             if self.world is not None and (self.sync_bn or not self.trials):
                 raise OutOfMemory(
-                    f"out of memory with {len(x)} images at a time on a rank; start again with "
-                    f"--micro_bs {max(1, len(x) // 2)}"
+                    f"out of memory with {len(x)} images at a time on a rank{shortage(error)}; "
+                    f"start again with --micro_bs {max(1, len(x) // 2)}"
                 ) from error
+            self.shortage = shortage(error)
             return None
         if len(results) == 1:
             return results[0]
@@ -203,7 +205,7 @@ class Gradient:
 
     def _halve(self, size):
         if size <= 1:
-            raise OutOfMemory("out of memory with a single image at a time")
+            raise OutOfMemory(f"out of memory with a single image at a time{self.shortage}")
         self.micro_bs, self.compiled_size = math.ceil(size / 2), None
         free_memory()
 
@@ -220,12 +222,3 @@ def free_memory():
 
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-NO_MEMORY = (
-    "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
-    "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
-)  # fmt: skip
-
-
-def is_out_of_memory(error):
-    """Whether a RuntimeError of torch says that a device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in NO_MEMORY)

@@ -3,7 +3,8 @@
 import torch
 
 import agd
-from training.gradient import Gradient, OutOfMemory, free_memory, is_out_of_memory
+from training.gradient import Gradient, OutOfMemory, free_memory
+from training.memory import is_out_of_memory, shortage
 from training.metrics import Totals, relative_update
 
 
@@ -117,7 +118,9 @@ def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
                 if not is_out_of_memory(error):
                     raise
                 if size <= 1:
-                    raise OutOfMemory("out of memory in testing with a single image") from error
+                    raise OutOfMemory(
+                        f"out of memory in testing with a single image{shortage(error)}"
+                    ) from error
                 micro_bs = -(-size // 2)
             if outputs is None:  # the error, and the memory that it kept, are gone by now
                 parts = None

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import agd
 from cli import UserError
+from data.workers import SHM, lost, undisturbed
 from distributed import RankError
 from distributed.delayed import DelayedReads, Glance
 from distributed.slurm import in_a_job, requeue
@@ -92,7 +93,7 @@ class Trainer:
         self.etas, self.places = DelayedReads(world.device), deque()
         self.glance = Glance(world.device)  # at the means of the current epoch, for the terminal
         self.not_finite = []  # (epoch, step) of the last steps, while they have no finite gradient
-        self.refused = False
+        self.refused = self.unshared = False
         self.failure, self.saving_seconds = None, 0.0  # why the last checkpoint failed
         self.here = [world.size, str(world.device.type), torch.__version__]
 
@@ -208,6 +209,8 @@ class Trainer:
         ending = Ending()
         try:
             self.control.requests.listening = True
+            for note in self.data.start():
+                self.progress.note(note)
             while self.epoch < self.epochs and ending.reason is None:
                 reason = self._run_epoch(self.profile if self.epoch + 1 == whole else None)
                 ending = Ending(reason, exit_code=int(reason is not None))
@@ -215,7 +218,9 @@ class Trainer:
         except Ended as ended:
             ending, bad = ended.ending, self._bad_images()
         except (Exception, KeyboardInterrupt) as error:
-            ending, bad = self._failed(refused(error) or error), self._bad_images()
+            with undisturbed():  # by the ends of worker processes
+                error = refused(error) or lost(error) or error
+                ending, bad = self._failed(error), self._bad_images()
         finally:
             self.progress.close()
             if self.graphed is not None:
@@ -254,6 +259,10 @@ class Trainer:
         if self.gradient.micro_bs != micro_bs:
             self.progress.note(f"Memory ran out: {self.gradient.micro_bs} images at a time from "
                                "now on")  # fmt: skip
+        if data.train.unshared and not self.unshared:
+            self.unshared = True
+            self.progress.note(f"{data.train.unshared} batches of this epoch had no room in {SHM} "
+                               "and went through pipes, more slowly")  # fmt: skip
         check_every_image_seen(trained, data.train, world, self.missing)
         clock = read_clock(self.optimizer, trained["steps"]["eta"])
         with profile.evaluation() if profile else nullcontext():
