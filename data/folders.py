@@ -19,12 +19,12 @@ from data.imagenet_layout import entries_of, few, unreadable
 from data.resize import is_deep, is_image, open_image, read_image, suffix, to_rgb
 from data.workers import (
     AHEAD,
-    REMEDIES,
     WorkerError,
     end,
     has_room,
     held_back,
     ignore_all,
+    lacking,
     processes_of,
     undisturbed,
 )
@@ -248,7 +248,7 @@ class _Images(Dataset):
         try:
             image = decode(path)
         except Exception as error:  # a decoder raises anything on a damaged file
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in REMEDIES:
+            if lacking(error):
                 why = WorkerError(f"{printable(path)} cannot be read here ({reason(error)}): try "
                                   "fewer --workers")  # fmt: skip
                 return None, label, (printable(path), why)

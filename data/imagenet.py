@@ -23,7 +23,7 @@ from cli import a_path, expand, number
 from data.common import DataError, data_folder, reason
 from data.imagenet_layout import OFFICIAL, few, read_layout
 from data.resize import read_image, shrink
-from data.workers import usable_cores, work
+from data.workers import lacking, usable_cores, work
 
 FLAGS = ("resize", "jobs", "shard", "val_labels")
 ABANDONED = 600  # seconds after which nobody works on a folder in which nothing changes
@@ -151,7 +151,7 @@ def _prepare_class(source, names, size, tidy, partial, target):
     folder of links. It is made at `partial`, so it appears whole or not at all.
 
     Returns {"images", "resized", "corrupt": [[name, reason], ...]}. Raises OSError if the target
-    cannot be written, never for a source.
+    cannot be written, DataError for a source that the machine has too little to read.
     """
     warnings.simplefilter("ignore")  # PIL's, thousands, about EXIF data
     partial.mkdir()
@@ -161,6 +161,9 @@ def _prepare_class(source, names, size, tidy, partial, target):
             content = read_image(source / name)
             result = shrink(content, size)
         except Exception as error:  # a decoder raises anything on a damaged file
+            if lacking(error):
+                raise DataError(f"{source / name} cannot be read here ({reason(error)}): fewer "
+                                "--jobs; the same command goes on") from error  # fmt: skip
             corrupt.append([name, reason(error)])
             continue
         good.append(name)

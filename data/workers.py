@@ -136,6 +136,11 @@ def has_room(need):
         return True
 
 
+def lacking(error):
+    """Whether an exception says that the machine has too little of something, whatever was done."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in REMEDIES
+
+
 def _cause(error):
     """The number of a system's error, 0 where it has none, None for an error of another kind."""
     if "start new thread" in str(error):
@@ -239,16 +244,25 @@ def lost(error):
 def work(function, tasks, jobs):
     """Yield (key, function(*task)) of `tasks` {key: task}, as `jobs` processes finish them.
 
-    An exception of `function` is raised here; DataError says that a process was killed. The
-    processes end at once with this generator and with this process, even if it is killed: an
-    executor by itself would finish the tasks that have begun, or wait for more for ever.
+    An exception of `function` is raised here; DataError says that a process was killed, or could
+    not be started. The processes end at once with this generator and with this process, even if it
+    is killed: an executor by itself would finish the tasks that have begun, or wait for more for
+    ever.
     """
-    context = multiprocessing.get_context("spawn")
+    _raise_limit()
+    jobs, context = min(jobs, len(tasks)) or 1, multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)) or 1, context, _begin, (theirs,))
+    pool = ProcessPoolExecutor(jobs, context, _begin, (theirs,))
     try:
-        with held_back():
-            futures = {pool.submit(function, *task): key for key, task in tasks.items()}
+        try:
+            with held_back():
+                futures = {pool.submit(function, *task): key for key, task in tasks.items()}
+        except (OSError, RuntimeError) as error:
+            cause = _cause(error)
+            if cause not in REMEDIES:
+                raise
+            raise DataError(f"{jobs} processes cannot be started ({os.strerror(cause)}; "
+                            f"{REMEDIES[cause]}): fewer --jobs") from error  # fmt: skip
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
