@@ -76,7 +76,7 @@ def logs(paths):
 
 def by_number(path):
     """A key that sorts names with numbers as people do: bs128 before bs1024."""
-    return [(int(x), "") if x.isdigit() else (0, x) for x in re.split(r"(\d+)", str(path))]
+    return [(int(x), "") if x.isdecimal() else (0, x) for x in re.split(r"(\d+)", str(path))]
 
 
 def nothing(folder, inside):
@@ -107,11 +107,14 @@ def described(run):
         return default if value is None else value
 
     source, dataset = take("data") or run.first.get("data"), take("dataset", "")
+    if not dataset or dataset.endswith(":"):  # the settings leave out where a folder lies
+        dataset = run.first["flags"].get("dataset", dataset)
     network = network_name(take("arch", "?"), take("depth"), take("width"))
     images, tests = take("train_examples"), take("test_examples")
     rate, gain, layers = take("lr"), take("gain", 1), take("layers")
     weights, start = take("weights"), run.first["flags"].get("weights")
     freeze, size, precision = take("freeze"), take("image_size"), take("precision", "fp32")
+    augment = take("augment", "default")
     words = {
         "network": (network, False),
         "bias": ("biases", False) if take("bias") else ("no biases", True),
@@ -122,6 +125,8 @@ def described(run):
         "images": (f"{images:,} images" if images else "all images", not images),
         "tests": (f"{tests:,} test images" if tests else "all test images", True),
         "size": (f"{size} pixels" if size else "images as they are", not size),
+        "augment": (f"augmentation {augment}", augment == "default"),
+        "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),
         "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
         "batch": (f"batch {take('train_bs', '?')}", False),
         "optimizer": (optimizer_name(take("optimizer", "?"), rate), False),
@@ -132,17 +137,21 @@ def described(run):
         "seed": (f"seed {take('seed', '?')}", False),
     }  # fmt: skip
     for key, value in settings.items():
-        name = key.replace("_", " ")
-        words[key] = (f"{name} {value}", value in (None, False))
+        words[key] = (f"{key.replace('_', ' ')} {value}"[:TITLE], value in (None, False))
     return words
 
 
 def told_apart(runs):
     """(the title, a label a run) of {path: Result}: what is common, and what is not."""
-    each = [described(run) for run in runs.values()]
+    each = []
+    for path, run in runs.items():
+        try:
+            each.append(described(run))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RunError(f"{path} has settings that are not main.py's: {error}") from error
     keys = list(dict.fromkeys(key for words in each for key in words))
     # A setting that other runs do not have is at its default there.
-    each = [{key: words.get(key, (f"no {key.replace('_', ' ')}", True)) for key in keys}
+    each = [{key: words.get(key, (f"{key.replace('_', ' ')} as usual", True)) for key in keys}
             for words in each]  # fmt: skip
     common = [key for key in keys if len({words[key][0] for words in each}) == 1]
     title = [each[0][key][0] for key in common if not each[0][key][1]]

@@ -1,6 +1,6 @@
 """Several runs of main.py in one process, on a GPU each in a stream of its own.
 
-    with Host() as start:                         starts `python -m scripts.together`
+    with Host() as start:                         starts scripts/together.py
         run = start(words, output, environment)   with the methods of a runner.Process
 
 Processes of their own take turns on a GPU; runs in one process share what each would leave idle.

@@ -178,6 +178,9 @@ main --dataset imagenet --data_dir {{tmp}}/none | no
 {NPZ}                                           | there is no
 main --replay {{tmp}}/no.json                   | no.json
 plot                                            | required: RUN
+plot {{tmp}}                                    | holds no logs, nor does its logs/
+plot {{tmp}}/a.run.json                         | a.run.json is not beside it
+plot {{tmp}}/checkpoints/a.pt                   | logs/a.jsonl
 prepare                                         | required
 prepare cifar11                                 | did you mean cifar10
 prepare CIFAR-100                               | did you mean cifar100

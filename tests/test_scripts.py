@@ -79,7 +79,9 @@ def test_what_is_common_is_the_title_and_what_differs_the_legend(logs, tmp_path)
     assert labels[0].startswith("FCN 3×16, JPEG CIFAR-10, all images, square loss, Adam lr 1e-3")
     assert "ResNet-18, CIFAR-10, all images, cross-entropy, SpectralAGD, bf16" in labels[1]
     assert labels[2].startswith("vit_tiny, birds, 1,000 images") and "later on" in labels[2]
-    assert "Prodigy" in labels[2]
+    assert "Prodigy" in labels[2] and "later as usual" in labels[0]
+    with pytest.raises(RunError, match="odd.jsonl has settings that are not main.py's"):
+        told(edited(logs[1], tmp_path / "odd.jsonl", gain="much"))
     # Copies of one run are told apart by their places.
     copy = tmp_path / "copy" / "logs"
     copy.mkdir(parents=True)
