@@ -83,11 +83,6 @@ def printable(text):
     )
 
 
-def size(n):
-    """Bytes in words."""
-    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
-    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
-    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 def command(name, *words):
     """The command that starts `name`, "main" or a module as "scripts.plot", with these arguments,
     from the working directory: `python -m` works in the root of the repository alone."""
@@ -99,6 +94,13 @@ def command(name, *words):
             path = path.relative_to(root)
     line = ["-m", name] if "." in name and not path.is_absolute() else [path]
     return shlex.join(map(str, ["python", *line, *words]))
+
+
+def size(n):
+    """Bytes in words."""
+    power = next((k for k in range(4) if n < 1000 ** (k + 1)), 4)
+    n, unit = n / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 
 
 LONGEST = 250  # characters of a message, whatever was given

@@ -263,7 +263,8 @@ def without_effect(args):
     need(not folder, f"is for the prepared sets, not for {args.dataset}",
          "train_examples", "test_examples")  # fmt: skip
     spec = DATASETS.get(args.dataset)
-    need(spec is None or spec.flip, f"has no effect: {args.dataset} is not augmented", "augment")
+    need(args.augment == "default" or spec is None or spec.flip,
+         f"{args.augment}: {args.dataset} is not augmented", "augment")  # fmt: skip
     need(automatic, f"is AGD's; {args.optimizer} has --lr", "gain")
     need(automatic, f"is AGD's; {args.optimizer} does not ask for their number", "layers")
     own = AUTOMATIC.get(args.optimizer)
@@ -276,17 +277,18 @@ def replayed(p, args, argv):
     """The Namespace of --replay FILE: the record's flags, and --out, --data_dir, the device and
     places of the images and the weights as given beside it. Flags without effect, which earlier
     commits took, stay as they were: the log has them."""
+    given, places = p.given(argv), ("dataset", "weights")
+    odd = [x for x in given if x not in ("replay", "out", "data_dir", "device", "cpu", *places)]
+    if odd:
+        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
     from runs.record import RecordError, placeless, read, shown  # with torch
 
-    given = p.given(argv)
     try:
         record = read(args.replay)
     except RecordError as error:
         p.error(str(error))
     same = placeless(record["flags"])
-    odd = [key for key, x in placeless(given).items()
-           if key not in ("replay", "out", "data_dir", "device", "cpu", "dataset", "weights")
-           or key in ("dataset", "weights") and same.get(key) != x]  # fmt: skip
+    odd = [x for x in places if x in given and same.get(x) != placeless(given).get(x)]
     if odd:
         p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
     odd = [key for key in record["flags"] if key not in vars(args)]

@@ -68,13 +68,8 @@ def find(data_dir):
 def passed_over(data_dir):
     """A sentence where $IMAGENET_PATH is taken and there is a prepared folder, else None."""
     given = os.environ.get("IMAGENET_PATH")
-    if not given:
-        return None
-    try:
-        prepared = data_folder(data_dir) / "imagenet"
-    except DataError:  # no home directory
-        return None
-    if not prepared.exists() or prepared.resolve() == find(data_dir).resolve():
+    prepared = Path(os.path.expanduser(data_dir), "imagenet")  # also without a home
+    if not given or not prepared.exists() or prepared.resolve() == find(data_dir).resolve():
         return None
     return f"ImageNet is $IMAGENET_PATH, {given}; unset it to train on {prepared}"
 
@@ -243,7 +238,7 @@ def _report(splits, target, options, scratch):
               f"{few(missing)}")  # fmt: skip
     print(f"imagenet is {'not whole yet' if missing else 'ready'}: {target}")
     given = os.environ.get("IMAGENET_PATH")
-    if given and target.resolve() != Path(given).expanduser().resolve():
+    if given and target.resolve() != Path(expand(given)).resolve():
         print(f"Training takes $IMAGENET_PATH, {given}; unset it to train on {target}")
 
 

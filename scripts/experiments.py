@@ -16,7 +16,7 @@ if not __package__:  # started by its path
 import shlex
 from typing import NamedTuple
 
-from cli import Parser, one_of
+from cli import Parser, command, one_of
 from scripts.words import network_name
 
 FIGURES = {
@@ -147,7 +147,7 @@ def experiments(scale):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m scripts.experiments", description=__doc__)
+    parser = Parser(prog=command("scripts.experiments"), description=__doc__)
     parser.add_argument("scales", nargs="*", type=one_of(SCALES), metavar="quick|full")
     for scale in parser.parse_args(argv).scales or SCALES:
         for row in experiments(scale):

@@ -80,7 +80,7 @@ def parse(argv=None):
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
     add("--device", type=a_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data_dir", default=default_data_dir())
-    add("--out", default="reproduced",
+    add("--out", type=a_path, default="reproduced",
         help="(default: %(default)s; results holds the published files)")
     args = parser.parse_args(argv)
     parser.refuse(argv, without_effect(args))
