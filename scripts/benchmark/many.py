@@ -7,13 +7,13 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from check.resources import free_memory
 from runs.log import RunError, read_rows
 from scripts import reproduce
 from scripts.benchmark.measure import compared, note, take_turns
 from scripts.experiments import Experiment
 from scripts.results import Results, log_name
 from scripts.runner import tasks
+from training.memory import bytes_free
 
 A_RUN = 6e8  # bytes of a process
 
@@ -53,7 +53,7 @@ def case(args, device):
     epochs, counts = 2 if args.quick else 10, [2**k for k in range(2 if args.quick else 6)]
     counts = sorted({1, *args.counts}) if args.counts else counts
     if device.type == "cpu":
-        counts = [k for k in counts if k * A_RUN < free_memory(device)]
+        counts = [k for k in counts if k * A_RUN < bytes_free(device)]
 
     def rate(k):
         runs = runs_at_once(commands(args, k), epochs, device, args)
