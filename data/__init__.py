@@ -10,7 +10,8 @@
     examples, batch_size         the number of images, and how many a batch of all ranks has
     missing                      images of the last pass that could not be decoded
     order()                      the indices of the images in the order of the epoch, int64 array
-    close()                      end the worker processes; nothing can be read any longer
+    workers, close()             the number of worker processes, if any; end them
+    unshared                     batches that found no room in shared memory, and took longer
 
 Order, crops and flips are functions of (seed, epoch, index of the image): no generator lives from
 batch to batch, so a resumed run and any number of ranks see the same images. Each of several ranks

@@ -32,6 +32,7 @@ REMEDIES = {
     errno.ENOMEM: "more memory helps",
     errno.ENOSPC: f"{SHM} is full: a container with a larger --shm-size helps",
 }
+STARTING = threading.Lock()
 MISSING = f"{SHM} has to be there and writable"
 MOST = 65536  # descriptors that anyone needs
 SPARE = 16  # descriptors beside those of batches: of logs, checkpoints and libraries
@@ -187,15 +188,17 @@ def _raise_limit():
 def processes_of(function):
     """Call function(), which starts processes; returns them. Where it raises, those that it has
     started are killed, and half-made objects go without a word."""
-    before = set(multiprocessing.active_children())
-    try:
-        function()
-    except BaseException as error:
-        with undisturbed():
-            end(set(multiprocessing.active_children()) - before)
-            traceback.clear_frames(error.__traceback__)  # a DataLoader's destructor raises there
-        raise
-    return set(multiprocessing.active_children()) - before
+    with STARTING:  # another thread's processes are not these
+        before = set(multiprocessing.active_children())
+        try:
+            function()
+        except BaseException as error:
+            with undisturbed():
+                end(set(multiprocessing.active_children()) - before)
+                # A DataLoader that is half made raises in its destructor, which runs here.
+                traceback.clear_frames(error.__traceback__)
+            raise
+        return set(multiprocessing.active_children()) - before
 
 
 @contextlib.contextmanager

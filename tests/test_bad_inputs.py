@@ -169,7 +169,7 @@ main --dataset folder:/x --train_examples 9     | prepared sets
 main --save_every 0                             | neither a number of steps
 main --save_every 1e400h                        | neither a number of steps
 main --distribute --dataset digits              | torchrun
-{DIGITS} --depth 3 --width 1000000              | does not fit
+{DIGITS} --depth 3 --width 1000000              | its weights are 4.0 TB
 main --dataset imagenet --data_dir {{tmp}}/none | no
 {DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
 {DIGITS} --out ~nobody_here/x                   | no user 'nobody_here'

@@ -196,18 +196,30 @@ class Gradient:
             return self.net(x)
         try:
             return self.compiled(x)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            lines = [x for x in str(error).splitlines() if x.strip() and not x.endswith("raised:")]
-            reason = lines[0] if lines else type(error).__name__
-            raise CompileError(
-                f"the network cannot be compiled here ({reason}); start again without --compile"
-            ) from error
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            raise _not_compiled(error) from error
 
     def _halve(self, size):
         if size <= 1:
             raise OutOfMemory(f"out of memory with a single image at a time{self.shortage}")
         self.micro_bs, self.compiled_size = math.ceil(size / 2), None
         free_memory()
+
+
+def compile_network(net):
+    """What torch.compile makes of `net`, for batches of one size. Raises CompileError."""
+    try:
+        return torch.compile(net, dynamic=False)
+    except OSError as error:  # it makes a folder for its cache
+        raise _not_compiled(error) from error
+
+
+def _not_compiled(error):
+    lines = [x for x in str(error).splitlines() if x.strip() and not x.endswith("raised:")]
+    reason = lines[0] if lines else type(error).__name__
+    folder = "; $TORCHINDUCTOR_CACHE_DIR and $TMPDIR name its folders" * isinstance(error, OSError)
+    return CompileError(f"the network cannot be compiled here ({reason}{folder}); start again "
+                        "without --compile")  # fmt: skip
 
 
 # A process captures one CUDA graph at a time, and gives back no memory meanwhile.

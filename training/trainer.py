@@ -30,7 +30,7 @@ from training import display
 from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
 from training.foreign import SEEDING, generators, load_state, set_generators
-from training.gradient import Gradient
+from training.gradient import Gradient, compile_network
 from training.metrics import Totals, epoch_row, step_rows
 from training.nonfinite import first_nonfinite
 from training.optimizers import set_capturable
@@ -101,7 +101,7 @@ class Trainer:
         images = min(data.train.batch_size, data.train.examples)
         self.gradient = Gradient(
             model, loss_fn, world, micro_bs, sync_bn,
-            torch.compile(model, dynamic=False) if compiled else None,
+            compile_network(model) if compiled else None,
             profile.span if profile else nullcontext,
             whole=len(range(world.rank, images, world.size)),
         )  # fmt: skip
