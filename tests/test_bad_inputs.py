@@ -342,8 +342,10 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
     ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
     ("benchmark data --folder ~/x", "argument --folder"),
+    ("benchmark draw --out ~/x", "argument --out"),
     ("spectral fcn --quick --out {tmp}", "$AGD_DATA"), ("any_model report --out ~", "--out"),
     ("gpu_checks --device cpu --work ~", "argument --work"),
+    ("gpu_checks --device cpu --out ~", "argument --out"),
 ))  # fmt: skip
 def test_no_home_directory(command, noun, check, monkeypatch):
     """As in a container that is run as an account of no name."""
