@@ -62,9 +62,8 @@ def availability(data_dir, fetch):
         if name == "imagenet":
             try:
                 find(folder)
-            except DataError:
-                way = command("data.prepare", name, "--from", "DIR")
-                return f"there is no folder {folder / name}, nor $IMAGENET_PATH; `{way}` makes it"
+            except DataError as error:
+                return str(error)
         elif name.startswith("npz:"):  # tiny100, which stands in for CIFAR-100
             if (folder / "cifar100.npz").exists():
                 return ITSELF
