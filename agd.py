@@ -228,9 +228,12 @@ class AGD(torch.optim.Optimizer):
         """Check the gains, which a scheduler may have changed; warn of it, and of an unread L."""
         for group in self.param_groups:
             gain = group["lr"]
+            number = not isinstance(gain, Tensor)
             if type(gain) is not float or not 0 <= gain < math.inf:
-                gain = group["lr"] = _checked_gain(gain, group.get("initial_lr"), read=False)
-            if not isinstance(gain, Tensor) and group.get("initial_lr", gain) != gain:
+                gain = _checked_gain(gain, group.get("initial_lr"), read=False)
+                if number:  # a graph of torch.compile would hold what it sets
+                    group["lr"] = gain
+            if number and group.get("initial_lr", gain) != gain:
                 self._warn("scheduled")
         if self._listening and self.depth is None and not torch.compiler.is_compiling():
             self._warn("depth")
