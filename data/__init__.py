@@ -131,7 +131,7 @@ def load(
         spec = Spec(images.shape[1:], int(labels.max()) + 1, pad=height // 8 if colours else 0,
                     flip=colours)  # fmt: skip
     mean, std = (spec.mean, spec.std) if spec.mean else channel_statistics(images)
-    if augment != "default" and not spec.flip:
+    if augment != "default" and not spec.flip or augment == "crop" and not spec.pad:
         raise DataError(f"{name} is not augmented: leave out --augment {augment}")
     pad, flip = 0 if augment == "none" else spec.pad, spec.flip and augment == "default"
     batches = []

@@ -148,7 +148,7 @@ def _images_of(arrays, key, shape):
     images = arrays[key]
     if images.ndim == 3:
         images = images[..., None]
-    elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+    elif images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
         images = images.transpose(0, 2, 3, 1)
     given = images.dtype, images.ndim, images.shape[1:]
     if given != (np.uint8, 4, shape or images.shape[1:]):
@@ -196,6 +196,8 @@ def _read(path):
             with archive.open(entry) as file:  # numpy takes memory for what the header claims
                 dims, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
                 rest = entry.file_size - file.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{key} holds Python objects, and no numbers")
             if math.prod(dims) * dtype.itemsize != rest:
                 raise ValueError(f"{key} has {rest:,} bytes, not those of its shape {dims}")
             with archive.open(entry) as file:  # compares the CRC as it reads the last byte

@@ -16,7 +16,7 @@ from data.arrays import channel_statistics
 from data.batches import Batches
 from data.common import DataError, reason
 from data.imagenet_layout import entries_of, few, unreadable
-from data.resize import is_deep, is_image, open_image, read_image, suffix, to_rgb
+from data.resize import has_deep_colours, is_deep, is_image, open_image, read_image, suffix, to_rgb
 from data.workers import (
     AHEAD,
     WorkerError,
@@ -194,7 +194,8 @@ def list_images(root):
         raise DataError(f"no images under {root}, one folder a class: {fault}")
     sentence = f"{root} has {len(samples):,} images: {listed(taken)}"
     if left_out:
-        sentence += f"; {left_out.total():,} files were left out: {listed(left_out)}"
+        n = left_out.total()
+        sentence += f"; {n:,} file{'s were' if n > 1 else ' was'} left out: {listed(left_out)}"
     return classes, samples, (sentence,) if left_out or len(taken) > 1 else ()
 
 
@@ -217,7 +218,7 @@ def deep_statistics(samples, image_size):
     for path in sample:
         with contextlib.suppress(Exception):  # training, and not this, tells of a damaged file
             with open_image(read_image(path)) as file:
-                deep = is_deep(file)
+                deep = is_deep(file) or has_deep_colours(file)
             if deep:
                 images.append(centre_crop(decode(path), image_size).numpy())
     return channel_statistics(np.stack(images)) if 2 * len(images) > len(sample) else None

@@ -27,6 +27,7 @@ FORMATS = {
 SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 LARGEST = 2**30  # bytes of an image file
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
+SAMPLE_FORMAT, SIGNED = 339, 2  # the same
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for whoever writes into a pipe
 
 
@@ -60,7 +61,7 @@ def suffix(name):
 
 def is_image(name):
     """Whether a file of this name is taken for an image."""
-    return suffix(name) in SUFFIXES
+    return suffix(name) in SUFFIXES and not name.startswith("._")  # macOS's, beside an image
 
 
 def is_deep(image):
@@ -69,14 +70,21 @@ def is_deep(image):
     return image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
 
 
+def has_deep_colours(image):
+    """Whether PIL's image has the upper bytes alone of the file's samples of 12 or 16 bits."""
+    codec, _, _, args = image.tile[0] if image.tile else ("", 0, 0, "")
+    mode, *rest = [args] if isinstance(args, str) else args or [""]
+    return codec == "SGI16" or ";16" in str(mode) or image.format == "PPM" and rest[:1] > [255]
+
+
 def to_rgb(image):
     """PIL's image as one of 8-bit RGB, by its `convert`.
 
     That would saturate deep grey values, so these are scaled by the range of their type. Raises
     ValueError for other integers and for floats, whose range nothing declares.
     """
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
     if is_deep(image):
-        tags = getattr(image, "tag_v2", {})  # a TIFF's
         scale, offset = 255 / (2 ** tags.get(BITS, (16,))[0] - 1), 0.5
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # PIL inverts 8 bits alone
             scale, offset = -scale, 255.5
@@ -85,6 +93,8 @@ def to_rgb(image):
         kind = "integers" if image.mode == "I" else "floats"
         raise ValueError(f"its pixels are {kind} of no known range (PIL's mode {image.mode}), to "
                          "be saved scaled to 8 or 16 bits")  # fmt: skip
+    elif tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
+        raise ValueError("its pixels are integers with a sign, to be saved without")
     return image.convert("RGB")
 
 

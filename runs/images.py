@@ -60,8 +60,10 @@ class Images:
         these are read: a copy is no other data. Without that hash whole seconds decide.
         """
         now = self.summary
-        if not then or not now:
+        if not now:
             return None
+        if not then:  # of an earlier version: its record alone knows
+            return "contents" if self._same_contents(record_path, last) is False else None
         for key in ("names", "sizes"):
             if then.get(key) != now[key]:
                 return key
@@ -79,8 +81,8 @@ class Images:
             record = read(record_path)
             parts = [] if last else [x["changed"] for x in record["resumed"]]
             if all(parts) and record["data"]["contents"] and self.data_sha256["contents"]:
-                same = record["data"]["sha256"] == self.data_sha256["sha256"]
-                return same and not any("data" in changed for changed in parts)
+                changes = (changed["data"][0] for changed in parts if "data" in changed)
+                return self.data_sha256["sha256"] == next(changes, record["data"]["sha256"])
         except (RecordError, OSError):
             pass
         return None

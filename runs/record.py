@@ -21,7 +21,7 @@ import torch
 from cli import command
 from runs.files import cannot, shown, write_whole
 from runs.log import RunError, as_logged, json_line
-from runs.name import wherever
+from runs.name import LATER, PARTS, wherever
 from runs.provenance import code, hardware, tilde, variables, versions
 
 LARGEST = 2**26  # bytes of a record that is read
@@ -220,7 +220,8 @@ def _changes(then, now, flags=False):
         parts |= {key: content["hardware"].get(key) for key in HARDWARE}
         parts |= {k: x for k, x in content["environment"].items() if k not in THREAD_VARIABLES}
         asked = placeless(content["flags"]).items() if flags else ()
-        return parts | {f"--{key}": x for key, x in asked if key not in PLACEMENT_FLAGS}
+        return parts | {f"--{key}": x for key, x in asked if key not in PLACEMENT_FLAGS
+                        and not (key in LATER and x == PARTS[key][1])}  # fmt: skip
 
     a, b = inputs(then), inputs(now)
     return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]

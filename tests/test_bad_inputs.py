@@ -426,6 +426,9 @@ PLACES = table(
     (NPZ, "set.npz is damaged", text("set.npz")),
     (NPZ, "train_labels", lambda tmp: npz(tmp, train_labels=np.array([{}] * 8, object))),
     (f"{NPZ} --augment crop", "npz:set.npz is not augmented", npz),
+    (f"{NPZ} --augment crop", "npz:set.npz is not augmented",
+     lambda tmp: npz(tmp, **{f"{x}_images": np.zeros((8, 4, 4, 3), np.uint8)
+                             for x in ("train", "test")})),
     *((NPZ, noun, lambda tmp, key=key, x=x: npz(tmp, **{key: x})) for noun, key, x in (
         ("train_labels is float64 (8) with values that are not whole", "train_labels",
          np.full(8, np.nan)),

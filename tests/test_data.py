@@ -10,6 +10,7 @@ import socket
 import struct
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -175,17 +176,17 @@ FORMS = {  # what a file holds instead of int64 (N,) and uint8 (N, H, W, C)
         "uint8", "int8", "uint16", "int32", ">i4", ">i8", "uint64", "float32", "float64")},
     "a column": ("labels", lambda x: x[:, None].astype(np.uint8)),
     "no axis for grey": ("images", lambda x: x[..., 0]),
-    "colours first": ("images", lambda x: x.transpose(0, 3, 1, 2)),
+    "channels first": ("images", lambda x: x.transpose(0, 3, 1, 2)),
     "Fortran's order": ("images", np.asfortranarray),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_file_that_says_the_same_in_another_form_is_the_same_data(channels, form, tmp_path):
     """MedMNIST's has labels of uint8 (N, 1), grey images (N, H, W), and a part for validation."""
     part, change = FORMS[form]
-    if form == "no axis for grey" and channels == 3:
+    if form == "no axis for grey" and channels > 1:
         return
     images = np.random.default_rng(0).integers(0, 90, (30, 16, 20, channels), dtype=np.uint8)
     whole = {"train_images": images, "train_labels": np.arange(30) % 5,
@@ -645,11 +646,12 @@ def test_no_mode_of_any_format_saturates(mode, tmp_path):
         assert off(to_rgb(image)) <= 1
 
 
-def tiff(values, bits, white_is_zero=False):
+def tiff(values, bits, white_is_zero=False, signed=False):
     """The bytes of a grey TIFF."""
     height, width = RAMP.shape
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8,
             277: 1, 278: height, 279: len(values)}  # fmt: skip
+    tags |= {339: 2} if signed else {}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     at = 8 + len(values) + len(values) % 2
     return (struct.pack("<2sHI", b"II", 42, at) + values).ljust(at, b"\0") + (
@@ -682,8 +684,32 @@ def test_a_file_is_scaled_by_the_range_that_it_declares(content, tmp_path):
     assert off(decode(path)) <= 1
 
 
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_a_folder_of_deep_images_is_normalised_by_its_own_statistics(bits, tmp_path):
+def test_bytes_with_a_sign_are_refused(tmp_path):
+    (tmp_path / "x").write_bytes(tiff(bytes(32 * 32), 8, signed=True))
+    with pytest.raises(ValueError, match="with a sign"):
+        decode(tmp_path / "x")
+
+
+def deep_file(path, values, kind):
+    """Save grey values (40, 40) of 16 bits."""
+    colours = np.repeat(values[..., None], 3, 2).astype(">u2")
+    if kind == "8 bits":
+        Image.fromarray((values >> 8).astype(np.uint8)).save(path, "PNG")
+    elif kind in ("PNG", "TIFF"):
+        Image.fromarray(values).save(path, kind)
+    elif kind == "colours, PNG":
+        rows = b"".join(b"\0" + row.tobytes() for row in colours)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)),
+                  (b"IDAT", zlib.compress(rows)), (b"IEND", b""))  # fmt: skip
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(x)) + key + x + struct.pack(">I", zlib.crc32(key + x))
+            for key, x in chunks))  # fmt: skip
+    else:
+        path.write_bytes(b"P6 40 40 65535\n" + colours.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "PNG", "TIFF", "colours, PNG", "colours, PPM"])
+def test_a_folder_of_deep_images_is_normalised_by_its_own_statistics(kind, tmp_path):
     """Sensors fill 12 of 16 bits, and a network without biases cannot tell black from black."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -691,11 +717,10 @@ def test_a_folder_of_deep_images_is_normalised_by_its_own_statistics(bits, tmp_p
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(10):
                 values = rng.integers(1000 + 2000 * k, 2000 + 2000 * k, (40, 40))
-                values = (values << 4).astype(np.uint16) >> (16 - bits)
-                image = Image.fromarray(values.astype(np.uint8) if bits == 8 else values)
-                image.save(tmp_path / split / name / f"{i}.png")
+                values = values.astype(np.uint16) << (4 if kind == "8 bits" else 0)
+                deep_file(tmp_path / split / name / f"{i}.png", values, kind)
     ours = load(f"folder:{tmp_path}", "", 4, 4, CPU, image_size=32)
-    if bits == 8:
+    if kind == "8 bits":
         assert (ours.train.mean, ours.test.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     else:
         inputs = joined(ours.test)[0]

@@ -127,7 +127,8 @@ FORGED = [  # what makes the file, words of the sentence
         header(shape="(-12, -8, 8, 3)"), header(shape="(0, 99999999999999999999)"),
         "__import__('os').abort()", "(" * 1500 + ")" * 1500, "", "\xff\x00" * 50,
         header() + " " * 60000)),
-    (objects, "train_images"),
+    (objects, "train_images holds Python objects"),
+    (changed(train_labels=LABELS.astype(object)), "train_labels holds Python objects"),
     (lambda p: p.write_bytes(pickle.dumps(Touch(p.with_name("touched")))), "zip"),
     (lambda p: p.write_bytes(b"<html>not here</html>"), "zip"),
     (lambda p: p.write_bytes(b""), "zip"),
@@ -319,7 +320,7 @@ def test_the_images_are_those_of_torchvision_in_its_order(tmp_path):
 def test_what_is_left_out_is_counted_and_named(folder):
     """Nothing is said of one kind of images alone, of hidden files and of the system's."""
     pear = folder / "train" / "pear"
-    for name in (".hidden", "Thumbs.db", "desktop.ini"):
+    for name in (".hidden", "._0.jpg", "Thumbs.db", "desktop.ini"):
         (pear / name).touch()
     assert not list_images(folder / "train")[2]
     (pear / "1.jpg").rename(pear / "1.JFIF")

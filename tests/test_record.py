@@ -234,7 +234,7 @@ def test_no_path_of_the_home_directory_and_no_variable_but_those_of_arithmetic(m
 def made(path, seed=0, file=Path(__file__)):
     """A Record at `path`."""
     flags = {"arch": "fcn", "dataset": "digits", "optimizer": "agd", "compile": False, "seed": seed,
-             "epochs": 4, "image_size": None}  # fmt: skip
+             "epochs": 4, "image_size": None, "augment": "default"}  # fmt: skip
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     facts = {"train_examples": 5, "test_examples": 2, "weights": 7, "layers": 1}
     return Record(path, flags, ["--seed=0"], {"seed": seed}, Images(file), facts, 3, world)
@@ -256,6 +256,9 @@ def test_a_run_that_goes_on_with_other_inputs_says_so(tmp_path, monkeypatch):
     first.end(ONES, log())
     assert [x["epochs"] for x in read(path)["results"]] == [2]
 
+    earlier = json.loads(path.read_text())
+    del earlier["flags"]["augment"]  # a flag that came later
+    path.write_text(json.dumps(earlier))
     assert begun(path, done=2).content["resumed"] == []  # with the same ones
     assert [x["epochs"] for x in read(path)["results"]] == [2]
     again = begun(path, done=3, seed=1).content["resumed"]

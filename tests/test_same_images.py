@@ -260,11 +260,13 @@ def test_a_run_of_an_earlier_version_goes_on(go, tmp_path):
     del first["image_files"], first["settings"]["classes"]
     first["settings"]["dataset"] = f"folder:{root}"
     path.write_text("".join(json.dumps(row) + "\n" for row in [first, *rest]))
-    moved(root)
     code, printed, notes = go(root, 2)
     assert code == 0 and "Going on after epoch 1" in printed and not notes
+    moved(root)  # which its record alone knows
+    code, _, notes = go(root, 3)
+    assert code == 0 and "their contents differ" in notes[0]
     renamed(root, "cat", "rat")  # the checkpoint has them since
-    assert "classes cat then, rat now" in go(root, 3)[1]
+    assert "classes cat then, rat now" in go(root, 4)[1]
 
 
 def test_without_a_record_the_times_decide(go, tmp_path):
