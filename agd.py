@@ -645,7 +645,7 @@ def _rules(params, roles, im2col=False, measure=True):
             rule = Rule("gain")
         elif net is not None:
             rule = _role(net.get_submodule(owner), owner.rpartition(".")[2], tensor, p.shape)
-        elif name and "weight" not in tensor and p.ndim > 1 + (not TOKEN.search(tensor)):
+        elif name and "weight" not in tensor and 1 + (not TOKEN.search(tensor)) < p.ndim < 4:
             rule = _role(None, "", tensor, p.shape)  # as a network's tensor that is of no layer
         elif p.ndim < 2:
             rule = Rule("gain", start=0.0 if "bias" in tensor else 1.0)

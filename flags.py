@@ -23,7 +23,7 @@ from cli import (
     one_of,
     synonyms,
 )
-from data import AUGMENTATIONS, DATASETS, data_folder, default_data_dir, is_folder
+from data import AUGMENTATIONS, DATASETS, default_data_dir, is_folder
 from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS
 
 MODES = ("auto", "on", "off")
@@ -398,13 +398,6 @@ def read(argv=None, check=True):
         args.dataset = "folder:" + (
             "~/" + given[len(home) :] if given.startswith(home) else given
         )
-    elsewhere = {"digits": True, "folder": True, "npz": os.path.isabs(given),
-                 "imagenet": "IMAGENET_PATH" in os.environ}  # fmt: skip
-    if check and not elsewhere.get(kind):
-        try:
-            data_folder(args.data_dir)
-        except UserError as error:
-            p.error(str(error))
     return p, args
 
 

@@ -84,7 +84,7 @@ def images(args):
         splits = read_layout(root)
         if splits["val"].flat or not all(split.tidy() for split in splits.values()):
             what = "is not sorted" if splits["val"].flat else "holds more than sorted images"
-            mend = command("data.prepare", "imagenet", "--from", root)
+            mend = command("data.prepare", "imagenet", "--data_dir", args.data_dir, "--from", root)
             raise Fault(f"{root} {what}: `{mend}` mends it")
     elif args.dataset in DATASETS and args.dataset != "digits" and not (
             path := data_folder(args.data_dir) / f"{args.dataset}.npz").exists():  # fmt: skip

@@ -20,7 +20,7 @@ def data_folder(data_dir):
     try:
         return Path(expand(data_dir))
     except UserError as error:
-        raise DataError(f"{error} as --data_dir, or set $AGD_DATA") from None
+        raise DataError(f"--data_dir: {error}, or set $AGD_DATA") from None
 
 
 def reason(error):

@@ -216,11 +216,14 @@ def deep_statistics(samples, image_size):
     statistics all would be about as black, and a network without biases cannot tell them apart."""
     sample, images = [path for path, _ in samples[:: -(-len(samples) // SAMPLE)]], []
     for path in sample:
-        with contextlib.suppress(Exception):  # training, and not this, tells of a damaged file
+        try:
             with open_image(read_image(path)) as file:
                 deep = is_deep(file) or has_deep_colours(file)
             if deep:
                 images.append(centre_crop(decode(path), image_size).numpy())
+        except Exception as error:  # a damaged file is refused, or left out, in training
+            if lacking(error):
+                raise
     return channel_statistics(np.stack(images)) if 2 * len(images) > len(sample) else None
 
 

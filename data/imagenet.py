@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import a_path, expand, number
+from cli import a_path, command, expand, number
 from data.common import DataError, data_folder, reason
 from data.imagenet_layout import OFFICIAL, few, read_layout
 from data.resize import read_image, shrink
@@ -59,9 +59,10 @@ def find(data_dir):
             f"there is no folder {path}, which $IMAGENET_PATH names: name another, or unset it for "
             f"{Path(data_dir, 'imagenet')}"
         )
+    make = command("data.prepare", "imagenet", "--data_dir", data_dir, "--from", "DIR")
     raise DataError(
-        f"there is no folder {path}, and $IMAGENET_PATH names no other. `python -m data.prepare "
-        "imagenet --from DIR` makes it; if DIR is sorted into classes, IMAGENET_PATH=DIR will do."
+        f"there is no folder {path}, and $IMAGENET_PATH names no other. `{make}` makes it; if DIR "
+        "is sorted into classes, IMAGENET_PATH=DIR will do."
     )
 
 

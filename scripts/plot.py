@@ -39,13 +39,13 @@ WIDTH = 80 / 25.4  # inches
 PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
 TITLE, LABEL = 50, 48  # characters of a line
 LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
-RECORD, CHECKPOINT = ".run.json", ".pt"
+RECORD, CHECKPOINTS = ".run.json", (".pt", ".pt.previous")
 
 
 def logs(paths):
     """The logs that the paths stand for, and the sentences about those in folders that have nothing
     to draw. Raises RunError for a path that stands for none."""
-    found, notes = {}, []
+    results, notes = {}, []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted([*path.glob("*.jsonl"), *path.glob("logs/*.jsonl")], key=by_number)
@@ -55,23 +55,25 @@ def logs(paths):
                     drawn[log] = read(log)
                 except RunError as error:
                     notes.append(f"left out: {error}")
+            if inside and not drawn:
+                raise RunError(notes[-1].removeprefix("left out: "))
             if not drawn:
-                raise RunError(f"{path} holds {nothing(path, inside)}")
-            found |= drawn
+                raise RunError(f"{path} holds {nothing(path)}")
+            results |= drawn
         elif path.name.endswith(RECORD):
             log = path.with_name(path.name.removesuffix(RECORD) + ".jsonl")
             if not log.exists():
                 raise RunError(f"the log of {path} is not beside it: there is no {log}")
-            found[log] = read(log)
-        elif CHECKPOINT in path.suffixes:
-            name = path.name.rpartition(CHECKPOINT)[0] + ".jsonl"
+            results[log] = read(log)
+        elif path.name.endswith(CHECKPOINTS):
+            name = path.name.rpartition(CHECKPOINTS[0])[0] + ".jsonl"
             log = path.resolve().parents[1] / "logs" / name
             log = log if path.is_absolute() else os.path.relpath(log)
             raise RunError(f"{path} is a checkpoint: give its log, {log}")
         else:
-            found[path] = read(path)
-    once = {path.resolve(): path for path in found}
-    return {path: found[path] for path in once.values()}, notes
+            results[path] = read(path)
+    once = {path.resolve(): path for path in results}
+    return {path: results[path] for path in once.values()}, notes
 
 
 def by_number(path):
@@ -79,10 +81,8 @@ def by_number(path):
     return [(int(x), "") if x.isdecimal() else (0, x) for x in re.split(r"(\d+)", str(path))]
 
 
-def nothing(folder, inside):
-    """What a folder without anything to draw holds, and where something is."""
-    if inside:
-        return "no run with a finished epoch"
+def nothing(folder):
+    """What a folder without logs holds, and where some are."""
     below = sorted({path.parents[1] for path in folder.glob("*/logs/*.jsonl")})
     below += sorted({path.parent for path in folder.glob("*/*.jsonl")})
     return "no logs" + (f"; {below[0]} does" if below else ", nor does its logs/")
@@ -141,7 +141,7 @@ def described(run):
     return words
 
 
-def told_apart(runs):
+def titles(runs):
     """(the title, a label a run) of {path: Result}: what is common, and what is not."""
     each = []
     for path, run in runs.items():
@@ -178,7 +178,7 @@ def filled(text, width):
 
 def draw(runs):
     """A figure of {path of a log: its Result}; with a legend for 2 to MOST of them."""
-    title, labels = told_apart(runs)
+    title, labels = titles(runs)
     title = filled(title, TITLE)
     labels = [filled(label, LABEL) for label in labels] if 1 < len(runs) <= MOST else []
     results = list(runs.values())

@@ -134,7 +134,7 @@ def without_effect(args):
         return dict.fromkeys((*how, "time_limit", "draw", "submit", "sbatch"),
                              "is not for --list, which shows all the runs and runs none")
     if args.draw:
-        return dict.fromkeys(how, "is of runs, and --draw runs none") | (
+        return dict.fromkeys((*how, "epochs"), "is of runs, and --draw runs none") | (
             {"runs": "goes without drawing: leave out --draw"})
     if args.submit:
         return {"together": "is of runs on this machine, not of those in a queue"}

@@ -328,15 +328,14 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "noun"), table(
-    ("main --dataset cifar10", "as --data_dir, or set $AGD_DATA"),
-    ("main --dataset imagenet", "as --data_dir, or set $AGD_DATA"),
-    ("main --dataset npz:x.npz", "as --data_dir, or set $AGD_DATA"),
-    ("main --check --dataset cifar10", "as --data_dir, or set $AGD_DATA"),
+    ("main --dataset cifar10", "give the whole path, or set $AGD_DATA"),
+    ("main --dataset imagenet", "give the whole path, or set $AGD_DATA"),
+    ("main --dataset npz:x.npz", "give the whole path, or set $AGD_DATA"),
     ("main --dataset npz:~/x.npz", "--dataset: there is no home directory for ~/x.npz"),
     ("main --dataset folder:~/x", "--dataset: there is no home directory for ~/x"),
     *((f"{DIGITS} --{flag} ~/x.pt", f"argument --{flag}: there is no home directory for ~/x.pt")
       for flag in ("out", "weights", "replay")),
-    ("prepare cifar10", "as --data_dir, or set $AGD_DATA"),
+    ("prepare cifar10", "give the whole path, or set $AGD_DATA"),
     ("prepare cifar10 --data_dir {tmp} --from ~/x", "argument --from"),
     ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),

@@ -591,7 +591,7 @@ def test_training_takes_imagenet_path_then_the_prepared_folder(tree, tmp_path, m
     with pytest.raises(DataError) as error:
         load("imagenet", tmp_path, 4, 4, cpu)
     for word in (str(tmp_path / "imagenet"), "$IMAGENET_PATH",
-                 "python -m data.prepare imagenet --from DIR"):  # fmt: skip
+                 f"data.prepare imagenet --data_dir {tmp_path} --from DIR"):  # fmt: skip
         assert word in str(error.value)
     monkeypatch.setenv("IMAGENET_PATH", str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="nowhere, which .IMAGENET_PATH names"):

@@ -56,7 +56,7 @@ def test_plot_draws_loss_accuracy_and_eta(logs, tmp_path):
 
 def test_what_is_common_is_the_title_and_what_differs_the_legend(logs, tmp_path):
     def told(*paths):
-        return plot.told_apart(plot.logs(paths)[0])
+        return plot.titles(plot.logs(paths)[0])
 
     network = "FCN 3×16, digits, batch 128"
     assert told(logs[0]) == (f"{network}, Adam lr 1e-3, seed 0", [""])
@@ -117,7 +117,7 @@ def test_a_folder_is_its_logs_and_a_record_its_log(logs, tmp_path):
     begun = tmp_path / "logs" / "begun.jsonl"
     begun.parent.mkdir()
     begun.write_text(logs[0].read_text().splitlines()[0] + "\n")
-    with pytest.raises(RunError, match="no run with a finished epoch"):
+    with pytest.raises(RunError, match="holds no finished epoch"):
         plot.logs([tmp_path])
     whole = begun.with_name("whole.jsonl")
     whole.write_text(logs[0].read_text())

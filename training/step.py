@@ -24,7 +24,7 @@ class Step:
         trained = [p for p in net.parameters() if p.requires_grad]
         self.weights = [p.detach() for p in trained if p.ndim > 1] or [p.detach() for p in trained]
         self.before = [torch.empty_like(p) for p in self.weights] if log_updates else None
-        self.automatic = isinstance(optimizer, (agd.AGD, agd.SpectralAGD))
+        self.automatic = isinstance(optimizer, agd.AGD)
 
     def __call__(self, inputs, labels, share=None):
         """Take a step with inputs (B, ...) and labels (B,); of several ranks, `share` is the

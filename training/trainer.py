@@ -7,6 +7,7 @@ all of it: a run that resumes is, on the same hardware, to the bit the run that 
 import json
 import math
 import random
+import socket
 import sys
 import time
 from collections import deque
@@ -209,7 +210,8 @@ class Trainer:
         ending = Ending()
         try:
             self.control.requests.listening = True
-            for note in self.data.start():
+            nodes = self.world.all_gather_object(socket.gethostname())
+            for note in self.data.start(nodes.count(nodes[self.world.rank])):
                 self.progress.note(note)
             while self.epoch < self.epochs and ending.reason is None:
                 reason = self._run_epoch(self.profile if self.epoch + 1 == whole else None)
@@ -219,7 +221,8 @@ class Trainer:
             ending, bad = ended.ending, self._bad_images()
         except (Exception, KeyboardInterrupt) as error:
             with undisturbed():  # by the ends of worker processes
-                error = refused(error) or lost(error) or error
+                workers = any(part.workers for part in self.data[:2])
+                error = refused(error) or workers and lost(error) or error
                 ending, bad = self._failed(error), self._bad_images()
         finally:
             self.progress.close()
