@@ -339,11 +339,13 @@ class AGD(torch.optim.Optimizer):
         state has none. Raises ValueError, and changes nothing, for the state of another optimiser
         or network."""
         given, name = state_dict if isinstance(state_dict, Mapping) else {}, type(self).__name__
-        groups, state = given.get("param_groups") or [{}], given.get("state", {})
+        groups, state = given.get("param_groups") or [{}], given.get("state") or {}
+        if not all(isinstance(x, Mapping) for x in (*groups, *state.values())):
+            groups, state, given = [{}], {}, {}
         own = KEYS.union(*self.param_groups)  # a scheduler keeps initial_lr, swa_lr beside them
         foreign = {key for x in groups for key in x if not key.endswith("lr")} - own
         foreign |= {key for x in state.values() for key in x} - self._tensors - self._saved.keys()
-        missing = {key for x in groups for key in ("params", "lr") if key not in x}
+        missing = {key for x in groups for key in ("params", "lr") if x.get(key) is None}
         missing |= ({"train_mode"} if self._spectral else set()) - groups[0].keys()
         missing = {"param_groups", "state"} - given.keys() or missing
         if foreign or missing:

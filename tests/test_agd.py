@@ -550,6 +550,9 @@ def test_the_state_of_another_optimiser_is_refused(rule, by_name):
 @pytest.mark.parametrize("change, words", [
     (lambda state: {}, "no param_groups"),
     (lambda state: None, "no param_groups"),
+    (lambda state: {**state, "param_groups": [None]}, "no param_groups"),
+    (lambda state: {**state, "state": {0: 5}}, "no param_groups"),
+    (lambda state: state["param_groups"][1].update(params=None) or state, "no params"),
     (lambda state: {"net": {}, "optimizer": state}, "no param_groups"),
     (lambda state: {"param_groups": [], "state": {}}, "no lr"),
     (lambda state: {"param_groups": state["param_groups"]}, "no state"),

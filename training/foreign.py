@@ -73,10 +73,10 @@ def foreign(dotted, parameters, lr=None):
             yield
         except Unusable:
             raise
-        except (Exception, SystemExit) as error:  # whatever someone else's code comes upon
-            told = _told(error, cls)
-            way_out = "give --lr" if not rate and re.search(r"\blr\b", told) else remedy
-            raise Unusable(f"--optimizer {dotted} {words}: {told}; {way_out}") from error
+        except (Exception, SystemExit) as error:  # anything, of foreign code
+            reason = _reason(error, cls)
+            way_out = "give --lr" if not rate and re.search(r"\blr\b", reason) else remedy
+            raise Unusable(f"--optimizer {dotted} {words}: {reason}; {way_out}") from error
 
     with blame(f"does not take these weights{' and --lr' if rate else ''}",
                "choose another, or a subclass whose constructor takes (params, lr)"):  # fmt: skip
@@ -96,8 +96,8 @@ def _try_out(make, parameters, blame):
     """Have the optimiser make(parameters) train on small weights of the same shapes, and go on from
     checkpoints within an epoch and between two. torch's generators stay as they are.
 
-    Returns None where the weights are the same to the bit, else the names of its attributes that
-    are not. What the class raises is raised in a context blame(words).
+    Returns None where weights and attributes are the same to the bit, else the names of the
+    attributes that differ. What the class raises is raised in a context blame(words).
     """
     device = parameters[0].device
     device = torch.device("cpu") if device.type == "meta" else device
@@ -142,9 +142,12 @@ def _try_out(make, parameters, blame):
                 load_state(resumed, state)
                 set_generators(then, device)
                 deque(train(again, resumed, done), 0)
-            pairs = zip(net, again)
-            if not all(torch.equal(*(x.detach().nan_to_num() for x in pair)) for pair in pairs):
-                return [x for x in vars(optimizer) if _differs(vars(optimizer), vars(resumed), x)]
+            same = all(torch.equal(*(x.detach().nan_to_num() for x in pair))
+                       for pair in zip(net, again))  # fmt: skip
+            # What differs may change the weights in a later step.
+            odd = [x for x in vars(optimizer) if _differs(vars(optimizer), vars(resumed), x)]
+            if odd or not same:
+                return odd
     finally:
         set_generators(before, device)
     return None
@@ -160,7 +163,7 @@ def _differs(one, other, key):
         return False
 
 
-def _told(error, cls):
+def _reason(error, cls):
     """An exception in a few words, with the line of the class's file."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
