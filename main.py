@@ -91,7 +91,7 @@ def train(args, world, requests):
     if world.rank == 0:
         display.network(net, facts, notes)
         for note in data.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"Note: {note}", file=sys.stderr)
 
     log, record, promised = open_log(args, world, data, facts)
     finished = world.broadcast_object(log.finished(args.epochs) if log else None)

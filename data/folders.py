@@ -162,7 +162,7 @@ def list_images(root):
     classes = [name for name, is_folder in entries if is_folder]
     left_out = Counter(f"{suffix(name) or NONE} beside the class folders"
                        for name, folder in entries if not folder and is_users(name))  # fmt: skip
-    taken, samples, empty, found = Counter(), [], [], Counter()
+    taken, samples, empty, present = Counter(), [], [], Counter()
     for label, name in enumerate(classes):
         images, seen, others = [], set(), Counter()
         for folder, _, names in os.walk(os.path.join(root, name), onerror=unreadable,
@@ -182,12 +182,12 @@ def list_images(root):
         left_out += others
         if not paths:
             empty.append(name)
-            found += others
+            present += others
     if empty or len(classes) < 2:
         fault = (
             f"{len(empty)} of its {len(classes)} classes have none: {few(empty)}"
-            + (f"; the files there are {listed(found)}, and images are .jpg, .png or others of "
-               "docs/data.md" if found else "") if empty else
+            + (f"; the files there are {listed(present)}, and images are .jpg, .png or others of "
+               "docs/data.md" if present else "") if empty else
             f"{classes[0]} is its only class, and there is nothing to tell apart" if classes else
             "it has no folders"
         )  # fmt: skip
