@@ -15,13 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import cli
 import flags
 import main as program
+from data import DATASETS
 from scripts import plot
 from tests.conftest import ROOT
+from tests.program import train
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")),
          *sorted(ROOT.glob("data/*.md")), *sorted(ROOT.glob("results/**/*.md"))]  # fmt: skip
@@ -263,3 +267,46 @@ def test_the_commands_that_renew_the_pages_leave_them_as_they_are(tmp_path):
 def test_commands_that_only_print_are_run_as_they_stand(words):
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+# What this machine may lack, or takes the name of another run.
+ELSEWHERE = {"--distribute", "--replay", "--device", "--compile", "--weights", "tf32"}
+
+
+def small(words, tmp):
+    """The arguments of a command of main.py, with few images of the same form; None where it cannot
+    be run here."""
+    name, argv = program_of(words)
+    dataset = next((b for a, b in zip(argv, argv[1:]) if a == "--dataset"), "cifar10")
+    if name != "main" or dataset.startswith(("imagenet", "npz:")) or ELSEWHERE & {*argv}:
+        return None
+    if argv in ([], ["--help"]) or any(map(PLACEHOLDER.search, argv)):
+        return None
+    argv = [f"folder:{tmp}/pictures" if word.startswith("folder:") else word for word in argv]
+    argv += ["--cpu", "--epochs", "1", "--train_bs", "8", "--data_dir", tmp, "--out", tmp / "out"]
+    few = ["--train_examples", "16", "--test_examples", "8"]
+    return argv + (["--workers", "0", "--image_size", "64"] if "folder:" in dataset else few)
+
+
+RUN = [pytest.param(words, id=shlex.join(words)[:70]) for words in COMMANDS if small(words, ROOT)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", RUN)
+def test_a_command_of_a_page_runs(words, tmp_path):
+    for package in ("dadaptation", "prodigyopt", "schedulefree", "timm"):
+        if any(package in word for word in words):
+            pytest.importorskip(package)
+    rng = np.random.default_rng(0)
+    for name in ("mnist", "cifar10", "cifar100"):
+        shape, classes = DATASETS[name].shape, DATASETS[name].classes
+        np.savez(tmp_path / f"{name}.npz", **{
+            key: value for part in ("train", "test") for key, value in (
+                (f"{part}_images", rng.integers(0, 256, (200, *shape), np.uint8)),
+                (f"{part}_labels", np.arange(200) % classes))})  # fmt: skip
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "pictures" / place).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (70, 70, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / place / f"{i}.png")
+    assert train(*small(words, tmp_path)) == 0
