@@ -103,55 +103,52 @@ def size(n):
     return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
 
 
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # as web pages and editors set them
 LONGEST = 250  # characters of a message, whatever was given
 
 # Words for the same flag, a flag's own first. A command suggests the one that it has itself.
 SYNONYMS = """
 arch model net network architecture backbone a m
-augment augmentation augmentations aug data_augmentation
-bias use_bias biases
 check dry_run doctor
-compile torch_compile jit
-cpu no_cuda no_gpu use_cpu disable_cuda force_cpu
+compile jit
+cpu no_cuda no_gpu disable_cuda force_cpu
 data_dir data_path data_root root dataset_dir dataset_path data_folder
-dataset data dataset_name ds d
+dataset ds d
 depth n_layers num_layers hidden_layers n_hidden_layers
-device gpu cuda gpu_id gpu_ids cuda_device use_cuda use_gpu accelerator
-distribute distributed ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes
-distribute num_nodes nnodes world_size local_rank rank parallel multiprocessing_distributed
-epochs n_epochs num_epochs max_epochs max_epoch num_train_epochs train_epochs ep e n
-fresh overwrite restart force clean from_scratch scratch reset
-freeze freeze_layers freeze_backbone frozen
-image_size img_size imgsz img resolution res input_size crop_size side size
-log_steps log_interval log_freq log_every print_freq print_every logging_steps
-loss criterion loss_fn loss_function loss_func objective
-lr learning_rate rate base_lr lr0 init_lr initial_lr eta
-micro_bs micro_batch micro_batch_size accumulate accum accum_steps accum_iter
-micro_bs grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches
-optimizer opt optim optimiser optimizer_name algorithm algo
-out output log_dir output_dir out_dir save_dir save_path save_to dir logs log_path log o
-out results result_dir results_dir exp_dir work_dir checkpoint_dir ckpt_dir
-precision amp fp16 bf16 bfloat16 tf32 half mixed_precision dtype use_amp autocast
-profile profiler profiling
-replay reproduce repeat record
-save_every save_freq save_interval save_steps save_period
-save_every checkpoint_every checkpoint_interval checkpoint_freq ckpt_every
-seed random_seed rng_seed manual_seed s
-skip_bad_images skip_bad skip_corrupt skip_errors ignore_errors
-sync_bn sync_batchnorm sync_batch_norm synchronized_bn
-test_bs test_batch_size eval_batch_size val_batch_size valid_batch_size eval_bs val_bs
-test_bs per_device_eval_batch_size
-test_examples n_test num_test test_size max_test_samples max_eval_samples limit_test
-train_bs batch_size batch bs b train_batch_size mini_batch_size minibatch_size minibatch bsz
-train_bs batch_sz per_device_train_batch_size batch_per_gpu
-train_examples n_train num_train train_size subset num_samples n_samples max_samples
-train_examples max_train_samples limit_train limit_train_batches num_examples
+device gpu cuda gpu_id gpu_ids use_cuda use_gpu accelerator
+distribute ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes num_nodes nnodes
+distribute world_size local_rank rank parallel multiprocessing_distributed
+epochs ep e n
+fresh overwrite restart clean from_scratch scratch
+freeze freeze_layers
+image_size img resolution res input_size crop_size side
+log_steps log_interval log_freq log_every print_freq print_every
+loss criterion loss_function objective
+lr learning_rate rate base_lr init_lr initial_lr eta
+micro_bs accumulate accum accum_steps accum_iter grad_accum gradient_accumulation
+micro_bs gradient_accumulation_steps accumulate_grad_batches
+optimizer opt algorithm algo
+out output log_dir output_dir out_dir save_dir save_path save_to dir logs log_path log o results
+out result_dir results_dir exp_dir work_dir checkpoint_dir ckpt_dir
+precision amp fp16 bf16 bfloat16 tf32 half dtype use_amp autocast
+replay record
+save_every save_freq save_interval save_steps checkpoint_every checkpoint_interval checkpoint_freq
+save_every ckpt_every
+seed random_seed manual_seed s
+skip_bad_images skip_corrupt skip_errors ignore_errors
+sync_bn sync_batch_norm
+test_bs eval_batch_size val_batch_size valid_batch_size eval_bs val_bs per_device_eval_batch_size
+test_examples n_test num_test test_size limit_test
+train_bs batch_size batch bs b minibatch_size minibatch bsz batch_sz per_device_train_batch_size
+train_bs batch_per_gpu
+train_examples n_train num_train train_size subset num_samples n_samples limit_train
+train_examples limit_train_batches
 weights pretrained pretrained_weights pretrain finetune init_from state_dict
 width hidden hidden_size hidden_dim n_hidden hidden_units num_hidden
-workers num_workers n_workers nw dataloader_num_workers loader_workers threads j
+workers dataloader_num_workers threads
 jobs num_jobs n_jobs processes num_procs parallel_jobs workers num_workers n_workers nw j
 from source src input copy i
-resize size image_size img_size
+resize image_size
 """
 
 
@@ -164,8 +161,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         guard_streams()
-        args, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        args, unknown = self.parse_known_args(words, namespace)
         if unknown:
+            switches = [x for x, a in self._option_string_actions.items() if a.nargs == 0]
+            before = [x for x, y in zip(words, words[1:]) if y == unknown[0] and x in switches]
+            odd = on_or_off(unknown[0])
+            if before and odd:
+                flag = f"{before[0]} " if odd == "off" else ""
+                self.error(f"{before[0]} takes no value: leave out {flag}{unknown[0]}")
             self.error(self.unknown(unknown[0]))
         return args
 
@@ -186,18 +190,22 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, word):
         """The message for a word that no argument takes."""
-        if not word.startswith("-"):
-            return f"there is no place for {word}{self._place(word)}"
-        flag = word.split("=")[0]
+        flag, stray = word.split("=")[0], not word.startswith(tuple(DASHES))
+        message = f"there is no {f'place for {word}' if stray else f'flag {flag}'}"
         name, flags = _plain(flag), {_plain(x): x for x in self._option_string_actions}
         if name not in flags and name in self.absent:
-            return f"there is no flag {flag}; {self.absent[name]}"
+            return f"{message}; {self.absent[name]}"
+        if stray:
+            return message + self._place(word)
+        switch = flags.get(name[2:]) if name.startswith("no") else None
+        if switch and self._option_string_actions[switch].nargs == 0:
+            return f"{message}: without {switch} it is off"
         lines = (list(map(_plain, line.split())) for line in SYNONYMS.splitlines())
         words = [name, *(word for line in lines if name in line for word in line)]
         meant = next((flags[x] for x in words if x in flags), None)
-        long = [x for x in flags.values() if x.startswith("--")]
-        return f"there is no flag {flag}" + (f"; did you mean {meant}?" if meant else
-                                             near(flag, long))  # fmt: skip
+        if meant or len(words) > 1:  # what has a name elsewhere, and none here, is like no other
+            return message + (f"; did you mean {meant}?" if meant else "")
+        return message + near(flag, [x for x in flags.values() if x.startswith("--")])
 
     def _place(self, word):
         """The flag whose value a stray word may be."""
@@ -210,6 +218,7 @@ class Parser(argparse.ArgumentParser):
         return near(word, self._option_string_actions) if word.isidentifier() else ""
 
     def error(self, message):
+        message = re.sub("^argument (.*): ignored explicit.*", r"\1 takes no value", message)
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         if self.silent:
@@ -232,7 +241,8 @@ def near(word, words):
 def one_of(names, *prefixes, rest="PATH", meant=None):
     """An argument type: one of `names`, or one of `prefixes` with `rest` behind it. `meant`: a
     function of another value that returns the one meant, or None."""
-    plain = {_plain(x): x for x in names}
+    listed = [*names, *(f"{prefix}{rest}" for prefix in prefixes)]
+    plain = {_plain(x): y for x, y in zip([*names, *prefixes], listed)}
 
     def right(value):
         return value in names or any(value.startswith(x) and value != x for x in prefixes)
@@ -245,10 +255,9 @@ def one_of(names, *prefixes, rest="PATH", meant=None):
     def check(value):
         if right(value):
             return value
-        listed = ", ".join([*names, *(f"{prefix}{rest}" for prefix in prefixes)])
         better = suggestion(value)
-        better = f"; did you mean {better}?" if better else near(value, [*names, *prefixes])
-        raise argparse.ArgumentTypeError(f"no {value!r} among {listed}{better}")
+        better = f"; did you mean {better}?" if better else near(value, listed)
+        raise argparse.ArgumentTypeError(f"no {value!r} among {', '.join(listed)}{better}")
 
     check.meant = suggestion
     return check
@@ -259,6 +268,8 @@ def synonyms(text):
     words = {_plain(x): line.split()[0] for line in text.strip().splitlines() for x in line.split()}
     return lambda value: words.get(_plain(value))
 
+
+on_or_off = synonyms("on true yes 1\noff false no none 0")
 
 def expand(path):
     """A path as text, ~ and ~user replaced by the home directory. Raises UserError where that is
@@ -294,8 +305,19 @@ def device(value):
     meant = parts and ELSEWHERE.get(parts[1], parts[1]) + (parts[2] and f":{parts[2]}")
     if not value or meant != value:
         better = f"; did you mean {meant}?" if parts and value else ""
+        better = "; main.py --distribute takes several" if "," in value else better
         raise argparse.ArgumentTypeError(f"no device {value!r} among {', '.join(DEVICES)}{better}")
     return value
+
+
+def whole(text):
+    """The int of 1000, 1e3 or 1000.0. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    x = float(text)
+    if not x.is_integer() or abs(x) > 2**53:  # beyond, floats are not exact
+        raise ValueError
+    return int(x)
 
 
 def number(kind, least, most=None):
@@ -304,10 +326,12 @@ def number(kind, least, most=None):
     what += f" from {least}" + ("" if most is None else f" to {most}")
     if most is None:
         most = 2**63 - 1 if kind is int else sys.float_info.max
+    convert = whole if kind is int else kind
 
     def check(value):
         try:
-            x = abs(kind(value)) if kind(value) == 0 else kind(value)  # -0.0 is 0.0
+            x = convert(value)
+            x = abs(x) if x == 0 else x  # -0.0 is 0.0
         except ValueError:
             x = math.nan
         if not least <= x <= most:

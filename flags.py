@@ -20,6 +20,7 @@ from cli import (
     expand,
     near,
     number,
+    on_or_off,
     one_of,
     synonyms,
 )
@@ -31,7 +32,7 @@ LAYERS = ("count", "paths")
 
 # What people type elsewhere: what they mean here.
 ARCHS = synonyms("""
-fcn mlp fc dense linear fully_connected fullyconnected perceptron fcnet
+fcn mlp fc dense linear fully_connected perceptron fcnet
 vgg vgg16 vgg16_bn
 torchvision:vit_b_16 vit vit_b vit_base visiontransformer
 torchvision:convnext_tiny convnext
@@ -40,7 +41,7 @@ torchvision:efficientnet_b0 efficientnet
 torchvision:mobilenet_v3_small mobilenet mobilenet_v3
 torchvision:swin_t swin
 torchvision:resnext50_32x4d resnext resnext50
-torchvision:wide_resnet50_2 wide_resnet wideresnet wrn
+torchvision:wide_resnet50_2 wide_resnet wrn
 torchvision:inception_v3 inception
 """)
 FAMILY = re.compile(  # of torchvision's networks
@@ -50,12 +51,12 @@ FAMILY = re.compile(  # of torchvision's networks
 SETS = synonyms("""
 cifar10 cifar c10
 cifar100 c100
-imagenet imagenet1k imagenet_1k ilsvrc ilsvrc2012 in1k
+imagenet imagenet_1k ilsvrc ilsvrc2012 in1k
 digits sklearn load_digits optdigits
 """)
 OBJECTIVES = synonyms("""
 mse l2 square squared mse_loss square_loss mean_squared_error
-xent ce crossentropy cross_entropy cross_entropy_loss nll nll_loss softmax logloss
+xent ce cross_entropy cross_entropy_loss nll nll_loss softmax logloss
 """)
 ARITHMETIC = synonyms("""
 fp32 float32 float full single 32 highest
@@ -63,8 +64,14 @@ tf32 tensorfloat32 high
 bf16 bfloat16 fp16 float16 half amp mixed 16
 """)
 RULES = synonyms("""
-agd automatic automaticgradientdescent automatic_gradient_descent
+agd automatic automatic_gradient_descent
 spectral spectralagd
+timm.optim.Lion lion
+timm.optim.Lamb lamb
+timm.optim.Lars lars
+timm.optim.Adan adan
+timm.optim.Adopt adopt
+timm.optim.MADGRAD madgrad
 """)
 # Flags that people look for, and what stands in their place.
 ABSENT = {
@@ -90,15 +97,23 @@ ABSENT = {
     "the images have the number of classes": "numclasses nclasses classes nclass",
     "the networks and losses take no other setting": "dropout drop droprate droppath "
         "labelsmoothing smoothing mixup cutmix classweights",
+    "--augment crop leaves out the flips, and --augment none all":
+        "flip flips noflip noflips hflip nohflip noaugment noaugmentation noaug",
+    "main.py trains without the word": "train run fit start",
+    "a run's log has the commit and the versions of the packages": "version",
 }  # fmt: skip
 
 
 def arch_meant(value):
-    return ARCHS(value) or (f"torchvision:{value.lower()}" if FAMILY.match(value.lower()) else None)
+    value = value.lower()
+    parts = re.fullmatch(r"(torchvision|timm)\W(?:models\W)?(\w.*)", value)
+    if parts:
+        return f"{parts[1]}:{parts[2]}"
+    return ARCHS(value) or (f"torchvision:{value}" if FAMILY.match(value) else None)
 
 
 def set_meant(value):
-    if value.endswith(".npz"):
+    if value.lower().endswith(".npz"):
         return f"npz:{value}"
     is_path = os.sep in value or os.path.isdir(os.path.expanduser(value))
     return f"folder:{value}" if is_path and ":" not in value else SETS(value)
@@ -108,7 +123,7 @@ def optimizer(value):
     """An argument type: one of OPTIMIZERS, which makes adamw torch.optim.AdamW, or package.Class.
     """
     name = OPTIMIZERS.get(value.lower(), value)
-    return name if "." in name else one_of(OPTIMIZERS, meant=RULES)(name)
+    return name if "." in name else one_of(OPTIMIZERS, "package.", rest="Class", meant=RULES)(name)
 
 
 optimizer.meant = lambda value: value if value.lower() in OPTIMIZERS else RULES(value)
@@ -124,6 +139,8 @@ def parser():
         "from a finished run.",
     )
     p.absent = {word: reason for reason, words in ABSENT.items() for word in words.split()}
+    figures = f"{command('scripts.reproduce')} draws the figures, and --replay repeats a run"
+    p.absent |= dict.fromkeys(("reproduce", "figure", "figures"), figures)
     add = p.add_argument_group("what to train").add_argument
     add("--arch", type=one_of(NETWORKS, *LIBRARIES, rest="NAME", meant=arch_meant),
         default="fcn", metavar="NET",
@@ -132,7 +149,8 @@ def parser():
     add("--dataset", type=one_of(DATASETS, "folder:", "npz:", meant=set_meant), default="cifar10",
         metavar="SET",
         help=f"{', '.join(DATASETS)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
-        "arrays as data.prepare writes them (default: %(default)s)")
+        "with train_images (N, H, W), (N, H, W, C) or (N, C, H, W), train_labels, whole numbers, "
+        "and the same of test (default: %(default)s)")
     add("--loss", type=one_of(LOSSES, meant=OBJECTIVES), default="mse", metavar="LOSS",
         help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
     add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
@@ -147,9 +165,11 @@ def parser():
         "or .pth; those of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
         "they are, as 'features.*'; may be given several times")
-    add("--augment", type=one_of(AUGMENTATIONS), default="default", metavar="HOW",
-        help="of the training images: default (the crops and flips of the data set), crop (no "
-        "flips, where left and right differ) or none (default: default)")
+    less = {"on": "default", "off": "none"}
+    add("--augment", type=one_of(AUGMENTATIONS, meant=lambda x: less.get(on_or_off(x))),
+        default="default", metavar="HOW", help="of the training images: default (the "
+        "crops and flips of the data set), crop (no flips, where left and right differ) or none "
+        "(default: default)")
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
@@ -180,7 +200,7 @@ def parser():
     add("--deterministic", action="store_true", help="the same bits each time on GPUs too "
         "(slower; an operation that has no such form is named)")
     add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
-    modes = {"type": one_of(MODES), "default": "auto", "metavar": "MODE"}
+    modes = {"type": one_of(MODES, meant=on_or_off), "default": "auto", "metavar": "MODE"}
     add("--cuda_graph", **modes, help="a step as one CUDA graph: auto (where it is possible: one "
         "GPU, arrays, whole batches, agd or a baseline), on, off (default: auto)")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -257,6 +277,8 @@ def without_effect(args):
     need(args.arch != "fcn" or args.channels_last != "on",
          "on is for convolutions, and the fcn has none", "channels_last")  # fmt: skip
     need(args.freeze is not None, "names no parameter", "freeze")
+    need((args.micro_bs or 0) < args.train_bs,
+         f"is not below --train_bs: a step takes {args.train_bs} images", "micro_bs")  # fmt: skip
     folder = is_folder(args.dataset)
     need(folder, f"is for imagenet and folder:PATH, not {args.dataset}",
          "image_size", "workers", "skip_bad_images")  # fmt: skip
@@ -416,7 +438,9 @@ def on_this_machine(p, args, check):
     except (RuntimeError, AssertionError) as error:  # meta has no .cpu()
         reason = str(error).splitlines()[0].split(". ")[0]
         if reason.startswith("Expected one of"):  # and 24 more
-            reason = "torch has cpu, cuda, mps, xpu" + near(args.device, ["cpu", "cuda", "mps"])
+            reason = "torch has cpu, cuda, mps, xpu" + near(args.device, ["cuda", "mps"])
+        if reason.startswith("Cannot copy out of meta"):
+            reason = "its tensors hold no numbers"
         p.error(f"no device {args.device!r} here: {reason}")
     if check and args.optimizer not in (*AUTOMATIC, *BASELINES):
         from training.foreign import optimizer_class

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import a_path, command, expand, number
+from cli import UserError, a_path, command, expand, number
 from data.common import DataError, data_folder, reason
 from data.imagenet_layout import OFFICIAL, few, read_layout
 from data.resize import read_image, shrink
@@ -48,10 +48,19 @@ def _shard(value):
     return int(part), int(parts)
 
 
+def named():
+    """The Path that $IMAGENET_PATH names, or None. Raises DataError where its ~ has no home."""
+    try:
+        given = os.environ.get("IMAGENET_PATH")
+        return Path(expand(given)) if given else None
+    except UserError as error:
+        raise DataError(f"$IMAGENET_PATH: {error}") from None
+
+
 def find(data_dir):
     """The folder of ImageNet to train on: $IMAGENET_PATH where it is set, else the prepared one."""
-    given = os.environ.get("IMAGENET_PATH")
-    path = Path(expand(given)) if given else data_folder(data_dir) / "imagenet"
+    given = named()
+    path = given or data_folder(data_dir) / "imagenet"
     if path.is_dir():
         return path
     if given:
@@ -238,8 +247,8 @@ def _report(splits, target, options, scratch):
         print(f"missing: {len(missing):,} class folders that no command has finished yet, "
               f"{few(missing)}")  # fmt: skip
     print(f"imagenet is {'not whole yet' if missing else 'ready'}: {target}")
-    given = os.environ.get("IMAGENET_PATH")
-    if given and target.resolve() != Path(expand(given)).resolve():
+    given = named()
+    if given and target.resolve() != given.resolve():
         print(f"Training takes $IMAGENET_PATH, {given}; unset it to train on {target}")
 
 

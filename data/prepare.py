@@ -90,8 +90,8 @@ def prepare(name, data_dir, source=None, check=False):
             load_arrays(made, *DATASETS[name][:2])
             os.replace(made, path)
     except OSError as error:
-        raise DataError(f"{name} could not be prepared in {data_dir}: {error}; give another "
-                        "--data_dir, or set $AGD_DATA") from error  # fmt: skip
+        raise DataError(f"{name} could not be prepared in {data_dir}: {reason(error)}; give "
+                        "another --data_dir, or set $AGD_DATA") from error  # fmt: skip
     return path
 
 
@@ -216,7 +216,7 @@ def main(argv=None):
     source = args.source
     try:
         if args.name == "imagenet":
-            source = source or os.environ.get("IMAGENET_PATH") or parser.error(
+            source = source or imagenet.named() or parser.error(
                 "imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")  # fmt: skip
             return imagenet.prepare(source, args.data_dir, **given)
         for flag in given:
@@ -227,8 +227,8 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {args.data_dir}/{args.name} cannot be written: {error}; the same command "
-              "goes on from what is there", file=sys.stderr)  # fmt: skip
+        print(f"error: {args.data_dir}/{args.name} cannot be written: {reason(error)}; the same "
+              "command goes on from what is there", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -21,10 +21,29 @@ import re
 import textwrap
 from collections import Counter
 
+from cli import Parser, a_path, command
+
+
+def parse(argv=None):
+    """(the parser, the arguments)."""
+    parser = Parser(prog=command("scripts.plot"), description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN",
+                        help="a log, output/logs/NAME.jsonl, its record, or a folder of logs")
+    parser.add_argument("-o", "--output", type=a_path, default="curves.png",
+                        help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"{args.output} does not end in .png, .pdf or .svg")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse()  # a mistake is refused before torch and matplotlib are imported, which takes seconds
+
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cli import Parser, a_path, command
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
@@ -220,15 +239,7 @@ def draw(runs):
 
 
 def main(argv=None):
-    parser = Parser(prog=command("scripts.plot"), description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN",
-                        help="a log, output/logs/NAME.jsonl, its record, or a folder of logs")
-    parser.add_argument("-o", "--output", type=a_path, default="curves.png",
-                        help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"{args.output} does not end in .png, .pdf or .svg")
+    parser, args = parse(argv)
     try:
         runs, notes = logs(args.runs)
         if len(runs) > MOST:

@@ -34,17 +34,10 @@ import re
 import shlex
 import subprocess
 
-import torch
-
 import flags
 from cli import Parser, UserError, a_path, command, device, number, one_of
-from data import data_folder, default_data_dir
-from data.workers import usable_cores
-from runs.log import RunError
+from data import default_data_dir
 from scripts.experiments import FIGURES, SCALES
-from scripts.results import Results, epochs_done, log_name
-from scripts.runner import ITSELF, Process, Runner, availability, file_to_fetch, is_finished, tasks
-from scripts.together import STREAMS, Host
 
 TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +54,11 @@ def duration(text):
 
 def figure(text):
     """An argument type: a figure, also as figure5, fig.5 or 5, or all."""
-    number = re.fullmatch(r"(?i)(?:fig(?:ure)?s?)?[\s._-]*0*(\d+)", text)
-    return one_of([*FIGURES, "all"])(f"fig{number[1]}" if number else text)
+    number = re.fullmatch(r"(?i)(fig(?:ure)?s?)?[\s._-]*0*(\d*)", text)
+    name = f"fig{number[2]}" if number else text
+    if number and name not in FIGURES and name != "fig":  # no other number is meant
+        raise argparse.ArgumentTypeError(f"no {name!r} among {', '.join([*FIGURES, 'all'])}")
+    return name if name == "fig" else one_of([*FIGURES, "all"])(name)
 
 
 def chosen_runs(text):
@@ -76,13 +72,15 @@ def chosen_runs(text):
     return lambda tasks: numbers
 
 
-def parse(argv):
+def parse(argv=None):
     """(the parser, the arguments)."""
     parser = Parser(
         prog=command("scripts.reproduce"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="figures:\n" + "\n".join(f"  {k:8}{what}" for k, what in FIGURES.items()),
     )  # fmt: skip
+    alone = "a figure stands alone, as in " + command("scripts.reproduce", "fig5")
+    parser.absent = dict.fromkeys(("fig", "figure", "figures", "plot", "run"), alone)
     add = parser.add_argument
     add("figures", nargs="+", metavar="FIGURE", type=figure,
         help="fig1 to fig8, fig11, phases, or all")
@@ -113,6 +111,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     parser.refuse(argv, without_effect(args))
     args.out = Path(args.out)
+    if set(args.figures) == {"fig"}:
+        parser.error("argument FIGURE: fig lacks its number, as fig5")
     args.figures = [x for x in FIGURES if x in args.figures or "all" in args.figures]
     if args.submit and (args.draw or args.runs or args.time_limit):
         parser.error("--submit sends whole runs: leave out --draw, --runs and --time_limit")
@@ -139,6 +139,19 @@ def without_effect(args):
     if args.submit:
         return {"together": "is of runs on this machine, not of those in a queue"}
     return {}
+
+
+if __name__ == "__main__":
+    parse()  # a mistake is refused before torch is imported, which takes seconds
+
+import torch
+
+from data import data_folder
+from data.workers import usable_cores
+from runs.log import RunError
+from scripts.results import Results, epochs_done, log_name
+from scripts.runner import ITSELF, Process, Runner, availability, file_to_fetch, is_finished, tasks
+from scripts.together import STREAMS, Host
 
 
 def main(argv=None):

@@ -110,10 +110,22 @@ main set.npz                                    | did you mean --dataset npz:set
 main {{tmp}}                                    | did you mean --dataset folder:
 main AdamW                                      | did you mean --optimizer AdamW
 main 50                                         | no place for 50
+main train                                      | main.py trains without the word
+main reproduce Figure5                          | scripts.reproduce draws
+main –-epochs 3                                | did you mean --epochs
+main —epochs=3                                 | did you mean --epochs
+{DIGITS} --no-bias                              | --no-bias: without --bias it is off
+{DIGITS} --no_flip                              | --augment crop leaves out the flips
+{DIGITS} --version                              | a run's log has the commit
+{DIGITS} --bias true                            | --bias takes no value: leave out true
+{DIGITS} --fresh 0                              | --fresh takes no value: leave out --fresh 0
+{DIGITS} --cpu=True                             | error: --cpu takes no value
 main --epochs                                   | --epochs: expected one argument
 main --epochs 0                                 | '0' is not a whole number from 1
 main --epochs {"9" * 5000}                      | --epochs
 main --train_bs 1.5                             | '1.5' is not a whole number
+main --epochs 1e400                             | '1e400' is not a whole number
+main --micro_bs 128                             | --micro_bs is not below --train_bs
 main --depth 1000000000                         | from 2 to 10000
 main --seed 10000000000000000000                | --seed
 main --gain nan                                 | finite
@@ -121,6 +133,9 @@ main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
 main --arch resnet                              | did you mean resnet
 main --arch ResNet-18                           | did you mean resnet18
 main --arch resnet34                            | did you mean torchvision:resnet34
+main --arch timm/ResNet18                       | did you mean timm:resnet18
+main --arch torchvision.models.resnet18         | did you mean torchvision:resnet18
+main --arch timm:                               | did you mean timm:NAME
 main --arch vit                                 | did you mean torchvision:vit_b_16
 main --arch mlp                                 | did you mean fcn
 main --loss cross_entropy                       | did you mean xent
@@ -130,9 +145,14 @@ main --dataset fashion-mnist                    | folder:PATH, npz:PATH
 main --dataset {{tmp}}                          | did you mean folder:
 main --dataset ./pictures                       | did you mean folder:./pictures
 main --dataset set.npz                          | did you mean npz:set.npz
-main --dataset folder:                          | folder:PATH
+main --dataset SET.NPZ                          | did you mean npz:SET.NPZ
+main --dataset folder:                          | did you mean folder:PATH
+main --dataset npz:                             | did you mean npz:PATH
 main --optimizer nowhere.Class --dataset digits | nowhere
 main --optimizer SpectralAGD                    | did you mean spectral
+main --optimizer lion                           | did you mean timm.optim.Lion
+main --optimizer optim.AdamW --cpu              | did you mean torch.optim.AdamW
+main --optimizer torch.AdamW --cpu              | did you mean torch.optim.AdamW
 main --layers 5                                 | did you mean --depth
 main --optimizer os.system --cpu                | no optimiser
 main --optimizer torch.optim.LBFGS --cpu        | several passes a step
@@ -157,14 +177,17 @@ main --device gpu                               | did you mean cuda?
 main --device GPU:1                             | did you mean cuda:1?
 main --device cuda0                             | did you mean cuda:0?
 main --device 0                                 | did you mean cuda:0?
+main --device 0,1                               | --distribute takes several
 main --device foo                               | torch has cpu, cuda, mps, xpu
-main --device meta                              | meta
+main --device cdua                              | did you mean cuda?
+main --device meta                              | its tensors hold no numbers
 main --image_size 64                            | folder:PATH
 main --augment flip                             | default, crop, none
+main --augment off                              | did you mean none
 {DIGITS} --augment crop                         | digits is not augmented
 main --dataset mnist --augment none             | mnist is not augmented
 main --cpu --cuda_graph on                      | it takes a CUDA device
-main --cuda_graph yes                           | auto, on, off
+main --cuda_graph yes                           | did you mean on
 main --dataset folder:/x --train_examples 9     | prepared sets
 main --save_every 0                             | neither a number of steps
 main --save_every 1e400h                        | neither a number of steps
@@ -188,7 +211,9 @@ prepare cifar10 --output x                      | there is no flag --output
 prepare imagenet --num_workers 4                | did you mean --jobs
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
-reproduce figure9                               | did you mean fig
+reproduce 9                                     | no 'fig9' among fig1, fig2
+reproduce figure                                | fig lacks its number
+reproduce --figure 5                            | a figure stands alone
 reproduce fig1 --device gpu                     | did you mean cuda?
 benchmark step --device gpu                     | no device 'gpu'
 benchmark steps                                 | did you mean step?
@@ -283,17 +308,27 @@ def test_flags_without_effect_of_earlier_commits_stay_in_their_records(
 
 
 @pytest.mark.parametrize("words", [
-    "--typo", "--help", "--batch_size 3", "digits", "--arch resnet18 --depth 34", "--device gpu",
-    "--dataset CIFAR-10", "--weights no.pt", "--lr 1", "--out ~nobody_here/x",
+    *(f"main.py {x}" for x in (
+        "--typo", "--help", "--batch_size 3", "digits", "--arch resnet18 --depth 34",
+        "--device gpu", "--dataset CIFAR-10", "--weights no.pt", "--lr 1", "--out ~nobody_here/x")),
+    "scripts/reproduce.py figure5.png", "scripts/plot.py x -o x.gif",
+    "scripts/benchmark/__main__.py steps",
 ])  # fmt: skip
-def test_a_refusal_does_not_wait_for_torch(words, capsys, monkeypatch):
+def test_a_refusal_does_not_wait_for_torch(words):
     """Its import takes a second or more."""
-    code = ("import runpy, sys\ntry: runpy.run_path('main.py', run_name='__main__')\n"
+    file, *words = words.split()
+    code = (f"import runpy, sys\ntry: runpy.run_path({file!r}, run_name='__main__')\n"
             "except SystemExit as end: code = end.code or 0\n"
-            "sys.exit(77 if {'torch', 'numpy'} & sys.modules.keys() else code)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=ROOT,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == (0 if words == "--help" else 2), done.stderr
+            "slow = {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+            "sys.exit(77 if slow else code)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True)
+    assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+
+
+@pytest.mark.parametrize("text", ["1e3", "1000.0", "+1000"])
+def test_a_whole_number_as_people_write_it(text):
+    epochs = flags.read(["--epochs", text])[1].epochs
+    assert epochs == 1000 and type(epochs) is int
 
 
 @pytest.mark.parametrize(("text", "figure"), [
@@ -302,6 +337,10 @@ def test_a_refusal_does_not_wait_for_torch(words, capsys, monkeypatch):
 ])  # fmt: skip
 def test_a_figure_is_taken_as_people_write_it(text, figure):
     assert reproduce.figure(text) == figure
+
+
+def test_a_figure_in_two_words_is_one():
+    assert reproduce.parse(["figure", "5", "Fig", "8", "--list"])[1].figures == ["fig5", "fig8"]
 
 
 def test_every_path_has_its_home(check, tmp_path, monkeypatch):
@@ -351,6 +390,12 @@ def test_no_home_directory(command, noun, check, monkeypatch):
     monkeypatch.setenv("HOME", "")
     monkeypatch.delenv("AGD_DATA", raising=False)
     check(command, noun)
+
+
+@pytest.mark.parametrize("command", ["main --dataset imagenet", "prepare imagenet"])
+def test_no_home_directory_for_imagenet(command, check, monkeypatch):
+    monkeypatch.setenv("IMAGENET_PATH", "~nobody_here/x")
+    check(f"{command} --data_dir {{tmp}}", "$IMAGENET_PATH: there is no user 'nobody_here'")
 
 
 @pytest.mark.parametrize(("command", "noun"), table(*FLAGS))
@@ -440,6 +485,7 @@ PLACES = table(
     (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
     (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),
     (f"{PREPARE} --from {{tmp}}/x.tar.gz", "is not the whole", text("x.tar.gz")),
+    (f"{PREPARE}/file --from {{tmp}}/file", "in TMP/file: File exists; give", text("file")),
     (f"{PREPARE} --from {{tmp}}/set.npz", "damaged or another", npz),
     (f"{PREPARE}/file --from {{tmp}}/set.npz", "could not be prepared",
      lambda tmp: [npz(tmp), text("file")(tmp)]),

@@ -169,7 +169,8 @@ def test_a_case_that_fails_keeps_the_others(error, code, tmp_path, capsys, monke
 
     cases = {"x": lambda args, device: {"ratios": {"a / b": 1.54321}, "rounds": args.repeats}}
     cases |= {"y": failing, "z": cases["x"]}
-    monkeypatch.setattr(benchmark, "CASES", {name: (x, 7, 2) for name, x in cases.items()})
+    monkeypatch.setattr(benchmark, "FUNCTIONS", cases)
+    monkeypatch.setattr(benchmark, "CASES", dict.fromkeys(cases, (7, 2)))
     monkeypatch.setenv("HOME", str(tmp_path))
     where = ["--out", str(tmp_path), "--data_dir", str(tmp_path / "sets")]
     assert benchmark.main(["all", "--device", "cpu", *where]) == code

@@ -38,10 +38,14 @@ def optimizer_class(dotted):
         package = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # of a file of the user's
         kind = "" if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: "
-        raise ValueError(f"no optimiser {dotted}: {kind}{error}".splitlines()[0]) from error
+        meant = f"; did you mean torch.{dotted}?" if module == "optim" else ""
+        raise ValueError(f"no optimiser {dotted}: {kind}{error}".splitlines()[0] + meant) from error
     cls = getattr(package, name, None)
     if not _is_optimizer(cls):
         meant = near(name, [x for x, kind in vars(package).items() if _is_optimizer(kind)])
+        if module in ("torch", "timm"):
+            own = importlib.import_module(f"{module}.optim")
+            meant = f"; did you mean {module}.optim.{name}?" if hasattr(own, name) else meant
         raise ValueError(f"{dotted} is no optimiser{meant or '; torch.optim.AdamW is one'}")
     _, *takes = inspect.signature(cls.step).parameters.values()
     if any(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in takes):

@@ -26,23 +26,15 @@ import argparse
 import json
 from datetime import datetime, timezone
 
-import torch
-
 import flags
 from architecture import NETWORKS
 from cli import Parser, UserError, a_path, command, number, one_of
 from cli import device as a_device
 from data import default_data_dir
-from runs.files import write_whole
-from runs.provenance import environment, processor, tilde
-from scripts.benchmark import draw, epoch, many, step
-from scripts.benchmark.measure import CLOCKS, note
-from training.display import table
 
-CASES = {  # name -> function, rounds, rounds of --quick
-    "step": (step.case, 40, 5), "spectral": (step.spectral, 15, 2), "epoch": (epoch.case, 7, 2),
-    "data": (epoch.folder, 7, 2), "many": (many.case, 3, 1),
-    "checkpoint": (epoch.checkpoint, 10, 2),
+CASES = {  # name -> rounds, rounds of --quick
+    "step": (40, 5), "spectral": (15, 2), "epoch": (7, 2), "data": (7, 2), "many": (3, 1),
+    "checkpoint": (10, 2),
 }  # fmt: skip
 USES = {  # flag -> the cases that it is of; what says where holds for all
     "arch": "epoch", "dataset": "epoch many checkpoint", "folder": "data", "image_size": "data",
@@ -67,25 +59,26 @@ def parse(argv=None):
     add("--depth", type=number(int, 2, 10_000), default=10)
     add("--width", type=number(int, 1, 1_000_000), default=256)
     add("--batch_size", type=whole, default=128)
-    rounds = ", ".join(f"{name} {rounds}" for name, (_, rounds, _) in CASES.items())
+    rounds = ", ".join(f"{name} {rounds}" for name, (rounds, _) in CASES.items())
     add("--repeats", type=whole, help=f"counted rounds (default: {rounds})")
-    add("--clock", choices=CLOCKS, default="wall", help="of steps and epochs: process counts the "
-        "processor's time for this process alone, for a busy machine and one thread")
-    add("--nets", type=number(int, 1, len(step.NETS) + len(step.STOCK)), metavar="N",
+    add("--clock", choices=["wall", "process"], default="wall", help="of steps and epochs: "
+        "process counts the processor's time for this process alone, for a busy machine and one "
+        "thread")
+    add("--nets", type=number(int, 1, 7), metavar="N",
         help="of the steps: the first N networks alone")
     add("--counts", type=whole, nargs="+", metavar="N",
         help="of many: so many runs at once, beside 1 (default: 2 4 8 16 32)")
     add("--together", choices=["auto", "on", "off"], default="auto",
         help="of many: as that of scripts.reproduce (default: auto)")
     add("--quick", action="store_true", help="small sizes and few rounds, to see that it works")
-    add("--device", type=a_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=a_device, help="(default: a GPU if there is one)")
     add("--data_dir", default=default_data_dir())
     add("--out", type=a_path, default="reproduced",
         help="(default: %(default)s; results holds the published files)")
     args = parser.parse_args(argv)
     parser.refuse(argv, without_effect(args))
-    # exits with a sentence where there is none
-    flags.parse(["--dataset", "digits", "--device", args.device])
+    where = ["--device", args.device] if args.device else []
+    args.device = flags.parse(["--dataset", "digits", *where]).device  # exits where there is none
     return args
 
 
@@ -100,9 +93,26 @@ def without_effect(args):
     return idle
 
 
+if __name__ == "__main__":
+    parse()  # a mistake is refused before torch is imported, which takes seconds
+
+import torch
+
+from runs.files import write_whole
+from runs.provenance import environment, processor, tilde
+from scripts.benchmark import draw, epoch, many, step
+from scripts.benchmark.measure import note
+from training.display import table
+
+FUNCTIONS = {
+    "step": step.case, "spectral": step.spectral, "epoch": epoch.case, "data": epoch.folder,
+    "many": many.case, "checkpoint": epoch.checkpoint,
+}  # fmt: skip
+
+
 def measure(name, args):
     """Run a case, write its result, a dict, and print its ratios."""
-    case, rounds, few = CASES[name]
+    case, (rounds, few) = FUNCTIONS[name], CASES[name]
     device, threads = torch.device(args.device), torch.get_num_threads()
     args = argparse.Namespace(**{**vars(args), "case": name})
     args.repeats = args.repeats or (few if args.quick else rounds)
