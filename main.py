@@ -15,9 +15,10 @@ if __name__ == "__main__":
 
 import math
 import os
+import socket
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 
 import torch
@@ -28,6 +29,7 @@ from architecture import build, is_library
 from architecture.weights import start
 from cli import every
 from data import load
+from data.workers import lost
 from distributed.slurm import restarted
 from runs.images import find_run
 from runs.log import RunError, as_logged
@@ -80,7 +82,17 @@ def train(args, world, requests):
         set_deterministic()
     if world.rank == 0:
         display.settings(flags.settings(args))
-    data = load_data(args, world)
+    with closing(load_data(args, world)) as data:
+        try:
+            return train_on(data, args, world, requests)
+        except RuntimeError as error:
+            if data.train.workers and (killed := lost(error)):
+                raise killed from error
+            raise
+
+
+def train_on(data, args, world, requests):
+    """Train the run on the Data of the flags. Returns the exit code."""
     net, notes = build_network(args, data, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     optimizer = build_optimizer(args, net, data, world)
@@ -88,6 +100,9 @@ def train(args, world, requests):
     if args.train_bs > data.train.examples:
         notes = [*notes, f"Note: --train_bs {args.train_bs} is more than the training images: a "
                          "step takes all of them, and an epoch is one step"]  # fmt: skip
+    # Before the log is opened: a run that is refused leaves none, on no rank.
+    nodes = world.all_gather_object(socket.gethostname())
+    notes = [*notes, *world.all_gather_object(data.start(nodes.count(nodes[world.rank])))[0]]
     if world.rank == 0:
         display.network(net, facts, notes)
         for note in data.notes:

@@ -183,8 +183,7 @@ def workers(args, world, neighbours, facts):
     try:
         notes = facts.data.start(neighbours)
     finally:
-        for part in parts:
-            part.close()
+        facts.data.close()
     for note in notes:
         yield "note", note
     if not notes:

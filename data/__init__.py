@@ -78,6 +78,11 @@ class Data(NamedTuple):
         parts = [part for part in (self.train, self.test) if part.workers]
         return workers.start(parts, self.shape, neighbours) if parts else []
 
+    def close(self):
+        """End the worker processes."""
+        for part in (self.train, self.test):
+            part.close()
+
 
 def load(
     name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -65,6 +66,8 @@ class FolderBatches(Batches):
     def start(self, workers):
         """Start that many worker processes, which wait for the first pass. Raises OSError and
         others of the system's, and leaves none behind."""
+        # Twice a loader; the number is the user's, and --check compares it with the cores.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         self.loader = DataLoader(
             self.images,
             batch_sampler=_Sampler(self),

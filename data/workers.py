@@ -19,7 +19,7 @@ from cli import UserError, guard_streams, size
 from data.common import DataError
 
 # Terminals and queues send these to every process of a job.
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
 LAST = 30  # seconds that a worker lives on after SIGTERM
 SHM = "/dev/shm"  # where worker processes leave their batches
@@ -28,7 +28,7 @@ AHEAD = 2  # batches that a worker prepares before they are asked for
 DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 REMEDIES = {
     **dict.fromkeys(DESCRIPTORS, "a larger `ulimit -n` helps"),
-    errno.EAGAIN: "a larger `ulimit -u` or pids limit of the container helps",
+    errno.EAGAIN: "a larger `ulimit -u`, `ulimit -v` or pids limit of the container helps",
     errno.ENOMEM: "more memory helps",
     errno.ENOSPC: f"{SHM} is full: a container with a larger --shm-size helps",
 }

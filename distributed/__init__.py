@@ -6,12 +6,12 @@ RANK and WORLD_SIZE, as Kubernetes' PyTorchJob does.
 
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
 import time
 import traceback
-import zlib
 from collections import Counter
 from datetime import timedelta
 from typing import NamedTuple
@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cli import UserError
-from distributed.launch import LaunchError, check_alone, read
+from distributed.launch import LaunchError, check_alone, is_first, read
 from distributed.sync_bn import SyncBatchNorm
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 # How gloo's and NCCL's errors say that another process has ended.
 PEER = re.compile("closed by peer|reset by peer|Broken pipe|remote process exited")
 GONE = ("another rank is gone: it was killed (out of memory?) or its node is down; "
@@ -178,7 +178,7 @@ class World:
         end = time.monotonic() + follows * HEARING
         try:
             time.sleep(follows * HEARING / 5)  # the port of a killed rank closes after the others
-            socket.create_connection((self.launch.address, self.launch.port), 2).close()
+            socket.create_connection((self.launch.host, self.launch.port), 2).close()
             while not self.store.check(["reason"]):  # prints a stack without a host
                 if time.monotonic() >= end:
                     first = self.store.add("failed", 1) == 1
@@ -236,7 +236,8 @@ def start(device, distribute=False, seconds=600):
     if device.index is not None:
         raise LaunchError(f"--distribute gives each rank a device of its own; leave out {device}")
     # Ctrl-C ends the process at once: Python's handlers would wait until torch's calls return.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in {*ENDING}
+                if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
     try:
         store = _meet(launch, seconds)
         if launch.local_rank is None:
@@ -276,7 +277,7 @@ def _meet(launch, seconds):
         if not hosts:
             _wait_for_rank_0(launch, seconds)
         store = dist.TCPStore(
-            launch.address, launch.port, launch.size, hosts, limit, wait_for_workers=False
+            launch.host, launch.port, launch.size, hosts, limit, wait_for_workers=False
         )
     except (OSError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[0].rpartition("message: ")[2].rstrip(".")
@@ -288,21 +289,30 @@ def _meet(launch, seconds):
         raise LaunchError(f"rank {launch.rank} finds no rank 0 at {launch.address}, port "
                           f"{launch.port}: is it running, by the same command? Export MASTER_ADDR "
                           "and MASTER_PORT if that is not its address") from error  # fmt: skip
-    # Ranks of another job at the same port, or of another command, do not count.
-    command = zlib.crc32(repr(sys.argv[1:]).encode())
-    store = dist.PrefixStore(f"agd/{launch.job}/{launch.size}/{command}", store)
+    # Ranks of another job at the same port do not count.
+    store, command = dist.PrefixStore(f"agd/{launch.job}/{launch.size}", store), sys.argv[1:]
     try:
         store.set(f"here/{launch.rank}", socket.gethostname())
-        if store.add("here", 1) == launch.size:
+        store.set(f"command/{launch.rank}", shlex.join(command))
+        first = store.get("command/0").decode()
+        if shlex.join(command) != first:
+            store.set("all", f"rank {launch.rank} has another command than rank 0: "
+                             f"{shlex.join(command)}, and not {first}")  # fmt: skip
+        elif store.add("here", 1) == launch.size:
             store.set("all", "")
         store.wait(["all"], limit)
+        reason = store.get("all").decode()
     except RuntimeError as error:
-        if launch.rank:  # rank 0 prints
-            raise LaunchError("") from error
+        if launch.rank:
+            reason = "not all the ranks came; rank 0 names them"
+            raise LaunchError(reason if is_first() else "") from error
         missing = [rank for rank in range(launch.size) if not store.check([f"here/{rank}"])]
         shown = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
         raise LaunchError(f"{len(missing)} of {launch.size} ranks did not come: {shown}; they have "
-                          "ended, or have another command, or never began") from error  # fmt: skip
+                          "ended, or never began") from error  # fmt: skip
+    if reason:
+        time.sleep(0 if launch.rank else HEARING)  # the others read it in rank 0's store
+        raise LaunchError(reason if is_first() else "")
     return store
 
 

@@ -5,7 +5,7 @@ import re
 import zlib
 from typing import NamedTuple
 
-from cli import UserError
+from cli import UserError, command
 from distributed.slurm import first_node
 
 # launcher -> the variables of (rank, size, local rank, ranks on this node). The first launcher with
@@ -56,6 +56,11 @@ class Launch(NamedTuple):
     port: int
     job: str
     agent: bool  # whether torchrun serves the store, instead of rank 0
+
+    @property
+    def host(self):
+        """The address of the store; of its own, rank 0's, which a pod's service may not lead to."""
+        return "127.0.0.1" if self.rank == 0 and not self.agent else self.address
 
 
 def read(environ=os.environ):
@@ -135,9 +140,15 @@ def check_alone(environ=os.environ):
             )
     if not is_launched(environ):
         for name in PLANS:
-            count = _whole(environ.get(name, "").rpartition(":")[2]) or 1  # 2, or 1:2
-            if count > 1:
+            value = environ.get(name, "").rpartition(":")[2]  # 2, or 1:2
+            if (_gpus() if value in ("auto", "gpu") else _whole(value) or 1) > 1:
                 raise LaunchError(_unstarted(name, environ[name]))
+
+
+def _gpus():
+    import torch  # flags are read without
+
+    return torch.cuda.device_count()
 
 
 def _set(environ):
@@ -166,7 +177,7 @@ def _launcher(environ):
     if whole in ("srun", None) and tasks != "1" and "SLURM_STEP_ID" not in environ:
         raise LaunchError(  # within sbatch or salloc
             f"SLURM_NTASKS is {tasks} and no srun has started this process: start with "
-            "`srun python main.py --distribute ...`"
+            f"`srun {command('main', '--distribute')} ...`"
         )
     # RANK and WORLD_SIZE of Kubernetes' training operator count the nodes, and PLANS the rest.
     for name in {None: PLANS, "variables": PLANS[1:]}.get(whole, ()):
@@ -176,14 +187,18 @@ def _launcher(environ):
     if kind is None:
         raise LaunchError(
             "--distribute needs a launcher, and none of its variables are set: start with "
-            "`torchrun --nproc_per_node=N main.py --distribute ...`, srun or mpirun"
+            f"`torchrun --nproc_per_node=N {_script()} --distribute ...`, srun or mpirun"
         )
     return kind
 
 
 def _unstarted(name, value):
     return (f"{name} is {value}, and no torchrun has started this process, which reads that: "
-            "start with `torchrun main.py --distribute ...`")  # fmt: skip
+            f"start with `torchrun {_script()} --distribute ...`")  # fmt: skip
+
+
+def _script():
+    return command("main").removeprefix("python ")
 
 
 def _number(launcher, quantity, environ):

@@ -405,6 +405,21 @@ def test_a_rank_that_does_not_come_is_named(run_ranks):
     assert "Traceback" not in "".join(errors)
 
 
+def test_pods_with_other_commands_say_so(tmp_path):
+    """Each of them, and at once; rank 0 listens whether or not it can reach its own address."""
+    port, processes = str(free_port()), []
+    for rank, address in enumerate(("1.5", "127.0.0.1")):
+        command = [sys.executable, "main.py", "--distribute", "--cpu", *FLAGS, "--out",
+                   str(tmp_path / str(rank))]  # fmt: skip
+        processes += launch(command, [{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
+                                       "MASTER_ADDR": address}])  # fmt: skip
+    for process in processes:
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 2 and "frame #" not in errors
+        assert errors.count("error: rank 1 has another command than rank 0: ") == 1, errors
+    assert not list(tmp_path.iterdir())
+
+
 SRUN_4 = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12",
           "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[3-4]"}  # fmt: skip
 HAND = by_hand(0, 2, 1)
@@ -508,12 +523,21 @@ HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRA
     # torchrun's flags as variables, for which no torchrun was started
     ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}, "`torchrun main.py --distribute"),
     ({"PET_NNODES": "1:4"}, "PET_NNODES is 1:4"), ({"PET_NPROC_PER_NODE": "8"}, "NODE is 8"),
+    ({"PET_NPROC_PER_NODE": "auto"}, "NODE is auto"), ({"PET_NPROC_PER_NODE": "gpu"}, "is gpu"),
 ])  # fmt: skip
-def test_several_processes_of_one_command_need_the_flag(variables, words):
+def test_several_processes_of_one_command_need_the_flag(variables, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError) as caught:
         check_alone(variables)
     assert (words or "") in str(caught.value) and bool(words) == bool(str(caught.value))
     assert ("torchrun" in str(caught.value)) == any(x in variables for x in PLANS)
+
+
+def test_a_launcher_is_named_with_the_path_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for variables in ({}, {"PET_NNODES": "2"}, {"SLURM_NTASKS": "2"}):
+        with pytest.raises(LaunchError, match=f" {ROOT / 'main.py'} --distribute"):
+            read(variables)
 
 
 LAUNCHES = {"torchrun": TORCHRUNS, "pod": POD, "mpirun": by_mpi(0, 2, 0, 2), "mpiexec": HYDRA,
@@ -531,7 +555,8 @@ LAUNCHES = {"torchrun": TORCHRUNS, "pod": POD, "mpirun": by_mpi(0, 2, 0, 2), "mp
     {**by_srun(1, 4), "PMI_RANK": "1", "PMI_SIZE": "4"},  # srun --mpi=pmi2
     *(dict.fromkeys(launch, "") for launch in LAUNCHES.values()),
 ])  # fmt: skip
-def test_a_run_of_its_own_needs_no_variable(variables):
+def test_a_run_of_its_own_needs_no_variable(variables, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_alone(variables)
     assert is_first(variables) or variables.get("SLURM_PROCID") == "1"
 

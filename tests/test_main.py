@@ -171,6 +171,7 @@ def wait_for(process, text):
 
 @pytest.mark.parametrize("how", [
     signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_broken_run_goes_on_bit_for_bit(how, tmp_path):

@@ -237,6 +237,12 @@ def test_signals_are_noted_once_a_run_listens(monkeypatch):
     requests.install()
     requests.listening = True
     assert [send(x) for x in (signal.SIGTERM, signal.SIGINT)] == [STOP] * 2
+    assert signal.SIGHUP in handlers
+    handlers.clear()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # nohup
+    Requests().install()
+    assert signal.SIGTERM in handlers and signal.SIGHUP not in handlers
+    requests.install()
     requests.since -= 2
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)

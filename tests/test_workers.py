@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class Part:
 
 @pytest.mark.parametrize("number, remedy", [
     (errno.EMFILE, "ulimit -n"), (errno.ENFILE, "ulimit -n"), (errno.EAGAIN, "ulimit -u"),
-    (errno.ENOMEM, "memory"), (errno.ENOSPC, "--shm-size"),
+    (errno.EAGAIN, "ulimit -v"), (errno.ENOMEM, "memory"), (errno.ENOSPC, "--shm-size"),
 ])  # fmt: skip
 def test_fewer_workers_where_the_system_has_no_more(number, remedy, monkeypatch):
     monkeypatch.setattr(workers, "_raise_limit", lambda: False)
@@ -108,6 +109,27 @@ def test_a_lower_limit_of_descriptors_is_raised_as_far_as_it_may_be(data):
             finally:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, change
+
+
+def test_as_many_workers_as_were_asked_for_are_no_warning(data):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert data(workers.usable_cores() + 1).start() == []
+    assert not [x for x in caught if "DataLoader" in str(x.message)]
+
+
+@pytest.mark.parametrize("limit", [30, 36])
+def test_the_check_finds_the_workers_that_the_run_does(limit, pictures):
+    """Of a limit of descriptors; a run that is refused leaves nothing behind."""
+    printed, codes = [], []
+    for more in ((), ("--check",)):
+        process = run(pictures, "--workers", "2", "--epochs", "1", *more,
+                      before=["bash", "-c", f'ulimit -n {limit}; exec "$@"', "x"])  # fmt: skip
+        printed.append(process.communicate(timeout=100)[0])
+        codes.append(process.returncode)
+    found = [re.findall("o worker process can|No more than 1 of 2", text) for text in printed]
+    assert found[0] == found[1], printed
+    assert (codes, (pictures / "out").exists()) in (([2, 1], False), ([0, 0], True))
 
 
 def test_batches_without_room_in_shared_memory_go_through_pipes(data, monkeypatch):

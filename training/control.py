@@ -11,7 +11,8 @@ NOTHING, SAVE, ANNOUNCED, STOP = range(4)
 
 # SIGUSR1 and SIGUSR2 announce the end of a job's time, or ask a run that is no job to save.
 ANNOUNCING = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-ENDING = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; a queue's way to end a job
+# Ctrl-C; a queue's way to end a job; a terminal that closes.
+ENDING = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 ONE = 1.0  # seconds within which two signals are one that a launcher has passed on
 
 
@@ -30,11 +31,13 @@ class Requests:
 
     def install(self, ending=True):
         """Handle this process's signals; call it in the main thread. Without `ending`, only the
-        signals that announce the end of a job's time, which would kill the process."""
+        signals that announce the end of a job's time, which would kill the process. SIGHUP stays
+        ignored, as nohup has it."""
         for number in ANNOUNCING:
             signal.signal(number, self.announce)
         for number in ENDING if ending else ():
-            signal.signal(number, self._end)
+            if number in ENDING[:2] or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._end)
 
     def take(self):
         """STOP once a stop was requested, else ANNOUNCED once for an announcement, else NOTHING."""

@@ -1,5 +1,6 @@
 """What a run prints: tables, the progress of its epochs, its end."""
 
+import math
 import os
 import sys
 import time
@@ -116,7 +117,7 @@ class Progress:
             return
         place, now = (epoch, doing), time.monotonic()
         if place != self.place:
-            self.place, self.figures, due = place, None, due or self.terminal
+            self.place, due = place, due or self.terminal
         self.figures = figures or self.figures
         if not due and not (self.terminal and now > self.shown + TENTH):
             return
@@ -132,7 +133,11 @@ class Progress:
             print("  ".join(["in " + parts[0], *parts[1:]]), flush=True)
 
     def _parts(self, epoch, doing, i, of):
-        return [f"epoch {epoch}/{self.epochs}", f"{doing} {i}/{of}", *self._figures()]
+        parts = [f"epoch {epoch}/{self.epochs}", f"{doing} {i}/{of}", *self._figures()]
+        if self.terminal and len("  ".join(parts)) > width() - CTRL_C - BAR:
+            head, doing, *figures = parts  # the figures first, where there is no room for all
+            parts = [head.removeprefix("epoch ") if figures else head, *figures, doing]
+        return parts
 
     def _figures(self):
         """The words of the figures; eta is NaN where there is none."""
@@ -153,7 +158,10 @@ class Progress:
             parts += [f"{rate:,.0f} img/s"]
         parts += [f"{row['seconds']:.2f} s"]
         self.note(fitting(parts, width()) if self.terminal else "  ".join(parts))
-        self.due = time.monotonic() + self.every
+        if self.terminal:  # until there are new ones: an epoch may be shorter than a second
+            self.figures = row["train_loss"], math.nan if eta is None else eta
+        else:
+            self.figures, self.due = None, time.monotonic() + self.every
 
     def note(self, text):
         """Print a line, above the bar where there is one."""

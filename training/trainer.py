@@ -7,7 +7,6 @@ all of it: a run that resumes is, on the same hardware, to the bit the run that 
 import json
 import math
 import random
-import socket
 import sys
 import time
 from collections import deque
@@ -210,9 +209,6 @@ class Trainer:
         ending = Ending()
         try:
             self.control.requests.listening = True
-            nodes = self.world.all_gather_object(socket.gethostname())
-            for note in self.data.start(nodes.count(nodes[self.world.rank])):
-                self.progress.note(note)
             while self.epoch < self.epochs and ending.reason is None:
                 reason = self._run_epoch(self.profile if self.epoch + 1 == whole else None)
                 ending = Ending(reason, exit_code=int(reason is not None))
@@ -228,8 +224,7 @@ class Trainer:
             self.progress.close()
             if self.graphed is not None:
                 self.graphed.close()
-            for part in self.data[:2]:
-                part.close()
+            self.data.close()
         if ending.reason is None and self.failure is not None:
             ending = Ending(
                 f"all {self.epochs} epochs are done, but not saved: {self.failure}. Once it can be "
