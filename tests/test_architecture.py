@@ -419,7 +419,7 @@ def test_a_run_of_any_network(flags, words, settings, default, tmp_path):
     (["--layers", "path"], "did you mean paths?"),
     (["--arch", "torchvision:resnet19"], "did you mean resnet18?"),
     (["--arch", "torchvision:"], "no 'torchvision:' among"),
-    (["--arch", "torchvison:resnet18"], "did you mean torchvision:?"),
+    (["--arch", "torchvison:resnet18"], "did you mean torchvision:NAME?"),
     (["--arch", "timm:resnett18"], "did you mean resnet18?"),
     (["--arch", "timm:resnet18.a1_in1j"], "did you mean resnet18"),
     (["--weights", "nowhere.pt"], "there is no file nowhere.pt"),

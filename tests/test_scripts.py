@@ -19,7 +19,7 @@ from tests.test_structure import COMMANDS
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("my runs")
+    out = tmp_path_factory.mktemp("runs") / "my runs"  # "above" has no others
     for flags in (["--seed", "0"], ["--seed", "1"], ["--optimizer", "adam"]):
         program.main(["--dataset", "digits", "--depth", "3", "--width", "16", "--epochs", "3",
                       "--out", str(out), *flags])  # fmt: skip
