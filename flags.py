@@ -278,7 +278,8 @@ def without_effect(args):
          "on is for convolutions, and the fcn has none", "channels_last")  # fmt: skip
     need(args.freeze is not None, "names no parameter", "freeze")
     need((args.micro_bs or 0) < args.train_bs,
-         f"is not below --train_bs: a step takes {args.train_bs} images", "micro_bs")  # fmt: skip
+         f"is not below --train_bs {args.train_bs} and changes no step: leave it out",
+         "micro_bs")  # fmt: skip
     folder = is_folder(args.dataset)
     need(folder, f"is for imagenet and folder:PATH, not {args.dataset}",
          "image_size", "workers", "skip_bad_images")  # fmt: skip

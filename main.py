@@ -100,20 +100,23 @@ def train_on(data, args, world, requests):
     if args.train_bs > data.train.examples:
         notes = [*notes, f"Note: --train_bs {args.train_bs} is more than the training images: a "
                          "step takes all of them, and an epoch is one step"]  # fmt: skip
-    # Before the log is opened: a run that is refused leaves none, on no rank.
-    nodes = world.all_gather_object(socket.gethostname())
-    notes = [*notes, *world.all_gather_object(data.start(nodes.count(nodes[world.rank])))[0]]
     if world.rank == 0:
         display.network(net, facts, notes)
         for note in data.notes:
             print(f"Note: {note}", file=sys.stderr)
 
-    log, record, promised = open_log(args, world, data, facts)
-    finished = world.broadcast_object(log.finished(args.epochs) if log else None)
+    log, record, promised, anew = open_log(args, world, data, facts)
+    finished = world.broadcast_object(log.finished(args.epochs) if log and not anew else None)
     if finished is not None:
         if log:
             display.already(log, *finished)
         return 0 if finished[-1] is None else 1
+    # Before the log is written: a run that is refused leaves none, on no rank.
+    nodes = world.all_gather_object(socket.gethostname())
+    remarks = world.all_gather_object(data.start(nodes.count(nodes[world.rank])))[0]
+    if anew:
+        log.lock_or_fail()
+        log.discard()
     resumed = log.start(first_row(args, world, data, facts, log.name)) if log else None
     if record:
         record.begin(resumed[0]["epoch"] if resumed[0] else None)
@@ -121,8 +124,8 @@ def train_on(data, args, world, requests):
     rows = world.broadcast_object(log.epochs() if log else None)
 
     progress = display.Progress(args.epochs, len(data.train), quiet=log is None)
-    if warning:
-        progress.note(f"Warning: {warning}")
+    for remark in [*remarks, f"Warning: {warning}"] if warning else remarks:
+        progress.note(remark)
     profile = make_profile(args, log, world, len(data.train))
     trainer = Trainer(
         world, data, net, optimizer, LOSSES[args.loss],
@@ -239,10 +242,10 @@ def facts_of(args, data, net, optimizer, channels_last):
 
 
 def open_log(args, world, data, facts):
-    """(RunLog, Record, the result that a replay has to reproduce or None) of rank 0; of the other
-    ranks None each."""
+    """(RunLog, Record, the result that a replay has to reproduce or None, whether an earlier run of
+    the name is to be discarded) of rank 0; of the other ranks None each."""
     if world.rank > 0:
-        return None, None, None
+        return None, None, None, None
     log = find_run(args.out, vars(args), data)
     new = args.out == flags.parser().get_default("out") and not os.path.exists(log.log_path)
     if new and os.path.exists(os.path.join(FORMER_OUT, "logs", log.log_path.name)):
@@ -255,10 +258,7 @@ def open_log(args, world, data, facts):
         promised = record.promised(args.replay, display.table)
     # An interrupted replay resumes; a finished one is made again.
     over = args.fresh if args.replay is None else log.finished(args.epochs) is not None
-    if over and not restarted():
-        log.lock_or_fail()
-        log.discard()
-    return log, record, promised
+    return log, record, promised, over and not restarted()
 
 
 def first_row(args, world, data, facts, name):

@@ -148,6 +148,8 @@ def open_folders(
     source = {"train": train.examples, "val": test.examples}
     paths = [path for part in (train, test) for path, _ in part.images.samples]
     shape = (3, image_size, image_size)
+    if train.mean is not mean:  # earlier versions saw deep images otherwise
+        source["normalised"] = "by its own statistics"
     notes = train.notes + test.notes
     return train, test, shape, len(train.classes), source, (root, paths), train.classes, notes
 

@@ -71,7 +71,7 @@ def is_deep(image):
 
 
 def has_deep_colours(image):
-    """Whether PIL's image has the upper bytes alone of the file's samples of 12 or 16 bits."""
+    """Whether PIL's image has 8 bits of the file's samples of 12 or 16."""
     codec, _, _, args = image.tile[0] if image.tile else ("", 0, 0, "")
     mode, *rest = [args] if isinstance(args, str) else args or [""]
     return codec == "SGI16" or ";16" in str(mode) or image.format == "PPM" and rest[:1] > [255]

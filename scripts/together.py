@@ -147,7 +147,8 @@ def serve():
             each.stop()
 
     for number in ENDING:
-        signal.signal(number, stop)
+        if number in ENDING[:2] or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     for number in ANNOUNCING:
         signal.signal(number, lambda *_: [each.announce() for each in list(requests.values())])
     for line in sys.stdin:

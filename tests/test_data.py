@@ -720,6 +720,7 @@ def test_a_folder_of_deep_images_is_normalised_by_its_own_statistics(kind, tmp_p
                 values = values.astype(np.uint16) << (4 if kind == "8 bits" else 0)
                 deep_file(tmp_path / split / name / f"{i}.png", values, kind)
     ours = load(f"folder:{tmp_path}", "", 4, 4, CPU, image_size=32)
+    assert ("normalised" in ours.source) == (kind != "8 bits")
     if kind == "8 bits":
         assert (ours.train.mean, ours.test.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     else:

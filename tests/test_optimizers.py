@@ -207,6 +207,8 @@ def test_a_class_of_a_users_own_goes_on_to_the_bit(text, in_folder, trains):
          "return state['p'].x"), "cannot go on from a checkpoint: AttributeError"),
     (own("self.t = getattr(self, 't', 0) + 1\nreturn 1 / self.t"), "its state_dict() lacks t;"),
     (own("self.t = getattr(self, 't', 0) + 1\nreturn 2 if self.t % 4000 == 0 else 1"), "lacks t;"),
+    *((own(f"self.t = getattr(self, 't', {t})\nself.t[0] += 1\nreturn 2 if self.t[0] % 4000 == 0 "
+           "else 1"), "lacks t;") for t in ("[0]", "{0: 0}", "numpy.zeros(1)")),
     (MODES.replace("MODE", "self.on"), "its state_dict() lacks"),
     (own("return random.random()"), "its state_dict() lacks something"),
     (own("return 1").replace("step(self)", "step(self, closure)"), "several passes"),

@@ -3,6 +3,7 @@ from a checkpoint to the bit."""
 
 import importlib
 import inspect
+import numbers
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections import deque
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 import agd
@@ -21,7 +23,6 @@ from training.step import set_training, show_average
 
 LARGEST = 96  # the sides of a weight in the trial; what splits weights, splits by such numbers
 EPOCH = 8  # the steps of its two epochs
-NUMBERS = (int, float, complex, torch.Tensor)
 SEEDING = threading.Lock()  # all threads share the global generator
 
 
@@ -90,7 +91,7 @@ def foreign(dotted, parameters, lr=None):
         lacking = _try_out(make, parameters, blame)
     if lacking is not None:
         raise Unusable(
-            f"--optimizer {dotted} would not go on from a checkpoint to the same weights: its "
+            f"--optimizer {dotted} would not go on from a checkpoint as it stopped: its "
             f"state_dict() lacks {', '.join(lacking) or 'something'}; the state, the groups and "
             "torch's generators are what is saved"
         )
@@ -151,10 +152,10 @@ def _try_out(make, parameters, blame):
             same = all(torch.equal(*(x.detach().nan_to_num() for x in pair))
                        for pair in zip(net, again))  # fmt: skip
             odd = [x for x in vars(optimizer) if _differs(vars(optimizer), vars(resumed), x)]
-            # A count may change the weights in a later step; lists of words, say, are a diary.
-            numbers = [x for x in odd if isinstance(vars(optimizer)[x], NUMBERS)]
-            if numbers or not same:
-                return numbers or odd
+            # A count may change the weights in a later step; words, and longer lists, are a diary.
+            counts = [x for x in odd if _counts(vars(optimizer)[x], vars(resumed).get(x))]
+            if counts or not same:
+                return counts or odd
     finally:
         set_generators(before, device)
     return None
@@ -162,12 +163,21 @@ def _try_out(make, parameters, blame):
 
 def _differs(one, other, key):
     """Whether an attribute of plain values, outside of state_dict(), differs."""
+    a, b = (x.tolist() if isinstance(x, np.ndarray) else x for x in (one[key], other.get(key)))
     try:
-        return key not in ("state", "param_groups", "defaults") and (
-            pack(plain(one[key])) != pack(plain(other.get(key)))
-        )
+        return key not in ("state", "param_groups", "defaults") and pack(plain(a)) != pack(plain(b))
     except Exception:  # no plain value
         return False
+
+
+def _counts(one, other):
+    """Whether two values hold numbers, as many in both."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        one, other = [*one.values()], [*other.values()]
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, type(one)) and len(one) == len(other) and (
+            any(map(_counts, one, other)))  # fmt: skip
+    return isinstance(one, (numbers.Number, np.ndarray, torch.Tensor))
 
 
 def _reason(error, cls):
