@@ -46,6 +46,23 @@ class Report:
     note: str = ""
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """A context that Ctrl-C or SIGTERM ends, and does not interrupt: a process that has begun is in
+    ALIVE."""
+    arrived, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            handlers[number] = signal.signal(number, lambda *_: arrived.append(True))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if arrived:
+        raise KeyboardInterrupt
+
+
 class Child:
     """A process of main.py. With a `plan`, see victim.py, it strikes itself. A hit of `kind` is one
     that came before the end; then the exit code may be one of `codes` instead of 0."""
@@ -59,12 +76,12 @@ class Child:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
         self.what, self.kind, self.codes, self.plan = "unbroken", kind, codes, plan or {}
         self.paths, self.struck = [lab.folder / "stdout", lab.folder / "stderr"], None
-        with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
+        with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err, uninterrupted():
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=err,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        ALIVE.add(self.process.pid)
+            ALIVE.add(self.process.pid)
 
     def wait(self, seconds):
         """Returns whether it ended within `seconds`."""
