@@ -198,8 +198,8 @@ def load_state(optimizer, state):
     strings apart: what has changed so is put back.
     """
     optimizer.load_state_dict(state)
-    for now, then in zip(optimizer.param_groups, state["param_groups"]):
-        for p, number in zip(now["params"], then["params"]):
+    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+        for p, number in zip(group["params"], saved["params"]):
             if p in optimizer.state and number in state["state"]:
                 optimizer.state[p] = _as_saved(optimizer.state[p], state["state"][number])
 
