@@ -202,6 +202,7 @@ def fuzz(*args):
 
 def feed(reader, files, inputs, folder, seed, seconds, counts):
     """Feed `inputs` made of `files` to the reader in this process, which a finding ends."""
+    torch.set_num_threads(1)  # more would wait for threads that a fork leaves behind
     path, watching = Path(folder, "input"), False
     with open(Path(folder, "stderr"), "wb") as file:
         os.dup2(file.fileno(), 1)  # libtiff and libjpeg print
