@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import command
-from data.batches import Batches
+from data.batches import ImageBatches
 from data.common import DataError, reason
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -20,7 +20,7 @@ MODEST, RATIO = 2**28, 100
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-class ArrayBatches(Batches):
+class ArrayBatches(ImageBatches):
     """Batches of images (N, H, W, C) uint8 and labels (N,) int64, both numpy arrays.
 
     The last batch may be smaller; no image is left out. Cropping pads an image with zeros (black)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from cli import printable
 from data.arrays import channel_statistics
-from data.batches import Batches
+from data.batches import ImageBatches
 from data.common import DataError, reason
 from data.imagenet_layout import entries_of, few, unreadable
 from data.resize import has_deep_colours, is_deep, is_image, open_image, read_image, suffix, to_rgb
@@ -37,7 +37,7 @@ KINDS = 12  # of files that a sentence lists
 NONE = "without a suffix"
 
 
-class FolderBatches(Batches):
+class FolderBatches(ImageBatches):
     """Batches of the images below `root`, one folder a class, at `image_size` x `image_size`.
 
     Training takes a RandomResizedCrop and a flip (`augment` crop: no flip; none: what testing
