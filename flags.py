@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from architecture import LIBRARIES, NETWORKS, SUFFIXES, Unfit, is_library
+from architecture import GPTS, LIBRARIES, NETWORKS, SUFFIXES, Unfit, is_library
 from cli import (
     Joined,
     Parser,
@@ -24,16 +24,23 @@ from cli import (
     one_of,
     synonyms,
 )
-from data import AUGMENTATIONS, DATASETS, default_data_dir, is_folder
+from data import AUGMENTATIONS, DATASETS, TEXTS, default_data_dir, is_folder, is_text
 from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS
 
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
+# Defaults that the data decide: of images and of a text.
+OF_IMAGES = {"loss": "mse", "epochs": 200, "train_bs": 128}
+OF_TEXT = {"loss": "xent", "epochs": 6, "train_bs": 16}
+FCN = {"depth": 10, "width": 256}
+EPOCH_STEPS = 250
 
 # What people type elsewhere: what they mean here.
 ARCHS = synonyms("""
 fcn mlp fc dense linear fully_connected perceptron fcnet
 vgg vgg16 vgg16_bn
+gpt transformer lm nanogpt mingpt chargpt decoder
+gpt2 gpt2_small gpt2_124m gpt_2
 torchvision:vit_b_16 vit vit_b vit_base visiontransformer
 torchvision:convnext_tiny convnext
 torchvision:densenet121 densenet
@@ -53,6 +60,7 @@ cifar10 cifar c10
 cifar100 c100
 imagenet imagenet_1k ilsvrc ilsvrc2012 in1k
 digits sklearn load_digits optdigits
+shakespeare shakespeare_char tinyshakespeare tiny_shakespeare chars
 """)
 OBJECTIVES = synonyms("""
 mse l2 square squared mse_loss square_loss mean_squared_error
@@ -87,15 +95,21 @@ ABSENT = {
     "starts from a file":
         "resume resumefrom resumefromcheckpoint continue checkpoint ckpt load restore r "
         "autoresume loadcheckpoint",
-    "a run has a number of --epochs": "iters iterations maxiters maxiter maxsteps steps nsteps "
-        "numsteps maxiterations numiters earlystopping patience maxtime",
-    "each epoch ends with a test": "test eval evaluate validate validation valinterval evalonly "
-        "evalevery evalinterval evalsteps doeval",
+    "a run has a number of --epochs, of a text each of --epoch_steps": "iters iterations maxiters "
+        "maxiter maxsteps steps nsteps numsteps maxiterations numiters earlystopping patience "
+        "maxtime",
+    "each epoch ends with a test, and of a text it has --epoch_steps": "test eval evaluate "
+        "validate validation valinterval evalonly evalevery evalinterval evalsteps doeval",
+    "the blocks of a gpt are its --depth": "nlayer nlayers numlayers blocks",
+    "its name is --width": "nembd embd dmodel hiddensize embeddim dim hidden",
+    "its name is --heads": "nhead nheads numheads",
+    "its name is --context": "blocksize seqlen sequencelength contextlength maxlength ctx",
+    "its name is --vocab": "vocabsize vocabulary",
     "the log is lines of JSON under --out, and scripts.plot draws it":
         "wandb tensorboard tb logger mlflow comet project wandbproject plot",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
     "the images have the number of classes": "numclasses nclasses classes nclass",
-    "the networks and losses take no other setting": "dropout drop droprate droppath "
+    "the networks and losses take no other setting": "droppath "
         "labelsmoothing smoothing mixup cutmix classweights",
     "--augment crop leaves out the flips, and --augment none all":
         "flip flips noflip noflips hflip nohflip noaugment noaugmentation noaug",
@@ -115,7 +129,11 @@ def arch_meant(value):
 def set_meant(value):
     if value.lower().endswith(".npz"):
         return f"npz:{value}"
+    if value.lower().endswith(".txt"):
+        return f"text:{value}"
     is_path = os.sep in value or os.path.isdir(os.path.expanduser(value))
+    if os.path.isfile(os.path.expanduser(os.path.join(value, "train.bin"))):
+        return f"tokens:{value}"
     return f"folder:{value}" if is_path and ":" not in value else SETS(value)
 
 
@@ -142,25 +160,31 @@ def parser():
     figures = f"{command('scripts.reproduce')} draws the figures, and --replay repeats a run"
     p.absent |= dict.fromkeys(("reproduce", "figure", "figures"), figures)
     add = p.add_argument_group("what to train").add_argument
-    add("--arch", type=one_of(NETWORKS, *LIBRARIES, rest="NAME", meant=arch_meant),
+    gpt, gpt2 = GPTS.values()
+    add("--arch", type=one_of([*NETWORKS, *GPTS], *LIBRARIES, rest="NAME", meant=arch_meant),
         default="fcn", metavar="NET",
-        help=f"{', '.join(NETWORKS)}; torchvision:NAME or timm:NAME, a classifier of theirs, with "
-        "their start of the weights (default: %(default)s)")
-    add("--dataset", type=one_of(DATASETS, "folder:", "npz:", meant=set_meant), default="cifar10",
-        metavar="SET",
+        help=f"{', '.join(NETWORKS)}; of a text {' or '.join(GPTS)}; torchvision:NAME or "
+        "timm:NAME, a classifier of theirs, with their start of the weights (default: "
+        "%(default)s)")
+    add("--dataset", type=one_of([*DATASETS, TEXTS[0]], "folder:", "npz:", *TEXTS[1:],
+                                 meant=set_meant),
+        default="cifar10", metavar="SET",
         help=f"{', '.join(DATASETS)}; folder:PATH with train/ and val/; npz:FILE in --data_dir, "
         "with train_images (N, H, W), (N, H, W, C) or (N, C, H, W), train_labels, whole numbers, "
-        "and the same of test (default: %(default)s)")
-    add("--loss", type=one_of(LOSSES, meant=OBJECTIVES), default="mse", metavar="LOSS",
-        help="mse (square loss) or xent (cross-entropy) (default: %(default)s)")
-    add("--depth", type=number(int, 2, 10_000), default=10, help="layers of the fcn (default: 10)")
-    add("--width", type=number(int, 1, 1_000_000), default=256,
-        help="width of the fcn (default: 256)")
-    # None, not False, where they are off: what earlier runs have logged of them.
-    add("--bias", action="store_true", default=None,
-        help=f"biases in the layers of {', '.join(NETWORKS)}")
-    add("--affine", action="store_true", default=None,
-        help="gains and biases in their norms")
+        "and the same of test; texts: shakespeare, text:FILE in UTF-8, tokens:FOLDER of train.bin "
+        "and val.bin (default: %(default)s)")
+    add("--loss", type=one_of(LOSSES, meant=OBJECTIVES), metavar="LOSS",
+        help="mse (square loss) or xent (cross-entropy) (default: mse, of a text xent)")
+    add("--depth", type=number(int, 1, 10_000), help="layers of the fcn, blocks of a gpt (default: "
+        f"10, gpt {gpt.depth}, gpt2 {gpt2.depth})")
+    add("--width", type=number(int, 1, 1_000_000), help="of the fcn or a gpt (default: 256, gpt "
+        f"{gpt.width}, gpt2 {gpt2.width})")
+    # None where the network's own default holds: what earlier runs have logged of them.
+    switch = {"nargs": "?", "const": "on", "type": one_of(("on", "off"), meant=on_or_off),
+              "metavar": "on|off"}  # fmt: skip
+    add("--bias", **switch, help=f"biases in the layers of {', '.join(NETWORKS)} (default: off) or "
+        "a gpt (on)")
+    add("--affine", **switch, help="gains and biases in their norms likewise")
     add("--weights", type=a_path, metavar="FILE", help="weights to start from: .safetensors, .pt "
         "or .pth; those of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
@@ -173,9 +197,9 @@ def parser():
     add("--train_examples", type=number(int, 1), metavar="N", help="the first N images alone")
     add("--test_examples", type=number(int, 1), metavar="N", help="in testing likewise")
     add = p.add_argument_group("how").add_argument
-    add("--epochs", type=number(int, 1), default=200, help="(default: 200)")
-    add("--train_bs", type=number(int, 1), default=128,
-        help="images a step, on all devices together (default: 128)")
+    add("--epochs", type=number(int, 1), help="(default: 200, of a text 6)")
+    add("--train_bs", type=number(int, 1), help="images a step, on all devices together, or "
+        "windows of a text (default: 128, of a text 16)")
     add("--test_bs", type=number(int, 1), metavar="N", help="in testing (default: as many as pay "
         "on the device, halved where memory runs out)")
     add("--micro_bs", type=number(int, 1), metavar="N", help="images that a device takes at a "
@@ -229,6 +253,19 @@ def parser():
     add("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
         help="processes that decode images (default: %(default)s)")
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded")
+    add = p.add_argument_group("texts").add_argument
+    add("--heads", type=number(int, 1, 10_000),
+        help=f"of attention (default: gpt {gpt.heads}, gpt2 {gpt2.heads})")
+    add("--context", type=number(int, 1, 2**20), help="tokens in a window (default: gpt "
+        f"{gpt.context}, gpt2 {gpt2.context})")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, metavar="P",
+        help="of embeddings, attention and branches (default: 0)")
+    add("--tied", **switch, help="whether the head's weight is the embedding (default: gpt off, "
+        "gpt2 on)")
+    add("--vocab", type=number(int, 2, 2**31 - 1), metavar="N", help="tokens in the vocabulary of "
+        "tokens:FOLDER (default: that of its meta.json)")
+    add("--epoch_steps", type=number(int, 1), metavar="N", help="steps of an epoch, after which "
+        f"the loss on the validation text is measured (default: {EPOCH_STEPS})")
     add = p.add_argument_group("log").add_argument
     add("--log_steps", nargs="?", const="all", type=all_or(number(int, 1)), metavar="EPOCHS",
         help="a row a step beside the row an epoch, in the first EPOCHS or in all")
@@ -241,10 +278,13 @@ def words(p, flags):
     """The words of the command line that set `flags`, a dict of all of them, beyond their defaults.
     Flags that concern an earlier run or the screen are left out."""
     passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "replay")
-    line = []
+    line, own = [], own_defaults(argparse.Namespace(**flags))
     for action in p._actions:
         value = flags.get(action.dest, action.default)
-        if action.dest in passing or value == action.default or value is None or value is False:
+        if value is False and action.const == "on":
+            value = "off"
+        default = own.get(action.dest, action.default)
+        if action.dest in passing or value == default or value is None or value is False:
             continue
         flag = action.option_strings[-1]
         line.append(flag if value is True else f"{flag}={value}")
@@ -268,14 +308,19 @@ def without_effect(args):
     def need(met, reason, *names):
         idle.update(dict.fromkeys(() if met else names, reason))
 
-    need(args.arch == "fcn", f"is for the fcn: {args.arch} has its own", "depth", "width")
-    own = f"is for {', '.join(NETWORKS)}; {args.arch} has"
+    gpt, text = args.arch in GPTS, is_text(args.dataset)
+    need(args.arch == "fcn" or gpt, f"is for the fcn and the gpt: {args.arch} has its own",
+         "depth", "width")  # fmt: skip
+    need(gpt, f"is for the gpt, and {args.arch} has none", "heads", "dropout", "tied")
+    need(text, f"is for texts, and {args.dataset} has images", "context", "epoch_steps")
+    need(args.dataset.startswith("tokens:"), "is for tokens:FOLDER", "vocab")
+    own = f"is for {', '.join([*NETWORKS, *GPTS])}; {args.arch} has"
     need(not library, f"{own} biases of its own", "bias")
     need(not library, f"{own} norms of its own", "affine")
     need(args.arch != "fcn", "is for networks with norms, and the fcn has none", "affine")
     need(args.distribute, "goes with --distribute: one device has the whole batch", "sync_bn")
-    need(args.arch != "fcn" or args.channels_last != "on",
-         "on is for convolutions, and the fcn has none", "channels_last")  # fmt: skip
+    need(not (args.arch == "fcn" or gpt) or args.channels_last != "on",
+         f"on is for convolutions, and the {args.arch} has none", "channels_last")  # fmt: skip
     need(args.freeze is not None, "names no parameter", "freeze")
     need((args.micro_bs or 0) < args.train_bs,
          f"is not below --train_bs {args.train_bs} and changes no step: leave it out",
@@ -285,8 +330,10 @@ def without_effect(args):
          "image_size", "workers", "skip_bad_images")  # fmt: skip
     need(not folder, f"is for the prepared sets, not for {args.dataset}",
          "train_examples", "test_examples")  # fmt: skip
+    need(not text, f"is for images: an epoch of {args.dataset} has --epoch_steps",
+         "train_examples")  # fmt: skip
     spec = DATASETS.get(args.dataset)
-    need(args.augment == "default" or spec is None or spec.flip,
+    need(args.augment == "default" or (spec is None or spec.flip) and not text,
          f"{args.augment}: {args.dataset} is not augmented", "augment")  # fmt: skip
     need(automatic, f"is AGD's; {args.optimizer} has --lr", "gain")
     need(automatic, f"is AGD's; {args.optimizer} does not ask for their number", "layers")
@@ -335,21 +382,67 @@ def replayed(p, args, argv):
 def layers(args):
     """How AGD finds L, one of LAYERS: as requested, or the default; the paper counts the weights of
     its networks."""
-    paper = args.optimizer == "agd" and not args.arch.startswith(LIBRARIES)
+    paper = args.optimizer == "agd" and args.arch in NETWORKS
     return args.layers or ("count" if paper else "paths")
 
 
 def settings(args):
     """[(flag, value)] of the flags that are not at their defaults, and the device."""
     hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
+    hidden |= {key for key, x in own_defaults(args).items() if getattr(args, key) == x}
     defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
     return [(key, value) for key, value in vars(args).items()
             if value is not None and value != defaults.get(key, value)]  # fmt: skip
 
 
+def own_defaults(args):
+    """{name: default} of the flags whose defaults depend on the network and the data."""
+    own = OF_TEXT if is_text(args.dataset) else OF_IMAGES
+    size = GPTS.get(args.arch)
+    return own | (FCN if size is None else {"depth": size.depth, "width": size.width})
+
+
+def implied(args):
+    """{name: default} of the flags that depend on the network likewise and are None there, as
+    earlier runs have logged them."""
+    if args.arch not in GPTS:
+        return {"bias": False, "affine": False}
+    heads, context, tied = GPTS[args.arch][2:]
+    return {"heads": heads, "context": context, "tied": tied, "bias": True, "affine": True,
+            "epoch_steps": EPOCH_STEPS}  # fmt: skip
+
+
+def full(args, *names):
+    """The values of flags, {name: value}, with what None stands for."""
+    own = implied(args)
+    given = {name: getattr(args, name) for name in names}
+    return {name: own.get(name) if x is None else x for name, x in given.items()}
+
+
+def network(args):
+    """The keywords of architecture.build."""
+    names = "depth", "width", "heads", "dropout", "tied", "bias", "affine"
+    return full(args, *names[:2], *names[2 if args.arch in GPTS else 5 :])
+
+
+def windows(args):
+    """The keywords of data.load for a text, {} of images."""
+    if not is_text(args.dataset):
+        return {}
+    return {**full(args, "context", "epoch_steps"), "vocabulary": args.vocab}
+
+
+def drawn(args):
+    """Whether AGD draws the weights: not those of a file or a library, and not of a head that is
+    the embedding, whose rows would give outputs of a size of sqrt(width)."""
+    return not (args.weights or is_library(args.arch) or network(args).get("tied"))
+
+
 def test_batch(args):
     """The test batch that is about as fast as any, as measured: on a CPU activations stay in its
     caches; on a GPU a batch occupies all of it."""
+    if is_text(args.dataset):
+        return 4 * args.train_bs
     if not args.device.startswith("cuda"):
         return 1000 if args.arch == "fcn" else 64
     return 4 * args.train_bs if is_folder(args.dataset) else 10_000
@@ -399,6 +492,19 @@ def read(argv=None, check=True):
         if args.device not in (None, "cpu"):
             p.error(f"--cpu contradicts --device {args.device}")
         args.device = "cpu"
+    for key, x in own_defaults(args).items():
+        if getattr(args, key) is None:
+            setattr(args, key, x)
+    for key in ("bias", "affine", "tied"):
+        setattr(args, key, {"on": True, "off": False}.get(getattr(args, key)))
+    for key, x in implied(args).items():
+        if getattr(args, key) == x:
+            setattr(args, key, None)
+    if is_text(args.dataset) != (args.arch in GPTS):
+        p.error(f"--arch {args.arch} takes images, and {args.dataset} is a text: --arch gpt"
+                if is_text(args.dataset) else
+                f"--arch {args.arch} takes texts, and {args.dataset} has images: --dataset "
+                "shakespeare")  # fmt: skip
     if args.optimizer in BASELINES and args.lr is None:
         args.lr = BASELINES[args.optimizer][1]
     asked, args.layers = args.layers, None
@@ -411,16 +517,15 @@ def read(argv=None, check=True):
     if is_folder(args.dataset):
         args.image_size = args.image_size or 224
     kind, _, given = args.dataset.partition(":")
-    if kind in ("folder", "npz"):
+    if kind in ("folder", "npz", "text", "tokens"):
         try:
             given = expand(given)
         except UserError as error:
             p.error(f"--dataset: {error}")
-    if kind == "folder":  # a name that holds for every account
+    if kind in ("folder", "text", "tokens"):  # a name that holds for every account
         given, home = os.path.abspath(given), os.path.expanduser("~") + os.sep
-        args.dataset = "folder:" + (
-            "~/" + given[len(home) :] if given.startswith(home) else given
-        )
+        given = "~/" + given[len(home) :] if given.startswith(home) else given
+        args.dataset = f"{kind}:{given}"
     return p, args
 
 

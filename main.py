@@ -25,7 +25,7 @@ import torch
 
 import distributed
 import flags
-from architecture import build, is_library
+from architecture import GPTS, build, is_library
 from architecture.weights import start
 from cli import every
 from data import load
@@ -134,7 +134,7 @@ def train_on(data, args, world, requests):
         graphs=args.cuda_graph if facts["cuda_graph"] else None,
         log_steps=math.inf if args.log_steps == "all" else args.log_steps or 0,
         log_updates=args.log_updates, foreign="." in args.optimizer,
-        seed=args.seed if is_library(args.arch) else None, profile=profile,
+        seed=args.seed if is_library(args.arch) or args.dropout else None, profile=profile,
     )  # fmt: skip
     if checkpoint is not None:
         try:
@@ -168,7 +168,7 @@ def load_data(args, world):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, world.device, args.seed,
         args.workers, args.image_size, args.skip_bad_images, world.rank, world.size,
-        args.train_examples, args.test_examples, args.augment,
+        args.train_examples, args.test_examples, args.augment, **flags.windows(args),
     )  # fmt: skip
     if world.rank == 0:
         world.broadcast_object()
@@ -181,9 +181,7 @@ def build_network(args, data, device):
     with SEEDING:
         torch.manual_seed(args.seed)
         try:
-            net = build(
-                args.arch, data.shape, data.classes, args.depth, args.width, args.bias, args.affine
-            )
+            net = build(args.arch, data.shape, data.classes, **flags.network(args))
             notes = start(net, args.weights, args.freeze)
             flags.check_network(args, net)
             net.to(device)
@@ -191,10 +189,7 @@ def build_network(args, data, device):
             if not is_out_of_memory(error):
                 raise
             with suppress(Exception), torch.device("meta"):  # a library may need numbers
-                net = net or build(
-                    args.arch, data.shape, data.classes, args.depth, args.width, args.bias,
-                    args.affine,
-                )  # fmt: skip
+                net = net or build(args.arch, data.shape, data.classes, **flags.network(args))
             raise RunError(does_not_fit(error, net)) from error
     set_precision(net, args.precision, device)
     return net, notes
@@ -205,7 +200,7 @@ def build_optimizer(args, net, data, world):
     try:
         return make_optimizer(
             args.optimizer, net, data.shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
-            drawn=not is_library(args.arch) and args.weights is None, seed=args.seed,
+            drawn=flags.drawn(args), seed=args.seed,
             process_group=torch.distributed.group.WORLD if world.size > 1 else None,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
@@ -222,6 +217,8 @@ def facts_of(args, data, net, optimizer, channels_last):
         "weights": sum(p.numel() for p in net.parameters()),
         "layers": sum(p.ndim > 1 for p in net.parameters()),
     }
+    if args.arch in GPTS:
+        facts |= {"network": flags.network(args), "context": data.positions}
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     if frozen:
         facts["frozen_weights"] = frozen

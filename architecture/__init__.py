@@ -1,8 +1,13 @@
-"""The networks, by name: the four that the AGD paper trains, and those of libraries."""
+"""The networks, by name: the four that the AGD paper trains, GPT-2, and those of libraries."""
+
+from typing import NamedTuple
 
 from cli import UserError
 
-__all__ = ["LIBRARIES", "NETWORKS", "SUFFIXES", "Unfit", "build", "is_library", "with_vectors"]
+__all__ = [
+    "GPTS", "LIBRARIES", "NETWORKS", "SUFFIXES", "Unfit", "build", "is_library", "sample",
+    "with_vectors",
+]  # fmt: skip
 
 LIBRARIES = ("torchvision:", "timm:")  # prefixes of the names of their networks
 SUFFIXES = (".safetensors", ".pt", ".pth")  # of files of weights
@@ -41,25 +46,60 @@ def _resnet(layers):
 NETWORKS = {"fcn": _fcn, "vgg": _vgg, "resnet18": _resnet(18), "resnet50": _resnet(50)}
 
 
+class Size(NamedTuple):
+    """The defaults of a GPT's sizes; `tied`: whether the head's weight is the embedding."""
+
+    depth: int
+    width: int
+    heads: int
+    context: int
+    tied: bool
+
+
+GPTS = {"gpt": Size(4, 128, 4, 64, False), "gpt2": Size(12, 768, 12, 1024, True)}
+
+
 def is_library(arch):
     """Whether a library holds the network `arch`."""
     return arch.startswith(LIBRARIES)
 
 
-def build(arch, shape, classes, depth=10, width=256, bias=False, affine=False):
-    """The network `arch`, one of NETWORKS or a library's, for images of `shape` (channels, height,
-    width). Weights are PyTorch's default draw from the global generator, the same with and without
-    biases and affine norms. Raises Unfit where a library's network cannot take such images.
+def build(
+    arch, shape, classes, depth=10, width=256, bias=None, affine=None, heads=4, dropout=0.0,
+    tied=False,
+):  # fmt: skip
+    """The network `arch`: one of NETWORKS or a library's for images of `shape` (channels, height,
+    width), one of GPTS for texts of `shape` (context,) and `classes` different tokens. Raises Unfit
+    where it cannot take these.
 
-    depth, width: of the fully connected network.
+    Weights of NETWORKS are PyTorch's default draw from the global generator, the same with and
+    without biases and affine norms. `bias`, `affine`: whether these are there; None: they are in
+    GPTS alone. depth, width: of the fully connected network, or the blocks and the residual stream
+    of a GPT, which alone has heads, dropout and tied (see GPT).
     """
     import torch
 
+    if arch in GPTS:
+        from architecture.gpt import GPT
+
+        try:
+            return GPT(classes, *shape, depth, width, heads, dropout, tied, bias is not False,
+                       affine is not False)  # fmt: skip
+        except ValueError as error:
+            raise Unfit(f"{arch} cannot be made: {error}") from error
     if is_library(arch):
         from architecture import libraries
 
         return libraries.build(arch, shape, classes)
     return with_vectors(NETWORKS[arch](torch.Size(shape), classes, depth, width), bias, affine)
+
+
+def sample(shape, device=None, count=2):
+    """`count` inputs of zeros, as a network for `shape` takes them."""
+    import torch
+
+    dtype = torch.int64 if len(shape) == 1 else torch.float32
+    return torch.zeros(count, *shape, dtype=dtype, device=device)
 
 
 def with_vectors(net, bias, affine):

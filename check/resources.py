@@ -5,7 +5,7 @@ import time
 import torch
 
 import flags
-from architecture import build, is_library
+from architecture import build, is_library, sample
 from architecture.weights import start
 from check.surroundings import Fault
 from cli import size
@@ -43,7 +43,7 @@ def network(args, shape, classes):
 
 def make_network(args, shape, classes):
     """The network that the flags describe."""
-    net = build(args.arch, shape, classes, args.depth, args.width, args.bias, args.affine)
+    net = build(args.arch, shape, classes, **flags.network(args))
     start(net, args.weights, args.freeze)
     flags.check_network(args, net)
     return net
@@ -53,7 +53,7 @@ def make(args, net, shape):
     """The optimiser that the flags describe, without drawing weights."""
     return make_optimizer(
         args.optimizer, net, shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
-        drawn=not is_library(args.arch) and args.weights is None,
+        drawn=flags.drawn(args),
     )  # fmt: skip
 
 
@@ -73,19 +73,21 @@ def memory(args, world, neighbours, net, facts):
     spectral, cuda = args.optimizer == "spectral", world.device.type == "cuda"
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     fixed = weights * (4 + spectral + (1 + spectral if world.size > 1 else 0))
-    if facts.decoding is None:
+    if facts.decoding is None and len(facts.shape) == 3:
         channels, height, width = facts.shape
         fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)
     free, neighbours = bytes_free(world.device), 1 if cuda else neighbours
     need = (fixed + each * largest) * neighbours
-    images = f"{largest} image{'s' if largest > 1 else ''} at a time"
+    noun = "image" if len(facts.shape) == 3 else "window"
+    images = f"{largest} {noun}{'s' if largest > 1 else ''} at a time"
     images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
     text = f"{size(need)} for {images}, of {size(free)} that are free"
     if need <= free:
         yield "ok", text
     elif (fits := int((free / neighbours - fixed) // each)) < 1:
-        raise Fault(f"{text}: not even one image fits beside the weights; a smaller network or "
-                    "images, or a device with more memory")  # fmt: skip
+        smaller = "images" if noun == "image" else "--context"
+        raise Fault(f"{text}: not even one {noun} fits beside the weights; a smaller network or "
+                    f"{smaller}, or a device with more memory")  # fmt: skip
     elif cuda:
         yield "note", f"{text}: the run would halve until about {fits} fit; --micro_bs says so"
     else:
@@ -107,11 +109,17 @@ def bytes_an_image(net, loss, shape):
             return tensor
 
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            outputs = net.train()(torch.empty(images, *shape))
-            LOSSES[loss](outputs, torch.empty(images, dtype=torch.int64)).sum()
+            outputs = net.train()(sample(shape, count=images))
+            LOSSES[loss](outputs, labels(images, shape)).sum()
         return sum(seen.values())
 
     return max(kept(4) - kept(2), 2) / 2 * 1.25  # and what is passing through
+
+
+def labels(count, shape, device=None):
+    """Labels of `count` examples: of a text one for each of its tokens."""
+    tokens = shape if len(shape) == 1 else ()
+    return torch.zeros(count, *tokens, dtype=torch.int64, device=device)
 
 
 def seconds_an_epoch(args, world, facts):
@@ -131,11 +139,12 @@ def seconds_an_epoch(args, world, facts):
         return time.perf_counter()
 
     while True:
-        inputs = torch.randn(images, *facts.shape, device=device)
-        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        inputs, wanted = sample(facts.shape, device, images), labels(images, facts.shape, device)
+        if inputs.is_floating_point():
+            inputs.normal_()
         began = now()
         try:
-            gradient(inputs, labels)
+            gradient(inputs, wanted)
         except OutOfMemory as error:
             raise Fault(f"{error}: a device with more memory") from error
         passed = now()

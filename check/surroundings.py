@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 import distributed
+import flags
 from cli import UserError, command, size
-from data import DATASETS, data_folder, is_folder, load
+from data import DATASETS, data_folder, is_folder, is_text, load
 from data.imagenet import find
 from data.imagenet_layout import read_layout
 from data.workers import SHM, shared_bytes, usable_cores
@@ -94,13 +95,17 @@ def images(args):
     data = load(
         args.dataset, args.data_dir, args.train_bs, args.test_bs, torch.device("cpu"),
         workers=args.workers, image_size=args.image_size, train_examples=args.train_examples,
-        test_examples=args.test_examples, augment=args.augment,
+        test_examples=args.test_examples, augment=args.augment, **flags.windows(args),
     )  # fmt: skip
     for note in data.notes:
         yield "note", note
     rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
     train, test = data.train.examples, data.test.examples
-    yield "ok", (f"{train:,} training and {test:,} test images in {data.classes:,} classes"
+    what = f"test images in {data.classes:,} classes"
+    if is_text(args.dataset):
+        what = (f"validation windows of {data.positions:,} tokens, in a vocabulary of "
+                f"{data.classes:,}")  # fmt: skip
+    yield "ok", (f"{train:,} training and {test:,} {what}"
                  + (f", {rate:.0f} a second decoded" if rate else ""))  # fmt: skip
     return Facts(data.shape, data.classes, train, test, data.source, data.files, data.class_names,
                  rate, data)  # fmt: skip

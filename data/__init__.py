@@ -1,21 +1,25 @@
 """The data sets by name, as batches of (inputs, labels) on the device.
 
-`load` returns a Data. Its `train` and `test` are Batches: ArrayBatches or FolderBatches, with
+`load` returns a Data. Its `train` and `test` are Batches: ArrayBatches, FolderBatches or
+TextBatches, with
 
     len(batches)                 the number of batches of an epoch
     set_epoch(epoch, start=0)    choose the next pass: that epoch, from batch `start` on
-    iteration                    (inputs float32 (n, *shape), normalised, labels int64 (n,))
+    iteration                    (inputs float32 (n, *shape), normalised, labels int64 (n,));
+                                 of a text (tokens, the ones that follow), both int64 (n, T)
     position                     batches of the epoch that have begun, those before `start` included
     advance()                    position += 1: for CUDA graphs, which take batches by `at`
-    examples, batch_size         the number of images, and how many a batch of all ranks has
+    examples, batch_size         the number of images or windows of text in an epoch, and how many
+                                 a batch of all ranks has
     missing                      images of the last pass that could not be decoded
-    order()                      the indices of the images in the order of the epoch, int64 array
+    order()                      the indices of the images, or the places of the windows in the
+                                 text, in the order of the epoch, int64 array
     workers, close()             the number of worker processes, if any; end them
     unshared                     batches that found no room in shared memory, and took longer
 
-Order, crops and flips are functions of (seed, epoch, index of the image): no generator lives from
-batch to batch, so a resumed run and any number of ranks see the same images. Each of several ranks
-yields every batch, even if it has no image of it.
+Order, crops, flips and windows are functions of (seed, epoch, index): no generator lives from batch
+to batch, so a resumed run and any number of ranks see the same examples. Each of several ranks
+yields every batch, even if it has no example of it.
 """
 
 from pathlib import Path
@@ -27,7 +31,7 @@ from data.common import DataError, data_folder, default_data_dir
 
 __all__ = [
     "AUGMENTATIONS", "DATASETS", "Data", "DataError", "data_folder", "default_data_dir",
-    "is_folder", "load",
+    "is_folder", "is_text", "load",
 ]  # fmt: skip
 
 
@@ -61,15 +65,20 @@ DATASETS = {
 }
 
 
+TEXTS = ("shakespeare", "text:", "tokens:")  # names of texts, or how they begin
+
+
 class Data(NamedTuple):
     train: object  # Batches
     test: object
-    shape: tuple  # (channels, height, width)
-    classes: int
-    source: dict  # identifies the images that are used
-    files: tuple = ()  # (the file), or (the folder, the paths of the images below it)
+    shape: tuple  # (channels, height, width), or of a text (context,)
+    classes: int  # of a text, the tokens in the vocabulary
+    source: dict  # identifies the images or the text
+    files: tuple = ()  # (the file), or (the folder, the paths of the files below it)
     class_names: list | None = None  # of a folder, in the order of the labels
     notes: tuple = ()  # sentences for the user
+    positions: int = 1  # the labels of an example: of a text the context
+    bytes_a_token: list | None = None  # [in training, in validation] of a text, where known
 
     def start(self, neighbours=1):
         """Start the worker processes; `neighbours`: ranks that do so on this node. Returns
@@ -87,17 +96,23 @@ class Data(NamedTuple):
 def load(
     name, data_dir, train_bs, test_bs, device, seed=0, workers=0, image_size=None,
     skip_bad_images=False, rank=0, size=1, train_examples=None, test_examples=None,
-    augment="default",
+    augment="default", context=64, epoch_steps=250, vocabulary=None,
 ):  # fmt: skip
-    """The Data of `name`: one of DATASETS, "folder:PATH", or "npz:FILE", a prepared file of any
-    classes and side in `data_dir`, augmented like CIFAR's if it has colours.
+    """The Data of `name`: one of DATASETS, "folder:PATH", "npz:FILE", a prepared file of any
+    classes and side in `data_dir`, augmented like CIFAR's if it has colours, or a text, of which
+    text.open_text has the names and `context`, `epoch_steps` and `vocabulary`.
 
     `augment` is one of AUGMENTATIONS. Of arrays, `train_examples` and `test_examples` take the
-    first so many. Batch sizes are global:
-    of each batch this rank gets every `size`-th example from `rank` on. Raises DataError, with
-    what to do about it, if the images are missing or damaged.
+    first so many; of a text the latter is the number of windows. Batch sizes are global: of each
+    batch this rank gets every `size`-th example from `rank` on. Raises DataError, with what to do
+    about it, if the data are missing or damaged.
     """
     # torch is imported here, and torchvision for folders alone: they take seconds.
+    if is_text(name):
+        from data.text import open_text
+
+        return Data(**open_text(name, train_bs, test_bs, device, context, epoch_steps, vocabulary,
+                                test_examples, seed, rank, size))  # fmt: skip
     if is_folder(name):
         from data.folders import open_folders
         from data.imagenet import find, passed_over
@@ -157,3 +172,8 @@ def load(
 def is_folder(name):
     """Whether the data set `name` is a folder of images, and not arrays."""
     return name == "imagenet" or name.startswith("folder:")
+
+
+def is_text(name):
+    """Whether the data set `name` is a text."""
+    return name == TEXTS[0] or name.startswith(TEXTS[1:])

@@ -105,7 +105,7 @@ def find_run(out, flags, data):
         settings["classes"] = list(data.class_names)
     run = RunLog(out, name, settings, Images(*data.files))
     new = not (os.path.exists(run.log_path) or os.path.exists(run.checkpoint_path))
-    if new and wherever(flags["dataset"]) == "folder:":
+    if new and wherever(flags["dataset"]) in ("folder:", "tokens:"):
         for path in sorted(run.log_path.parent.glob("*.jsonl")):
             if _is_of_a_copy(path, flags, run):
                 return RunLog(out, path.stem, settings, run.images)
@@ -123,7 +123,7 @@ def _is_of_a_copy(path, flags, run):
     last = [x["image_files"] for x in parts if isinstance(x.get("image_files"), dict)][-1:]
     named = {key: off for key, (_, off) in PARTS.items() if key not in ("dataset", "weights")}
     return (
-        wherever(str(then.get("dataset"))) == "folder:"
+        wherever(str(then.get("dataset"))) == wherever(flags["dataset"])
         and all(then.get(key, off) == flags[key] for key, off in named.items())
         and not any(differences(first["settings"], run.settings))
         and any(run.images.difference(x, record, last=True) in (None, "times") for x in last)

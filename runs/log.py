@@ -24,7 +24,7 @@ REQUIRED = {
 }  # fmt: skip
 OPTIONAL = {"resumed": list, "image_files": dict, "stopped": TEXT} | dict.fromkeys((
     "loss", "acc", "eta", "eta_min", "eta_max", "update", "update_min", "update_mean", "update_max",
-    "length", "turn", "images_per_second",
+    "length", "turn", "images_per_second", "tokens_per_second", "train_bits", "test_bits",
 ), NULLABLE)  # fmt: skip
 
 # What a run that goes on compares with its first row: of the environment, and of the flags.

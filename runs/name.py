@@ -10,15 +10,18 @@ from runs.provenance import data_sha256
 
 SHAPING = ("arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "seed", "image_size",
            "train_examples", "test_examples", "skip_bad_images")  # fmt: skip
+SIZED = ("fcn", "gpt", "gpt2")  # networks whose depth and width are settings
 # settings that a run without them does not have: they came later
-LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze", "augment")
+LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze", "augment", "heads",
+         "context", "dropout", "tied", "epoch_steps", "vocab")  # fmt: skip
 # the parts of a name, in order: flag -> (its form, the value for which it is left out)
 PARTS = {
-    "arch": ("{}", ""), "bias": ("bias", None), "affine": ("affine", None),
-    "weights": ("from_{}", None), "freeze": ("freeze_{}", None), "dataset": ("{}", ""),
+    "arch": ("{}", ""), "heads": ("heads{}", None), "context": ("context{}", None),
+    "tied": ("{}", None), "bias": ("{}", None), "affine": ("{}", None),
+    "dropout": ("dropout{}", 0), "weights": ("from_{}", None), "freeze": ("freeze_{}", None), "dataset": ("{}", ""),
     "image_size": ("{}", None), "augment": ("augment_{}", "default"),
-    "train_examples": ("train{}", None), "test_examples": ("test{}", None), "loss": ("{}", ""),
-    "train_bs": ("bs{}", ""), "optimizer": ("{}", ""), "layers": ("{}", None),
+    "vocab": ("vocab{}", None), "train_examples": ("train{}", None), "test_examples": ("test{}", None), "loss": ("{}", ""),
+    "train_bs": ("bs{}", ""), "epoch_steps": ("epoch{}", None), "optimizer": ("{}", ""), "layers": ("{}", None),
     "gain": ("gain{}", 1), "lr": ("lr{}", None), "seed": ("seed{}", ""),
     "skip_bad_images": ("skip", False), "sync_bn": ("syncbn", False), "precision": ("{}", "fp32"),
     "log_steps": ("steps{}", None), "log_updates": ("updates", False),
@@ -31,21 +34,25 @@ def name_and_settings(flags):
     Runs that agree in the settings have the same weights after the same epoch, up to rounding, and,
     where there is batch norm without --sync_bn, up to the number of ranks and micro-batches.
     """
-    keys = (*SHAPING, "depth", "width") if flags["arch"] == "fcn" else SHAPING
+    sized = flags["arch"] in SIZED
+    keys = (*SHAPING, "depth", "width") if sized else SHAPING
     settings = {key: flags[key] for key in keys}
     settings |= {key: flags[key] for key in LATER if flags[key] != PARTS[key][1]}
     words, dataset = dict(flags), flags["dataset"]
-    if flags["arch"] == "fcn":
-        words["arch"] = f"fcn{flags['depth']}x{flags['width']}"
+    if sized:
+        words["arch"] = "{arch}{depth}x{width}".format(**flags)
+    for key in ("tied", "bias", "affine"):
+        words[key] = f"{'' if flags[key] else 'no'}{key}"
     words["arch"] = words["arch"].replace(":", "_")
     if flags["weights"] is not None:  # wherever they are
         settings["weights"] = data_sha256(flags["weights"])["sha256"]
         words["weights"] = Path(flags["weights"]).stem
-    if dataset.startswith("folder:"):  # its last part, for people, and a sum that tells paths apart
-        last = os.path.basename(dataset[len("folder:") :])
-        settings["dataset"] = f"folder:{last}"
+    kind, _, place = dataset.partition(":")
+    if kind in ("folder", "tokens"):  # its last part, for people, and a sum that tells paths apart
+        last = os.path.basename(place)
+        settings["dataset"] = f"{kind}:{last}"
         words["dataset"] = f"{last}_{zlib.crc32(dataset.encode()):08x}"
-    if dataset.startswith("npz:"):  # its checksums are settings
+    if kind in ("npz", "text"):  # its checksums are settings
         settings["dataset"] = wherever(dataset)
         words["dataset"] = settings["dataset"].replace(":", "_").removesuffix(".npz")
     for key in ("gain", "lr"):  # without an exponent: 1e-05 as 0.00001
@@ -57,9 +64,10 @@ def name_and_settings(flags):
 
 
 def wherever(dataset):
-    """A --dataset without the place of its files: "folder:", "npz:FILE", or the name that it is."""
+    """A --dataset without the place of its files: "folder:", "tokens:", "npz:FILE", "text:FILE", or
+    the name that it is."""
     kind, colon, path = dataset.partition(":")
-    return kind + colon + (os.path.basename(path) if kind == "npz" else "")
+    return kind + colon + (os.path.basename(path) if kind in ("npz", "text") else "")
 
 
 def run_name(*parts):

@@ -30,9 +30,9 @@ LARGEST = 2**26  # bytes of a record that is read
 PLACEMENT_FLAGS = ("out", "data_dir", "device", "cpu", "distribute", "workers", "epochs", "fresh",
                    "profile", "check", "save_every", "replay")  # fmt: skip
 # Keys of the log that comparisons leave out: times, and facts that the record holds.
-VOLATILE_KEYS = ("date", "seconds", "images_per_second", "saving_seconds", "resumed", "python",
-                 "torch", "platform", "device", "device_name", "threads", "cores", "commit",
-                 "launcher", "no_cuda_graph", "name", "image_files")  # fmt: skip
+VOLATILE_KEYS = ("date", "seconds", "images_per_second", "tokens_per_second", "saving_seconds",
+                 "resumed", "python", "torch", "platform", "device", "device_name", "threads",
+                 "cores", "commit", "launcher", "no_cuda_graph", "name", "image_files")  # fmt: skip
 # Variables that set the number of threads, which is an input itself.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 HARDWARE = ("device", "device_name", "processor", "vectors", "threads", "ranks")  # inputs

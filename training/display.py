@@ -45,11 +45,12 @@ def network(net, facts, notes):
     if len(rows) > LAYERS:
         rows = [*rows[:6], (f"... {len(rows) - 9} more", ""), *rows[-3:]]
     table(("Layer", "Shape"), rows)
-    frozen, paths = facts.get("frozen_weights"), facts.get("paths")
+    frozen, paths, context = map(facts.get, ("frozen_weights", "paths", "context"))
     print("{weights:,} weights in {layers} layers".format(**facts)
           + (f", {frozen:,} of them frozen" if frozen else "")
           + (f", {paths:.4g} layers on a path" if paths is not None else "")
-          + "; {train_examples:,} training and {test_examples:,} test images".format(**facts))
+          + "; {train_examples:,} training and {test_examples:,} ".format(**facts)
+          + (f"validation windows of {context:,} tokens" if context else "test images"))
     print(*notes, "", sep="\n")
 
 
@@ -147,15 +148,19 @@ class Progress:
 
     def epoch(self, row):
         """Print the row of an epoch."""
-        eta, turn, rate = row["eta_mean"], row.get("turn"), row["images_per_second"]
+        eta, turn, rate = row["eta_mean"], row.get("turn"), row.get("tokens_per_second")
         digits = 3 if self.terminal else 4
         parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['train_loss']:.{digits}f}"]
-        parts += [f"{part} {row[f'{part}_acc']:.{digits - 2}%}" for part in ("train", "test")]
+        if rate is None:
+            parts += [f"{part} {row[f'{part}_acc']:.{digits - 2}%}" for part in ("train", "test")]
+            rate = f"{row['images_per_second']:,.0f} img/s"
+        else:  # of a text the loss is what counts
+            parts += [f"val {row['test_loss']:.{digits}f}", f"{row['test_acc']:.{digits - 2}%}"]
+            parts += [f"{row['test_bits']:.3f} bits/byte"] if "test_bits" in row else []
+            rate = f"{rate:,.0f} tok/s"
         parts += [] if eta is None else [f"{self.eta} {eta:.{digits}f}"]
-        if turn is not None:  # instead of the rate, for which there is no room
-            parts += [f"turn {turn:.2g}"]
-        else:
-            parts += [f"{rate:,.0f} img/s"]
+        # Instead of the rate, for which there is no room.
+        parts += [rate if turn is None else f"turn {turn:.2g}"]
         parts += [f"{row['seconds']:.2f} s"]
         self.note(fitting(parts, width()) if self.terminal else "  ".join(parts))
         if self.terminal:  # until there are new ones: an epoch may be shorter than a second
@@ -251,9 +256,18 @@ def summary(trainer, ending, seconds, skipped):
         print(f"Finished {len(rows)} epoch{'s' if len(rows) > 1 else ''}{now} in {seconds:.1f} s.")
     if rows and all(row["test_acc"] is not None for row in rows):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
-        print(f"Train loss {figure(last['train_loss'], '.4f')}, "
-              f"train accuracy {last['train_acc']:.2%}, test accuracy {last['test_acc']:.2%}\n"
-              f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
+        loss = f"Train loss {figure(last['train_loss'], '.4f')}, "
+        if "tokens_per_second" in last:
+            best = min(rows, key=lambda row: math.inf if row["test_loss"] is None else
+                       row["test_loss"])  # fmt: skip
+            bits = f" ({last['test_bits']:.4f} bits a byte)" if "test_bits" in last else ""
+            print(f"{loss}validation loss {figure(last['test_loss'], '.4f')}{bits}, "
+                  f"{last['test_acc']:.2%} of the tokens\n"
+                  f"(best {figure(best['test_loss'], '.4f')}, epoch {best['epoch']})")
+        else:
+            print(f"{loss}train accuracy {last['train_acc']:.2%}, "
+                  f"test accuracy {last['test_acc']:.2%}\n"
+                  f"(best {best['test_acc']:.2%}, epoch {best['epoch']})")
     if skipped:
         print(f"{skipped} steps were skipped for a gradient that was not finite")
     if ending.bad_images:

@@ -6,8 +6,9 @@ import torch
 
 
 def sums(losses, outputs, labels):
-    """(The sum of the losses, the number of correct outputs), 0-dim tensors."""
-    return losses.detach().sum(), (outputs.argmax(1) == labels).sum()
+    """(The sum of the losses, the number of correct outputs), 0-dim tensors; see losses.py for the
+    shapes."""
+    return losses.detach().sum(), (outputs.argmax(-1) == labels).sum()
 
 
 class Totals:
@@ -28,7 +29,8 @@ class Totals:
                 self.extras[key] = list(state[key].to(device).unbind()) if key in state else []
 
     def add(self, losses, outputs, labels, **extras):
-        """Add a batch: losses (B,), outputs (B, C), labels (B,); of `extras`, those not None."""
+        """Add a batch: losses (B,), outputs (B, C) and labels (B,), or of a text (B, T, C) and
+        (B, T); of `extras`, those not None."""
         self.columns.append((*sums(losses, outputs, labels), labels.shape[0]))
         for key, value in extras.items():
             if value is not None:
@@ -58,12 +60,13 @@ class Totals:
         loss, eta, count = self.sums.unbind()
         return torch.stack([loss / self.examples, eta / count])
 
-    def read(self, reduce=None):
+    def read(self, reduce=None, positions=1):
         """The metrics of the epoch, in two transfers from the device.
 
-        `reduce` adds up a tensor over ranks, in place. Returns a dict: "loss" and "acc", the means
-        over all examples; "examples", their number; "steps", a dict of lists with "loss", "acc",
-        "eta" and "update" of each step (None where they were not measured).
+        `reduce` adds up a tensor over ranks, in place; `positions`: the labels of an example.
+        Returns a dict: "loss" and "acc", the means over all examples; "examples", their number;
+        "steps", a dict of lists with "loss", "acc", "eta" and "update" of each step (None where
+        they were not measured).
         """
         losses, correct, counts = zip(*self.columns)
         losses, correct = torch.stack(losses), torch.stack(correct)
@@ -78,11 +81,11 @@ class Totals:
         extras, examples = dict(zip(measured, extras)), sum(counts)
         return {
             "loss": sum(loss) / max(examples, 1),
-            "acc": sum(correct) / max(examples, 1),
+            "acc": sum(correct) / max(examples * positions, 1),
             "examples": examples,
             "steps": {
                 "loss": [x / max(n, 1) for x, n in zip(loss, counts)],
-                "acc": [x / max(n, 1) for x, n in zip(correct, counts)],
+                "acc": [x / max(n * positions, 1) for x, n in zip(correct, counts)],
                 "eta": extras.get("eta"),
                 "update": extras.get("update"),
             },
@@ -99,12 +102,18 @@ def relative_update(before, after):
     return torch.stack(torch._foreach_div(torch._foreach_norm(before), sizes)).mean()
 
 
-def epoch_row(epoch, train, test, seconds, training_seconds, clock):
+def epoch_row(epoch, train, test, seconds, training_seconds, clock, text=None):
     """The log's row of an epoch. `train`, `test`: what Totals.read returned, of the weights that
     train and of the weights that the optimiser shows in eval mode. `clock`: {"length", "turn"} of
-    SpectralAGD, |Z| over its start's and the angle of the last step, means over hidden layers."""
+    SpectralAGD, |Z| over its start's and the angle of the last step, means over hidden layers.
+    `text`: (the tokens of an example, the bytes of a token in training and in validation or None)
+    of a text whose loss is in nats."""
     steps = train["steps"]
     skipped = sum(math.isnan(eta) for eta in steps["eta"] or [])
+    tokens, sizes = text or (None, None)
+    rate = train["examples"] / training_seconds
+    parts = zip(("train_bits", "test_bits"), (train, test), sizes or ())
+    bits = {key: part["loss"] / math.log(2) / size for key, part, size in parts}
     return {
         "kind": "epoch",
         "epoch": epoch,
@@ -112,12 +121,13 @@ def epoch_row(epoch, train, test, seconds, training_seconds, clock):
         "train_acc": train["acc"],
         "test_loss": test["loss"],
         "test_acc": test["acc"],
+        **bits,
         **spread("eta", steps["eta"]),
         **clock,
         **(spread("update", steps["update"]) if steps["update"] else {}),
         **({"skipped_steps": skipped} if skipped else {}),
         "seconds": seconds,
-        "images_per_second": train["examples"] / training_seconds,
+        **({"tokens_per_second": tokens * rate} if text else {"images_per_second": rate}),
     }
 
 

@@ -4,6 +4,7 @@ import torch
 
 import agd
 from agd import AGD, SpectralAGD, init_weights
+from architecture import sample
 from training.choices import AUTOMATIC, BASELINES
 from training.foreign import foreign
 
@@ -18,7 +19,7 @@ def make_optimizer(
     name, net, shape=None, *, lr=None, gain=1.0, layers="count", drawn=True, seed=None,
     process_group=None,
 ):  # fmt: skip
-    """The optimiser `name` of what is not frozen in `net`, a network for images of `shape`.
+    """The optimiser `name` of what is not frozen in `net`, a network for inputs of `shape`.
 
     lr: of a baseline; None is the class's own. gain: of an AUTOMATIC one. `layers`: "count" for
     the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: the
@@ -30,7 +31,9 @@ def make_optimizer(
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if name in AUTOMATIC:
         if drawn and seed is not None:
-            init_weights(net.named_parameters(), torch.Generator().manual_seed(seed))
+            # Of a text the embeddings are rows, which shapes do not tell.
+            params = net if len(shape) == 1 else net.named_parameters()
+            init_weights(params, torch.Generator().manual_seed(seed))
         return automatic(name, net, trained, shape, gain, layers, drawn, process_group)
     parameters = [p for _, p in trained]
     if name in BASELINES:
@@ -51,7 +54,7 @@ def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group
         if drawn:
             return AGD(trained, gain=gain)
         return AGD(net, gain=gain, depth=max(1, sum(p.ndim > 1 for _, p in trained)))
-    depth = agd.depth(net, torch.zeros(2, *shape, device=trained[0][1].device))
+    depth = agd.depth(net, sample(shape, trained[0][1].device))
     if not spectral:
         return AGD(net, gain=gain, depth=depth)
     if count:  # what else was read, the output layers, stays

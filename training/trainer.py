@@ -31,6 +31,7 @@ from training.control import ANNOUNCED, NOTHING, STOP
 from training.cuda_graph import GraphedSteps
 from training.foreign import SEEDING, generators, load_state, set_generators
 from training.gradient import Gradient, compile_network
+from training.losses import xent
 from training.metrics import Totals, epoch_row, step_rows
 from training.nonfinite import first_nonfinite
 from training.optimizers import set_capturable
@@ -251,7 +252,8 @@ class Trainer:
         epoch, began, data, world = self.epoch + 1, time.perf_counter(), self.data, self.world
         micro_bs, failure = self.gradient.micro_bs, self.graphed and self.graphed.failure
         earlier = self.seconds
-        trained = self._train_epoch(epoch, profile).read(world.all_reduce_in_order)
+        positions = data.positions
+        trained = self._train_epoch(epoch, profile).read(world.all_reduce_in_order, positions)
         if self.graphed and self.graphed.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
         if self.gradient.micro_bs != micro_bs:
@@ -276,11 +278,14 @@ class Trainer:
 
             tested = evaluate(
                 self.net, data.test, self.loss_fn, self.gradient.micro_bs, on_batch
-            ).read(world.all_reduce_in_order)
+            ).read(world.all_reduce_in_order, positions)
         check_every_image_seen(tested, data.test, world)
         check_ranks_agree(self.net, epoch, world)
         seconds = earlier + time.perf_counter() - began
-        row = epoch_row(epoch, trained, tested, seconds, self.seconds_of_epoch(), clock)
+        text = None
+        if len(data.shape) == 1:
+            text = positions, data.bytes_a_token if self.loss_fn is xent else None
+        row = epoch_row(epoch, trained, tested, seconds, self.seconds_of_epoch(), clock, text)
         if self.graphed and self.graphed.failure:
             row["no_cuda_graph"] = self.graphed.failure
         if self.gradient.micro_bs is not None:
