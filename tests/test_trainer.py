@@ -60,7 +60,7 @@ def test_images_that_batch_norm_reads_again_are_not_counted_again(workers, tmp_p
             Image.new("RGB", (40, 40), (10 * i, 9 * i % 250, 0)).save(path)
     (folder / "train" / "b" / "05.png").write_bytes(b"no image")
 
-    def small(*args):
+    def small(*args, **sizes):
         torch.manual_seed(0)
         return torch.nn.Sequential(
             torch.nn.Conv2d(3, 4, 4, 4, bias=False), torch.nn.BatchNorm2d(4, affine=False),
@@ -152,7 +152,7 @@ def test_the_micro_batch_that_memory_allowed_stays_until_another_is_requested(
     """Micro-batches run without graphs, which hold whole batches."""
     forward, limit = FCN.forward, [6]
 
-    def small(net, x):
+    def small(net, x, **sizes):
         if net.training and len(x) > limit[0]:
             raise torch.OutOfMemoryError("out of memory")
         return forward(net, x)
