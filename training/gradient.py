@@ -8,6 +8,7 @@ import torch
 
 from cli import UserError
 from training.memory import is_out_of_memory, shortage
+from training.metrics import hits
 
 
 class OutOfMemory(UserError):
@@ -76,7 +77,7 @@ class Gradient:
     def __call__(self, inputs, labels, share=None):
         """Fill the weights' .grad, which has to be None, from inputs (B, ...) and labels (B,).
 
-        `share` is the largest B of any rank. Returns (losses (B,), outputs (B, C)), detached.
+        `share` is the largest B of any rank. Returns (losses (B,), their hits), detached.
         """
         share = max(share or len(labels), 1)
         count, counted = float(len(labels)), None
@@ -130,7 +131,7 @@ class Gradient:
         return parts
 
     def _attempt(self, parts, count, counted):
-        """(losses, outputs), or None where a micro-batch did not fit."""
+        """(losses, hits), or None where a micro-batch did not fit."""
         results = []
         try:
             for i, (x, y) in enumerate(parts):
@@ -167,14 +168,14 @@ class Gradient:
 
     def _pass(self, x, y, count, counted=None):
         with self.span("forward"):
-            losses, outputs = self._forward(x, y)
+            losses, correct = self._forward(x, y)
             loss = losses.sum()
         if self.world is not None:
             counted()
             loss = loss * self.world.size  # DDP takes the mean over ranks
         with self.span("backward"):
             (loss / count).backward()
-        return losses.detach(), outputs.detach()
+        return losses.detach(), correct
 
     def _forward(self, x, y):
         resting = self.norms if not len(y) else []  # no images, no statistics
@@ -185,7 +186,7 @@ class Gradient:
         finally:
             for norm in resting:
                 norm.train()
-        return self.loss_fn(outputs, y), outputs
+        return self.loss_fn(outputs, y), hits(outputs, y)
 
     def _outputs(self, x):
         if self.compiled_size is None:
