@@ -28,8 +28,8 @@ class Step:
 
     def __call__(self, inputs, labels, share=None):
         """Take a step with inputs (B, ...) and labels (B,); of several ranks, `share` is the
-        largest B. Returns (losses (B,), their hits, {"eta": ..., "update": ...}), the last two 0-dim
-        tensors, None where they are not measured."""
+        largest B. Returns (losses (B,), their hits, {"eta": ..., "update": ...}), the last two
+        0-dim tensors, None where they are not measured."""
         return self._update(*self.gradient(inputs, labels, share))
 
     def once(self, inputs, labels):
