@@ -26,8 +26,9 @@ FILES = sorted(
 FLAGS = (
     "affine arch augment bias channels_last check compile cpu cuda_graph data_dir dataset depth "
     "deterministic device distribute epochs freeze fresh gain help image_size layers log_steps "
-    "log_updates loss lr micro_bs optimizer out precision profile replay save_every seed "
-    "skip_bad_images sync_bn test_bs test_examples train_bs train_examples weights width workers"
+    "log_updates loss lr micro_bs optimizer out precision profile replay save_every schedule "
+    "seed skip_bad_images sync_bn test_bs test_examples train_bs train_examples warmup "
+    "weight_decay weights width workers"
 ).split()
 COMMANDS = {
     "data.prepare": "--data_dir --from --jobs --resize --shard",
