@@ -272,8 +272,8 @@ def test_a_class_of_a_users_own_is_refused(text, words, in_folder, trains):
 def test_a_setting_that_a_class_does_not_keep_in_its_groups_is_refused(
     takes, init, flags, words, in_folder, trains
 ):
-    in_folder(own("return 0.1", init).replace("lr=0.05):\n        super().__init__(p",
-                                              f"{takes}):\n        super().__init__(p"))  # fmt: skip
+    text = own("return 0.1", init)
+    in_folder(text.replace(f"lr=0.05):\n        {init}", f"{takes}):\n        {init}"))
     trains("--optimizer", "own.X", *flags, refused=words)
 
 
