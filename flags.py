@@ -504,26 +504,15 @@ def read(argv=None, check=True):
         p.silent = not is_first()  # rank 0 prints
     args = p.parse_args(argv)
     if args.replay is None:
+        resolve(p, args)
         p.refuse(argv, without_effect(args))
     else:
         args = replayed(p, args, argv)
+        resolve(p, args)
     if args.cpu:
         if args.device not in (None, "cpu"):
             p.error(f"--cpu contradicts --device {args.device}")
         args.device = "cpu"
-    for key, x in own_defaults(args).items():
-        if getattr(args, key) is None:
-            setattr(args, key, x)
-    for key in ("bias", "affine", "tied"):
-        setattr(args, key, {"on": True, "off": False}.get(getattr(args, key)))
-    for key, x in implied(args).items():
-        if getattr(args, key) == x:
-            setattr(args, key, None)
-    if is_text(args.dataset) != (args.arch in GPTS):
-        p.error(f"--arch {args.arch} takes images, and {args.dataset} is a text: --arch gpt"
-                if is_text(args.dataset) else
-                f"--arch {args.arch} takes texts, and {args.dataset} has images: --dataset "
-                "shakespeare")  # fmt: skip
     if args.optimizer in BASELINES and args.lr is None:
         args.lr = BASELINES[args.optimizer][1]
     asked, args.layers = args.layers, None
@@ -546,6 +535,23 @@ def read(argv=None, check=True):
         given = "~/" + given[len(home) :] if given.startswith(home) else given
         args.dataset = f"{kind}:{given}"
     return p, args
+
+
+def resolve(p, args):
+    """Give the flags whose defaults depend on the network and the data their values."""
+    for key, x in own_defaults(args).items():
+        if getattr(args, key) is None:
+            setattr(args, key, x)
+    for key in ("bias", "affine", "tied"):
+        setattr(args, key, {"on": True, "off": False}.get(getattr(args, key)))
+    for key, x in implied(args).items():
+        if getattr(args, key) == x:
+            setattr(args, key, None)
+    if is_text(args.dataset) != (args.arch in GPTS):
+        p.error(f"--arch {args.arch} takes images, and {args.dataset} is a text: --arch gpt"
+                if is_text(args.dataset) else
+                f"--arch {args.arch} takes texts, and {args.dataset} has images: --dataset "
+                "shakespeare")  # fmt: skip
 
 
 def on_this_machine(p, args, check):

@@ -168,4 +168,5 @@ def tilde(value):
     if not isinstance(value, str):
         return value
     home = re.escape(os.path.expanduser("~").rstrip(os.sep))
-    return re.sub(rf"^(--\w+=)?((?:folder|npz|text|tokens):)?{home}(?=/|$)", r"\1\2~", value) if home else value
+    kinds = "(folder:|npz:|text:|tokens:)?"
+    return re.sub(rf"^(--\w+=)?{kinds}{home}(?=/|$)", r"\1\2~", value) if home else value
