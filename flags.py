@@ -158,7 +158,7 @@ def parser():
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
-        "from a finished run.",
+        "from a finished run, unless --schedule cosine has ended it.",
     )
     p.absent = {word: reason for reason, words in ABSENT.items() for word in words.split()}
     figures = f"{command('scripts.reproduce')} draws the figures, and --replay repeats a run"
@@ -238,7 +238,8 @@ def parser():
     add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
     modes = {"type": one_of(MODES, meant=on_or_off), "default": "auto", "metavar": "MODE"}
     add("--cuda_graph", **modes, help="a step as one CUDA graph: auto (where it is possible: one "
-        "GPU, arrays, whole batches, agd or a baseline), on, off (default: auto)")
+        "GPU, arrays, whole batches, agd or a baseline at a constant rate), on, off (default: "
+        "auto)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--channels_last", **modes, help="layout of convolutions' weights: auto (on GPUs unless "
         "fp32, whose kernels are slower so), on, off (default: auto)")
