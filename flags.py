@@ -104,11 +104,6 @@ ABSENT = {
         "maxtime",
     "each epoch ends with a test, and of a text it has --epoch_steps": "test eval evaluate "
         "validate validation valinterval evalonly evalevery evalinterval evalsteps doeval",
-    "the blocks of a gpt are its --depth": "nlayer nlayers numlayers blocks",
-    "its name is --width": "nembd embd dmodel hiddensize embeddim dim hidden",
-    "its name is --heads": "nhead nheads numheads",
-    "its name is --context": "blocksize seqlen sequencelength contextlength maxlength ctx",
-    "its name is --vocab": "vocabsize vocabulary",
     "the log is lines of JSON under --out, and scripts.plot draws it":
         "wandb tensorboard tb logger mlflow comet project wandbproject plot",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
@@ -291,7 +286,9 @@ def words(p, flags):
     """The words of the command line that set `flags`, a dict of all of them, beyond their defaults.
     Flags that concern an earlier run or the screen are left out."""
     passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "replay")
-    line, own = [], own_defaults(argparse.Namespace(**flags))
+    given = {name: x for name, x in flags.items() if x is not None}
+    every = {action.dest: action.default for action in p._actions} | given
+    line, own = [], own_defaults(argparse.Namespace(**every))
     for action in p._actions:
         value = flags.get(action.dest, action.default)
         if value is False and action.const == "on":
@@ -548,6 +545,8 @@ def resolve(p, args):
     for key, x in implied(args).items():
         if getattr(args, key) == x:
             setattr(args, key, None)
+    if args.arch == "fcn" and args.depth < 2:
+        p.error("--depth of the fcn is a whole number from 2 on")
     if is_text(args.dataset) != (args.arch in GPTS):
         p.error(f"--arch {args.arch} takes images, and {args.dataset} is a text: --arch gpt"
                 if is_text(args.dataset) else

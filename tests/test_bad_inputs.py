@@ -118,10 +118,10 @@ main train                                      | main.py trains without the wor
 main reproduce Figure5                          | scripts.reproduce draws
 main –-epochs 3                                | did you mean --epochs
 main —epochs=3                                 | did you mean --epochs
-{DIGITS} --no-bias                              | --no-bias: without --bias it is off
+{DIGITS} --no-bias                              | no flag --no-bias; did you mean --bias off
 {DIGITS} --no_flip                              | --augment crop leaves out the flips
 {DIGITS} --version                              | a run's log has the commit
-{DIGITS} --bias true                            | --bias takes no value: leave out true
+{DIGITS} --bias true                            | --bias: no 'true' among on, off; did you mean on
 {DIGITS} --fresh 0                              | --fresh takes no value: leave out --fresh 0
 {DIGITS} --cpu=True                             | error: --cpu takes no value
 main --epochs                                   | --epochs: expected one argument
@@ -130,7 +130,7 @@ main --epochs {"9" * 5000}                      | --epochs
 main --train_bs 1.5                             | '1.5' is not a whole number
 main --epochs 1e400                             | '1e400' is not a whole number
 main --micro_bs 128                             | --micro_bs is not below --train_bs
-main --depth 1000000000                         | from 2 to 10000
+main --depth 1000000000                         | from 1 to 10000
 main --seed 10000000000000000000                | --seed
 main --gain nan                                 | finite
 main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
