@@ -6,7 +6,6 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import platform
 import sys
 import time
@@ -32,6 +31,7 @@ from runs.provenance import environment
 from scripts.markdown import renew, table
 from scripts.words import significant
 from training.losses import xent
+from training.schedule import cosine
 from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
@@ -336,7 +336,7 @@ def of_text(args, net, steps, seed, batch=None, held=None):
 
 
 def stock_gpt2(args, letters):
-    """transformers' GPT-2 with a tied head and without dropout, from characters to (B, T, V)."""
+    """transformers' GPT-2 with a tied head and without dropout, from characters to logits (B, T, V)."""
     import transformers
 
     class Logits(transformers.GPT2LMHeadModel):
@@ -353,13 +353,10 @@ def adamw(rate, args, net, steps):
     """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
     optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
                                   weight_decay=args.weight_decay)  # fmt: skip
-    count = itertools.count(1)
+    count = itertools.count()
 
     def before(*_):
-        t = next(count)
-        done = max(0, t - args.warm_up) / (steps - args.warm_up)
-        factor = min(1, t / max(args.warm_up, 1)) * (1 + math.cos(math.pi * done)) / 2
-        optimizer.param_groups[0]["lr"] = rate * factor
+        optimizer.param_groups[0]["lr"] = rate * cosine(next(count), steps, args.warm_up)
         if args.clip:
             nn.utils.clip_grad_norm_(net.parameters(), args.clip)
 
