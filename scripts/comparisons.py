@@ -336,7 +336,7 @@ def of_text(args, net, steps, seed, batch=None, held=None):
 
 
 def stock_gpt2(args, letters):
-    """transformers' GPT-2 with a tied head and without dropout, from characters to logits (B, T, V)."""
+    """transformers' GPT-2 with a tied head, without dropout: characters to logits (B, T, V)."""
     import transformers
 
     class Logits(transformers.GPT2LMHeadModel):
