@@ -44,6 +44,8 @@ if __name__ == "__main__":
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from architecture import GPTS
+from data import is_text
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
@@ -128,7 +130,10 @@ def described(run):
     source, dataset = take("data") or run.first.get("data"), take("dataset", "")
     if not dataset or dataset.endswith(":"):  # the settings leave out where a folder lies
         dataset = run.first["flags"].get("dataset", dataset)
-    network = network_name(take("arch", "?"), take("depth"), take("width"))
+    arch = take("arch", "?")
+    gpt, network = arch in GPTS, network_name(arch, take("depth"), take("width"))
+    bias, affine, tied = take("bias", gpt), take("affine", gpt), take("tied")
+    noun = "windows" if is_text(dataset) else "images"
     images, tests = take("train_examples"), take("test_examples")
     rate, gain, layers = take("lr"), take("gain", 1), take("layers")
     weights, start = take("weights"), run.first["flags"].get("weights")
@@ -136,13 +141,15 @@ def described(run):
     augment = take("augment", "default")
     words = {
         "network": (network, False),
-        "bias": ("biases", False) if take("bias") else ("no biases", True),
-        "affine": ("affine norms", False) if take("affine") else ("plain norms", True),
+        "bias": ("biases", gpt) if bias else ("no biases", not gpt),
+        "affine": ("affine norms", gpt) if affine else ("plain norms", not gpt),
+        "tied": (f"{'' if tied else 'un'}tied head" if tied is not None else "head as usual",
+                 tied is None),
         "weights": (f"from {Path(start or weights).name}", False) if weights else ("drawn", True),
         "freeze": (f"{freeze} frozen", False) if freeze else ("nothing frozen", True),
         "data": (data_name(dataset, source), False),
         "images": (f"{images:,} images" if images else "all images", not images),
-        "tests": (f"{tests:,} test images" if tests else "all test images", True),
+        "tests": (f"{tests:,} test {noun}" if tests else f"all test {noun}", True),
         "size": (f"{size} pixels" if size else "images as they are", not size),
         "augment": (f"augmentation {augment}", augment == "default"),
         "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),

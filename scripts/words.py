@@ -4,9 +4,11 @@ import math
 import re
 from pathlib import PurePath
 
+from runs.name import SIZED
+
 ARCHITECTURES = {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-            "imagenet": "ImageNet"}  # fmt: skip
+            "imagenet": "ImageNet", "shakespeare": "Shakespeare"}  # fmt: skip
 # Images other than their file's name says, by the checksum of the training images.
 JPEG = {"2926c671": "JPEG CIFAR-10"}
 OPTIMIZERS = {"agd": "AGD", "spectral": "SpectralAGD", "adam": "Adam", "sgd": "SGD"}
@@ -14,14 +16,15 @@ OPTIMIZERS = {"agd": "AGD", "spectral": "SpectralAGD", "adam": "Adam", "sgd": "S
 
 def network_name(arch, depth=None, width=None):
     """The network of these flags."""
-    if arch == "fcn":
-        return f"FCN {depth}×{width}"
+    if arch in SIZED:
+        return f"{arch.upper()} {depth}×{width}"
     return ARCHITECTURES.get(arch, arch.rpartition(":")[-1])
 
 
 def data_name(dataset, source=None):
-    """The name of images: of the data set, unless the checksums of a log say otherwise."""
-    crc = (source or {}).get("crc32", {}).get("train_images")
+    """The name of the data: of the data set, unless the checksums of a log say otherwise."""
+    crc = (source or {}).get("crc32")  # of a text one word
+    crc = crc.get("train_images") if isinstance(crc, dict) else None
     own = PurePath(dataset.partition(":")[-1]).name.removesuffix(".npz")  # of npz: and folder:
     return JPEG.get(crc) or DATASETS.get(dataset) or own or dataset
 

@@ -122,7 +122,7 @@ def test_a_test_batch_that_does_not_fit_is_halved_until_it_does():
     assert (metrics["examples"], metrics["acc"]) == (expected["examples"], expected["acc"])
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     limit[0] = 0
-    with pytest.raises(OutOfMemory, match="a single image"):
+    with pytest.raises(OutOfMemory, match="a single example"):
         evaluate(net, digits(test_bs=200).test, mse)
 
 

@@ -26,7 +26,7 @@ class RecordingError(UserError):
 
 
 class GraphedSteps:
-    """The steps of an epoch of array batches, by one CUDA graph of `step` for each batch size.
+    """The steps of an epoch of arrays or a text, by one CUDA graph of `step` for each batch size.
 
     Runs the first `eager` steps of each batch size eagerly, and the first `after` steps of all;
     then captures. Capturing does not execute the step. Nothing is read from the device.
@@ -105,7 +105,7 @@ class GraphedSteps:
             self.step.optimizer.zero_grad()  # the capture has left gradients
 
     def _take(self, size, step):
-        """Take one step with the next `size` images; all other places in memory are fixed."""
+        """Take one step with the next `size` examples; all other places in memory are fixed."""
         with self.step.span("data"):
             inputs, labels = self.batches.at(self.position, size)
         losses, correct, extras = step(inputs, labels)

@@ -93,12 +93,12 @@ def show_average(optimizer):
 
 
 def largest_share(batches):
-    """The most images of the last batch that any rank has; None of batches that cannot tell."""
+    """The most examples of the last batch that any rank has; None of batches that cannot tell."""
     if not hasattr(batches, "batch_size"):
         return None
     before = (batches.position - 1) * batches.batch_size
-    images = min(batches.batch_size, batches.examples - before)
-    return -(-images // batches.size)
+    examples = min(batches.batch_size, batches.examples - before)
+    return -(-examples // batches.size)
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
                     raise
                 if size <= 1:
                     raise OutOfMemory(
-                        f"out of memory in testing with a single image{shortage(error)}"
+                        f"out of memory in testing with a single example{shortage(error)}"
                     ) from error
                 micro_bs = -(-size // 2)
             if results is None:  # the error, and the memory that it kept, are gone by now
