@@ -178,9 +178,8 @@ def test_autocast_to_bfloat16_is_close():
 
 
 @pytest.mark.slow
-@tying
-def test_a_compiled_network_is_the_same(tied):
-    net, x = rough(small(tied=tied)), tokens()
+def test_a_compiled_network_is_the_same():
+    net, x = rough(small(tied=False)), tokens()
     compiled = torch.compile(net, fullgraph=True)
     for length in (CONTEXT, 5):
         ours, exact = compiled(x[:, :length]), net(x[:, :length])
