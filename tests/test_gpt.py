@@ -1,9 +1,11 @@
 """The GPT: transformers' GPT-2 as the oracle, its start, AGD's view of it, weights of files."""
 
 import math
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -229,6 +231,45 @@ def test_both_rules_train_it(rule, tied):
     if not tied:
         init_weights(net, torch.Generator().manual_seed(0))
     assert_trains(net, rule(net), stock.characters(), of_the_text)
+
+
+@pytest.fixture
+def mesh():
+    """Of a group of this process alone."""
+    if not hasattr(torch.cpu.current_stream(), "record_event"):
+        pytest.skip("fully_shard of this torch has no CPUs")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["blocks and network", "network", "blocks", "all resharded"])
+@pytest.mark.parametrize("rule", [AGD, SpectralAGD])
+def test_a_sharded_network_asks_for_its_depth(rule, how, mesh):
+    """fully_shard computes with tensors that are not the optimiser's weights: without depth= L is
+    their count, with a warning, and no part of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    net, x = small(tied=False), tokens()
+    given = agd.depth(net, x)
+    for part in (*(net.h if how != "network" else ()), *([net] if how != "blocks" else ())):
+        fully_shard(part, mesh=mesh, reshard_after_forward=how == "all resharded" or None)
+    optimizer = rule(net)
+    net(x).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"before torch\.compile, fully_shard .*agd\.depth"):
+        optimizer.step()
+    assert optimizer.L == 2 + 4 * 2 + 1
+    optimizer = rule(net, depth=given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x).square().mean().backward()
+        optimizer.step()
+    assert optimizer.L == sum(given.values()) < 5
+    if how in ("network", "blocks"):  # whose weights are still gathered after a pass
+        assert agd.depth(net, x) == given
+    else:
+        with pytest.raises(ValueError, match="no depth can be read"):
+            agd.depth(net, x)
 
 
 # Weights of a file
