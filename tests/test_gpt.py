@@ -16,6 +16,7 @@ from architecture.gpt import GPT
 from architecture.weights import start
 from tests import program, stock
 from tests.stock import assert_trains
+from training.optimizers import make_optimizer
 
 tying = pytest.mark.parametrize("tied", [True, False])
 WIDTH, CONTEXT, VOCABULARY = 32, 16, 61
@@ -218,6 +219,19 @@ def test_roles_and_depth(rule, tied):
     assert depth.outputs == {head} and depth["wte.weight"] == pytest.approx(0.5 + tied)
     (line,) = (x for x in optimizer.table().splitlines() if ".c_attn.weight" in x)
     assert line.split()[0] == "h.*.attn.c_attn.weight" and "stacked 3" in line
+
+
+@pytest.mark.parametrize("layers, L", [("count", 11), ("paths", 3.9)])
+def test_the_programs_agd_has_the_same_roles(layers, L):
+    """However L is found; the weights are drawn at the sizes of these roles."""
+    net = small(tied=False)
+    optimizer = make_optimizer("agd", net, (CONTEXT,), layers=layers, seed=0)
+    assert optimizer.L == pytest.approx(L)
+    for name, _, rule in optimizer._each():
+        assert rule.role == role_of(name), name
+    s = {name: rule.norm(p.shape) for name, p, rule in optimizer._each()}
+    assert s["wte.weight"] == pytest.approx(WIDTH**0.5, rel=1e-4)
+    assert s["h.0.attn.c_attn.weight"] == pytest.approx(1, rel=1e-4)
 
 
 def of_the_text(net, codes):
