@@ -205,6 +205,7 @@ main --save_every 0                             | neither a number of steps
 main --save_every 1e400h                        | neither a number of steps
 main --distribute --dataset digits              | torchrun
 {DIGITS} --depth 3 --width 1000000              | its weights are 4.0 TB
+main --dataset shakespeare --arch gpt {SMALL} --heads 3 | 3 heads do not divide a width of 4
 main --dataset imagenet --data_dir {{tmp}}/none | no
 {DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
 {DIGITS} --out ~nobody_here/x                   | no user 'nobody_here'
