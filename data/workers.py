@@ -270,7 +270,7 @@ def work(function, tasks, jobs):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that decodes images was killed, often for lack of memory: try fewer "
+            "a worker process was killed, often for lack of memory: try fewer "
             "--jobs; the same command goes on from there"
         ) from error
     finally:
