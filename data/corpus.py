@@ -40,7 +40,7 @@ from data.workers import usable_cores, work
 KINDS = (".txt", ".jsonl")
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of files, packed or not
-SHARE = 2**24  # bytes of a task
+SHARE = 2**23  # bytes of a task
 CHUNK = 2**20  # bytes of a text that are encoded at a time
 WINDOW = 2**12  # bytes in which a place to cut is looked for
 LINE = 2**28  # bytes of a line of JSONL

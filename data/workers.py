@@ -258,6 +258,7 @@ def work(function, tasks, jobs):
     pool = ProcessPoolExecutor(jobs, context, _begin, (theirs,))
     try:
         try:
+            _check_spare(3 * jobs + SPARE, SPARE // 4)  # the pool's own thread would wait for ever
             with held_back():
                 futures = {pool.submit(function, *task): key for key, task in tasks.items()}
         except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Texts made into token files by `python -m data.prepare text`, and the encodings of their tokens."""
+"""Texts made into tokens by `python -m data.prepare text`, and the encodings of tokens."""
 
 import bz2
 import gzip
@@ -24,7 +24,7 @@ from data.prepare import main
 from tests.conftest import ROOT
 
 END = "<|endoftext|>"
-MEMORY = 100 * 2**20  # bytes that each process may have of its own
+MEMORY = 128 * 2**20  # bytes that each process may have of its own
 LETTERS = "abc é😀"
 TEXT = "To be, or not to be: it's\n\n  the 1st question — だ。\n 😀 naïve\t \u3000x  \n" * 400
 # Stands for tiktoken: the pieces of GPT-2's pattern, each an id of its own and then its bytes. So
@@ -127,6 +127,12 @@ def texts(folder):
     """(train, val) of a result, as texts."""
     encoding = read_encoding(json.loads((folder / "meta.json").read_text())["encoding"])
     return [encoding.decode(x) for x in tokens(folder)]
+
+
+def content(folder):
+    """(train, val) of a large result by bytes, as texts."""
+    parts = (np.fromfile(folder / f"{x}.bin", "<u2") for x in ("train", "val"))
+    return [part.astype(np.uint8).tobytes().decode() for part in parts]
 
 
 # Encodings
@@ -280,7 +286,8 @@ def test_many_texts_are_documents(command, tmp_path, tiktoken):
 def test_lines_of_json_are_documents(suffix, command, small, tmp_path, tiktoken):
     documents = [f"document {i}\n{TEXT[: 5 * i]}" for i in range(100)]
     documents[7], documents[50] = "half a pair \ud83d of surrogates", ""
-    path = lay(tmp_path / f"x.jsonl{suffix}", rows(*documents[:60]) + "\n \n" + rows(*documents[60:]))
+    lines = f"{rows(*documents[:60])}\n \n{rows(*documents[60:])}"
+    path = lay(tmp_path / f"x.jsonl{suffix}", lines)
     assert command(path)[0] == 0
     train, val = (x.split(END) for x in texts(tmp_path / "out" / "x-gpt2"))
     documents[7] = documents[7].replace("\ud83d", "\ufffd")
@@ -330,9 +337,9 @@ def test_words_in_names_are_no_pair_where_others_are_without(command, tmp_path):
     ("x.txt", TEXT.encode() + b"\xe3\x81", f"at byte {len(TEXT.encode()):,}"),
     ("x.txt", TEXT.encode()[:9001] + b"\xff" + TEXT.encode(), "at byte 9,001"),
     ("x.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "x.jsonl is not UTF-8 at byte 27"),
-    ("x.jsonl", rows("good") + '{"txt": ""}\n', "a line at byte 27 that is no"),
+    ("x.jsonl", rows("good") + '{"txt": ""}\n', "a line at byte 26 that is no"),
     ("x.jsonl", "[1]\n", "at byte 0"), ("x.jsonl", '{"text": null}\n', "at byte 0"),
-    ("x.jsonl", "[" * 9999, "at byte 0"), ("x.jsonl", '{"text": "' + "a" * 3000, "more than 2.0 kB"),
+    ("x.jsonl", "[" * 9999, "more than 2.0 kB"), ("x.jsonl", "[" * 1500, "at byte 0"),
     ("x.txt", "a", "too little text"), ("x.jsonl", rows("one"), "too little text"),
     ("x.txt", "", "x.txt is empty"), ("x.bin", bytes(range(256)), "not UTF-8 at byte 128"),
 ])  # fmt: skip
@@ -460,7 +467,7 @@ def start(path, out, jobs, kind="RLIMIT_FSIZE", limit=0, share=2**18):
         [sys.executable, "-c", DRIVER, kind, str(limit), str(share), "text", "--from", str(path),
          "--data_dir", str(out), "--jobs", str(jobs), "--encoding", "bytes"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -472,7 +479,7 @@ def test_a_full_disk_is_one_sentence(command, tmp_path):
     assert re.search("error: .*x-bytes cannot be written: .*; the same command goes on", printed)
     assert not (tmp_path / "out/x-bytes").exists()
     process = start(path, tmp_path / "out", 1)
-    assert process.wait(60) == 0 and "".join(texts(tmp_path / "out/x-bytes")) == TEXT * 20
+    assert process.wait(60) == 0 and "".join(content(tmp_path / "out/x-bytes")) == TEXT * 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
@@ -480,12 +487,12 @@ def test_a_full_disk_is_one_sentence(command, tmp_path):
     "Ctrl-C", *(pytest.param(x, marks=pytest.mark.slow) for x in ("killed", "a worker killed"))])
 def test_an_end_in_the_middle(end, tmp_path):
     """The result whole or not there, no process left, and the same command makes it whole."""
-    text = TEXT * 1200
+    text = TEXT * 500
     path, out = lay(tmp_path / "x.txt", text), tmp_path / "out"
     partial = out / "x-bytes.partial"
     process = start(path, out, 2)
     limit = time.monotonic() + 60
-    while not (partial / "train.bin").exists() or (partial / "train.bin").stat().st_size < 2**21:
+    while not (partial / "train.bin").exists() or (partial / "train.bin").stat().st_size < 2**20:
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.002)
     pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -508,23 +515,21 @@ def test_an_end_in_the_middle(end, tmp_path):
             time.sleep(0.01)
     before = json.loads((partial / "meta.json").read_text())["source"]["shares"]
     process = start(path, out, 2)
-    assert process.communicate(timeout=60) and process.returncode == 0 and before > 2
-    assert "".join(texts(out / "x-bytes")) == text
+    assert process.communicate(timeout=60) and process.returncode == 0 and before > 0
+    assert "".join(content(out / "x-bytes")) == text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-@pytest.mark.parametrize("megabytes", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("megabytes", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_text(megabytes, tmp_path):
-    """A file and its lines of JSON, in less memory than either takes."""
-    line = rows(TEXT[:900]).encode()
-    with open(tmp_path / "a.jsonl", "wb") as file:
+    """In memory the text would take four bytes a character."""
+    line, text = rows(TEXT[:900]).encode(), TEXT.encode()
+    with open(tmp_path / "a.jsonl", "wb") as a, open(tmp_path / "b.txt", "wb") as b:
         for _ in range(megabytes):
-            file.write(line * (10**6 // 2 // len(line)))
-    with open(tmp_path / "b.txt", "wb") as file:
-        for _ in range(megabytes):
-            file.write((TEXT * 20).encode()[: 10**6 // 2 // 40 * 40])
+            a.write(line * (10**6 // 3 // len(line)))
+            b.write(text * (10**6 // len(text)))
     process = start(tmp_path, tmp_path / "out", 2, "RLIMIT_DATA", MEMORY, 2**23)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     made = json.loads(next(tmp_path.glob("out/*/meta.json")).read_text())
-    assert made["train"]["tokens"] + made["val"]["tokens"] > megabytes * 8 * 10**5
+    assert made["train"]["tokens"] + made["val"]["tokens"] > megabytes * 12 * 10**5
