@@ -114,14 +114,17 @@ compile jit
 cpu no_cuda no_gpu disable_cuda force_cpu
 data_dir data_path data_root root dataset_dir dataset_path data_folder
 dataset ds d
-depth n_layers num_layers hidden_layers n_hidden_layers
+context block_size seq_len sequence_length context_length max_length ctx n_ctx n_positions
+depth n_layers num_layers hidden_layers n_hidden_layers n_layer blocks n_blocks
 device gpu cuda gpu_id gpu_ids use_cuda use_gpu accelerator
 distribute ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes num_nodes nnodes
 distribute world_size local_rank rank parallel multiprocessing_distributed
 encoding tokenizer tokeniser tokens bpe
+dropout drop drop_rate resid_pdrop attn_pdrop embd_pdrop
 epochs ep e n
 fresh overwrite restart clean from_scratch scratch
 freeze freeze_layers
+heads n_head n_heads num_heads num_attention_heads
 image_size img resolution res input_size crop_size side
 log_steps log_interval log_freq log_every print_freq print_every
 loss criterion loss_function objective
@@ -135,6 +138,7 @@ precision amp fp16 bf16 bfloat16 tf32 half dtype use_amp autocast
 replay record
 save_every save_freq save_interval save_steps checkpoint_every checkpoint_interval checkpoint_freq
 save_every ckpt_every
+schedule scheduler lr_scheduler lr_schedule lr_scheduler_type sched
 seed random_seed manual_seed s
 skip_bad_images skip_corrupt skip_errors ignore_errors
 sync_bn sync_batch_norm
@@ -144,8 +148,12 @@ train_bs batch_size batch bs b minibatch_size minibatch bsz batch_sz per_device_
 train_bs batch_per_gpu
 train_examples n_train num_train train_size subset num_samples n_samples limit_train
 train_examples limit_train_batches
+warmup warmup_steps num_warmup_steps warmup_iters lr_warmup_steps
+weight_decay wd l2 l2_reg decay
 weights pretrained pretrained_weights pretrain finetune init_from state_dict
-width hidden hidden_size hidden_dim n_hidden hidden_units num_hidden
+tied tie tie_weights weight_tying tie_word_embeddings
+vocab vocab_size vocabulary n_vocab
+width hidden hidden_size hidden_dim n_hidden hidden_units num_hidden n_embd d_model embed_dim
 workers dataloader_num_workers threads
 jobs num_jobs n_jobs processes num_procs parallel_jobs workers num_workers n_workers nw j
 from source src input copy i
@@ -199,8 +207,11 @@ class Parser(argparse.ArgumentParser):
         if stray:
             return message + self._place(word)
         switch = flags.get(name[2:]) if name.startswith("no") else None
-        if switch and self._option_string_actions[switch].nargs == 0:
+        action = self._option_string_actions.get(switch)
+        if action and action.nargs == 0:
             return f"{message}: without {switch} it is off"
+        if action and action.const == "on":
+            return f"{message}; did you mean {switch} off?"
         lines = (list(map(_plain, line.split())) for line in SYNONYMS.splitlines())
         words = [name, *(word for line in lines if name in line for word in line)]
         meant = next((flags[x] for x in words if x in flags), None)

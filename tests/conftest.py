@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT.parent / "shared" / "data"  # real images, where a checkout has them beside it
 
 
-def with_norms(*args):
+def with_norms(*args, **sizes):
     """A small network with batch norm for the digits; stands in for main.py's `build`."""
     torch.manual_seed(0)
     return torch.nn.Sequential(

@@ -98,10 +98,14 @@ FLAGS = f"""
 {DIGITS} --n_epochs 3                           | did you mean --epochs
 {DIGITS} --image-size 64                        | did you mean --image_size
 {DIGITS} --resume                               | the same command resumes
-{DIGITS} --weight_decay 0.1                     | needs no weight decay
-{DIGITS} --wd 0.1                               | needs no weight decay
+{DIGITS} --weight_decay 0.1                     | AGD needs no weight decay
+{DIGITS} --wd 0.1                               | did you mean --weight_decay
+{DIGITS} --lr_schedule cosine                   | did you mean --schedule
+{DIGITS} --scheduler cosine                     | did you mean --schedule
+{DIGITS} --warmup_steps 5                       | did you mean --warmup
+{DIGITS} --min-lr 1e-5                          | finds the rate of each step
 {DIGITS} --momentum 0.9                         | AGD has none
-{DIGITS} --warmup-epochs 5                      | finds the rate of each step
+{DIGITS} --warmup-epochs 5                      | --warmup is a number of steps
 {DIGITS} --zzz                                  | there is no flag --zzz
 main digits                                     | did you mean --dataset digits
 main resnet18                                   | did you mean --arch resnet18
@@ -114,10 +118,10 @@ main train                                      | main.py trains without the wor
 main reproduce Figure5                          | scripts.reproduce draws
 main –-epochs 3                                | did you mean --epochs
 main —epochs=3                                 | did you mean --epochs
-{DIGITS} --no-bias                              | --no-bias: without --bias it is off
+{DIGITS} --no-bias                              | no flag --no-bias; did you mean --bias off
 {DIGITS} --no_flip                              | --augment crop leaves out the flips
 {DIGITS} --version                              | a run's log has the commit
-{DIGITS} --bias true                            | --bias takes no value: leave out true
+{DIGITS} --bias true                            | --bias: no 'true' among on, off; did you mean on
 {DIGITS} --fresh 0                              | --fresh takes no value: leave out --fresh 0
 {DIGITS} --cpu=True                             | error: --cpu takes no value
 main --epochs                                   | --epochs: expected one argument
@@ -126,7 +130,7 @@ main --epochs {"9" * 5000}                      | --epochs
 main --train_bs 1.5                             | '1.5' is not a whole number
 main --epochs 1e400                             | '1e400' is not a whole number
 main --micro_bs 128                             | --micro_bs is not below --train_bs
-main --depth 1000000000                         | from 2 to 10000
+main --depth 1000000000                         | from 1 to 10000
 main --seed 10000000000000000000                | --seed
 main --gain nan                                 | finite
 main --optimizer sgd --lr 1e39                  | from 0 to 1e+30
@@ -171,6 +175,14 @@ main --cpu --precision tf32                     | Ampere
 main --lr 0.1                                   | AGD has no learning rate
 main --optimizer spectral --lr 0.1              | SpectralAGD has no learning rate
 main --optimizer adam --gain 2                  | --lr
+main --optimizer spectral --weight_decay 0.1    | SpectralAGD needs no weight decay
+main --optimizer adam --weight_decay -1         | '-1' is not a finite number from 0
+main --optimizer rprop --weight_decay 0 --cpu   | torch.optim.Rprop has no weight decay
+main --schedule cosine                          | AGD finds the rate of each step
+main --optimizer adam --schedule step           | no 'step' among constant, cosine
+main --optimizer adam --schedule CosineDecay    | did you mean cosine
+main --optimizer adam --warmup 1.5              | '1.5' is not a whole number
+{DIGITS} --optimizer adam --schedule cosine --warmup 9999 | train longer or warm up less
 main --cpu --device cuda                        | --cpu contradicts
 main --device cuda:99                           | cuda:99
 main --device gpu                               | did you mean cuda?
@@ -209,6 +221,10 @@ prepare cifar11                                 | did you mean cifar10
 prepare CIFAR-100                               | did you mean cifar100
 prepare cifar10 --output x                      | there is no flag --output
 prepare imagenet --num_workers 4                | did you mean --jobs
+prepare text                                    | --from FILE_OR_FOLDER
+prepare text --from {{tmp}}/no                  | there is no file or folder
+prepare text --from x --tokenizer gpt2          | did you mean --encoding
+prepare text --from x --encoding gpt-2          | did you mean gpt2
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
 reproduce 9                                     | no 'fig9' among fig1, fig2
@@ -227,14 +243,17 @@ FLAGS += [(f"{name} nonsense --nonsense", "nonsense") for name in PROGRAMS]
 # A flag, and runs in which it has no effect.
 FOLDERS, LISTS = "image_size 64|workers 7|skip_bad_images", "jobs 2|together on|fresh|runs 0"
 IDLE = {
-    "main --dataset digits": FOLDERS, "main": f"{FOLDERS}|sync_bn|lr 1|freeze ,|channels_last on",
+    "main --dataset digits": FOLDERS,
+    "main": f"{FOLDERS}|sync_bn|lr 1|freeze ,|channels_last on|weight_decay 0|warmup 0",
     "main --dataset npz:x.npz": FOLDERS, "main --arch resnet18": "depth 34|width 128|sync_bn",
     "main --arch vgg": "depth 10|width 256",  # also where they are the defaults
     "main --arch torchvision:resnet18": "depth 3|width 3|bias|affine", "main --cpu": "affine",
     "main --dataset folder:x": "train_examples 9|test_examples 9",
-    "main --optimizer adam": "gain 1|gain 2|layers count", "main --optimizer spectral": "lr 0.1",
+    "main --optimizer adam": "gain 1|gain 2|layers count|warmup 5",
+    "main --optimizer spectral": "lr 0.1|schedule cosine",
     "main --optimizer torch.optim.SGD": "gain 1|layers paths",
-    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x",
+    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x|encoding bytes",
+    "prepare imagenet": "encoding gpt2", "prepare text --from x": "shard 1/2|resize|val_labels x",
     "reproduce fig5 --list": f"{LISTS}|draw|time_limit 9m|submit slurm",
     "reproduce fig5 --draw": LISTS, "reproduce fig5 --submit slurm": "together on|fresh|runs 0",
     "reproduce fig5": "sbatch=--gres=gpu:1", "gpu_checks --only step": "plan first",
@@ -289,6 +308,7 @@ def test_a_rate_for_a_class_without_one(check, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Own", Own, raising=False)
     check(f"{DIGITS} --optimizer torch.optim.Own --lr 1", "--lr: torch.optim.Own has no")
+    check(f"{DIGITS} --optimizer torch.optim.Own --schedule cosine", "--schedule: torch.optim.Own")
     check(f"{DIGITS} --optimizer torch.optim.Own", "", 0)
 
 
@@ -377,6 +397,7 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     ("prepare cifar10", "give the whole path, or set $AGD_DATA"),
     ("prepare cifar10 --data_dir {tmp} --from ~/x", "argument --from"),
     ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
+    ("prepare text --from ~/x", "argument --from"),
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
     ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
     ("benchmark data --folder ~/x", "argument --folder"),
@@ -490,6 +511,18 @@ PLACES = table(
     (f"{PREPARE}/file --from {{tmp}}/set.npz", "could not be prepared",
      lambda tmp: [npz(tmp), text("file")(tmp)]),
     ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images()),
+    *((f"prepare text --encoding bytes --data_dir {{tmp}}/{where} --from {{tmp}}/{name}", noun,
+       lambda tmp, name=name, content=content: [text("file")(tmp), text(name, content)(tmp)])
+      for where, name, content, noun in (
+          ("out", "x.txt", b"", "x.txt is empty"),
+          ("out", "x.txt", b"caf\xe9", "x.txt is not UTF-8 at byte 3"),
+          ("out", "x.jsonl", b"{}\n", "x.jsonl has a line at byte 0"),
+          ("out", "x.txt.gz", b"some text", "x.txt.gz cannot be read"),
+          ("out", "x.txt", b"a", "too little text"),
+          ("file", "x.txt", b"some text", "x-bytes cannot be written"))),
+    ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images",
+     "holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and the files "
+     "there are .jpg (4)", images()),
     ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
     ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
 )  # fmt: skip

@@ -60,7 +60,7 @@ def test_images_that_batch_norm_reads_again_are_not_counted_again(workers, tmp_p
             Image.new("RGB", (40, 40), (10 * i, 9 * i % 250, 0)).save(path)
     (folder / "train" / "b" / "05.png").write_bytes(b"no image")
 
-    def small(*args):
+    def small(*args, **sizes):
         torch.manual_seed(0)
         return torch.nn.Sequential(
             torch.nn.Conv2d(3, 4, 4, 4, bias=False), torch.nn.BatchNorm2d(4, affine=False),
