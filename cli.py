@@ -119,6 +119,7 @@ depth n_layers num_layers hidden_layers n_hidden_layers n_layer blocks n_blocks
 device gpu cuda gpu_id gpu_ids use_cuda use_gpu accelerator
 distribute ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes num_nodes nnodes
 distribute world_size local_rank rank parallel multiprocessing_distributed
+encoding tokenizer tokeniser tokens bpe
 dropout drop drop_rate resid_pdrop attn_pdrop embd_pdrop
 epochs ep e n
 fresh overwrite restart clean from_scratch scratch

@@ -18,12 +18,11 @@ import torch
 
 from cli import expand
 from data.batches import Batches
-from data.common import DataError, reason
+from data.common import VALIDATION, DataError, reason
 
 MOST = 2000  # windows of a validation, unless --test_examples says otherwise
 HELD = 1000  # windows after which a file's pages are given back: the system maps 64 kB around each
 CHUNK = 2**20  # bytes of a text that are decoded at a time
-VALIDATION = ("val", "valid", "validation", "test")  # names of the text beside one called train
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 LARGEST = 2**24  # bytes of a meta.json
 MOST_TOKENS = 2**31 - 1  # in a vocabulary

@@ -222,6 +222,10 @@ prepare cifar11                                 | did you mean cifar10
 prepare CIFAR-100                               | did you mean cifar100
 prepare cifar10 --output x                      | there is no flag --output
 prepare imagenet --num_workers 4                | did you mean --jobs
+prepare text                                    | --from FILE_OR_FOLDER
+prepare text --from {{tmp}}/no                  | there is no file or folder
+prepare text --from x --tokenizer gpt2          | did you mean --encoding
+prepare text --from x --encoding gpt-2          | did you mean gpt2
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
 reproduce 9                                     | no 'fig9' among fig1, fig2
@@ -249,7 +253,8 @@ IDLE = {
     "main --optimizer adam": "gain 1|gain 2|layers count|warmup 5",
     "main --optimizer spectral": "lr 0.1|schedule cosine",
     "main --optimizer torch.optim.SGD": "gain 1|layers paths",
-    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x",
+    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x|encoding bytes",
+    "prepare imagenet": "encoding gpt2", "prepare text --from x": "shard 1/2|resize|val_labels x",
     "reproduce fig5 --list": f"{LISTS}|draw|time_limit 9m|submit slurm",
     "reproduce fig5 --draw": LISTS, "reproduce fig5 --submit slurm": "together on|fresh|runs 0",
     "reproduce fig5": "sbatch=--gres=gpu:1", "gpu_checks --only step": "plan first",
@@ -393,6 +398,7 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     ("prepare cifar10", "give the whole path, or set $AGD_DATA"),
     ("prepare cifar10 --data_dir {tmp} --from ~/x", "argument --from"),
     ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
+    ("prepare text --from ~/x", "argument --from"),
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
     ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
     ("benchmark data --folder ~/x", "argument --folder"),
@@ -506,6 +512,18 @@ PLACES = table(
     (f"{PREPARE}/file --from {{tmp}}/set.npz", "could not be prepared",
      lambda tmp: [npz(tmp), text("file")(tmp)]),
     ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images()),
+    *((f"prepare text --encoding bytes --data_dir {{tmp}}/{where} --from {{tmp}}/{name}", noun,
+       lambda tmp, name=name, content=content: [text("file")(tmp), text(name, content)(tmp)])
+      for where, name, content, noun in (
+          ("out", "x.txt", b"", "x.txt is empty"),
+          ("out", "x.txt", b"caf\xe9", "x.txt is not UTF-8 at byte 3"),
+          ("out", "x.jsonl", b"{}\n", "x.jsonl has a line at byte 0"),
+          ("out", "x.txt.gz", b"some text", "x.txt.gz cannot be read"),
+          ("out", "x.txt", b"a", "too little text"),
+          ("file", "x.txt", b"some text", "x-bytes cannot be written"))),
+    ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images",
+     "holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and the files "
+     "there are .jpg (4)", images()),
     ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
     ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
 )  # fmt: skip

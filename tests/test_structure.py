@@ -31,7 +31,7 @@ FLAGS = (
     "train_examples vocab warmup weight_decay weights width workers"
 ).split()
 COMMANDS = {
-    "data.prepare": "--data_dir --from --jobs --resize --shard",
+    "data.prepare": "--data_dir --from --jobs --encoding --resize --shard",
     "scripts.plot": "-o", "scripts.any_model": "--only",
     "scripts.spectral": "--only",
     "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
