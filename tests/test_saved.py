@@ -210,7 +210,7 @@ def test_other_data_are_noted(tmp_path, capsys):
     """A text beside the log's: what is evaluated are its numbers."""
     text = tmp_path / "a.txt"
     flags = [x for x in GPT if x not in ("--dataset", "shakespeare")]
-    text.write_text("To be, or not to be: that is the question.\n" * 50)
+    text.write_text("To be, or not to be: that is the question.\n" * 500)
     assert train(*flags, "--dataset", f"text:{text}", "--epochs", 1, "--out", tmp_path) == 0
     *_, row, _ = rows(tmp_path)
     (tmp_path / "b").mkdir()
@@ -220,7 +220,7 @@ def test_other_data_are_noted(tmp_path, capsys):
     assert train(*evaluate) == 0
     out, err = capsys.readouterr()
     assert numbers(out) == expected(row) and not err
-    other.write_text("Whether 'tis nobler in the mind to suffer\n" * 50)
+    other.write_text("Whether 'tis nobler in the mind to suffer\n" * 500)
     assert train(*evaluate) == 0
     out, err = capsys.readouterr()
     assert numbers(out) != expected(row) and "Note: not the data of the run (data crc32 " in err

@@ -166,13 +166,13 @@ def find(run, out="output"):
                        "and NAME.best.pt")  # fmt: skip
     log = path if suffix == ".jsonl" else _beside(path, "logs", f"{name}.jsonl")
     if not log.exists():
-        raise RunError(f"the log of {path}, which has its flags, is not there: {log}")
+        raise RunError(f"there is no log {log}, which has the flags of {path.name}")
     if suffix in CHECKPOINTS:
         return log, path
     newest = _beside(path, "checkpoints", f"{name}.pt")
     before = newest.with_name(f"{newest.name}.previous")
     if not newest.exists() and not before.exists():
-        raise RunError(f"{log} has no checkpoint: there is no {newest}")
+        raise RunError(f"there is no {newest}: the run of this log has no checkpoint")
     return log, newest if newest.exists() else before  # between two renames
 
 
