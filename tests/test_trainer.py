@@ -152,7 +152,7 @@ def test_the_micro_batch_that_memory_allowed_stays_until_another_is_requested(
     """Micro-batches run without graphs, which hold whole batches."""
     forward, limit = FCN.forward, [6]
 
-    def small(net, x, **sizes):
+    def small(net, x):
         if net.training and len(x) > limit[0]:
             raise torch.OutOfMemoryError("out of memory")
         return forward(net, x)
