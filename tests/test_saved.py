@@ -10,11 +10,14 @@ import torch
 
 import main as program
 from agd import SpectralAGD
+from data import load
 from runs.checkpoint import Checkpoints, unpack
 from tests.conftest import with_norms
 from tests.program import QUICK, SMALL, call, only, rows, train
 from training.control import STOP
+from training.losses import mse
 from training.saved import find, open_run
+from training.step import evaluate
 
 GPT = ["--arch", "gpt", "--dataset", "shakespeare", "--depth", "1", "--width", "8", "--heads", "2",
        "--context", "8", "--epoch_steps", "6", "--test_examples", "80", "--test_bs", "64"]
@@ -204,6 +207,21 @@ def test_a_forged_log_is_refused(change, tmp_path):
         saved._replace(first=saved.first | change).network()
     with pytest.raises(program.RunError, match="is of an earlier version"):
         saved._replace(first={"flags": saved.first["flags"]}).network()
+
+
+def test_what_a_run_started_from_is_not_needed(tmp_path, capsys):
+    """Neither the file of --weights nor, of frozen parameters, a state in the optimiser."""
+    assert train(*SMALL, "--epochs", 1, "--out", tmp_path / "start") == 0
+    start = file(tmp_path / "start", ".pt").rename(tmp_path / "start.pt")
+    flags = [*SMALL, "--weights", start, "--freeze", "layers.0.*", "--optimizer", "spectral"]
+    assert call(*flags, "--out", tmp_path, asked={2: STOP})[0] == 130
+    start.unlink()
+    assert train("--evaluate", tmp_path, "--cpu") == 0
+    printed = numbers(capsys.readouterr().out)
+    net, data = open_run(str(tmp_path)).network(), load("digits", "", 25, 25, torch.device("cpu"),
+                                                       test_examples=60)  # fmt: skip
+    tested = evaluate(net, data.test, mse).read()
+    assert printed == expected({"test_loss": tested["loss"], "test_acc": tested["acc"]})
 
 
 def test_other_data_are_noted(tmp_path, capsys):
