@@ -39,6 +39,7 @@ class Checkpoints:
         names = (f"{self.path.name}.{what}" for what in ("previous", "partial", "damaged"))
         self.previous, self.partial, self.damaged = map(self.path.with_name, names)
         self.best = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.best.pt")
+        self.linked = self.best.with_name(f"{self.best.name}.partial")
 
     def write(self, content):
         """Make `content`, a dict from `plain`, the newest checkpoint. Raises OSError where it
@@ -49,12 +50,11 @@ class Checkpoints:
         """Make the newest checkpoint the best one, too: another name of its file, or a copy where
         the file system has no links. Raises OSError where it cannot; the earlier best one stays."""
         newest = self.path if self.path.exists() else self.previous
-        partial = self.best.with_name(f"{self.best.name}.partial")
         try:
-            partial.unlink(missing_ok=True)
-            os.link(newest, partial)
-            os.replace(partial, self.best)
-            partial.unlink(missing_ok=True)  # both stay where they are names of one file already
+            self.linked.unlink(missing_ok=True)
+            os.link(newest, self.linked)
+            os.replace(self.linked, self.best)
+            self.linked.unlink(missing_ok=True)  # both stay where they are one file already
             sync_folder(self.best.parent)
         except (OSError, AttributeError):  # not every system has os.link
             write_whole(self.best, newest.read_bytes())
@@ -95,7 +95,7 @@ class Checkpoints:
         return None, None
 
     def discard(self):
-        for path in (self.path, self.previous, self.partial, self.best):
+        for path in (self.path, self.previous, self.partial, self.best, self.linked):
             path.unlink(missing_ok=True)
 
 

@@ -205,6 +205,10 @@ def test_a_forged_log_is_refused(change, tmp_path):
     saved = open_run(str(tmp_path))
     with pytest.raises(program.RunError, match="does not fit the network of"):
         saved._replace(first=saved.first | change).network()
+    with pytest.raises(program.RunError, match="no optimiser nowhere.Class"):
+        odd = saved.first["flags"] | {"optimizer": "nowhere.Class"}
+        saved._replace(first=saved.first | {"flags": odd},
+                       checkpoint=saved.checkpoint | {"step": 1}).network()
     with pytest.raises(program.RunError, match="is of an earlier version"):
         saved._replace(first={"flags": saved.first["flags"]}).network()
 

@@ -15,7 +15,7 @@ from cli import UserError, near
 from runs.checkpoint import Damaged, settings_of, unpack, validate
 from runs.files import reason
 from runs.log import RunError, differences, disk_errors, read_first_row
-from training.foreign import load_state
+from training.foreign import load_state, optimizer_class
 from training.gradient import Gradient
 from training.losses import xent
 from training.memory import is_out_of_memory
@@ -64,11 +64,10 @@ class Saved(NamedTuple):
         the checkpoint, in the middle of one those that the optimiser shows. Returns whether batch
         norm has no statistics of them yet. Raises RunError where they do not fit."""
         checkpoint, flags, optimizer = self.checkpoint, self.first["flags"], None
-        name = flags["optimizer"]
+        shows = checkpoint["step"] and has_modes(flags["optimizer"])
         with self._fitting():
-            if checkpoint["step"] and (name == "spectral" or "." in name):  # which may have modes
-                # Before the weights: to read its L, which no step will use, changes batch norm.
-                optimizer = make_optimizer(name, net, shape, lr=flags.get("lr"))
+            if shows:  # before the weights: to read L, which no step will use, changes batch norm
+                optimizer = make_optimizer(flags["optimizer"], net, shape, lr=flags.get("lr"))
             net.load_state_dict(checkpoint["net"])
             if optimizer is not None:
                 load_state(optimizer, checkpoint["optimizer"])
@@ -174,6 +173,16 @@ def find(run, out="output"):
     if not newest.exists() and not before.exists():
         raise RunError(f"there is no {newest}: the run of this log has no checkpoint")
     return log, newest if newest.exists() else before  # between two renames
+
+
+def has_modes(optimizer):
+    """Whether an optimiser, by its name, evaluates other weights than it trains. Raises RunError
+    where its class is not here."""
+    try:
+        own = "." in optimizer and hasattr(optimizer_class(optimizer), "eval")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return own or optimizer == "spectral"
 
 
 def split(name):
