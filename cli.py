@@ -138,6 +138,7 @@ precision amp fp16 bf16 bfloat16 tf32 half dtype use_amp autocast
 replay record
 save_every save_freq save_interval save_steps checkpoint_every checkpoint_interval checkpoint_freq
 save_every ckpt_every
+schedule scheduler lr_scheduler lr_schedule lr_scheduler_type sched
 seed random_seed manual_seed s
 skip_bad_images skip_corrupt skip_errors ignore_errors
 sync_bn sync_batch_norm
@@ -147,6 +148,8 @@ train_bs batch_size batch bs b minibatch_size minibatch bsz batch_sz per_device_
 train_bs batch_per_gpu
 train_examples n_train num_train train_size subset num_samples n_samples limit_train
 train_examples limit_train_batches
+warmup warmup_steps num_warmup_steps warmup_iters lr_warmup_steps
+weight_decay wd l2 l2_reg decay
 weights pretrained pretrained_weights pretrain finetune init_from state_dict
 tied tie tie_weights weight_tying tie_word_embeddings
 vocab vocab_size vocabulary n_vocab

@@ -25,7 +25,7 @@ from cli import (
     synonyms,
 )
 from data import AUGMENTATIONS, DATASETS, TEXTS, default_data_dir, is_folder, is_text
-from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS
+from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS, SCHEDULES
 
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
@@ -81,12 +81,16 @@ timm.optim.Adan adan
 timm.optim.Adopt adopt
 timm.optim.MADGRAD madgrad
 """)
+RATES = synonyms("""
+constant const fixed flat none off no 0
+cosine cos cosine_annealing cosine_annealing_lr cosine_decay cosine_with_warmup warmup_cosine on
+""")
 # Flags that people look for, and what stands in their place.
 ABSENT = {
-    "AGD finds the rate of each step, and a baseline keeps its --lr":
-        "scheduler lrscheduler lrschedule schedule sched warmup warmupepochs warmupsteps lrdecay "
-        "stepsize gamma lrgamma lrstepsize cosine decay decayepochs minlr lrmin milestones",
-    "AGD needs no weight decay, and adamw has one of its own": "weightdecay wd decayrate l2reg l2",
+    "AGD finds the rate of each step, and a baseline has --lr and --schedule cosine":
+        "lrdecay stepsize gamma lrgamma lrstepsize cosine decayrate decayepochs minlr lrmin "
+        "milestones",
+    "--warmup is a number of steps": "warmupepochs warmupratio warmupfraction",
     "AGD has none, and --optimizer package.Class takes a class with other defaults":
         "momentum nesterov betas beta1 beta2 beta eps epsilon dampening amsgrad",
     "AGD takes the gradient as it is":
@@ -151,7 +155,7 @@ def parser():
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
-        "from a finished run.",
+        "from a finished run, unless --schedule cosine has ended it.",
     )
     p.absent = {word: reason for reason, words in ABSENT.items() for word in words.split()}
     figures = f"{command('scripts.reproduce')} draws the figures, and --replay repeats a run"
@@ -214,6 +218,14 @@ def parser():
         "train with (default: %(default)s)")
     add("--lr", type=number(float, 0, 1e30), help="a baseline's learning rate (default: adam "
         "0.001, sgd 0.1, the class's own)")
+    add("--weight_decay", type=number(float, 0, 1e30), metavar="X", help="of a baseline, for "
+        "tensors of two or more dimensions; others have none (default: the class's own, for all)")
+    add("--schedule", type=one_of(SCHEDULES, meant=RATES), default="constant", metavar="HOW",
+        help="of a baseline's rate: constant, or cosine (up in equal steps, then down to 0 at the "
+        "last step of --epochs, so that another number of them is another run) (default: "
+        "%(default)s)")
+    add("--warmup", type=number(int, 0), metavar="N",
+        help="steps up, of --schedule cosine (default: a twentieth of the run)")
     add("--seed", type=number(int, 0), default=0, help="weights, order, augmentation (default: 0)")
     add("--precision", type=one_of(PRECISIONS, meant=ARITHMETIC), default="fp32",
         metavar="P", help="fp32 (the paper's), tf32 (NVIDIA GPUs from Ampere on), bf16 (autocast; "
@@ -223,7 +235,8 @@ def parser():
     add = p.add_argument_group("how fast (the same result, up to rounding)").add_argument
     modes = {"type": one_of(MODES, meant=on_or_off), "default": "auto", "metavar": "MODE"}
     add("--cuda_graph", **modes, help="a step as one CUDA graph: auto (where it is possible: one "
-        "GPU, arrays, whole batches, agd or a baseline), on, off (default: auto)")
+        "GPU, arrays, whole batches, agd or a baseline at a constant rate), on, off (default: "
+        "auto)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--channels_last", **modes, help="layout of convolutions' weights: auto (on GPUs unless "
         "fp32, whose kernels are slower so), on, off (default: auto)")
@@ -346,6 +359,11 @@ def without_effect(args):
     own = AUTOMATIC.get(args.optimizer)
     need(not automatic, f"is for the baselines: {own} has no learning rate (--gain scales its "
          "update)", "lr")  # fmt: skip
+    need(not automatic, f"is for the baselines: {own} needs no weight decay", "weight_decay")
+    need(args.schedule != "constant", "goes with --schedule cosine", "warmup")
+    for name in ("schedule", "warmup"):  # a constant rate holds for any run
+        need(not automatic or (name, args.schedule) == ("schedule", "constant"),
+             f"is for the baselines: {own} finds the rate of each step", name)  # fmt: skip
     return idle
 
 
@@ -516,6 +534,8 @@ def no_graph(args):
         return "it takes whole batches, without --micro_bs"
     if "." in args.optimizer:
         return f"{args.optimizer} may read from the device"
+    if args.schedule != "constant":
+        return f"--schedule {args.schedule} changes the rate in every step"
     return None
 
 
@@ -620,9 +640,14 @@ def on_this_machine(p, args, check):
             takes = inspect.signature(optimizer_class(args.optimizer)).parameters.values()
         except ValueError as error:
             p.error(str(error))
-        any_rate = any(x.name == "lr" or x.kind == x.VAR_KEYWORD for x in takes)
-        if args.lr is not None and not any_rate:
-            p.error(f"--lr: {args.optimizer} has no learning rate")
+        for flag, key, asked in (
+            ("lr", "lr", args.lr is not None),
+            ("weight_decay", "weight_decay", args.weight_decay is not None),
+            ("schedule", "lr", args.schedule != "constant"),
+        ):  # fmt: skip
+            if asked and not any(x.name == key or x.kind == x.VAR_KEYWORD for x in takes):
+                lacks = "learning rate" if key == "lr" else "weight decay"
+                p.error(f"--{flag}: {args.optimizer} has no {lacks}")
     if check and is_library(args.arch):
         from architecture import libraries
 

@@ -41,6 +41,7 @@ from training.losses import LOSSES
 from training.memory import does_not_fit, is_out_of_memory
 from training.optimizers import AUTOMATIC, make_optimizer
 from training.precision import set_channels_last, set_deterministic, set_precision
+from training.schedule import make_schedule
 from training.trainer import SEEDING, Trainer
 
 FORMER_OUT = "results"  # the default of --out in earlier versions
@@ -98,6 +99,8 @@ def train_on(data, args, world, requests):
     net, notes = build_network(args, data, world.device)
     channels_last = set_channels_last(net, args.channels_last, args.precision, world.device)
     optimizer = build_optimizer(args, net, data, world)
+    steps = args.epochs * len(data.train)
+    schedule = make_schedule(args.schedule, optimizer, steps, args.warmup)
     facts = facts_of(args, data, net, optimizer, channels_last)
     if args.train_bs > data.train.examples:
         notes = [*notes, f"Note: --train_bs {args.train_bs} is more than the training images: a "
@@ -135,7 +138,7 @@ def train_on(data, args, world, requests):
         epochs=args.epochs, micro_bs=args.micro_bs, sync_bn=args.sync_bn, compiled=args.compile,
         graphs=args.cuda_graph if facts["cuda_graph"] else None,
         log_steps=math.inf if args.log_steps == "all" else args.log_steps or 0,
-        log_updates=args.log_updates, foreign="." in args.optimizer,
+        log_updates=args.log_updates, foreign="." in args.optimizer, schedule=schedule,
         seed=args.seed if is_library(args.arch) or args.dropout else None, profile=profile,
         keep_best=args.keep_best,
     )  # fmt: skip
@@ -223,8 +226,8 @@ def build_optimizer(args, net, data, world):
     """The optimiser of the flags; AGD draws the weights of the paper's networks anew."""
     try:
         return make_optimizer(
-            args.optimizer, net, data.shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
-            drawn=flags.drawn(args), seed=args.seed,
+            args.optimizer, net, data.shape, lr=args.lr, weight_decay=args.weight_decay,
+            gain=args.gain, layers=flags.layers(args), drawn=flags.drawn(args), seed=args.seed,
             process_group=torch.distributed.group.WORLD if world.size > 1 else None,
         )  # fmt: skip
     except (TypeError, ValueError) as error:

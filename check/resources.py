@@ -15,6 +15,7 @@ from training.losses import LOSSES
 from training.memory import bytes_free, does_not_fit, is_out_of_memory
 from training.optimizers import make_optimizer
 from training.precision import set_channels_last, set_precision
+from training.schedule import make_schedule
 
 TIMING = 2.0  # seconds of passes and steps
 
@@ -52,8 +53,8 @@ def make_network(args, shape, classes):
 def make(args, net, shape):
     """The optimiser that the flags describe, without drawing weights."""
     return make_optimizer(
-        args.optimizer, net, shape, lr=args.lr, gain=args.gain, layers=flags.layers(args),
-        drawn=flags.drawn(args),
+        args.optimizer, net, shape, lr=args.lr, weight_decay=args.weight_decay, gain=args.gain,
+        layers=flags.layers(args), drawn=flags.drawn(args),
     )  # fmt: skip
 
 
@@ -130,6 +131,7 @@ def seconds_an_epoch(args, world, facts):
     set_precision(net, args.precision, device)
     set_channels_last(net, args.channels_last, args.precision, device)
     optimizer = make(args, net.train(), facts.shape)
+    make_schedule(args.schedule, optimizer, args.epochs * len(facts.data.train), args.warmup)
     gradient = Gradient(net, LOSSES[args.loss])
     images, end, times = min(2, share), time.perf_counter() + TIMING, []
 

@@ -13,7 +13,8 @@ SHAPING = ("arch", "dataset", "loss", "train_bs", "optimizer", "lr", "gain", "se
 SIZED = ("fcn", "gpt", "gpt2")  # networks whose depth and width are settings
 # settings that a run without them does not have: they came later
 LATER = ("sync_bn", "precision", "bias", "affine", "layers", "freeze", "augment", "heads",
-         "context", "dropout", "tied", "epoch_steps", "vocab")  # fmt: skip
+         "context", "dropout", "tied", "epoch_steps", "vocab", "weight_decay",
+         "schedule", "warmup")  # fmt: skip
 # the parts of a name, in order: flag -> (its form, the value for which it is left out)
 PARTS = {
     "arch": ("{}", ""), "heads": ("heads{}", None), "context": ("context{}", None),
@@ -23,7 +24,8 @@ PARTS = {
     "vocab": ("vocab{}", None), "train_examples": ("train{}", None),
     "test_examples": ("test{}", None), "loss": ("{}", ""), "train_bs": ("bs{}", ""),
     "epoch_steps": ("epoch{}", None), "optimizer": ("{}", ""), "layers": ("{}", None),
-    "gain": ("gain{}", 1), "lr": ("lr{}", None), "seed": ("seed{}", ""),
+    "gain": ("gain{}", 1), "lr": ("lr{}", None), "weight_decay": ("decay{}", None),
+    "schedule": ("{}", "constant"), "warmup": ("warmup{}", None), "seed": ("seed{}", ""),
     "skip_bad_images": ("skip", False), "sync_bn": ("syncbn", False), "precision": ("{}", "fp32"),
     "log_steps": ("steps{}", None), "log_updates": ("updates", False),
 }  # fmt: skip
@@ -45,6 +47,9 @@ def name_and_settings(flags):
     for key in ("tied", "bias", "affine"):
         words[key] = f"{'' if flags[key] else 'no'}{key}"
     words["arch"] = words["arch"].replace(":", "_")
+    if flags["schedule"] != "constant":  # which ends with the run: a longer one is another
+        settings["epochs"] = flags["epochs"]
+        words["schedule"] = "{schedule}{epochs}".format(**flags)
     if flags["weights"] is not None:  # wherever they are
         settings["weights"] = data_sha256(flags["weights"])["sha256"]
         words["weights"] = Path(flags["weights"]).stem
@@ -56,7 +61,7 @@ def name_and_settings(flags):
     if kind in ("npz", "text"):  # its checksums are settings
         settings["dataset"] = wherever(dataset)
         words["dataset"] = settings["dataset"].replace(":", "_").removesuffix(".npz")
-    for key in ("gain", "lr"):  # without an exponent: 1e-05 as 0.00001
+    for key in ("gain", "lr", "weight_decay"):  # without an exponent: 1e-05 as 0.00001
         words[key] = words[key] if flags[key] is None else format(Decimal(repr(flags[key])), "f")
     if flags["log_steps"] == "all":
         words["log_steps"] = ""

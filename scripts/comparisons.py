@@ -6,7 +6,6 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import platform
 import sys
 import time
@@ -32,6 +31,7 @@ from runs.provenance import environment
 from scripts.markdown import renew, table
 from scripts.words import significant
 from training.losses import xent
+from training.schedule import cosine
 from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
@@ -332,21 +332,16 @@ def of_text(args, net, steps, seed, batch=None, held=None):
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
     stream = Characters(text[:cut], args, steps, seed, batch)
     tests = Characters(text[cut:][:held], args, batch=batch)
-    return net(len(letters)), stream, tests, text_loss, steps
-
-
-def text_loss(outputs, labels):
-    """The mean cross-entropy of each text, (B,). outputs (B, V, T), labels (B, T)."""
-    return xent(outputs, labels).mean(1)
+    return net(len(letters)), stream, tests, xent, steps
 
 
 def stock_gpt2(args, letters):
-    """transformers' GPT-2 with a tied head and without dropout, from characters to (B, V, T)."""
+    """transformers' GPT-2 with a tied head, without dropout: characters to logits (B, T, V)."""
     import transformers
 
     class Logits(transformers.GPT2LMHeadModel):
         def forward(self, x):
-            return super().forward(input_ids=x).logits.transpose(1, 2)
+            return super().forward(input_ids=x).logits
 
     config = {"vocab_size": letters, "n_positions": args.context, "n_embd": args.width,
               "n_layer": args.layers, "n_head": args.heads, "resid_pdrop": 0, "embd_pdrop": 0,
@@ -358,13 +353,10 @@ def adamw(rate, args, net, steps):
     """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
     optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
                                   weight_decay=args.weight_decay)  # fmt: skip
-    count = itertools.count(1)
+    count = itertools.count()
 
     def before(*_):
-        t = next(count)
-        done = max(0, t - args.warm_up) / (steps - args.warm_up)
-        factor = min(1, t / max(args.warm_up, 1)) * (1 + math.cos(math.pi * done)) / 2
-        optimizer.param_groups[0]["lr"] = rate * factor
+        optimizer.param_groups[0]["lr"] = rate * cosine(next(count), steps, args.warm_up)
         if args.clip:
             nn.utils.clip_grad_norm_(net.parameters(), args.clip)
 

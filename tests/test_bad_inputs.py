@@ -98,10 +98,14 @@ FLAGS = f"""
 {DIGITS} --n_epochs 3                           | did you mean --epochs
 {DIGITS} --image-size 64                        | did you mean --image_size
 {DIGITS} --resume                               | the same command resumes
-{DIGITS} --weight_decay 0.1                     | needs no weight decay
-{DIGITS} --wd 0.1                               | needs no weight decay
+{DIGITS} --weight_decay 0.1                     | AGD needs no weight decay
+{DIGITS} --wd 0.1                               | did you mean --weight_decay
+{DIGITS} --lr_schedule cosine                   | did you mean --schedule
+{DIGITS} --scheduler cosine                     | did you mean --schedule
+{DIGITS} --warmup_steps 5                       | did you mean --warmup
+{DIGITS} --min-lr 1e-5                          | finds the rate of each step
 {DIGITS} --momentum 0.9                         | AGD has none
-{DIGITS} --warmup-epochs 5                      | finds the rate of each step
+{DIGITS} --warmup-epochs 5                      | --warmup is a number of steps
 {DIGITS} --save_best                            | did you mean --keep_best
 {DIGITS} --eval_only                            | --evaluate RUN tests a checkpoint alone
 {DIGITS} --eval_every 3                         | each epoch ends with a test
@@ -174,6 +178,14 @@ main --cpu --precision tf32                     | Ampere
 main --lr 0.1                                   | AGD has no learning rate
 main --optimizer spectral --lr 0.1              | SpectralAGD has no learning rate
 main --optimizer adam --gain 2                  | --lr
+main --optimizer spectral --weight_decay 0.1    | SpectralAGD needs no weight decay
+main --optimizer adam --weight_decay -1         | '-1' is not a finite number from 0
+main --optimizer rprop --weight_decay 0 --cpu   | torch.optim.Rprop has no weight decay
+main --schedule cosine                          | AGD finds the rate of each step
+main --optimizer adam --schedule step           | no 'step' among constant, cosine
+main --optimizer adam --schedule CosineDecay    | did you mean cosine
+main --optimizer adam --warmup 1.5              | '1.5' is not a whole number
+{DIGITS} --optimizer adam --schedule cosine --warmup 9999 | train longer or warm up less
 main --cpu --device cuda                        | --cpu contradicts
 main --device cuda:99                           | cuda:99
 main --device gpu                               | did you mean cuda?
@@ -236,12 +248,14 @@ FLAGS += [(f"{name} nonsense --nonsense", "nonsense") for name in PROGRAMS]
 # A flag, and runs in which it has no effect.
 FOLDERS, LISTS = "image_size 64|workers 7|skip_bad_images", "jobs 2|together on|fresh|runs 0"
 IDLE = {
-    "main --dataset digits": FOLDERS, "main": f"{FOLDERS}|sync_bn|lr 1|freeze ,|channels_last on",
+    "main --dataset digits": FOLDERS,
+    "main": f"{FOLDERS}|sync_bn|lr 1|freeze ,|channels_last on|weight_decay 0|warmup 0",
     "main --dataset npz:x.npz": FOLDERS, "main --arch resnet18": "depth 34|width 128|sync_bn",
     "main --arch vgg": "depth 10|width 256",  # also where they are the defaults
     "main --arch torchvision:resnet18": "depth 3|width 3|bias|affine", "main --cpu": "affine",
     "main --dataset folder:x": "train_examples 9|test_examples 9",
-    "main --optimizer adam": "gain 1|gain 2|layers count", "main --optimizer spectral": "lr 0.1",
+    "main --optimizer adam": "gain 1|gain 2|layers count|warmup 5",
+    "main --optimizer spectral": "lr 0.1|schedule cosine",
     "main --optimizer torch.optim.SGD": "gain 1|layers paths",
     "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x",
     "reproduce fig5 --list": f"{LISTS}|draw|time_limit 9m|submit slurm",
@@ -298,6 +312,7 @@ def test_a_rate_for_a_class_without_one(check, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Own", Own, raising=False)
     check(f"{DIGITS} --optimizer torch.optim.Own --lr 1", "--lr: torch.optim.Own has no")
+    check(f"{DIGITS} --optimizer torch.optim.Own --schedule cosine", "--schedule: torch.optim.Own")
     check(f"{DIGITS} --optimizer torch.optim.Own", "", 0)
 
 

@@ -2,18 +2,21 @@
 or is refused in one sentence before the first step; so does each of a user's own."""
 
 import importlib
+import inspect
 import re
 import sys
 
 import pytest
 import torch
 
+from architecture.gpt import GPT
 from runs.checkpoint import pack, unpack
 from tests.conftest import ROOT
 from tests.program import SMALL, alike, only, same, train, weights
 from training.choices import OF_TORCH, OPTIMIZERS
 from training.control import STOP
 from training.foreign import Unusable, foreign, load_state
+from training.optimizers import make_optimizer
 
 FLAGS = [*SMALL, "--cpu"]
 # What the sentence says of a class that cannot train here.
@@ -82,6 +85,50 @@ def test_every_class_of_timm_trains_and_resumes_or_is_refused(name, trains):
 def test_a_class_of_timm_that_needs_a_rate_takes_one(trains):
     pytest.importorskip("timm")
     trains("--optimizer", "timm.optim.SGDP", "--lr", 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*classes("torch.optim"), *classes("timm.optim")])
+def test_every_class_takes_a_decay_of_matrices_or_is_refused(name, trains):
+    """torch's Muon takes matrices alone."""
+    package, _, own = name.rpartition(".")
+    takes = inspect.signature(getattr(importlib.import_module(package), own)).parameters
+    refused = {"torch.optim.Muon": "2D"}.get(name, REFUSED.get(name))
+    if not {"weight_decay", "kwargs"} & takes.keys() and "lbfgs" not in name.lower():
+        refused = f"--weight_decay: {name} has no weight decay"
+    trains("--optimizer", name, "--weight_decay", 0.01, "--bias", refused=refused)
+
+
+def test_a_decay_is_of_matrices_and_nothing_changes_without_one():
+    """To the bit the steps of torch's class with groups made by hand, a tied weight once."""
+    def net():
+        torch.manual_seed(0)
+        return GPT(11, 8, 2, 12, 2, tied=True)
+
+    def steps(net, optimizer):
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            net(torch.randint(11, (4, 8), generator=draw)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def groups(net):
+        decays = {name: "ln_" not in name and "bias" not in name
+                  for name, _ in net.named_parameters()}  # fmt: skip
+        return [{"params": [p for name, p in net.named_parameters() if decays[name] is yes],
+                 "weight_decay": decay} for yes, decay in ((True, 0.3), (False, 0.0))]  # fmt: skip
+
+    for name, cls in (("torch.optim.AdamW", "AdamW"), ("adam", "Adam"), ("sgd", "SGD")):
+        for decay in (0.3, None):
+            one, other = net(), net()
+            ours = make_optimizer(name, one, (8,), lr=1e-3, weight_decay=decay)
+            parameters = groups(other) if decay else other.parameters()
+            hand = getattr(torch.optim, cls)(parameters, lr=1e-3)
+            steps(one, ours)
+            steps(other, hand)
+            assert alike(one.state_dict(), other.state_dict())
+            assert alike(ours.state_dict(), hand.state_dict())
+            assert len(ours.param_groups) == (2 if decay else 1)
 
 
 OWN = '''
@@ -214,6 +261,20 @@ def test_a_class_of_a_users_own_goes_on_to_the_bit(text, in_folder, trains):
 def test_a_class_of_a_users_own_is_refused(text, words, in_folder, trains):
     in_folder(text)
     trains("--optimizer", "own.X", refused=words)
+
+
+@pytest.mark.parametrize("takes, init, flags, words", [
+    ("lr=1, weight_decay=0", "super().__init__(params, lr); self.decay = weight_decay",
+     ["--weight_decay", 0.1], "--weight_decay: own.X has one for all its weights"),
+    ("lr=None", "super().__init__(params, None)", ["--schedule", "cosine"],
+     "X finds its rate itself: give --lr"),
+])  # fmt: skip
+def test_a_setting_that_a_class_does_not_keep_in_its_groups_is_refused(
+    takes, init, flags, words, in_folder, trains
+):
+    text = own("return 0.1", init)
+    in_folder(text.replace(f"lr=0.05):\n        {init}", f"{takes}):\n        {init}"))
+    trains("--optimizer", "own.X", *flags, refused=words)
 
 
 def test_bare_names_are_those_of_torch():

@@ -160,6 +160,7 @@ class Progress:
             parts += [f"{row['test_bits']:.3f} bits/byte"] if "test_bits" in row else []
             rate = f"{rate:,.0f} tok/s"
         parts += [] if eta is None else [f"{self.eta} {eta:.{digits}f}"]
+        parts += [f"lr {row['lr']:.2g}"] if "lr" in row else []
         # Instead of the rate, for which there is no room.
         parts += [rate if turn is None else f"turn {turn:.2g}"]
         parts += [f"{row['seconds']:.2f} s"]

@@ -62,16 +62,28 @@ def _is_optimizer(kind):
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
 
 
-def foreign(dotted, parameters, lr=None):
-    """An optimiser of the class package.Class, of these parameters; `lr`: None is the class's own.
+def construct(cls, parameters, lr=None, weight_decay=None):
+    """An optimiser of a class with these settings; None is the class's own, for all parameters.
+    A `weight_decay` is that of tensors of two or more dimensions: biases and gains have 0."""
+    given = {"lr": lr, "weight_decay": weight_decay}
+    if weight_decay is not None:
+        decayed, others = ([p for p in parameters if (p.ndim > 1) is yes] for yes in (True, False))
+        groups = {"params": decayed}, {"params": others, "weight_decay": 0.0}
+        parameters = [group for group in groups if group["params"]]
+    return cls(parameters, **{key: x for key, x in given.items() if x is not None})
+
+
+def foreign(dotted, parameters, lr=None, weight_decay=None):
+    """An optimiser of the class package.Class, of these parameters, as `construct` makes it.
 
     On small weights it has shown that gradients are all it needs, and that it goes on from a
     checkpoint to the bit. Raises Unusable, with the reason, where it has not.
     """
-    cls, rate = optimizer_class(dotted), {} if lr is None else {"lr": lr}
+    cls, settings = optimizer_class(dotted), {"--lr": lr, "--weight_decay": weight_decay}
+    given = [flag for flag, x in settings.items() if x is not None]
 
     def make(weights):
-        return cls(weights, **rate)
+        return construct(cls, weights, lr, weight_decay)
 
     @contextmanager
     def blame(words, remedy="choose another, as torch.optim.AdamW"):
@@ -81,12 +93,18 @@ def foreign(dotted, parameters, lr=None):
             raise
         except (Exception, SystemExit) as error:  # anything, of foreign code
             reason = _reason(error, cls)
-            way_out = "give --lr" if not rate and re.search(r"\blr\b", reason) else remedy
+            way_out = "give --lr" if lr is None and re.search(r"\blr\b", reason) else remedy
             raise Unusable(f"--optimizer {dotted} {words}: {reason}; {way_out}") from error
 
-    with blame(f"does not take these weights{' and --lr' if rate else ''}",
-               "choose another, or a subclass whose constructor takes (params, lr)"):  # fmt: skip
+    takes = ", ".join(["params", "lr", "weight_decay"][: 2 if weight_decay is None else 3])
+    with blame(" and ".join(["does not take these weights", *given]),
+               f"choose another, or a subclass whose constructor takes ({takes})"):  # fmt: skip
         optimizer = make(parameters)
+    if weight_decay is not None and "weight_decay" not in optimizer.defaults:
+        raise Unusable(
+            f"--weight_decay: {dotted} has one for all its weights, and biases and gains have none "
+            "here: leave it out"
+        )
     with SEEDING:
         lacking = _try_out(make, parameters, blame)
     if lacking is not None:

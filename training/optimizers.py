@@ -6,7 +6,7 @@ import agd
 from agd import AGD, SpectralAGD, init_weights
 from architecture import sample
 from training.choices import AUTOMATIC, BASELINES
-from training.foreign import foreign
+from training.foreign import construct, foreign
 
 # The first call of some methods of torch.optim.Optimizer imports torch's compiler, only to exclude
 # them from compilation: more than a second of every start.
@@ -16,13 +16,13 @@ for method in vars(torch.optim.Optimizer).values():
 
 
 def make_optimizer(
-    name, net, shape=None, *, lr=None, gain=1.0, layers="count", drawn=True, seed=None,
-    process_group=None,
+    name, net, shape=None, *, lr=None, weight_decay=None, gain=1.0, layers="count", drawn=True,
+    seed=None, process_group=None,
 ):  # fmt: skip
     """The optimiser `name` of what is not frozen in `net`, a network for inputs of `shape`.
 
-    lr: of a baseline; None is the class's own. gain: of an AUTOMATIC one. `layers`: "count" for
-    the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: the
+    lr, weight_decay: of a baseline, as in `construct`. gain: of an AUTOMATIC one. `layers`: "count"
+    for the paper's L, the number of weights, or "paths" for the mean number on a path. `drawn`: the
     weights start from the method's own distribution, so their norms are known; False for weights of
     a file or a library. `seed`: of the draw; None draws nothing. Ranks of a `process_group` share
     the work of a step. Raises TypeError or ValueError where AGD has no rule for a weight, Unusable
@@ -38,8 +38,9 @@ def make_optimizer(
     parameters = [p for _, p in trained]
     if name in BASELINES:
         own, rate = BASELINES[name]
-        return getattr(torch.optim, own)(parameters, lr=rate if lr is None else lr)
-    return foreign(name, parameters, lr)
+        lr = rate if lr is None else lr
+        return construct(getattr(torch.optim, own), parameters, lr, weight_decay)
+    return foreign(name, parameters, lr, weight_decay)
 
 
 def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group=None):

@@ -67,7 +67,8 @@ class Saved(NamedTuple):
         shows = checkpoint["step"] and has_modes(flags["optimizer"])
         with self._fitting():
             if shows:  # before the weights: to read L, which no step will use, changes batch norm
-                optimizer = make_optimizer(flags["optimizer"], net, shape, lr=flags.get("lr"))
+                optimizer = make_optimizer(flags["optimizer"], net, shape, lr=flags.get("lr"),
+                                           weight_decay=flags.get("weight_decay"))  # fmt: skip
             net.load_state_dict(checkpoint["net"])
             if optimizer is not None:
                 load_state(optimizer, checkpoint["optimizer"])

@@ -75,6 +75,7 @@ class Trainer:
         log_steps: epochs whose steps have rows in the log.
         foreign: whether the optimiser is of someone else's class: it may draw random numbers, from
             torch's generator, and change its learning rate.
+        schedule: the Cosine of a baseline's rate, None of one that stays.
         seed: of the random numbers that the network draws in training, as dropout does, or None.
         profile: a Profile of the first whole epoch, or None.
         keep_best: keep the checkpoint of the epoch with the least test loss.
@@ -83,12 +84,13 @@ class Trainer:
     def __init__(
         self, world, data, net, optimizer, loss_fn, control, progress, log=None, rows=(), *,
         epochs, micro_bs=None, sync_bn=False, compiled=False, graphs=None, log_steps=0,
-        log_updates=False, foreign=False, seed=None, profile=None, keep_best=False,
+        log_updates=False, foreign=False, schedule=None, seed=None, profile=None, keep_best=False,
     ):  # fmt: skip
         self.world, self.data, self.net, self.optimizer = world, data, net, optimizer
         self.loss_fn, self.control, self.progress, self.log = loss_fn, control, progress, log
         self.epochs, self.log_steps, self.profile = epochs, log_steps, profile
-        self.foreign, self.seed, self.rows, self.done = foreign, seed, list(rows), len(rows)
+        self.foreign, self.schedule, self.seed = foreign, schedule, seed
+        self.rows, self.done = list(rows), len(rows)
         self.epoch = self.step = self.missing = 0
         self.batches = len(data.train)  # of an epoch
         self.totals, self.seconds, self.began = None, 0.0, None  # of the current epoch
@@ -129,7 +131,8 @@ class Trainer:
             rates = [[g.get("lr") for g in groups] for groups in (
                 self.optimizer.param_groups, checkpoint["optimizer"]["param_groups"]
             )]  # fmt: skip
-            if rates[0] != rates[1] and not self.foreign:
+            # Those of a class may be its own, and those of a schedule are set in each step.
+            if rates[0] != rates[1] and not self.foreign and self.schedule is None:
                 raise ValueError(f"lr {rates[1]} there, and {rates[0]} here")
             state = validate(checkpoint, self.batches)
             self.net.load_state_dict(then)
@@ -300,6 +303,8 @@ class Trainer:
         if len(data.shape) == 1:
             text = positions, data.bytes_a_token if self.loss_fn is xent else None
         row = epoch_row(epoch, trained, tested, seconds, self.seconds_of_epoch(), clock, text)
+        if self.schedule is not None:  # of the last step
+            row["lr"] = float(self.schedule.rates(epoch * self.batches - 1)[0])
         if self.graphed and self.graphed.failure:
             row["no_cuda_graph"] = self.graphed.failure
         if self.gradient.micro_bs is not None:
@@ -323,7 +328,7 @@ class Trainer:
     def _train_epoch(self, epoch, profile):
         """Train the steps of an epoch from the current one on. Returns the Totals of the epoch."""
         self.data.train.set_epoch(epoch, self.step)
-        self._seed_step()
+        self._before_step()
         self.began = time.monotonic()
         if profile:
             profile.step()
@@ -356,7 +361,7 @@ class Trainer:
         if eta is not None:
             self.places.append((self.epoch + 1, self.step))
             self._count_skipped(self.etas.put(eta))
-        self._seed_step()
+        self._before_step()
         self._decide(self.epoch * self.batches + self.step)
 
     def _decide(self, step=None):
@@ -376,12 +381,14 @@ class Trainer:
         elif decision == ANNOUNCED and self.log and self.failure is None:
             self.progress.note(f"Saved in epoch {self.epoch + 1}, after step {self.step}")
 
-    def _seed_step(self):
-        """Seed the random numbers that the network draws in the next step by the seed, that step
-        and the rank: none of them has to be saved."""
+    def _before_step(self):
+        """Set the next step's rate, and seed the random numbers that the network draws in it by the
+        seed, that step and the rank: nothing of either has to be saved."""
+        step, device = self.epoch * self.batches + self.step, self.world.device
+        if self.schedule is not None:
+            self.schedule.set(step)
         if self.seed is None:
             return
-        step, device = self.epoch * self.batches + self.step, self.world.device
         generator = torch.default_generator
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
