@@ -28,7 +28,8 @@ def parse(argv=None):
     add("--tokens", type=number(int, 1), default=500, metavar="N", help="(default: 500)")
     add("--temperature", type=number(float, 0, 1e3), default=1.0, metavar="T",
         help="divides the logits; 0 takes the likeliest token each time (default: 1)")
-    add("--top_k", type=number(int, 1), metavar="K", help="of the K likeliest tokens (default: all)")
+    add("--top_k", type=number(int, 1), metavar="K",
+        help="draw from the K likeliest tokens (default: all)")
     add("--seed", type=number(int, 0), default=0, help="(default: 0)")
     add("--out", type=a_path, default="output", help="where runs are (default: %(default)s)")
     add("--device", type=device, help="as main.py's")
@@ -88,9 +89,9 @@ def encoded(description, prompt):
             raise DataError(f"--prompt needs an encoding: {error}") from error
         print(f"Note: ids of tokens, because {error}", file=sys.stderr)
         return None, [0]
-    if prompt:
-        return encoding, encoding.encode(prompt).tolist()
-    return encoding, [encoding.end] if encoding.end is not None else encoding.encode(NEWLINE).tolist()
+    if not prompt and encoding.end is not None:
+        return encoding, [encoding.end]
+    return encoding, encoding.encode(prompt or NEWLINE).tolist()
 
 
 @torch.inference_mode()
