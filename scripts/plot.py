@@ -138,9 +138,11 @@ def described(run):
     augment = take("augment", "default")
     gpt = run.first["settings"].get("arch") in GPTS  # which has biases and gains by default
     bias, affine = (take(key, gpt) for key in ("bias", "affine"))
-    # An epoch count is a setting of runs with a schedule alone.
-    schedule, epochs = take("schedule"), take("epochs")
-    decay, warmup, tied = take("weight_decay"), take("warmup"), take("tied")
+    tied, decay, warmup, schedule = map(take, ("tied", "weight_decay", "warmup", "schedule"))
+    rule = [optimizer_name(take("optimizer", "?"), rate)]
+    rule += [] if decay is None else [f"decay {decay:g}"]
+    rule += [] if schedule is None else [f"{schedule} over {take('epochs')} epochs"]
+    rule += [] if warmup is None else [f"warm-up {warmup}"]
     examples = "windows" if run.is_text else "images"
     words = {
         "network": (network, False),
@@ -158,11 +160,7 @@ def described(run):
         "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),
         "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
         "batch": (f"batch {take('train_bs', '?')}", False),
-        "optimizer": (optimizer_name(take("optimizer", "?"), rate), False),
-        "decay": ("decay as usual" if decay is None else f"decay {decay:g}", decay is None),
-        "schedule": (f"{schedule} over {epochs} epochs" if schedule else "constant rate",
-                     schedule is None),
-        "warmup": ("warm-up as usual" if warmup is None else f"warm-up {warmup}", warmup is None),
+        "optimizer": (", ".join(rule), False),
         "gain": (f"gain {gain:g}", gain == 1),
         "layers": (f"L by {layers}" if layers else "L as usual", not layers),
         "precision": (precision, precision == "fp32"),
