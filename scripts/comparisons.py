@@ -332,21 +332,16 @@ def of_text(args, net, steps, seed, batch=None, held=None):
     text, cut = torch.from_numpy(text), 9 * len(text) // 10
     stream = Characters(text[:cut], args, steps, seed, batch)
     tests = Characters(text[cut:][:held], args, batch=batch)
-    return net(len(letters)), stream, tests, text_loss, steps
-
-
-def text_loss(outputs, labels):
-    """The mean cross-entropy of each text, (B,). outputs (B, V, T), labels (B, T)."""
-    return xent(outputs, labels).mean(1)
+    return net(len(letters)), stream, tests, xent, steps
 
 
 def stock_gpt2(args, letters):
-    """transformers' GPT-2 with a tied head and without dropout, from characters to (B, V, T)."""
+    """transformers' GPT-2 with a tied head, without dropout: characters to logits (B, T, V)."""
     import transformers
 
     class Logits(transformers.GPT2LMHeadModel):
         def forward(self, x):
-            return super().forward(input_ids=x).logits.transpose(1, 2)
+            return super().forward(input_ids=x).logits
 
     config = {"vocab_size": letters, "n_positions": args.context, "n_embd": args.width,
               "n_layer": args.layers, "n_head": args.heads, "resid_pdrop": 0, "embd_pdrop": 0,

@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Characters (B, T) to outputs (B, letters, T)."""
+    """Characters (B, T) to outputs (B, T, letters)."""
 
     def __init__(self, letters, width, heads, layers, context):
         super().__init__()
@@ -137,7 +137,7 @@ class GPT(nn.Module):
 
     def forward(self, x):
         y = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))
-        return self.head(self.norm(self.blocks(y))).transpose(1, 2)
+        return self.head(self.norm(self.blocks(y)))
 
 
 def gpt(args):
@@ -196,7 +196,7 @@ def resnet8(args):
 
 
 class LSTM(nn.Module):
-    """Characters (B, T) to outputs (B, letters, T), by two recurrent layers."""
+    """Characters (B, T) to outputs (B, T, letters), by two recurrent layers."""
 
     def __init__(self, letters, width=128):
         super().__init__()
@@ -204,7 +204,7 @@ class LSTM(nn.Module):
         self.head = nn.Linear(width, letters)
 
     def forward(self, x):
-        return self.head(self.layers(self.token(x.T))[0]).permute(1, 2, 0)
+        return self.head(self.layers(self.token(x.T))[0]).transpose(0, 1)
 
 
 def stock(args):

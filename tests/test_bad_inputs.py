@@ -303,6 +303,7 @@ def test_a_rate_for_a_class_without_one(check, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Own", Own, raising=False)
     check(f"{DIGITS} --optimizer torch.optim.Own --lr 1", "--lr: torch.optim.Own has no")
+    check(f"{DIGITS} --optimizer torch.optim.Own --schedule cosine", "--schedule: torch.optim.Own")
     check(f"{DIGITS} --optimizer torch.optim.Own", "", 0)
 
 

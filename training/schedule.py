@@ -1,7 +1,7 @@
 """The learning rates of a baseline's steps: a function of the step's number.
 
-torch's schedulers count the steps themselves, which a checkpoint would have to hold, and change the
-rate that the step before has left: what loads an optimiser's state has to load theirs, too.
+torch's schedulers count the steps themselves: a checkpoint would have to hold that state beside the
+optimiser's, and the place of the run would be known twice.
 """
 
 import math
