@@ -363,7 +363,8 @@ def test_a_whole_number_as_people_write_it(text):
 
 @pytest.mark.parametrize(("text", "figure"), [
     ("figure5", "fig5"), ("5", "fig5"), ("fig.5", "fig5"), ("Fig5", "fig5"), ("figure 5", "fig5"),
-    ("Figure-08", "fig8"), ("11", "fig11"), ("all", "all"), ("phases", "phases"),
+    ("Figure-08", "fig8"), ("10", "fig10"), ("11", "fig11"), ("all", "all"),
+    ("phases", "phases"),
 ])  # fmt: skip
 def test_a_figure_is_taken_as_people_write_it(text, figure):
     assert reproduce.figure(text) == figure
