@@ -18,13 +18,12 @@ import torch
 
 from cli import expand
 from data.batches import Batches
-from data.common import DataError, reason
+from data.common import VALIDATION, DataError, reason
 
 MOST = 2000  # windows of a validation, unless --test_examples says otherwise
 HELD = 2**26  # bytes of a file that stay mapped, as they may be: the system maps AROUND each window
 AROUND = 2**16
 CHUNK = 2**20  # bytes of a text that are decoded at a time
-VALIDATION = ("val", "valid", "validation", "test")  # names of the text beside one called train
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 LARGEST = 2**24  # bytes of a meta.json
 MOST_TOKENS = 2**31 - 1  # in a vocabulary
