@@ -1,16 +1,16 @@
 """Texts as windows of tokens: the embedded plays, a user's text by bytes, files of token ids.
 
 A window is `context` tokens and the one after them. Training takes windows from random places, a
-function of (seed, epoch, index); validation takes the same ones every time. Files are mapped into
-memory, so that one of any size opens at once and takes no more memory than the windows in use.
+function of (seed, epoch, index); validation takes the same ones every time. Files are read window
+by window, so that one of any size opens at once and takes no more memory than the windows in use.
 """
 
 import bz2
 import codecs
 import json
-import mmap
 import os
 import zlib
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -21,46 +21,67 @@ from data.batches import Batches
 from data.common import VALIDATION, DataError, reason
 
 MOST = 2000  # windows of a validation, unless --test_examples says otherwise
-HELD = 2**26  # bytes of a file that stay mapped, as they may be: the system maps AROUND each window
-AROUND = 2**16
 CHUNK = 2**20  # bytes of a text that are decoded at a time
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 LARGEST = 2**24  # bytes of a meta.json
 MOST_TOKENS = 2**31 - 1  # in a vocabulary
 
 
-class Tokens:
-    """Token ids, a numpy array (N,) or the part `values` of a mapped file. `what` names them."""
+class Ids:
+    """The token ids of a file, (N,), or a slice of them. A window is read when it is asked for:
+    mapped pages would count as memory of the process, of some systems 2 MB around each window."""
 
-    def __init__(self, values, what, vocabulary, file=None, mapped=None):
-        self.values, self.what, self.vocabulary = values, what, vocabulary
-        self.file, self.mapped, self.held = file, mapped, 0
-        self.size = file and os.fstat(file.fileno()).st_size
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.first = path, dtype, 0
+        self.file = open(path, "rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.count = self.size // dtype.itemsize
 
     def __len__(self):
-        return len(self.values)
+        return self.count
 
-    def part(self, cut, what):
-        """The tokens of a slice."""
-        return Tokens(self.values[cut], what, self.vocabulary, self.file, self.mapped)
+    def __getitem__(self, cut):
+        part, (start, stop, _) = copy(self), cut.indices(self.count)
+        part.first, part.count = self.first + start, stop - start
+        return part
+
+    def windows(self, starts, length):
+        """(n, length) of the file's dtype, from each of `starts` on. Raises DataError where the
+        file has been cut since it was opened."""
+        windows = np.empty((len(starts), length), self.dtype)
+        for row, start in zip(windows, starts.tolist()):
+            self.file.seek((self.first + start) * self.dtype.itemsize)
+            if self.file.readinto(row) < row.nbytes:
+                raise DataError(f"{self.path} has been cut while it was read: it had "
+                                f"{self.size:,} bytes")  # fmt: skip
+        return windows
+
+
+class Tokens:
+    """Token ids, a numpy array (N,) or Ids. `what` names them."""
+
+    def __init__(self, ids, what, vocabulary):
+        self.ids, self.what, self.vocabulary = ids, what, vocabulary
+
+    def __len__(self):
+        return len(self.ids)
 
     def windows(self, starts, length):
         """int64 (n, length), from each of `starts` on. Raises DataError for an id that is not in
-        the vocabulary, and for a file that has been cut since it was opened."""
-        if self.file and os.fstat(self.file.fileno()).st_size < self.size:
-            raise DataError(f"{self.what} has been cut while it was read: it had {self.size:,} "
-                            "bytes")  # fmt: skip
-        windows = self.values[starts[:, None] + np.arange(length)].astype(np.int64)
+        the vocabulary, and for a file that cannot be read."""
+        if isinstance(self.ids, Ids):
+            try:
+                windows = self.ids.windows(starts, length)
+            except OSError as error:
+                raise DataError(f"{self.ids.path} cannot be read: {reason(error)}") from error
+        else:
+            windows = self.ids[starts[:, None] + np.arange(length)]
         if windows.size and windows.max() >= self.vocabulary:
             raise DataError(
                 f"{self.what} has the token {windows.max()}, and a vocabulary of "
                 f"{self.vocabulary} has those from 0 to {self.vocabulary - 1}: give --vocab N"
             )
-        self.held += len(starts) * (length * self.values.itemsize + AROUND)
-        if self.mapped and self.held > HELD and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)
-            self.held = 0
-        return windows
+        return windows.astype(np.int64)
 
 
 class TextBatches(Batches):
@@ -190,8 +211,8 @@ def _bytes(path):
     tokens, crc32 = _text(path)
     if other is None:
         cut = 9 * len(tokens) // 10
-        while cut < len(tokens) and tokens.values[cut] & 0xC0 == 0x80:  # within a character
-            cut += 1
+        around = tokens.windows(np.array([cut]), min(4, len(tokens) - cut))[0]
+        cut += next((i for i, x in enumerate(around) if x & 0xC0 != 0x80), 0)  # no character is cut
         source = {"file": path.name, "crc32": crc32}
         return _halves(tokens, cut, {"kind": "bytes"}, source, path)
     validation, crc32_of_other = _text(other)
@@ -206,8 +227,8 @@ def _bytes(path):
 
 def _halves(tokens, cut, encoding, source, path):
     """The fields of one file that is cut in two."""
-    parts = (tokens.part(slice(0, cut), f"the training part of {tokens.what}"),
-             tokens.part(slice(cut, None), f"the validation part of {tokens.what}"))  # fmt: skip
+    parts = [Tokens(tokens.ids[part], f"the {name} part of {tokens.what}", tokens.vocabulary)
+             for name, part in (("training", slice(cut)), ("validation", slice(cut, None)))]
     sizes = {name: {"tokens": len(x), "bytes": len(x)} for name, x in zip(("train", "val"), parts)}
     return parts, {**source, "encoding": encoding, **sizes}, (path,), []
 
@@ -229,12 +250,12 @@ def _pair(path):
 
 def _text(path):
     """(the bytes of a UTF-8 text as Tokens, their CRC)."""
-    tokens = _mapped(path, np.dtype(np.uint8), 256)
+    tokens = _file(path, np.dtype(np.uint8), 256)
     decoder, crc32, done = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             try:
-                decoder.decode(chunk, final=done + len(chunk) >= tokens.size)
+                decoder.decode(chunk, final=done + len(chunk) >= len(tokens))
             except UnicodeDecodeError as error:
                 at = done + len(chunk) - len(error.object) + error.start
                 raise DataError(f"{path} is not UTF-8 at byte {at:,}: save it as UTF-8, or make "
@@ -254,7 +275,7 @@ def _tokens(folder, vocabulary):
                         "has 50257 tokens)")  # fmt: skip
     dtype = meta.get("dtype", "uint16")
     paths = [folder / "train.bin", folder / "val.bin"]
-    parts = tuple(_mapped(path, DTYPES[dtype], vocabulary) for path in paths)
+    parts = tuple(_file(path, DTYPES[dtype], vocabulary) for path in paths)
     source = {"dtype": dtype, "vocab_size": vocabulary, "encoding": meta.get("encoding")}
     for name, tokens in zip(("train", "val"), parts):
         known = meta.get(name, {})
@@ -294,18 +315,14 @@ def _meta(path):
     return {key: meta[key] for key in keys if meta.get(key) is not None}
 
 
-def _mapped(path, dtype, vocabulary):
-    """The Tokens of a file, mapped into memory."""
+def _file(path, dtype, vocabulary):
+    """The Tokens of a file."""
     if not path.is_file():  # a pipe would be waited for
         raise DataError(f"{path} is no file" if path.exists() else f"there is no file {path}")
-    file = open(path, "rb")
-    size = os.fstat(file.fileno()).st_size
-    if not size:
+    ids = Ids(path, dtype)
+    if not ids.size:
         raise DataError(f"{path} is empty")
-    if size % dtype.itemsize:
-        raise DataError(f"{path} has {size:,} bytes, and a token of {dtype.name} takes "
+    if ids.size % dtype.itemsize:
+        raise DataError(f"{path} has {ids.size:,} bytes, and a token of {dtype.name} takes "
                         f"{dtype.itemsize}: it is cut, or of another type")  # fmt: skip
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return Tokens(np.frombuffer(mapped, dtype), str(path), vocabulary, file, mapped)
+    return Tokens(ids, str(path), vocabulary)

@@ -36,6 +36,8 @@ DIGITS = f"main --dataset digits {SMALL} --train_bs 64 --train_examples 128 --te
 ON = f"{DIGITS} --epochs 3"  # goes on from `ran`
 FOLDER = f"main --dataset folder:{{tmp}}/images {SMALL} --image_size 32 --workers 0"
 NPZ = f"main --dataset npz:set.npz --data_dir {{tmp}} {SMALL}"
+GPT = f"{SMALL} --arch gpt --context 8"
+TEXT, TOKENS = (f"main --dataset {x} {GPT}" for x in ("text:{tmp}/a.txt", "tokens:{tmp}/t"))
 REPLAY, PLOT = "main --replay {tmp}/x.json", "plot {tmp}/x.jsonl"
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such files")
 
@@ -155,6 +157,21 @@ main --dataset set.npz                          | did you mean npz:set.npz
 main --dataset SET.NPZ                          | did you mean npz:SET.NPZ
 main --dataset folder:                          | did you mean folder:PATH
 main --dataset npz:                             | did you mean npz:PATH
+main --dataset text:                            | did you mean text:PATH
+main --dataset book.txt                         | did you mean text:book.txt
+main --dataset tinyshakespeare                  | did you mean shakespeare
+main --dataset shakespeare                      | --arch fcn takes images, and shakespeare is a text
+main --dataset text:x --arch resnet18           | --arch resnet18 takes images, and text:
+main --arch gpt --dataset digits                | --arch gpt takes texts, and digits has images
+main --arch gpt2                                | --arch gpt2 takes texts, and cifar10 has images
+main --arch nanogpt                             | did you mean gpt
+main --dataset shakespeare {GPT} --heads 3      | 3 heads do not divide a width of 4
+main --dataset shakespeare {GPT} --context 0    | '0' is not a whole number from 1
+main --dataset shakespeare {GPT} --dropout 1    | from 0 to 0.99
+main --dataset shakespeare {GPT} --context 200000 | the validation part of shakespeare has 111,540
+main --dataset shakespeare {GPT} --test_examples 99999 | has 13,942 windows for --test_examples
+{TEXT}                                          | there is no file
+{TOKENS}                                        | there is no folder
 main --optimizer nowhere.Class --dataset digits | nowhere
 main --optimizer SpectralAGD                    | did you mean spectral
 main --optimizer lion                           | did you mean timm.optim.Lion
@@ -259,6 +276,9 @@ IDLE = {
     "main --arch vgg": "depth 10|width 256",  # also where they are the defaults
     "main --arch torchvision:resnet18": "depth 3|width 3|bias|affine", "main --cpu": "affine",
     "main --dataset folder:x": "train_examples 9|test_examples 9",
+    "main --arch gpt --dataset shakespeare":
+        f"{FOLDERS}|train_examples 9|augment none|vocab 9|channels_last on|sync_bn",
+    "main --arch vgg --dataset digits": "context 9|heads 2|dropout 0.1|tied|epoch_steps 9|vocab 9",
     "main --optimizer adam": "gain 1|gain 2|layers count|warmup 5",
     "main --optimizer spectral": "lr 0.1|schedule cosine",
     "main --optimizer torch.optim.SGD": "gain 1|layers paths",
@@ -465,6 +485,17 @@ def images(*names, content=b"no image"):
     return write
 
 
+def tokens(meta, train=bytes(200), val=bytes(200)):
+    """A folder of tokens, with a meta.json of an object or of bytes; None: without the file."""
+    def write(tmp):
+        meta_json = meta if isinstance(meta, (bytes, type(None))) else json.dumps(meta).encode()
+        for name, content in (("train.bin", train), ("val.bin", val), ("meta.json", meta_json)):
+            if content is not None:
+                text(f"t/{name}", content)(tmp)
+
+    return write
+
+
 def pixels(mode):
     """Images of two classes, and one of PIL's `mode`."""
     def write(tmp):
@@ -513,6 +544,45 @@ PLACES = table(
         ("test_labels is int64 (8, 2), not a number", "test_labels", np.ones((8, 2), int)),
         ("train_images is float32 (8, 8, 8, 1), not uint8", "train_images",
          np.zeros((8, 8, 8, 1), np.float32)))),
+    (TEXT, "a.txt is empty", text("a.txt", b"")),
+    (TEXT, "the validation part of TMP/a.txt has 5 tokens, and a window takes 9: give a smaller",
+     text("a.txt", b"x" * 50)),
+    (TEXT, "the training part of TMP/a.txt has 7 tokens", text("a.txt", b"x" * 8)),
+    *((TEXT, f"a.txt is not UTF-8 at byte {at:,}", text("a.txt", content)) for at, content in (
+        (3, b"abc\xff" + b"d" * 99), (0, "text".encode("utf-16")),
+        (2**20 - 1, b"x" * (2**20 - 1) + "é".encode()[:1] + b"x" * 99),
+        (2**20 - 2, b"x" * (2**20 - 2) + "€".encode()[:2]),
+        (300, b"x" * 300 + "€".encode()[:2]))),
+    (TEXT, "val.txt is empty", lambda tmp: [text(f"a.txt/{x}.txt", c)(tmp) for x, c in (
+        ("train", b"x" * 99), ("val", b""))]),
+    (TEXT, "a folder without train.txt and val.txt", text("a.txt/train.txt")),
+    (TOKENS, "there is no folder", text("t")),
+    (TOKENS, "t has no meta.json with its vocab_size: give --vocab N", tokens(None)),
+    (TOKENS, "there is no file TMP/t/val.bin", tokens({"vocab_size": 9}, val=None)),
+    (TOKENS, "train.bin is empty", tokens({"vocab_size": 9}, train=b"")),
+    (TOKENS, "train.bin has 199 bytes, and a token of uint16 takes 2", tokens({"vocab_size": 9},
+     train=bytes(199))),
+    (TOKENS, "val.bin has 202 bytes, and a token of uint32 takes 4",
+     tokens({"vocab_size": 9, "dtype": "uint32"}, val=bytes(202))),
+    (TOKENS, "val.bin has 8 tokens, and a window takes 9", tokens({"vocab_size": 9},
+     val=bytes(16))),
+    (TOKENS, "train.bin has the token 257, and a vocabulary of 9 has those from 0 to 8: give",
+     tokens({"vocab_size": 9}, train=b"\1" * 200)),
+    (f"{TOKENS} --vocab 5", "val.bin has the token 5, and a vocabulary of 5",
+     tokens({"vocab_size": 9}, val=b"\5\0" * 100)),
+    *((TOKENS, f"meta.json cannot be used: {noun}", tokens(meta)) for noun, meta in (
+        ("", b"{"), ("", b"\xff"), ("", b"[" * 100_000), ("it is no object", b"[]"),
+        ("its vocab_size is no number", {"vocab_size": "9"}),
+        ("its vocab_size is no number", {"vocab_size": True}),
+        ("its vocab_size is no number", {"vocab_size": 1}),
+        ("its vocab_size is no number", {"vocab_size": 2**31}),
+        ("its dtype is none of uint16, uint32", {"vocab_size": 9, "dtype": "int64"}),
+        ("its dtype is none of uint16, uint32", {"vocab_size": 9, "dtype": ["uint16"]}),
+        ("its encoding is no object", {"vocab_size": 9, "encoding": "gpt2"}),
+        ("its encoding is no object", {"vocab_size": 9, "encoding": {"kind": 3}}),
+        ("its train has no counts", {"vocab_size": 9, "train": 3}),
+        ("its val has no counts", {"vocab_size": 9, "val": {"bytes": -1}}),
+        ("its val has no counts", {"vocab_size": 9, "val": {"tokens": 10**400}}))),
     (REPLAY, "x.json", text("x.json")),
     (PLOT, "no finished epoch", text("x.jsonl", FIRST)),
     (PLOT, "line 2 has no", text("x.jsonl", FIRST + b'{"kind": "epoch", "epoch": 1}\n')),
@@ -552,9 +622,28 @@ def test_links_forbidden_folders_and_odd_names(check, tmp_path):
     if os.geteuid():  # nothing is forbidden to root
         (tmp_path / "shut").mkdir(0o500)
         check(f"{DIGITS} --out {{tmp}}/shut/out", "choose --out")
+        text("a.txt")(tmp_path)
+        (tmp_path / "a.txt").chmod(0)
+        check(TEXT, "a.txt cannot be read: Permission denied")
+        tokens({"vocab_size": 9})(tmp_path)
+        (tmp_path / "t/meta.json").chmod(0)
+        check(TOKENS, "meta.json cannot be read: Permission denied")
     if sys.platform == "linux":  # file names are UTF-8 elsewhere
         images(os.fsdecode(b"cat/\xff\xfe.jpg"))(tmp_path)
         check(FOLDER, "\\udcff\\udcfe.jpg cannot be decoded")
+
+
+@posix
+@pytest.mark.parametrize("name, command, noun", [
+    ("a.txt", TEXT, "a.txt is no file"), ("t/train.bin", TOKENS, "train.bin is no file"),
+    ("t/val.bin", TOKENS, "val.bin is no file"), ("t/meta.json", TOKENS, "it is no small file"),
+])  # fmt: skip
+def test_a_pipe_for_a_text(name, command, noun, check, tmp_path):
+    tokens({"vocab_size": 9})(tmp_path)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    check(command, noun)
 
 
 # Files of an earlier run: `change` gets the content, or the path of the file.

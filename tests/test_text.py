@@ -425,19 +425,19 @@ print("", opened, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @slow
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_a_gigabyte_of_tokens_opens_at_once_and_takes_no_memory(dtype, tmp_path):
-    """Windows from all over both parts, whose pages the system has in memory."""
+    """14,000 windows from all over both parts, whose pages the system has in memory."""
     peaks, ids = {}, np.arange(2**20, dtype=dtype) % 50
     for name, times in (("small", 1), ("large", 2**30 // ids.nbytes)):
-        folder = lay(tmp_path / name, ids[:1000])
+        folder = lay(tmp_path / name, [])
         for part in ("train", "val"):
             with open(folder / f"{part}.bin", "wb") as file:
-                for _ in range(times):
+                for _ in range(times if part == "train" else times // 8 + 1):
                     file.write(ids.tobytes())
         meta = {"dtype": dtype, "vocab_size": 50}
         (folder / "meta.json").write_text(json.dumps(meta))
         flags = [f"--dataset=tokens:{folder}", "--cpu", "--arch", "gpt", "--depth", "1", "--width",
-                 "8", "--heads", "1", "--train_bs", "500", "--epoch_steps", "40", "--epochs", "1",
-                 "--test_examples", "10000", "--test_bs", "500", "--out", tmp_path]  # fmt: skip
+                 "8", "--heads", "1", "--train_bs", "500", "--epoch_steps", "20", "--epochs", "1",
+                 "--test_examples", "4000", "--test_bs", "500", "--out", tmp_path]  # fmt: skip
         done = subprocess.run([sys.executable, "-c", PEAK, *map(str, flags)], cwd=ROOT, text=True,
                               capture_output=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
