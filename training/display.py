@@ -51,7 +51,8 @@ def network(net, facts, notes):
     print("{weights:,} weights in {layers} layers".format(**facts)
           + (f", {frozen:,} of them frozen" if frozen else "")
           + (f", {paths:.4g} layers on a path" if paths is not None else "")
-          + "; {train_examples:,} training and {test_examples:,} ".format(**facts)
+          + (";\n" if context else "; ")  # a line of a terminal each
+          + "{train_examples:,} training and {test_examples:,} ".format(**facts)
           + (f"validation windows of {context:,} tokens" if context else "test images"))
     print(*notes, "", sep="\n")
 
