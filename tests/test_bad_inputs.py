@@ -520,9 +520,9 @@ PLACES = table(
           ("out", "x.txt.gz", b"some text", "x.txt.gz cannot be read"),
           ("out", "x.txt", b"a", "too little text"),
           ("file", "x.txt", b"some text", "x-bytes cannot be written"))),
-    ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images",
-     "images/train holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and "
-     "the files there are .jpg (2)", images()),
+    ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images/train",
+     "holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and the files "
+     "there are .jpg (2)", images()),
     ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
     ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
 )  # fmt: skip
