@@ -126,6 +126,7 @@ fresh overwrite restart clean from_scratch scratch
 freeze freeze_layers
 heads n_head n_heads num_heads num_attention_heads
 image_size img resolution res input_size crop_size side
+keep_best save_best save_best_only best best_checkpoint keep_best_only load_best_model_at_end
 log_steps log_interval log_freq log_every print_freq print_every
 loss criterion loss_function objective
 lr learning_rate rate base_lr init_lr initial_lr eta

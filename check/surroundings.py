@@ -150,9 +150,9 @@ def results(args, net, facts):
         except OSError as error:
             unwritten = cannot(Path(args.out, part), "written", error)
             raise Fault(f"{unwritten}; choose another --out") from error
-    if net is not None:  # three checkpoints: the new one beside the last two
+    if net is not None:  # three checkpoints, the new one beside the last two; the best one
         numbers = sum(p.numel() for p in net.parameters())
-        need = 3 * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
+        need = (3 + args.keep_best) * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
         free = shutil.disk_usage(path).free
         if free < need:
             raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "

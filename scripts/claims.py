@@ -1,4 +1,4 @@
-"""The paper's claims and their verdicts, judged from the runs of the table.
+"""The paper's claims, and two on a text, with their verdicts, judged from the runs of the table.
 
 CLAIMS is the table. `judge` gives a claim's verdict: holds, does not hold, or not run.
 """
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from scripts import majorisation
-from scripts.experiments import BATCHES, DEPTHS, WIDTHS
+from scripts.bigram import bigram_loss
+from scripts.experiments import ADAMW, BATCHES, DEPTHS, SPECTRAL, WIDTHS
 from scripts.words import number
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
@@ -185,6 +186,29 @@ def bound(runs):
     return all(beyond), f"{sum(beyond)} of {len(beyond)} points, up to t = {reach:g} η"
 
 
+def validation(runs):
+    """(The mean of the last validation losses of some runs, the greatest, both in words)."""
+    last = [run.test_loss for run in runs]
+    mean, most = sum(last) / len(last), max(last)
+    return mean, most, f"{number(mean, 4)} ({number(min(last), 4)} to {number(most, 4)})"
+
+
+def transformer(runs):
+    bigram, (mean, most, words) = bigram_loss(), validation(runs.grid("fig10", "gpt", "AGD"))
+    # A mean that is not finite has a seed that is not, of which max may know nothing.
+    return math.isfinite(mean) and most < bigram, f"AGD {words}, a bigram {number(bigram, 4)}"
+
+
+def level_on_text(runs):
+    ours, _, words = validation(runs.grid("fig10", "gpt", SPECTRAL))
+    if not (runs.grid("fig10", "gpt", ADAMW)
+            and (tuned := runs.results.tuned_seeds("fig10", "gpt", ADAMW))):  # fmt: skip
+        raise Missing
+    _, most, theirs = validation(tuned)
+    rate = tuned[0].experiment.flag("--lr")
+    return ours <= most, f"spectral AGD {words}, AdamW at {rate} {theirs}"
+
+
 CLAIMS = [
     Claim("AGD trains the 32-layer FCN where Adam's and SGD's defaults stay at 10 %.",
           "Holds if AGD's last train accuracy is over 20 % and those of Adam at 0.001 and SGD at "
@@ -216,6 +240,11 @@ CLAIMS = [
     Claim("The majorisation lies above the objective along AGD's direction.",
           "Holds if it does at every point of figure 3 beyond its start, where they touch, at "
           "initialisation and after training.", bound),
+    Claim("AGD works on transformers (the authors' blog post).", "Holds if the last validation "
+          "loss of a GPT on characters is below that of a bigram with every seed.", transformer),
+    Claim("Spectral AGD is level with tuned AdamW on a transformer, or below it (ours).",
+          "Holds if its last validation loss, a mean over the seeds, is at most the greatest of "
+          "the seeds of AdamW with a warm-up and a cosine, at its best rate.", level_on_text),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 quarter of an hour a figure. A figure is drawn from these runs and no others.
 
 No rate here has a schedule, so that a run is the beginning of a longer one: figures that share a
-run may stop reading it at different epochs.
+run may stop reading it at different epochs. AdamW in figure 10 is tuned with one.
 """
 
 import sys
@@ -28,6 +28,7 @@ FIGURES = {
     "fig6": "width and depth",
     "fig7": "batch size",
     "fig8": "the cost of tuning",
+    "fig10": "characters of Shakespeare",
     "fig11": "the clock of spectral AGD",
     "phases": "a training set that is fitted",
 }
@@ -37,12 +38,15 @@ TUNED = tuple(f"1e{k}" for k in range(-5, 0))  # the grid over which a baseline 
 WIDE = tuple(f"1e{k}" for k in range(-7, 2))  # the grid of figure 1
 SPECTRAL = "Spectral AGD"
 BASELINES = ("Adam", "SGD")
+ADAMW = "AdamW"  # with a warm-up, a cosine and decay
+ROOTS = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2")  # the grid over which it is tuned
 RULES = {"AGD": "agd", SPECTRAL: "spectral"}  # with nothing to set, by the name of a curve
 PEERS = {  # at their defaults, the class by its dotted name
     "Prodigy": "prodigyopt.Prodigy",
     "Schedule-free AdamW": "schedulefree.AdamWScheduleFree",
     "D-Adapted Adam": "dadaptation.DAdaptAdam",
 }
+TEXT_PEERS = tuple(PEERS)[:2]
 DEPTHS = (2, 4, 8, 16, 32)
 WIDTHS = {"quick": (64, 128, 256, 512), "full": (64, 128, 256, 512, 1024, 2048)}
 BATCHES = (32, 128, 1024, 4096)
@@ -53,13 +57,18 @@ class Experiment(NamedTuple):
 
     figure: str  # of FIGURES
     panel: str
-    curve: str  # "Adam", "SGD", one of RULES or of PEERS
+    curve: str  # "Adam", "SGD", ADAMW, one of RULES or of PEERS
     epochs: int  # that the figure reads; another figure may read more of the same run
     flags: tuple  # of main.py: all but --epochs and where things lie
 
     def flag(self, name, default=None):
         """The value of a flag, as it is written."""
         return self.flags[self.flags.index(name) + 1] if name in self.flags else default
+
+    @property
+    def scheduled(self):
+        """Whether its rates depend on its length, so that a shorter run is another run."""
+        return "--schedule" in self.flags
 
     @property
     def network(self):
@@ -136,6 +145,15 @@ def experiments(scale):
     for batch in BATCHES:
         flags = f"{cifar(4, 256)} --train_bs {batch} --log_steps 1"
         add("fig7", f"batch {batch}", "AGD", 20 if quick else 1000, flags, seeds=(0, 1, 2))
+
+    # Figure 10: 250 steps an epoch.
+    text, epochs = "--arch gpt --dataset shakespeare", 6 if quick else 20
+    tuned = f"{text} --schedule cosine --weight_decay 0.1"
+    for curve in RULES:
+        add("fig10", "gpt", curve, epochs, text, seeds=(0, 1, 2))
+    add("fig10", "gpt", ADAMW, epochs, tuned, ROOTS, seeds=(0, 1, 2))
+    for curve in TEXT_PEERS:
+        add("fig10", "gpt", curve, epochs, text)
 
     # Figure 11, the first of figure 5's spectral runs, for longer than its quick scale.
     add("fig11", "fcn", SPECTRAL, 100, eight)

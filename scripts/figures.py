@@ -10,7 +10,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from scripts import majorisation, style
-from scripts.experiments import BASELINES, BATCHES, DEPTHS, PEERS, RULES, SPECTRAL, WIDTHS
+from scripts.bigram import bigram_loss
+from scripts.experiments import (
+    ADAMW,
+    BASELINES,
+    BATCHES,
+    DEPTHS,
+    PEERS,
+    ROOTS,
+    RULES,
+    SPECTRAL,
+    TEXT_PEERS,
+    WIDTHS,
+)
 from scripts.results import searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
 from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
@@ -365,14 +377,69 @@ def fig8(results):
     return figure
 
 
+def fig10(results):
+    """Validation loss of a transformer on characters, of three seeds the mean within their range.
+    AdamW has a warm-up, a cosine and a weight decay of 0.1, and the rate of the grid with the least
+    final train loss, a mean over the seeds; the thin lines are its other rates. The other
+    optimisers are at their defaults, with one seed. Spectral AGD and Schedule-free AdamW are
+    validated at their averages. Right: the last loss at each of AdamW's rates, and level lines of
+    the others. A bigram's loss follows from the counts of pairs in the training text, one added to
+    each. What is above the frame is a tenth or more above that."""
+    size = {"figsize": (WIDTH, 2.9), "width_ratios": (1.6, 1), "sharey": True}
+    figure, (steps, rates) = plt.subplots(1, 2, **size)
+    keys, bigram = [], bigram_loss()
+    for name in (*RULES, ADAMW, *TEXT_PEERS):
+        runs, words = results.of("fig10", "gpt", name), name
+        if not runs:
+            continue
+        look = style.OPTIMIZERS[name]
+        if name == ADAMW:
+            runs = results.tuned_seeds("fig10", "gpt", name)
+            words += f", rate {runs[0].experiment.flag('--lr')}" if runs else ": not finished"
+            grid = results.by_rate("fig10", "gpt", name)
+            for others in grid.values():
+                if others != runs:
+                    style.seeds(steps, others, "test_loss", look[0], thin=True)
+            _last(rates, grid, *look)
+        else:
+            _last(rates, dict.fromkeys(ROOTS, runs), look[0])
+        keys.append(style.optimizer_key(name, words))
+        if runs:
+            style.seeds(steps, runs, "test_loss", *look)
+    level = {"color": style.GREY, "linestyle": DASHED}
+    keys.append(style.key(f"a bigram's loss, {bigram:.2f}", **level))
+    for ax in (steps, rates):
+        ax.axhline(bigram, **level)
+    steps.set_ylim(top=1.1 * bigram)
+    steps.set_xlim(left=0)
+    steps.set_xlabel("steps")
+    steps.set_ylabel("validation loss (nats a character)")
+    steps.set_title(results.title("fig10", "gpt"))
+    rates.set_xscale("log")
+    rates.set_xlabel("learning rate of AdamW")
+    rates.set_title("at the end")
+    style.legend(figure, keys, 3)
+    return figure
+
+
+def _last(ax, runs, colour, marker=None):
+    """The last validation losses of {rate: runs, one a seed} that are finished: the mean within the
+    range."""
+    ended = {x: [run.test_loss for run in some if run.finished] for x, some in runs.items()}
+    x = [float(rate) for rate, losses in ended.items() if losses]
+    y = [losses for losses in ended.values() if losses]
+    low, mean, high = ([f(losses) for losses in y] for f in (min, np.mean, max))
+    ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
+    ax.plot(x, mean, color=colour, marker=marker, markersize=3.6, markerfacecolor="white")
+
+
 def fig11(results):
     """The length of Z, and the angle by which a step turns it, at the end of every epoch, means
     over the hidden layers; dashed what follows for steps of random directions, from the measured η
     and from the number of steps t alone. No horizon is set."""
     result = results.only("fig11", "fcn", SPECTRAL)
     figure, (length, turn, eta) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
-    batch = int(result.experiment.flag("--train_bs", 128))
-    steps = math.ceil(result.first["train_examples"] / batch)
+    steps = result.epoch_steps
     epochs = np.arange(1, len(result.epochs) + 1)
     L = result.first["paths" if "paths" in result.first else "layers"]
     relative = np.array(result.column("eta_mean")) / L
@@ -407,5 +474,5 @@ def phases(results):
     return figure
 
 
-DRAWN = {draw.__name__: draw
-         for draw in (fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig11, phases)}  # fmt: skip
+DRAWN = {draw.__name__: draw for draw in (
+    fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig10, fig11, phases)}  # fmt: skip

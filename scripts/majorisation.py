@@ -110,7 +110,7 @@ def measure(results, data_dir, deadline=None):
     `<folder>/fig3.json` unless it holds that already, and returns its path. Raises RunError without
     the weights, TimeoutError after the `deadline`."""
     row, path = planned(results), results.folder / "fig3.json"
-    name = log_name(row.flags)
+    name = log_name(row)
     weights = results.folder / "checkpoints" / f"{name}.pt"
     if not weights.exists():
         if path.exists():

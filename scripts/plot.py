@@ -3,9 +3,10 @@
 RUN is a log of main.py, a record (NAME.run.json), which stands for its log, or a folder, which
 stands for the logs in it or in its logs/. Above the objective, then the accuracy, on the training
 images as they were met (solid) and on the test images (dashed), below AGD's automatic learning rate
-eta, its mean in an epoch within the band from its least to its greatest. The title is what all runs
-have in common, the legend what tells them apart. The picture is 80 mm wide: a column of a page.
-PNG, PDF or SVG, by the name of the output.
+eta, its mean in an epoch within the band from its least to its greatest. Of texts the objective is
+in nats a token (on the right in bits a byte), the accuracy that of the next token, and dashed is
+validation. The title is what all runs have in common, the legend what tells them apart. The picture
+is 80 mm wide: a column of a page. PNG, PDF or SVG, by the name of the output.
 """
 
 import sys
@@ -44,11 +45,13 @@ if __name__ == "__main__":
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from architecture import GPTS
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
 from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from scripts.words import data_name, network_name, optimizer_name
+from training.saved import CHECKPOINTS, split
 
 COLOURS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK]
 MARKERS = [None, "o", "s", "^", "D", "v"]  # of the first seven runs, of the next seven, ...
@@ -58,7 +61,7 @@ WIDTH = 80 / 25.4  # inches
 PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
 TITLE, LABEL = 50, 48  # characters of a line
 LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
-RECORD, CHECKPOINTS = ".run.json", (".pt", ".pt.previous")
+RECORD = ".run.json"
 
 
 def logs(paths):
@@ -85,8 +88,7 @@ def logs(paths):
                 raise RunError(f"the log of {path} is not beside it: there is no {log}")
             results[log] = read(log)
         elif path.name.endswith(CHECKPOINTS):
-            name = path.name.rpartition(CHECKPOINTS[0])[0] + ".jsonl"
-            log = path.resolve().parents[1] / "logs" / name
+            log = path.resolve().parents[1] / "logs" / f"{split(path.name)[0]}.jsonl"
             log = log if path.is_absolute() else os.path.relpath(log)
             raise RunError(f"{path} is a checkpoint: give its log, {log}")
         else:
@@ -134,21 +136,31 @@ def described(run):
     weights, start = take("weights"), run.first["flags"].get("weights")
     freeze, size, precision = take("freeze"), take("image_size"), take("precision", "fp32")
     augment = take("augment", "default")
+    gpt = run.first["settings"].get("arch") in GPTS  # which has biases and gains by default
+    bias, affine = (take(key, gpt) for key in ("bias", "affine"))
+    tied, decay, warmup, schedule = map(take, ("tied", "weight_decay", "warmup", "schedule"))
+    rule = [optimizer_name(take("optimizer", "?"), rate)]
+    rule += [] if decay is None else [f"decay {decay:g}"]
+    rule += [] if schedule is None else [f"{schedule} over {take('epochs')} epochs"]
+    rule += [] if warmup is None else [f"warm-up {warmup}"]
+    examples = "windows" if run.is_text else "images"
     words = {
         "network": (network, False),
-        "bias": ("biases", False) if take("bias") else ("no biases", True),
-        "affine": ("affine norms", False) if take("affine") else ("plain norms", True),
+        "bias": ("biases" if bias else "no biases", bias == gpt),
+        "affine": ("affine norms" if affine else "plain norms", affine == gpt),
+        "tied": ("head as usual" if tied is None else "tied head" if tied else "untied head",
+                 tied is None),
         "weights": (f"from {Path(start or weights).name}", False) if weights else ("drawn", True),
         "freeze": (f"{freeze} frozen", False) if freeze else ("nothing frozen", True),
         "data": (data_name(dataset, source), False),
         "images": (f"{images:,} images" if images else "all images", not images),
-        "tests": (f"{tests:,} test images" if tests else "all test images", True),
+        "tests": (f"{tests:,} test {examples}" if tests else f"all test {examples}", True),
         "size": (f"{size} pixels" if size else "images as they are", not size),
         "augment": (f"augmentation {augment}", augment == "default"),
         "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),
         "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
         "batch": (f"batch {take('train_bs', '?')}", False),
-        "optimizer": (optimizer_name(take("optimizer", "?"), rate), False),
+        "optimizer": (", ".join(rule), False),
         "gain": (f"gain {gain:g}", gain == 1),
         "layers": (f"L by {layers}" if layers else "L as usual", not layers),
         "precision": (precision, precision == "fp32"),
@@ -208,6 +220,7 @@ def draw(runs):
     with plt.style.context([style.STYLE]):
         size = WIDTH, panels * PANEL + lines * LINE + 0.35
         figure, axes = plt.subplots(panels, 1, figsize=size, sharex=True)
+        texts = all(run.is_text for run in results)
         for i, (run, eta) in enumerate(zip(results, with_eta)):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
             label = labels[i] if labels else None
@@ -217,13 +230,18 @@ def draw(runs):
             if eta:
                 style.band(axes[2], run, "eta", colour)
         losses = {run.first["settings"].get("loss") for run in results}
-        axes[0].set_ylabel(LOSSES.get(losses.pop() if len(losses) == 1 else None, "objective"))
+        loss = LOSSES.get(losses.pop() if len(losses) == 1 else None, "objective")
+        axes[0].set_ylabel(loss)
         low, high = axes[0].get_ylim()
         if math.isfinite(axes[0].dataLim.ymax) and (low <= 0 or high / low > 5):
             axes[0].set_yscale("log")
+        if texts and loss == LOSSES["xent"]:
+            axes[0].set_ylabel("loss (nats a token)")
+            _bits(axes[0], results)
         axes[1].set_ylabel("accuracy")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes[1].legend(handles=style.kinds(DASHED), loc="lower right")
+        kinds = style.kinds(DASHED, "validation" if texts else "test")
+        axes[1].legend(handles=kinds, loc="lower right")
         if any(with_eta):
             axes[2].set_ylabel("learning rate η")
             axes[2].set_ylim(bottom=0)
@@ -236,6 +254,17 @@ def draw(runs):
             figure.legend(handles=handles, loc="outside lower center", ncols=columns,
                           fontsize=7)  # fmt: skip
     return figure
+
+
+def _bits(ax, results):
+    """An axis of bits a byte on the right of the loss, where one serves all runs and both texts."""
+    factors = {round(row[f"{kind}_bits"] / row[f"{kind}_loss"], 6) if row.get(f"{kind}_loss") and
+               f"{kind}_bits" in row else None for run in results for row in run.epochs
+               for kind in ("train", "test")}  # fmt: skip
+    if len(factors) == 1 and None not in factors:
+        (bits,) = factors
+        right = ax.secondary_yaxis("right", functions=(lambda y: y * bits, lambda y: y / bits))
+        right.set_ylabel("bits a byte")
 
 
 def main(argv=None):

@@ -54,7 +54,7 @@ def write(out):
     parts = ["# Results", INTRODUCTION, claims(scales)]
     for results in scales:
         parts.append(f"## Scale: {results.scale}")
-        parts += [part(results) for part in (numbers, sizes, searches, pictures, extent)]
+        parts += [part(results) for part in (numbers, texts, sizes, searches, pictures, extent)]
     if (out / "measured" / "README.md").exists():
         parts.append("## More\n\n[Other runs and the benchmark](measured/README.md)")
     out.mkdir(parents=True, exist_ok=True)
@@ -63,15 +63,16 @@ def write(out):
 
 
 def claims(scales):
-    """Each claim of the paper with its verdict at each scale, and what holding means."""
+    """Each claim with its verdict at each scale, and what holding means."""
     rows = [[f"{claim.says}<br><sub>{claim.holds_if}</sub>"] for claim in CLAIMS]
     for results in scales:
         for row, claim in zip(rows, CLAIMS):
             verdict, words = judge(claim, results)
             row.append(f"**{verdict}**" + (f": {words}" if words else ""))
-    words = "A quick verdict is one on the beginning of training."
+    words = ("The paper's, then two on a text. A quick verdict is one on the beginning of "
+             "training.")  # fmt: skip
     head = ["claim", *(results.scale for results in scales)]
-    return f"## The paper's claims\n\n{words}\n\n" + table(head, rows)
+    return f"## The claims\n\n{words}\n\n" + table(head, rows)
 
 
 def in_numbers(figure, panel, curve):
@@ -100,29 +101,26 @@ def numbers(results):
             begun = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
             rows.append([what, paper, "not run" + begun, *[""] * 4])
             continue
-        run = shown[0].experiment
-        rate = f" at {run.flag('--lr')}" if run.flag("--lr") else ""
+        rate = shown[0].experiment.flag("--lr")
+        rate = f" at {rate}" if rate else ""
         accuracies = [spread([100 * x.last[f"{kind}_acc"] for x in shown])
                       for kind in ("test", "train")]  # fmt: skip
-        made = "; ".join(dict.fromkeys(made_with(x.first) for x in shown))
-        command = f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`"
-        rows.append([what + rate, paper, *accuracies, length(shown[0]), made, command])
+        rows.append([what + rate, paper, *accuracies, length(shown[0]), *origin(shown)])
     return "### Numbers\n\n" + table(head, rows)
 
 
 def comparable(results, key, there):
-    """The runs behind a number: the tuned point of a grid, or the equally long seeds."""
+    """The runs behind a number: those of the tuned rate of a grid, or the equally long seeds."""
     if len({row.flag("--lr") for row in results.planned(*key)}) > 1:
-        best = results.tuned(*key)
-        return [best] if best else []
+        return results.tuned_seeds(*key)
     longest = max((len(x.epochs) for x in there), default=0)
     return [x for x in there if len(x.epochs) == longest or x.stopped]
 
 
-def spread(values):
+def spread(values, form=".1f"):
     """The mean, and the range over more than one."""
-    wide = f" ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
-    return f"{sum(values) / len(values):.1f}" + (wide if len(values) > 1 else "")
+    wide = f" ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)"
+    return f"{sum(values) / len(values):{form}}" + (wide if len(values) > 1 else "")
 
 
 def length(result):
@@ -154,12 +152,48 @@ def hardware(first):
     return ", ".join([*words, f"torch {first['torch']}"])
 
 
-def outcome(result):
-    """Train loss and test accuracy, and the epochs of a run that is not finished."""
-    if result.stopped:
-        return f"stopped in epoch {len(result.epochs)}: {result.stopped.split(' at ')[0]}"
-    cut = "" if result.finished else f" ({length(result)} epochs)"
-    return f"{number(result.loss)}, {100 * result.last['test_acc']:.1f} %{cut}"
+def outcome(*seeds):
+    """Train loss and test accuracy, of a text validation loss, means over the seeds; the epochs of
+    a run that is not finished."""
+    broken, cut = next((x for x in seeds if x.stopped), None), ""
+    if broken:
+        return f"stopped in epoch {len(broken.epochs)}: {broken.stopped.split(' at ')[0]}"
+    begun = next((x for x in seeds if not x.finished), None)
+    if begun:
+        cut = f" ({length(begun)} epochs)"
+    loss, test, acc = (sum(x) / len(seeds) for x in zip(
+        *((x.loss, x.test_loss, x.last["test_acc"]) for x in seeds)))  # fmt: skip
+    return f"{number(loss)}, {number(test) if seeds[0].is_text else f'{100 * acc:.1f} %'}{cut}"
+
+
+def texts(results):
+    """Figure 10 in numbers."""
+    if not results.of("fig10"):
+        return ""
+    head = ["", "validation loss, nats a token", "bits a byte", "next token right, %",
+            "train loss", "epochs", "minutes a run", "made with", "command"]  # fmt: skip
+    rows = []
+    for key in dict.fromkeys(row[:3] for row in results.planned("fig10")):
+        there = results.of(*key)
+        what, shown = f"{results.title(*key)}, {key[2]}", comparable(results, key, there)
+        if not shown:
+            begun = f" ({len(there)} of {len(results.planned(*key))} runs begun)" if there else ""
+            rows.append([what, "not run" + begun, *[""] * 7])
+            continue
+        rate = shown[0].experiment.flag("--lr")
+        columns = zip(*((x.test_loss, x.column("test_bits")[-1], 100 * x.last["test_acc"], x.loss)
+                        for x in shown))  # fmt: skip
+        cells = map(spread, columns, (".3f", ".3f", ".1f", ".3f"))
+        minutes = spread([x.seconds / 60 for x in shown])
+        rows.append([what + (f" at {rate}" if rate else ""), *cells, length(shown[0]), minutes,
+                     *origin(shown)])  # fmt: skip
+    return "### Text\n\n" + table(head, rows)
+
+
+def origin(shown):
+    """(What made some runs, the command of the first), in words."""
+    run, made = shown[0].experiment, dict.fromkeys(made_with(x.first) for x in shown)
+    return "; ".join(made), f"`python main.py {' '.join(run.flags)} --epochs {run.epochs}`"
 
 
 def sizes(results):
@@ -178,16 +212,18 @@ def searches(results):
     """Every point of every grid, the failures too. Figure 8's grids are figure 5's."""
     parts = []
     for key in dict.fromkeys(row[:3] for row in results.table if row.flag("--lr")):
-        planned, runs, best = results.planned(*key), results.of(*key), results.tuned(*key)
+        planned, runs, best = results.planned(*key), results.of(*key), results.tuned_seeds(*key)
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
         words = f"{short(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"
-        cells = [f"**{outcome(x)}**" if best and x.experiment == best.experiment else outcome(x)
-                 for x in runs]  # fmt: skip
-        head = [words, *(x.experiment.flag("--lr") for x in runs)]
-        parts.append(table(head, [["train loss, test accuracy", *cells]]))
+        rates = results.by_rate(*key)
+        seeds = len({row.flag("--seed") for row in planned})
+        words += f", means over {seeds} seeds" if seeds > 1 else ""
+        cells = [f"**{outcome(*x)}**" if x == best else outcome(*x) for x in rates.values()]
+        what = "train loss, " + ("validation loss" if runs[0].is_text else "test accuracy")
+        parts.append(table([words, *rates], [[what, *cells]]))
     return "\n\n".join(["### The searches", TUNED, *parts]) if parts else ""
 
 
@@ -211,7 +247,7 @@ def extent(results):
         planned = results.planned(figure)
         done = [x for x in results.of(figure) if x.finished]
         finished = {x.experiment for x in done}
-        seconds = sum(row["seconds"] for x in done for row in x.epochs)
+        seconds = sum(x.seconds for x in done)
         missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in finished)
         rest = "; ".join([*missing][:4])
         rest += f"; {len(missing) - 4} more" if len(missing) > 4 else ""

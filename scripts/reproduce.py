@@ -64,7 +64,7 @@ def figure(text):
 def chosen_runs(text):
     """An argument type: a function of the tasks that returns the numbers that --runs names."""
     if re.search("[A-Za-z]", text):
-        return lambda tasks: [i for i, x in enumerate(tasks) if text in log_name(x.flags)]
+        return lambda tasks: [i for i, x in enumerate(tasks) if text in log_name(x)]
     try:
         numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
@@ -83,7 +83,7 @@ def parse(argv=None):
     parser.absent = dict.fromkeys(("fig", "figure", "figures", "plot", "run"), alone)
     add = parser.add_argument
     add("figures", nargs="+", metavar="FIGURE", type=figure,
-        help="fig1 to fig8, fig11, phases, or all")
+        help="fig1 to fig8, fig10, fig11, phases, or all")
     add("--scale", type=one_of(SCALES), default="quick", metavar="quick|full",
         help="(default: quick)")
     add("--jobs", type=number(int, 1), metavar="K",
@@ -94,7 +94,8 @@ def parse(argv=None):
     add("--time_limit", type=duration, metavar="TIME",
         help="stop cleanly within 90s, 9m, 1h30m; the same command goes on")
     add("--epochs", type=number(int, 1), metavar="N",
-        help="stop every run at N epochs at most; a later command goes on from there")
+        help="stop every run at N epochs at most; a later command goes on from there (runs with a "
+        "schedule, which is laid out for their length, are left whole)")
     add("--out", default="reproduced", type=a_path,
         help="(default: %(default)s; results holds the published ones)")
     add("--data_dir", default=default_data_dir(), help="as main.py's")
@@ -198,7 +199,7 @@ def show(args, every, results):
     """Print the table of the runs with their states."""
     lacking, absent = availability(args.data_dir, fetch=False), {}
     for i, task in enumerate(every):
-        name = log_name(task.flags)
+        name = log_name(task)
         done = min(task.epochs, epochs_done(results.log(name)))
         state = f"{done}/{task.epochs} epochs"
         if is_finished(results, task):

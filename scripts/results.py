@@ -10,6 +10,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import flags as command_line
+from data import is_text
 from runs.log import RunError, RunLog, read_rows
 from runs.name import name_and_settings
 from scripts.experiments import experiments
@@ -41,8 +42,27 @@ class Result(NamedTuple):
         return self.column("train_loss")[-1]
 
     @property
+    def test_loss(self):
+        """The last loss in testing, of a text in validation, NaN where it was not finite."""
+        return self.column("test_loss")[-1]
+
+    @property
+    def seconds(self):
+        """The seconds of its epochs, training and test."""
+        return sum(row["seconds"] for row in self.epochs)
+
+    @property
+    def epoch_steps(self):
+        """The steps of an epoch."""
+        return math.ceil(self.first["train_examples"] / self.first["settings"]["train_bs"])
+
+    @property
+    def is_text(self):
+        return is_text(self.first["settings"]["dataset"])
+
+    @property
     def data(self):
-        """The name of its images."""
+        """The name of its images or its text."""
         return data_name(self.first["settings"]["dataset"], self.first["data"])
 
 
@@ -69,7 +89,7 @@ class Results:
     def find(self, experiment):
         """The Result of an experiment, or None before its first epoch. Raises RunError where the
         log is that of another run."""
-        name, settings = identity(experiment.flags)
+        name, settings = identity(experiment)
         path = self.log(name)
         if not path.exists() or path.stat().st_size == 0:
             return None
@@ -110,15 +130,28 @@ class Results:
         return next(iter(self.of(figure, panel, curve)), None)
 
     def tuned(self, figure, panel, curve):
-        """The run of a grid with the least final train loss. None unless all runs of the grid are
-        there, those that did not break off are equally long, and one ended with a finite loss."""
+        """The run of `tuned_seeds` with the first seed, or None."""
+        return next(iter(self.tuned_seeds(figure, panel, curve)), None)
+
+    def by_rate(self, figure, panel, curve):
+        """{learning rate: its Results, one a seed} of a grid, in the table's order."""
+        rates = {}
+        for result in self.of(figure, panel, curve):
+            rates.setdefault(result.experiment.flag("--lr"), []).append(result)
+        return rates
+
+    def tuned_seeds(self, figure, panel, curve):
+        """The runs, one a seed, of the rate of a grid with the least final train loss, a mean over
+        the seeds. [] unless all runs of the grid are there, those that did not break off are
+        equally long, and a rate ended with finite losses."""
         grid = self.of(figure, panel, curve)
         alive = [result for result in grid if not result.stopped]
         if (len(grid) < len(self.planned(figure, panel, curve))
                 or len({len(result.epochs) for result in alive}) != 1):  # fmt: skip
-            return None
-        finite = [result for result in alive if math.isfinite(result.loss)]
-        return min(finite, key=lambda result: result.loss, default=None)
+            return []
+        finite = [runs for runs in self.by_rate(figure, panel, curve).values()
+                  if all(not x.stopped and math.isfinite(x.loss) for x in runs)]  # fmt: skip
+        return min(finite, key=lambda runs: sum(x.loss for x in runs) / len(runs), default=[])
 
     def title(self, *key):
         """Network, data and number of images of a figure's panel, of its first row; the data are
@@ -142,14 +175,15 @@ def searched(grid):
 
 
 @cache
-def identity(flags):
-    """Name and settings of the run that these flags of main.py make."""
-    return name_and_settings(vars(command_line.parse([*flags, "--device", "cpu"], check=False)))
+def identity(experiment):
+    """Name and settings of an experiment's run."""
+    words = [*experiment.flags, "--epochs", str(experiment.epochs), "--device", "cpu"]
+    return name_and_settings(vars(command_line.parse(words, check=False)))
 
 
-def log_name(flags):
-    """The name of the run's files."""
-    return identity(flags)[0]
+def log_name(experiment):
+    """The name of the files of an experiment's run."""
+    return identity(experiment)[0]
 
 
 def epochs_done(path):

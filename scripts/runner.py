@@ -14,10 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from architecture import GPTS
 from cli import command
 from data import DataError, data_folder, default_data_dir
 from data.imagenet import find
 from data.workers import usable_cores
+from flags import EPOCH_STEPS, OF_TEXT
 from runs.log import RunError
 from scripts.results import epochs_done, log_name
 from scripts.words import number
@@ -34,14 +36,15 @@ PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 def tasks(results, figures, most=None):
     """The distinct runs of the figures, a row of the table each, with as many epochs as any of the
-    figures reads, or `most`: figure by figure, the longest first, so that none is left to the end
-    alone."""
+    figures reads, or `most` where no schedule asks for all: figure by figure, the longest first, so
+    that none is left to the end alone."""
     rows = {}
     for row in results.table:
         if row.figure in figures:
-            first = rows.setdefault(row.flags, row)
+            first = rows.setdefault(name := log_name(row), row)
             epochs = max(first.epochs, row.epochs)
-            rows[row.flags] = first._replace(epochs=min(epochs, most or epochs))
+            most_here = epochs if row.scheduled else most or epochs
+            rows[name] = first._replace(epochs=min(epochs, most_here))
     return sorted(rows.values(), key=lambda x: (figures.index(x.figure), -cost(x) * x.epochs))
 
 
@@ -93,13 +96,18 @@ def cost(task):
     """The work of an epoch, in units that are alike for all runs; the clock gives them a length."""
     arch, imagenet = task.flag("--arch"), task.flag("--dataset") == "imagenet"
     examples = int(task.flag("--train_examples", 1_281_167 if imagenet else 50_000))
-    polar, work = 0, WORK.get(arch)
-    if arch == "fcn":
-        depth, width = int(task.flag("--depth")), int(task.flag("--width"))
-        work = 3072 * width + (depth - 2) * width**2 + 10 * width
-        # Polar factors of 128 rows at most; an FCN has as many multiplications as weights.
-        polar = 600 * work if task.flag("--optimizer") == "spectral" else 0
     steps = examples / int(task.flag("--train_bs", 128))
+    weights, work = 0, WORK.get(arch)
+    if arch == "fcn":  # as many multiplications as weights
+        depth, width = int(task.flag("--depth")), int(task.flag("--width"))
+        weights = work = 3072 * width + (depth - 2) * width**2 + 10 * width
+    elif arch in GPTS:
+        size, steps = GPTS[arch], EPOCH_STEPS
+        examples = steps * OF_TEXT["train_bs"]
+        weights = 12 * size.depth * size.width**2
+        work = weights * size.context
+    # Polar factors of 128 rows at most.
+    polar = 600 * weights if task.flag("--optimizer") == "spectral" else 0
     return examples * (work + 4e5) + steps * (3e7 + polar)
 
 
@@ -181,7 +189,7 @@ class Runner:
                         self.ended[task] = self.outcome(task, code)
                         bar.n = bar.total - self.left()
                         left = {**bar.format_dict, "bar_format": "{remaining} left"}
-                        tqdm.write(f"{len(self.ended)} of {len(self.todo)}  {log_name(task.flags)}"
+                        tqdm.write(f"{len(self.ended)} of {len(self.todo)}  {log_name(task)}"
                                    f"  {self.ended[task]}  {tqdm.format_meter(**left)}")
                 bar.n = bar.total - self.left()
                 bar.set_description_str(f"{title}: {len(self.ended)} of {len(self.todo)} runs")
@@ -220,21 +228,23 @@ class Runner:
             result = self.results.find(task)
             if result.stopped:
                 return f"stopped: {result.stopped}"
-            return f"loss {number(result.loss)}  test {result.last['test_acc']:.2%}"
+            test = f"test {result.last['test_acc']:.2%}"
+            test = f"validation {number(result.test_loss)}" if result.is_text else test
+            return f"loss {number(result.loss)}  {test}"
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code >= 0:
             text = self.output(task).read_text(encoding="utf-8", errors="replace")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             reasons = [line for line in lines if re.match(r"error: |Stopped: |\w*Error\b", line)]
             reason = (reasons or lines or [reason])[-1]
-        self.failed[log_name(task.flags)] = words = f"failed: {reason} (see {self.output(task)})"
+        self.failed[log_name(task)] = words = f"failed: {reason} (see {self.output(task)})"
         return words
 
     def output(self, task):
-        return self.results.folder / "output" / f"{log_name(task.flags)}.txt"
+        return self.results.folder / "output" / f"{log_name(task)}.txt"
 
     def left(self):
         """The work that is left; a run that has ended leaves none."""
-        rest = {task: epochs_done(self.results.log(log_name(task.flags)))
+        rest = {task: epochs_done(self.results.log(log_name(task)))
                 for task in self.todo if task not in self.ended}  # fmt: skip
         return sum(cost(task) * max(0, task.epochs - done) for task, done in rest.items())

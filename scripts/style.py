@@ -28,6 +28,7 @@ OPTIMIZERS = {  # colour and marker
     "AGD": (BLACK, None),
     "Spectral AGD": (RED, "P"),
     "Adam": (ORANGE, "o"),
+    "AdamW": (BLUE, "o"),
     "SGD": (BLUE, "^"),
     "Prodigy": (GREEN, "s"),
     "Schedule-free AdamW": (PINK, "D"),
@@ -148,6 +149,20 @@ def curve(ax, result, key, colour, marker=None, scale=1.0, **look):
     ax.plot(range(1, len(y) + 1), y, color=colour, **look)
 
 
+def seeds(ax, results, key, colour, marker=None, thin=False):
+    """A value of runs that differ by their seeds over their steps, as far as all go: the mean
+    within the range, or a thin line of the mean."""
+    count = min(len(result.epochs) for result in results)
+    x = results[0].epoch_steps * np.arange(1, count + 1)
+    y = np.array([result.column(key)[:count] for result in results])
+    if thin:
+        ax.plot(x, y.mean(0), color=colour, linewidth=0.6, alpha=0.7)
+        return
+    ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.22, linewidth=0)
+    ax.plot(x, y.mean(0), color=colour, marker=marker, markersize=3.6, markerfacecolor="white",
+            markevery=max(1, count // 6))  # fmt: skip
+
+
 def band(ax, result, key, colour):
     """The mean of a value in each epoch, within its range."""
     x = range(1, len(result.epochs) + 1)
@@ -180,8 +195,8 @@ def optimizer_key(name, label=None):
     return key(label or name, colour, marker=marker, markersize=3.6, markerfacecolor="white")
 
 
-def kinds(test=DOTTED):
-    return [key("train", GREY), key("test", GREY, linestyle=test)]
+def kinds(test=DOTTED, word="test"):
+    return [key("train", GREY), key(word, GREY, linestyle=test)]
 
 
 def quantities(test=DOTTED):

@@ -4,25 +4,31 @@ import math
 import re
 from pathlib import PurePath
 
+from architecture import GPTS
+
 ARCHITECTURES = {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
+GPT_NAMES = {"gpt": "GPT", "gpt2": "GPT-2"}
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-            "imagenet": "ImageNet"}  # fmt: skip
+            "imagenet": "ImageNet", "shakespeare": "Shakespeare"}  # fmt: skip
 # Images other than their file's name says, by the checksum of the training images.
 JPEG = {"2926c671": "JPEG CIFAR-10"}
 OPTIMIZERS = {"agd": "AGD", "spectral": "SpectralAGD", "adam": "Adam", "sgd": "SGD"}
 
 
 def network_name(arch, depth=None, width=None):
-    """The network of these flags."""
+    """The network of these flags, by default of its own size."""
     if arch == "fcn":
         return f"FCN {depth}×{width}"
+    if arch in GPTS:
+        return f"{GPT_NAMES[arch]} {depth or GPTS[arch].depth}×{width or GPTS[arch].width}"
     return ARCHITECTURES.get(arch, arch.rpartition(":")[-1])
 
 
 def data_name(dataset, source=None):
-    """The name of images: of the data set, unless the checksums of a log say otherwise."""
-    crc = (source or {}).get("crc32", {}).get("train_images")
-    own = PurePath(dataset.partition(":")[-1]).name.removesuffix(".npz")  # of npz: and folder:
+    """The name of images or a text: of the data set, unless a log's checksums say otherwise."""
+    crc = (source or {}).get("crc32")
+    crc = crc.get("train_images") if isinstance(crc, dict) else None  # of a text it is a word
+    own = PurePath(dataset.partition(":")[-1]).name.removesuffix(".npz")  # of npz:, folder:, text:
     return JPEG.get(crc) or DATASETS.get(dataset) or own or dataset
 
 

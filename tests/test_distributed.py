@@ -251,7 +251,8 @@ def test_the_fingerprint_sees_every_bit_and_no_layout():
 MOVED = {
     2: [("plain", "agd", "fsdp"), ("plain", "agd", "columns"), ("roles", "agd", "fsdp"),
         ("roles", "agd", "rows"), ("roles", "spectral", "ddp"), ("roles", "spectral", "group"),
-        ("roles", "spectral", "fsdp"), ("roles", "spectral", "rows")],
+        ("roles", "spectral", "fsdp"), ("roles", "spectral", "rows"), ("gpt", "agd", "fsdp"),
+        ("gpt", "spectral", "fsdp"), ("tied", "agd", "fsdp"), ("tied", "spectral", "fsdp")],
     3: [("plain", "agd", "rows")],
     4: [("plain", "agd", "both"), ("roles", "agd", "rows"), ("roles", "spectral", "group"),
         ("roles", "spectral", "rows")],

@@ -13,7 +13,7 @@ import main as program
 from agd import AGD, init_weights
 from architecture import build
 from runs.log import RunError
-from scripts import figures, majorisation, report
+from scripts import bigram, figures, majorisation, report
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
 from scripts.results import Result, Results, log_name, searched
@@ -57,7 +57,7 @@ def test_the_published_page_is_what_its_logs_say(tmp_path):
 def test_published_logs_are_runs_of_the_table_and_small():
     paths = []
     for scale in SCALES:
-        names = {log_name(row.flags) for row in experiments(scale)}
+        names = {log_name(row) for row in experiments(scale)}
         logs = list((ROOT / "results" / scale / "logs").glob("*.jsonl"))
         assert {path.stem for path in logs} <= names
         paths += logs
@@ -69,7 +69,8 @@ def test_published_logs_are_runs_of_the_table_and_small():
 
 
 def row(epoch, **values):
-    fields = {"train_loss": 1 / epoch, "test_loss": 1.0, "train_acc": 0.5, "test_acc": 0.4}
+    fields = {"train_loss": 1 / epoch, "test_loss": 1.0, "train_acc": 0.5, "test_acc": 0.4,
+              "test_bits": 1.5}  # fmt: skip
     spread = {f"{k}_{s}": 0.1 for k in ("eta", "update") for s in ("min", "mean", "max")}
     clock = {"length": 1.0 + epoch, "turn": 0.1 / epoch}
     return {"kind": "epoch", "epoch": epoch, **fields, **spread, **clock, "seconds": 2.0, **values}
@@ -87,7 +88,8 @@ class Made(Results):
     def find(self, x):
         rows = [row(n, **self.change(x, n)) for n in range(1, min(self.cut(x), 12) + 1)]
         x = x._replace(epochs=min(x.epochs, 12))
-        first = {"name": x.panel, "settings": {"dataset": x.flag("--dataset")}, "data": {},
+        settings = {"dataset": x.flag("--dataset"), "train_bs": int(x.flag("--train_bs", 128))}
+        first = {"name": x.panel, "settings": settings, "data": {},
                  "device": "cpu", "train_examples": 1000, "paths": 8.0, "threads": 1, "torch": "2",
                  "device_name": "a processor", "date": "2026-01-01", **self.first(x)}
         steps = [{"kind": "step", "epoch": 1, "step": i, "loss": 1.0, "acc": 0.1, "eta": 0.2}
@@ -111,8 +113,8 @@ def drawn():
 
 
 @pytest.mark.parametrize("figure, axes", [
-    ("fig1", 3), ("fig4", 8), ("fig5", 3), ("fig6", 60), ("fig7", 8), ("fig8", 4), ("fig11", 3),
-    ("phases", 2),
+    ("fig1", 3), ("fig4", 8), ("fig5", 3), ("fig6", 60), ("fig7", 8), ("fig8", 4), ("fig10", 2),
+    ("fig11", 3), ("phases", 2),
 ])  # fmt: skip
 def test_figures_are_drawn_at_the_full_scale(figure, axes, drawn):
     picture, _ = drawn(figure, Made("full"))
@@ -129,7 +131,7 @@ def test_a_figure_without_runs_is_none_and_a_part_says_not_run(drawn):
     assert all(len(ax.get_yticks()) > 2 for ax in picture.axes[:4])  # the others keep their axes
     drawn("fig7", Made(cut=lambda x: x.epochs if "1" in x.flag("--seed") else 0))
     made = Made(cut=lambda x: 0 if x.curve == SPECTRAL else 99)
-    for figure in ("fig1", "fig5", "fig8"):
+    for figure in ("fig1", "fig5", "fig8", "fig10"):
         words = drawn(figure, made)[1]
         assert "AGD" in words and not any(SPECTRAL in x for x in words)
     assert figures.draw("fig11", made) is None
@@ -147,6 +149,44 @@ def tuned_at(**rates):
 
 
 PAPERS = tuned_at(Adam="1e-4", SGD="1e-1")
+
+
+def on_text(ours, adamw, spread=0.0, best="3e-3"):
+    """Validation losses of a text: of both rules, and of AdamW at its best rate, to which every
+    seed adds `spread`; elsewhere train and validation losses are larger by 1."""
+
+    def values(x, n):
+        off = x.curve == "AdamW" and x.flag("--lr") != best
+        loss = (adamw if x.curve == "AdamW" else ours) + spread * int(x.flag("--seed")) + off
+        return {"train_loss": loss, "test_loss": loss}
+
+    return values
+
+
+def test_figure_10_has_seeds_as_bands_and_the_tuned_rate(drawn):
+    """The x of its curves is steps; what has not finished has no last loss."""
+    picture, words = drawn("fig10", Made(change=on_text(1.7, 1.6, 0.01)))
+    steps, rates = picture.axes
+    assert words[:3] == ["AGD", SPECTRAL, "AdamW, rate 3e-3"]
+    assert words[-1] == "a bigram's loss, 2.48"
+    assert list(steps.lines[0].get_xdata()) == [8 * n for n in range(1, 7)]  # of 1,000 examples
+    assert steps.lines[0].get_ydata() == pytest.approx([1.71] * 6)
+    band = steps.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((1.7, 1.72))
+    thin = [line for line in steps.lines if line.get_linewidth() == 0.6]
+    assert len(thin) == 4 and len(steps.lines) == 4 + 5 + 1
+    assert rates.lines[2].get_ydata() == pytest.approx([2.61, 2.61, 1.61, 2.61, 2.61])
+    made = Made(change=on_text(1.7, 1.6), cut=lambda x: 5 if x.flag("--lr") == "1e-2" else 6)
+    picture, words = drawn("fig10", made)
+    assert "AdamW: not finished" in words and len(picture.axes[1].lines[2].get_xdata()) == 4
+    assert len([x for x in picture.axes[0].lines if x.get_linewidth() == 0.6]) == 5
+
+
+def test_a_bigram_knows_the_frequencies_of_pairs():
+    train, pairs = np.array([0, 1, 0, 1, 0, 2]), np.array([[0, 1], [2, 2]])
+    # After 0 came 1 twice and 2 once; after 2 nothing; one is added to each count.
+    assert bigram.loss(train, pairs, 3) == pytest.approx(-(math.log(3 / 6) + math.log(1 / 3)) / 2)
+    assert 2.45 < bigram.bigram_loss() < 2.5
 
 
 def grid_of(*losses, stopped=None):
@@ -175,6 +215,22 @@ def grid_of(*losses, stopped=None):
 def test_tuned_is_the_least_final_train_loss_of_a_finished_search(losses, stopped, best):
     result = grid_of(*losses, stopped=stopped).tuned("fig5", "fcn", "Adam")
     assert (result and result.experiment.flag("--lr")) == best
+
+
+def test_a_rate_with_seeds_is_tuned_by_their_mean():
+    """One of them that broke off spoils it."""
+
+    def losses(x, n):
+        best = {"3e-3": [1.0, 1.0, 1.6], "1e-2": [1.1, 1.1, 1.1]}.get(x.flag("--lr"), [2.0] * 3)
+        return {"train_loss": best[int(x.flag("--seed"))]}
+
+    key = "fig10", "gpt", "AdamW"
+    runs = Made(change=losses).tuned_seeds(*key)
+    assert [x.experiment.flag("--lr") for x in runs] == ["1e-2"] * 3
+    assert [x.experiment.flag("--seed") for x in runs] == ["0", "1", "2"]
+    one = "1e-2", "--seed", "1"
+    broken = Made(change=losses, stopped=lambda x: "nan" if x.flags[-3:] == one else None)
+    assert broken.tuned(*key).experiment.flag("--lr") == "3e-3"
 
 
 def test_a_search_pays_for_all_its_points():
@@ -236,6 +292,11 @@ HOLDS = [
     ("two_phases", rise_and_fall, lambda x, n: {"train_acc": n / 12}),
     ("two_phases", rise_and_fall,
      lambda x, n: {**rise_and_fall(x, n), "train_acc": 0.2 if n < 12 else 1.0}),
+    ("transformer", on_text(2.4, 1), on_text(2.47, 1, 0.01)),  # of which two seeds are below
+    ("transformer", on_text(1, 1), lambda x, n: {"test_loss": None if x.flag("--seed") == "1"
+                                                 else 1.0}),
+    ("level_on_text", on_text(1.71, 1.71), on_text(1.72, 1.71)),
+    ("level_on_text", on_text(1.71, 1.7, 0.01), on_text(1.712, 1.7, 0.01)),  # at most 1.72
 ]  # fmt: skip
 
 

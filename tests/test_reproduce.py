@@ -19,7 +19,7 @@ from data.workers import usable_cores
 from flags import parse
 from runs.log import read_rows
 from scripts import experiments, reproduce, results, runner
-from scripts.experiments import FIGURES, PEERS, RULES, SCALES, Experiment
+from scripts.experiments import ADAMW, FIGURES, PEERS, RULES, SCALES, Experiment
 from scripts.results import Results, epochs_done, log_name
 from tests.conftest import ROOT
 
@@ -108,10 +108,11 @@ def test_the_table_parses_and_each_name_is_one_set_of_flags(scale):
     table, flags = experiments.experiments(scale), {}
     assert len(set(table)) == len(table)
     for row in table:
-        assert flags.setdefault(log_name(row.flags), row.flags) == row.flags
+        assert flags.setdefault(log_name(row), row.flags) == row.flags
         argv = [*row.flags, "--epochs", str(row.epochs), "--device", "cpu"]
         args = parse(argv, check=row.curve not in PEERS)
-        assert args.optimizer == {**RULES, **PEERS}.get(row.curve, row.curve.lower())
+        names = {**RULES, **PEERS, ADAMW: "torch.optim.AdamW"}
+        assert args.optimizer == names.get(row.curve, row.curve.lower())
     assert {row.figure for row in table} == set(FIGURES) - {"fig2"}
 
 
@@ -142,6 +143,32 @@ def test_runs_go_on_are_drawn_and_are_skipped_when_finished(monkeypatch, tmp_pat
     assert call("fig5", "--out", tmp_path) == 0
     assert "2 runs: 2 finished, 0 to do" in capsys.readouterr().out
     assert times == [path.stat().st_mtime_ns for path in (tmp_path / "quick" / "logs").iterdir()]
+
+
+def test_figure_10_runs_its_texts_and_writes_their_losses(monkeypatch, tmp_path, capsys):
+    """A schedule makes a run of its own length, which --epochs leaves whole."""
+    text = ("--arch gpt --dataset shakespeare --depth 1 --width 16 --heads 2 --context 8 "
+            "--epoch_steps 3 --train_bs 4 --test_examples 20 --seed 0 --optimizer")  # fmt: skip
+    tuned = "adamw --schedule cosine --weight_decay 0.1 --lr"
+    table = [Experiment("fig10", "gpt", curve, 2, tuple(shlex.split(f"{text} {how}")))
+             for curve, how in (("AGD", "agd"), (ADAMW, f"{tuned} 1e-3"), (ADAMW, f"{tuned} 1e-2"))]
+    monkeypatch.setattr(results, "experiments", lambda scale: table)
+    there = Results(tmp_path, "quick")
+    assert {x.curve: x.epochs for x in runner.tasks(there, ["fig10"], 1)} == {"AGD": 1, ADAMW: 2}
+    for row in table[:2]:
+        program.main([*row.flags, "--epochs", "2", "--device", "cpu", "--out", str(there.folder)])
+    assert call("10", "--out", tmp_path, "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    assert "3 runs: 2 finished, 1 to do" in output and "/fig10.png" in output
+    assert re.search(r"1 of 1  \S+  loss \d\.\d+  validation \d\.\d+  ", output)
+    page, best = (tmp_path / "README.md").read_text(), there.tuned("fig10", "gpt", ADAMW)
+    row = next(x for x in page.splitlines() if x.startswith("| GPT 1×16, Shakespeare, AdamW at"))
+    cells = [x.strip() for x in row.split("|")[1:-1]]
+    assert cells[1:4] == [f"{best.test_loss:.3f}", f"{best.last['test_bits']:.3f}",
+                          f"{100 * best.last['test_acc']:.1f}"]  # fmt: skip
+    rate = best.experiment.flag("--lr")
+    assert rate in cells[0] and cells[5] == "2" and f"--lr {rate} --epochs 2`" in cells[-1]
+    assert "| train loss, validation loss | " in page and "#### Figure 10: characters of" in page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

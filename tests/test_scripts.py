@@ -54,6 +54,39 @@ def test_plot_draws_loss_accuracy_and_eta(logs, tmp_path):
     assert path.stat().st_size > 5000
 
 
+@pytest.fixture(scope="module")
+def text_logs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("texts")
+    for flags in ([], ["--optimizer", "adamw", "--schedule", "cosine", "--weight_decay", "0.1"]):
+        program.main(["--arch", "gpt", "--dataset", "shakespeare", "--depth", "1", "--width", "16",
+                      "--heads", "2", "--context", "8", "--epoch_steps", "2", "--train_bs", "4",
+                      "--epochs", "2", "--test_examples", "20", "--out", str(out), *flags])
+    return sorted((out / "logs").glob("*.jsonl"))
+
+
+def test_a_text_is_drawn_in_nats_and_bits_with_its_validation(logs, text_logs, tmp_path):
+    figure = drawn(*text_logs)
+    loss, accuracy, eta = figure.axes
+    rows = [json.loads(line) for line in text_logs[0].read_text().splitlines()[1:3]]
+    assert list(loss.lines[1].get_ydata()) == [row["test_loss"] for row in rows]
+    assert loss.get_ylabel() == "loss (nats a token)" and len(eta.lines) == 1
+    (bits,) = loss.child_axes
+    assert bits.get_ylabel() == "bits a byte"
+    figure.draw_without_rendering()
+    assert bits.get_ylim() == pytest.approx([y / math.log(2) for y in loss.get_ylim()])
+    words = [x.get_text() for x in accuracy.get_legend().get_texts()]
+    assert words == ["train", "validation"]
+    title, labels = plot.titles(plot.logs(text_logs)[0])
+    assert title.startswith("GPT 1×16, Shakespeare") and "biases" not in title
+    assert labels == ["AGD", "AdamW, decay 0.1, cosine over 2 epochs"]
+    # Beside images it has no unit of its own; nor bits where bytes are unknown.
+    assert drawn(text_logs[0], logs[0]).axes[0].get_ylabel() == "objective"
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("\n".join(json.dumps({k: v for k, v in json.loads(line).items()
+                    if "bits" not in k}) for line in text_logs[0].read_text().splitlines()))
+    assert not drawn(bare).axes[0].child_axes
+
+
 def test_what_is_common_is_the_title_and_what_differs_the_legend(logs, tmp_path):
     def told(*paths):
         return plot.titles(plot.logs(paths)[0])

@@ -113,7 +113,7 @@ def epoch_row(epoch, train, test, seconds, training_seconds, clock, text=None):
     tokens, sizes = text or (None, None)
     rate = train["examples"] / training_seconds
     parts = zip(("train_bits", "test_bits"), (train, test), sizes or ())
-    bits = {key: part["loss"] / math.log(2) / size for key, part, size in parts}
+    bits = {key: bits_a_byte(part["loss"], size) for key, part, size in parts}
     return {
         "kind": "epoch",
         "epoch": epoch,
@@ -129,6 +129,18 @@ def epoch_row(epoch, train, test, seconds, training_seconds, clock, text=None):
         "seconds": seconds,
         **({"tokens_per_second": tokens * rate} if text else {"images_per_second": rate}),
     }
+
+
+def bits_a_byte(loss, size):
+    """A loss in nats a token, of tokens of `size` bytes, in bits a byte."""
+    return loss / math.log(2) / size
+
+
+def least(rows):
+    """The first row of an epoch with the least finite test loss, or None."""
+    finite = [row for row in rows if row["test_loss"] is not None
+              and math.isfinite(row["test_loss"])]  # fmt: skip
+    return min(finite, key=lambda row: row["test_loss"], default=None)
 
 
 def spread(key, values):

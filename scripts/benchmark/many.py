@@ -35,7 +35,7 @@ def runs_at_once(commands, epochs, device, args):
             kept = Path(args.out, "output")
             shutil.copytree(results.folder / "output", kept, dirs_exist_ok=True)
             raise RunError(f"runs at once did not finish; their output is in {kept}")
-        logs = [read_rows(results.log(log_name(task.flags))) for task in todo]
+        logs = [read_rows(results.log(log_name(task))) for task in todo]
     return [[row["seconds"] for row in x if row["kind"] == "epoch"] for x in logs]
 
 
