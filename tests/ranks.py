@@ -157,11 +157,12 @@ class Signalled(Requests):
         return super().take()
 
 
-def runs(world, several, norms=False):
+def runs(world, several, norms=False, dtype="float32"):
     """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
     after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
     given, log = [], RunLog.log
+    torch.set_default_dtype(getattr(torch, dtype))
     if world.rank == 0:
         RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:

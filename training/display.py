@@ -8,6 +8,7 @@ import time
 from tqdm import tqdm
 
 from cli import command
+from data import is_text
 from training.metrics import least
 
 LAYERS = 12  # of a network that is printed whole
@@ -210,10 +211,11 @@ def resumed(progress, log, trainer):
 
 
 def other_images(log):
-    """How the images differ from those that a run began with, as a line."""
-    what = ("the times of their files differ, and may be those of a copy"
-            if log.other_images == "times" else f"their {log.other_images} differ")  # fmt: skip
-    return f"Note: not the images that {log.log_path} began with: {what}"
+    """How the images, or the text, differ from those that a run began with, as a line."""
+    noun, own = ("text", "its") if is_text(log.settings["dataset"]) else ("images", "their")
+    what = (f"the times of {own} files differ, and may be those of a copy"
+            if log.other_images == "times" else f"{own} {log.other_images} differ")  # fmt: skip
+    return f"Note: not the {noun} that {log.log_path} began with: {what}"
 
 
 def already(log, epochs, test_acc, stopped):

@@ -70,7 +70,7 @@ class Trainer:
     Args:
         world: the ranks; data: the Data; control: the Control; progress: a display.Progress.
         log: the opened RunLog of rank 0; rows: the epoch rows in it.
-        micro_bs: images that a rank takes at a time, None for all that fit.
+        micro_bs: examples that a rank takes at a time, None for all that fit.
         graphs: "on", "auto", or None for no CUDA graphs.
         log_steps: epochs whose steps have rows in the log.
         foreign: whether the optimiser is of someone else's class: it may draw random numbers, from
@@ -103,12 +103,12 @@ class Trainer:
         self.here = [world.size, str(world.device.type), torch.__version__]
 
         model = world.wrap(net, sync_bn)
-        images = min(data.train.batch_size, data.train.examples)
+        whole = min(data.train.batch_size, data.train.examples)
         self.gradient = Gradient(
             model, loss_fn, world, micro_bs, sync_bn,
             compile_network(model) if compiled else None,
             profile.span if profile else nullcontext,
-            whole=len(range(world.rank, images, world.size)),
+            whole=len(range(world.rank, whole, world.size)),
         )  # fmt: skip
         self.model = model
         self.one_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
@@ -274,8 +274,8 @@ class Trainer:
         if self.graphed and self.graphed.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
         if self.gradient.micro_bs != micro_bs:
-            self.progress.note(f"Memory ran out: {self.gradient.micro_bs} images at a time from "
-                               "now on")  # fmt: skip
+            self.progress.note(f"Memory ran out: {self.gradient.micro_bs} {data.noun}s at a time "
+                               "from now on")  # fmt: skip
         if data.train.unshared and not self.unshared:
             self.unshared = True
             self.progress.note(f"{data.train.unshared} batches of this epoch had no room in {SHM} "
@@ -472,13 +472,13 @@ def diverged(epoch, losses):
 
 
 def check_every_image_seen(metrics, batches, world, missing=0):
-    """Raise RankError unless the ranks together saw every image once; `missing` of them could not
+    """Raise RankError unless the ranks together saw every example once; `missing` of them could not
     be decoded before the batches began."""
     missing += sum(world.all_gather_object(batches.missing))
     if metrics["examples"] + missing != batches.examples:
         raise RankError(
-            f"{metrics['examples']} images went through the network and {missing} could not be "
-            f"decoded, of {batches.examples}: the ranks' shares are not the whole"
+            f"{metrics['examples']} examples went through the network and {missing} could not be "
+            f"read, of {batches.examples}: the ranks' shares are not the whole"
         )
     if not metrics["examples"]:
         raise RankError(f"none of the {batches.examples} images can be decoded")
