@@ -237,6 +237,8 @@ def test_text_is_the_same_eager_by_graph_and_compiled(record):
             eager, weights = text_run(rule, "eager", steps)
             assert eager[-1] < eager[0]
             for how, bound in (("graph", 1e-3), ("compiled", 1e-2)):
+                if how == "compiled" and rule == "spectral" and not GPU:
+                    continue  # a CPU compiles for half a minute
                 losses, others = text_run(rule, how, steps)
                 apart = [abs(a / b - 1) for a, b in zip(losses, eager, strict=True)]
                 record(f"{rule}, {how}", {"first loss": apart[0], "losses": max(apart),
