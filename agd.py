@@ -1522,7 +1522,10 @@ class _FirstForward:
             shares = _shares(net, output, optimizer.roles)
             if shares == {}:
                 return  # no gradient in it: the next one, then
-            if shares is not None:
+            # fully_shard computes with other tensors than those that it shards.
+            weights = [p for _, p, rule in optimizer._each() if not rule.is_vector]
+            sharded = [p for p in weights if _is_dtensor(p) and p.requires_grad]
+            if shares is not None and all(id(p) in shares for p in sharded):
                 optimizer._outputs = True
                 optimizer._set_shares(shares)
         if optimizer is not None:
@@ -1551,7 +1554,7 @@ def _untouched(net):
 
 # Autograd's nodes by name. REARRANGE only rearrange a parameter: transposes, parts, casts of
 # autocast. FUNCTIONS make weights of parameters: standardised ones, exponents of gains, biases side
-# by side. HIDDEN have others inside.
+# by side. HIDDEN have others inside, or weights of their own, PARTLY where some weight is missing.
 REARRANGE = set("T View Permute Transpose Unsqueeze Squeeze Expand ToCopy Split SplitWithSizes "
                 "Slice Select Unbind Chunk UnsafeView ReshapeAlias Clone Alias AsStrided".split())
 FUNCTIONS = set("Abs Add Cat Clamp ClampMax ClampMin CopySlices Div Exp Log LinalgVectorNorm Mean "
@@ -1561,7 +1564,8 @@ NORMS = set("NativeLayerNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Fuse
             "NativeGroupNorm RmsNorm".split())
 LAYERS = {"Addmm", "Mm", "Bmm", "Convolution", "Embedding", "EmbeddingBag"}
 ADD, JOIN = {"Add", "Sub"}, {"Cat", "Stack"}
-HIDDEN = {"CompiledFunction", "CheckpointFunction", "Broadcast"}
+PARTLY = {"CheckpointFunction", "RegisterPostBackwardFunction"}  # the latter of fully_shard
+HIDDEN = {"CompiledFunction", "Broadcast"} | PARTLY
 
 
 def _shares(net, output, roles):
@@ -1618,7 +1622,7 @@ def _shares(net, output, roles):
             flow[n] += each * part / whole
     missing = any(p.requires_grad and id(p) in weights - shares.keys() for p in net.parameters())
     hides = HIDDEN.intersection(map(_kind, nodes))
-    hidden = hides and (missing or hides != {"CheckpointFunction"})
+    hidden = hides and (missing or hides - PARTLY)
     return None if hidden else Depth(shares, outputs)
 
 

@@ -119,12 +119,14 @@ depth n_layers num_layers hidden_layers n_hidden_layers n_layer blocks n_blocks
 device gpu cuda gpu_id gpu_ids use_cuda use_gpu accelerator
 distribute ddp dist multi_gpu gpus n_gpus num_gpus n_gpu nproc nproc_per_node nodes num_nodes nnodes
 distribute world_size local_rank rank parallel multiprocessing_distributed
+encoding tokenizer tokeniser tokens bpe
 dropout drop drop_rate resid_pdrop attn_pdrop embd_pdrop
 epochs ep e n
 fresh overwrite restart clean from_scratch scratch
 freeze freeze_layers
 heads n_head n_heads num_heads num_attention_heads
 image_size img resolution res input_size crop_size side
+keep_best save_best save_best_only best best_checkpoint keep_best_only load_best_model_at_end
 log_steps log_interval log_freq log_every print_freq print_every
 loss criterion loss_function objective
 lr learning_rate rate base_lr init_lr initial_lr eta

@@ -102,8 +102,10 @@ ABSENT = {
     "a run has a number of --epochs, of a text each of --epoch_steps": "iters iterations maxiters "
         "maxiter maxsteps steps nsteps numsteps maxiterations numiters earlystopping patience "
         "maxtime",
-    "each epoch ends with a test, and of a text it has --epoch_steps": "test eval evaluate "
-        "validate validation valinterval evalonly evalevery evalinterval evalsteps doeval",
+    "each epoch ends with a test, and of a text it has --epoch_steps":
+        "valinterval evalevery evalinterval evalsteps evaliters",
+    "--evaluate RUN tests a checkpoint alone, and each epoch ends with a test":
+        "test eval validate validation evalonly doeval testonly dotest evaluateonly",
     "the log is lines of JSON under --out, and scripts.plot draws it":
         "wandb tensorboard tb logger mlflow comet project wandbproject plot",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
@@ -246,12 +248,18 @@ def parser():
     add("--save_every", type=checked(every), default="10m", metavar="EVERY", help="time or "
         "steps between two checkpoints (90s, 10m, 2h; 500), in addition to one after every epoch "
         "(default: 10m)")
+    add("--keep_best", action="store_true", help="keep the checkpoint of the epoch with the least "
+        "test loss, too: <out>/checkpoints/NAME.best.pt")
     add("--fresh", action="store_true", help="start over: delete the log and the "
         "checkpoints of an earlier run of the same name")
     add("--replay", type=a_path, metavar="FILE", help="repeat the run of a record, "
         "<out>/logs/NAME.run.json, and compare the bits; with it, only --out (default: replayed), "
         "--data_dir, --device, --cpu and another place of its folder:PATH or its --weights may be "
         "given")
+    add("--evaluate", type=a_path, metavar="RUN", help="test the newest checkpoint of a run, and "
+        "train nothing: RUN is its log, record or name, or a checkpoint, as NAME.best.pt; with it, "
+        "only --out (where a name is looked for), --data_dir, --device, --cpu, --distribute, "
+        "--precision, --test_bs, --workers and another place of its folder:PATH may be given")
     add("--device", type=device, help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -285,7 +293,8 @@ def parser():
 def words(p, flags):
     """The words of the command line that set `flags`, a dict of all of them, beyond their defaults.
     Flags that concern an earlier run or the screen are left out."""
-    passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "replay")
+    passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "keep_best", "replay",
+               "evaluate")  # fmt: skip
     given = {name: x for name, x in flags.items() if x is not None}
     every = {action.dest: action.default for action in p._actions} | given
     line, own = [], own_defaults(argparse.Namespace(**every))
@@ -362,34 +371,84 @@ def replayed(p, args, argv):
     """The Namespace of --replay FILE: the record's flags, and --out, --data_dir, the device and
     places of the images and the weights as given beside it. Flags without effect, which earlier
     commits took, stay as they were: the log has them."""
-    given, places = p.given(argv), ("dataset", "weights")
-    odd = [x for x in given if x not in ("replay", "out", "data_dir", "device", "cpu", *places)]
-    if odd:
-        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
-    from runs.record import RecordError, placeless, read, shown  # with torch
+    given = p.given(argv)
+    allow(p, given, "--replay", "record", "dataset", "weights")
+    from runs.record import RecordError, read  # with torch
 
     try:
         record = read(args.replay)
     except RecordError as error:
         p.error(str(error))
-    same = placeless(record["flags"])
-    odd = [x for x in places if x in given and same.get(x) != placeless(given).get(x)]
-    if odd:
-        p.error(f"--replay takes a run's flags from its record: leave out --{odd[0]}")
-    odd = [key for key in record["flags"] if key not in vars(args)]
-    if odd:
-        p.error(f"{args.replay} has --{shown(odd[0])}, which no longer exists; its commit has it: "
-                f"{shown(record['code']['commit'])}")  # fmt: skip
+    check_flags(p, args, given, "--replay", "record", args.replay, record["flags"],
+                record["code"]["commit"])  # fmt: skip
     if not record["results"]:
         p.error(f"{args.replay} is of a run that has not finished: there is no result")
     # The last result is compared, also where more epochs were requested.
     flags = {**record["flags"], "epochs": record["results"][-1]["epochs"]}
-    flags |= {"device": None} if "cpu" in given else {}
-    flags |= given
+    args = repeated(p, args, given, flags)
+    args.out, args.fresh, args.replay = given.get("out", "replayed"), True, given["replay"]
+    return args
+
+
+def evaluated(p, args, argv):
+    """The Namespace of --evaluate RUN: the flags of the log's first row, of which the device may be
+    another one, and what may be given beside it."""
+    given = p.given(argv)
+    allow(p, given, "--evaluate", "log", "dataset", "distribute", "precision", "test_bs", "workers")
+    import torch
+
+    from runs.log import RunError
+    from training.saved import find, first_row
+
+    try:
+        log, _ = find(args.evaluate, args.out)
+        first = first_row(log)
+    except RunError as error:
+        p.error(str(error))
+    then = first["flags"]
+    check_flags(p, args, given, "--evaluate", "log", log, then, first.get("commit"))
+    flags = {**then, "distribute": False, "compile": False, "cuda_graph": "auto"}
+    ran = str(then.get("device"))
+    if ran.startswith("cuda") and not torch.cuda.is_available():  # on another machine
+        flags["device"] = "cpu"
+    if ("cpu" if "cpu" in given else given.get("device") or flags.get("device")) != ran:
+        flags["test_bs"] = None  # the device's own
+    args = repeated(p, args, given, flags)
+    args.out, args.evaluate = given.get("out", args.out), given["evaluate"]
+    return args
+
+
+def allow(p, given, flag, source, *names):
+    """Refuse a flag beside one that takes all of them from the files of a run, except `names` and
+    those of the place."""
+    names = (flag.lstrip("-"), "out", "data_dir", "device", "cpu", *names)
+    odd = [x for x in given if x not in names]
+    if odd:
+        p.error(f"{flag} takes a run's flags from its {source}: leave out --{odd[0]}")
+
+
+def check_flags(p, args, given, flag, source, path, then, commit):
+    """Refuse places of other data than those of the flags `then` of the file `path`, and flags that
+    there are no more."""
+    from runs.record import placeless, shown
+
+    same = placeless(then)
+    places = [x for x in ("dataset", "weights") if x in given]
+    odd = [x for x in places if same.get(x) != placeless(given).get(x)]
+    if odd:
+        p.error(f"{flag} takes a run's flags from its {source}: leave out --{odd[0]}")
+    odd = [key for key in then if key not in vars(args)]
+    if odd:
+        p.error(f"{path} has --{shown(odd[0])}, which no longer exists; its commit has it: "
+                f"{shown(commit)}")  # fmt: skip
+
+
+def repeated(p, args, given, flags):
+    """The Namespace of the flags of a run, and of those given beside it."""
+    flags = flags | ({"device": None} if "cpu" in given else {}) | given
     if not os.path.isdir(os.path.expanduser(str(flags.get("data_dir")))):  # another machine's
         flags["data_dir"] = args.data_dir
     args = p.parse_args(words(p, flags))
-    args.out, args.fresh, args.replay = given.get("out", "replayed"), True, given["replay"]
     args.cpu = "cpu" in given
     return args
 
@@ -501,11 +560,11 @@ def read(argv=None, check=True):
 
         p.silent = not is_first()  # rank 0 prints
     args = p.parse_args(argv)
-    if args.replay is None:
+    if args.replay is None and args.evaluate is None:
         resolve(p, args)
         p.refuse(argv, without_effect(args))
     else:
-        args = replayed(p, args, argv)
+        args = (evaluated if args.replay is None else replayed)(p, args, argv)
         resolve(p, args)
     if args.cpu:
         if args.device not in (None, "cpu"):
@@ -518,7 +577,8 @@ def read(argv=None, check=True):
         args.layers = asked
     if args.weights is not None and not args.weights.endswith(SUFFIXES):
         p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
-    if check and args.weights is not None and not os.path.isfile(args.weights):
+    starts = check and args.evaluate is None
+    if starts and args.weights is not None and not os.path.isfile(args.weights):
         p.error(f"--weights: there is no file {args.weights}")
     if is_folder(args.dataset):
         args.image_size = args.image_size or 224
@@ -606,7 +666,7 @@ def check_network(args, net):
     """Raise Unfit for a flag without effect on `net`, which a library may have built."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    if args.replay is not None:  # of a run that was made so
+    if args.replay is not None or args.evaluate is not None:  # of a run that was made so
         return
     if args.sync_bn and not any(isinstance(x, _BatchNorm) for x in net.modules()):
         raise Unfit(f"--sync_bn is for networks with batch norm, and {args.arch} has none")

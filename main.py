@@ -78,13 +78,15 @@ def main(argv=None, requests=None):
 
 
 def train(args, world, requests):
-    """Train the run that the flags describe. Returns the exit code."""
+    """Train, or evaluate, the run that the flags describe. Returns the exit code."""
     if args.deterministic:
         set_deterministic()
     if world.rank == 0:
         display.settings(flags.settings(args))
     with closing(load_data(args, world)) as data:
         try:
+            if args.evaluate is not None:
+                return evaluate_on(data, args, world)
             return train_on(data, args, world, requests)
         except RuntimeError as error:
             if data.train.workers and (killed := lost(error)):
@@ -138,6 +140,7 @@ def train_on(data, args, world, requests):
         log_steps=math.inf if args.log_steps == "all" else args.log_steps or 0,
         log_updates=args.log_updates, foreign="." in args.optimizer, schedule=schedule,
         seed=args.seed if is_library(args.arch) or args.dropout else None, profile=profile,
+        keep_best=args.keep_best,
     )  # fmt: skip
     if checkpoint is not None:
         try:
@@ -164,6 +167,27 @@ def train_on(data, args, world, requests):
     return code
 
 
+def evaluate_on(data, args, world):
+    """Evaluate a checkpoint of the run on the Data of the flags. Returns the exit code."""
+    from training.saved import open_run  # a run does without
+
+    saved = open_run(args.evaluate, args.out)
+    net, _ = build_network(args, data, world.device)
+    set_channels_last(net, args.channels_last, args.precision, world.device)
+    nodes = world.all_gather_object(socket.gethostname())
+    remarks = world.all_gather_object(data.start(nodes.count(nodes[world.rank])))[0]
+    progress = display.Progress(args.epochs, len(data.train), quiet=world.rank > 0)
+    if world.rank == 0:
+        for remark in [*remarks, *saved.remarks(data)]:
+            print(f"Note: {remark}", file=sys.stderr)
+    with closing(progress):
+        row = saved.evaluate(net, data, LOSSES[args.loss], world, progress)
+    if world.rank == 0:
+        display.evaluated(saved, row, text=args.arch in GPTS)
+    world.broadcast_object()  # launchers end all when one rank ends
+    return 0
+
+
 def load_data(args, world):
     """The Data of the flags; rank 0 prepares the files before the others read them."""
     if world.rank > 0:
@@ -185,7 +209,7 @@ def build_network(args, data, device):
         torch.manual_seed(args.seed)
         try:
             net = build(args.arch, data.shape, data.classes, **flags.network(args))
-            notes = start(net, args.weights, args.freeze)
+            notes = start(net, args.weights if args.evaluate is None else None, args.freeze)
             flags.check_network(args, net)
             net.to(device)
         except RuntimeError as error:
@@ -219,6 +243,7 @@ def facts_of(args, data, net, optimizer, channels_last):
     facts = {
         "weights": sum(p.numel() for p in net.parameters()),
         "layers": sum(p.ndim > 1 for p in net.parameters()),
+        "shape": list(data.shape), "classes": data.classes,  # what the network takes and gives
     }
     if args.arch in GPTS:
         facts |= {"network": flags.network(args), "context": data.positions}

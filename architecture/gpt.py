@@ -54,7 +54,8 @@ class GPT(nn.Module):
     """Tokens (B, T), int64 with T at most `context`, to logits (B, T, vocabulary).
 
     Modules have the names of transformers' GPT-2. Weights start as GPT-2's: normal with deviation
-    0.02, divided by sqrt(2 depth) at the end of a residual branch; biases are 0, gains 1.
+    0.02, divided by sqrt(2 depth) at the end of a residual branch; biases are 0, gains 1. Raises
+    ValueError for heads that do not divide the width, and for longer inputs.
 
     Args:
         depth, width, heads: blocks, the size of the residual stream, and of attention.
@@ -68,6 +69,9 @@ class GPT(nn.Module):
         affine=True,
     ):  # fmt: skip
         super().__init__()
+        if width % heads:
+            most = max(h for h in range(1, heads) if width % h == 0)
+            raise ValueError(f"{heads} heads do not divide a width of {width}: {most} would do")
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(width, heads, dropout, bias, affine) for _ in range(depth))
@@ -83,6 +87,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / branch)
 
     def forward(self, tokens):
+        context = self.wpe.num_embeddings
+        if tokens.shape[1] > context:  # of which a GPU would tell nothing but an assertion
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {context}")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))
         for block in self.h:

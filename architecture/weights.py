@@ -3,13 +3,17 @@
 import fnmatch
 import importlib
 import pickle
+import re
 
 import torch
 
 from architecture import Unfit
+from architecture.gpt import GPT
 from cli import near
 
 WITHIN = ("net", "state_dict", "model")  # keys of the weights in checkpoints; the first is ours
+WRAPPED = ("module.", "_orig_mod.")  # before all names: DistributedDataParallel, torch.compile
+LETTERS = 1000  # a vocabulary of more is of parts of words; a size within 2 % is the same, padded
 
 
 def start(net, weights=None, frozen=None):
@@ -43,10 +47,14 @@ def load_weights(net, path):
     fitted, and which did not.
 
     path: .safetensors, or .pt or .pth, a state dict or a checkpoint that holds one; no code in it
-    is run. Tensors of another shape, as a head for other classes, stay as drawn. Raises Unfit where
-    the file cannot be read, or no parameter fits.
+    is run. Tensors of another shape, as a head for other classes, stay as drawn. A GPT takes GPT-2
+    as transformers and nanoGPT save it. Raises Unfit where the file cannot be read, or no parameter
+    fits.
     """
     tensors, own, parameters = _read(path), net.state_dict(), dict(net.named_parameters())
+    notes = []
+    if isinstance(net, GPT):
+        tensors, notes = _of_gpt(net, tensors, path)
     other = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     fitting = {name: tensors[name] for name in own if name in tensors and name not in other}
     if not parameters.keys() & fitting.keys():
@@ -61,8 +69,62 @@ def load_weights(net, path):
         "not there, and drawn anew": [name for name in own if name not in tensors],
         "not in the network": [name for name in tensors if name not in own],
     }
-    return [f"{len(fitting)} of {len(own)} tensors are those of {path}",
+    return [f"{len(fitting)} of {len(own)} tensors are those of {path}", *notes,
             *(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)]  # fmt: skip
+
+
+def _of_gpt(net, tensors, path):
+    """(the tensors of a GPT-2's file as those of `net`, sentences about what was changed).
+
+    transformers' blocks have their weights as (in, out), with the causal masks beside them. A
+    square weight does not show which way it lies; that of query, key and value does, for all.
+    Files without a head have the embedding for one. Of the positions the first are taken. A
+    vocabulary that was padded gets the mean row for each new token: it then takes at most the mean
+    probability (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+    Drawn rows would be far likelier than GPT-2's own, whose logits are -30 and below.
+    """
+    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    tensors = {name: x for name, x in tensors.items()
+               if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}  # fmt: skip
+    notes, own, width, heads = [], net.state_dict(), net.wpe.embedding_dim, net.h[0].attn.heads
+    qkv = [x for name, x in tensors.items() if re.fullmatch(r"h\.\d+\.attn\.c_attn\.weight", name)]
+    if qkv and qkv[0].ndim == 2:
+        there, usual = min(qkv[0].shape), max(1, min(qkv[0].shape) // 64)
+        if there != width:
+            raise Unfit(f"{path} has depth {len(qkv)} and width {there}, and the network "
+                        f"{len(net.h)} and {width}: give --depth {len(qkv)} --width {there}, and "
+                        f"its --heads, {usual} where it is GPT-2's")  # fmt: skip
+        if qkv[0].shape == (width, 3 * width):
+            for name, x in tensors.items():
+                if re.fullmatch(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight", name) and x.ndim == 2:
+                    tensors[name] = x.mT
+            if heads != usual:
+                notes.append(f"no file says how many heads it was trained with: the network has "
+                             f"{heads}, a GPT-2 of this width {usual}")  # fmt: skip
+    if "lm_head.weight" not in tensors and "wte.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+    for name in ("wpe.weight", "wte.weight", "lm_head.weight"):
+        x, (rows, _) = tensors.get(name), own[name].shape
+        if x is None or x.ndim != 2 or x.shape[1] != width or len(x) == rows:
+            continue
+        if name == "wpe.weight" and len(x) < rows:
+            raise Unfit(f"{path} has positions for a context of {len(x)}, not of {rows}: give "
+                        f"--context {len(x)} at most")  # fmt: skip
+        least = min(len(x), rows)
+        if name != "wpe.weight" and (least < LETTERS or abs(len(x) - rows) > least // 50):
+            continue  # another vocabulary
+        if len(x) < rows:
+            notes.append(f"{name} has {rows - len(x)} rows more, each the mean of those there")
+            mean = x.mean(0, keepdim=True, dtype=torch.float32)
+            x = torch.cat([x, mean.expand(rows - len(x), -1)])
+        else:
+            notes.append(f"{name} is cropped, to the first {rows} of {len(x)} rows")
+        tensors[name] = x[:rows]
+    both = [tensors.get(name) for name in ("wte.weight", "lm_head.weight")]
+    if net.lm_head.weight is net.wte.weight and both[0] is not None:
+        if both[1].shape == net.wte.weight.shape and not torch.equal(*both):
+            raise Unfit(f"the head of {path} is not its embedding: give --tied off")
+    return tensors, notes
 
 
 def _read(path):
@@ -86,8 +148,9 @@ def _read(path):
     tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
     if not tensors:
         raise Unfit(f"{path} holds no weights by name")
-    wrapped = all(name.startswith("module.") for name in tensors)  # a DistributedDataParallel
-    return {name.removeprefix("module.") if wrapped else name: x for name, x in tensors.items()}
+    while prefix := next((x for x in WRAPPED if all(n.startswith(x) for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
 
 
 def _some(names, most=4):

@@ -74,12 +74,12 @@ def memory(args, world, neighbours, net, facts):
     spectral, cuda = args.optimizer == "spectral", world.device.type == "cuda"
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     fixed = weights * (4 + spectral + (1 + spectral if world.size > 1 else 0))
-    if facts.decoding is None and len(facts.shape) == 3:
+    noun = facts.data.noun
+    if facts.decoding is None and noun == "image":
         channels, height, width = facts.shape
         fixed += (facts.train + facts.test) * channels * (height + 8) * (width + 8)
     free, neighbours = bytes_free(world.device), 1 if cuda else neighbours
     need = (fixed + each * largest) * neighbours
-    noun = "image" if len(facts.shape) == 3 else "window"
     images = f"{largest} {noun}{'s' if largest > 1 else ''} at a time"
     images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
     text = f"{size(need)} for {images}, of {size(free)} that are free"

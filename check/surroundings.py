@@ -1,4 +1,4 @@
-"""Check the surroundings of a run: its images, folders, ranks and worker processes."""
+"""Check the surroundings of a run: its data, folders, ranks and worker processes."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from runs.files import cannot
 from runs.images import find_run
 from runs.name import name_and_settings
 
-IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow
+IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow; windows of a text
 DECODING = 1.5
 STATE = {"agd": 0, "spectral": 3}  # numbers a weight in a checkpoint; 2 of other optimisers
 
@@ -33,9 +33,9 @@ class Fault(UserError):
 
 
 class Facts(NamedTuple):
-    """The images of a run."""
+    """The data of a run."""
 
-    shape: tuple  # (channels, height, width)
+    shape: tuple  # (channels, height, width), or of a text (context,)
     classes: int
     train: int
     test: int
@@ -70,7 +70,7 @@ def ranks(args, seconds):
     yield "ok", f"{world.size} ranks, started by {world.launcher}, {here} of them on this node"
     if args.train_bs < world.size:
         yield "note", (f"--train_bs {args.train_bs} is the batch of all the {world.size} ranks, "
-                       "and some have no image of it")  # fmt: skip
+                       "and some have nothing of it")  # fmt: skip
     cores, threads = usable_cores(), torch.get_num_threads()
     if world.device.type == "cpu" and here * threads > cores:
         yield "note", (f"{here} ranks of {threads} threads share {cores} cores: "
@@ -79,7 +79,8 @@ def ranks(args, seconds):
 
 
 def images(args):
-    """The Facts of the data set: arrays are read whole; of a folder some images are decoded."""
+    """The Facts of the data set: arrays are read whole; of a folder some images are decoded; of a
+    text some windows are read."""
     if args.dataset == "imagenet":
         root = find(args.data_dir)
         splits = read_layout(root)
@@ -100,6 +101,8 @@ def images(args):
     for note in data.notes:
         yield "note", note
     rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
+    for part in data[:2] if is_text(args.dataset) else ():
+        part.tokens.windows(part.order()[:IMAGES], data.positions + 1)  # raises for other ids
     train, test = data.train.examples, data.test.examples
     what = f"test images in {data.classes:,} classes"
     if is_text(args.dataset):
@@ -150,9 +153,9 @@ def results(args, net, facts):
         except OSError as error:
             unwritten = cannot(Path(args.out, part), "written", error)
             raise Fault(f"{unwritten}; choose another --out") from error
-    if net is not None:  # three checkpoints: the new one beside the last two
+    if net is not None:  # three checkpoints, the new one beside the last two; the best one
         numbers = sum(p.numel() for p in net.parameters())
-        need = 3 * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
+        need = (3 + args.keep_best) * 4 * numbers * (1 + STATE.get(args.optimizer, 2))
         free = shutil.disk_usage(path).free
         if free < need:
             raise Fault(f"{path} has {size(free)} free, and checkpoints take {size(need)}: "
@@ -164,7 +167,7 @@ def results(args, net, facts):
         yield "ok", f"{log}, a new run"
         return
     if run is None:
-        yield "note", f"{log} is there, of images that could not be compared"
+        yield "note", f"{log} is there, of data that could not be compared"
         return
     run.lock_or_fail()
     run.release()
@@ -176,7 +179,7 @@ def results(args, net, facts):
     else:
         yield "ok", f"{log}, which goes on after {len(run.epochs())} epochs"
     if run.compare_images(run.rows()[0]):
-        yield "note", f"{log} began with other images: their {run.other_images} differ"
+        yield "note", f"{log} began with other data: their {run.other_images} differ"
 
 
 def workers(args, world, neighbours, facts):

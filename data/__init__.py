@@ -80,6 +80,11 @@ class Data(NamedTuple):
     positions: int = 1  # the labels of an example: of a text the context
     bytes_a_token: list | None = None  # [in training, in validation] of a text, where known
 
+    @property
+    def noun(self):
+        """What an example is."""
+        return "window" if len(self.shape) == 1 else "image"
+
     def start(self, neighbours=1):
         """Start the worker processes; `neighbours`: ranks that do so on this node. Returns
         sentences about what the machine has too little of. Raises DataError where that is not

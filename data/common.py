@@ -5,9 +5,12 @@ from pathlib import Path
 
 from cli import UserError, expand
 
+# Names of the text, or of the folder, to validate on, beside one called train.
+VALIDATION = ("val", "valid", "validation", "test")
+
 
 class DataError(UserError):
-    """The images are missing or damaged; the message says what to do about it."""
+    """The data are missing or damaged; the message says what to do about it."""
 
 
 def default_data_dir():

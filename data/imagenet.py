@@ -34,7 +34,6 @@ def add_flags(parser):
     add("--resize", type=number(int, 1), nargs="?", const=256, metavar="PIXELS",
         help="rewrite images whose shorter side is longer than this (256 if not given) as JPEG "
         "of that size, quality 95; copy the others as they are")
-    add("--jobs", type=number(int, 1), metavar="N", help="processes (default: the usable cores)")
     add("--shard", type=_shard, metavar="I/N", help="every N-th class from the I-th on; I from 1")
     add("--val_labels", type=a_path, metavar="FILE", help="the classes of a flat val/: "
         "LOC_val_solution.csv, lines of file name and class, a folder of XML files, or "

@@ -1,5 +1,5 @@
 """Fetch a small data set once, verify it, and write it as one file that loads
-in a second; or check ImageNet and make it ready for training.
+in a second; check ImageNet and make it ready; or make tokens of texts.
 
     python -m data.prepare cifar10                      fetch from the set's own address
     python -m data.prepare cifar10 --from FILE_OR_URL   or from a copy
@@ -24,6 +24,17 @@ on where an earlier one ended. Many machines share the work with --shard 1/8 to
 --shard 8/8, after which the command without it says what is still missing.
 Exit code: 0 all well (of a shard: its own part), 1 some images are corrupt or
 missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
+
+    python -m data.prepare text --from FILE      a UTF-8 text, or documents as JSONL
+    python -m data.prepare text --from FOLDER    all .txt and .jsonl files below it
+
+A text may be packed (.gz, .bz2, .xz); a line of JSONL is a document, {"text": "..."}. The result,
+<data_dir>/<name>-<encoding>, is train.bin, val.bin and meta.json for
+--dataset tokens:FOLDER: GPT-2's tokens by the package tiktoken, each document
+followed by <|endoftext|>, or bytes. Files or folders called train and val are
+taken as such. Else validation gets the last tenth of a text, of a hundred texts
+or more every tenth one, of JSONL one document in ten; of more than 100 MB it is
+about 10 MB of documents. The same command goes on where an earlier one ended.
 """
 
 import sys
@@ -44,7 +55,7 @@ import tarfile
 import tempfile
 import zlib
 
-from cli import Parser, UserError, a_path, command, expand, one_of
+from cli import Parser, UserError, a_path, command, expand, number, one_of
 from data import DATASETS, DataError, data_folder, default_data_dir, imagenet
 from data.common import reason
 
@@ -55,6 +66,8 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+# Data sets with flags of their own.
+FLAGS = {"imagenet": imagenet.FLAGS, "text": ("jobs", "encoding")}
 LARGEST = 2**28  # bytes: no file of MNIST or CIFAR is as long
 TIMEOUT = 30  # seconds without an answer after which an address counts as dead
 
@@ -205,22 +218,38 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", type=one_of(["mnist", "cifar10", "cifar100", "imagenet"]),
-                        metavar="NAME", help="mnist, cifar10, cifar100 or imagenet")  # fmt: skip
+    names = ["mnist", "cifar10", "cifar100", "imagenet", "text"]
+    parser.add_argument("name", type=one_of(names), metavar="NAME",
+                        help="mnist, cifar10, cifar100, imagenet or text")  # fmt: skip
     parser.add_argument("--data_dir", default=default_data_dir(), help="(default: %(default)s)")
     parser.add_argument("--from", dest="source", type=a_path, metavar="FILE_OR_URL",
-                        help="a copy to use; imagenet: a folder (default: $IMAGENET_PATH)")
+                        help="a copy to use; imagenet: a folder (default: $IMAGENET_PATH); text: a "
+                        "file or a folder")  # fmt: skip
+    parser.add_argument("--jobs", type=number(int, 1), metavar="N",
+                        help="processes, for imagenet and text (default: the usable cores)")
+    parser.add_argument("--encoding", type=one_of(["gpt2", "bytes"]), metavar="gpt2|bytes",
+                        help="of a text (default: gpt2 where the package tiktoken is installed, "
+                        "else bytes)")  # fmt: skip
     imagenet.add_flags(parser)
     args = parser.parse_args(argv)
-    given = {flag: value for flag in imagenet.FLAGS if (value := getattr(args, flag)) is not None}
+    given = {}
+    for flag in dict.fromkeys(flag for flags in FLAGS.values() for flag in flags):
+        if getattr(args, flag) is not None:
+            given[flag] = getattr(args, flag)
+            takers = [name for name, flags in FLAGS.items() if flag in flags]
+            if args.name not in takers:
+                parser.error(f"--{flag} is for {' and '.join(takers)}, not {args.name}")
     source = args.source
     try:
         if args.name == "imagenet":
             source = source or imagenet.named() or parser.error(
                 "imagenet is made from a copy: --from DIR, or $IMAGENET_PATH")  # fmt: skip
             return imagenet.prepare(source, args.data_dir, **given)
-        for flag in given:
-            parser.error(f"--{flag} is for imagenet, not {args.name}")
+        if args.name == "text":
+            from data import corpus  # numpy
+
+            source = source or parser.error("text is made from files: --from FILE_OR_FOLDER")
+            return corpus.prepare(source, args.data_dir, **given)
         print(f"{args.name} is ready: {prepare(args.name, args.data_dir, source, check=True)}")
         return 0
     except UserError as error:

@@ -18,12 +18,12 @@ import torch
 
 from cli import expand
 from data.batches import Batches
-from data.common import DataError, reason
+from data.common import VALIDATION, DataError, reason
 
 MOST = 2000  # windows of a validation, unless --test_examples says otherwise
-HELD = 1000  # windows after which a file's pages are given back: the system maps 64 kB around each
+HELD = 2**26  # bytes of a file that stay mapped, as they may be: the system maps AROUND each window
+AROUND = 2**16
 CHUNK = 2**20  # bytes of a text that are decoded at a time
-VALIDATION = ("val", "valid", "validation", "test")  # names of the text beside one called train
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 LARGEST = 2**24  # bytes of a meta.json
 MOST_TOKENS = 2**31 - 1  # in a vocabulary
@@ -56,7 +56,7 @@ class Tokens:
                 f"{self.what} has the token {windows.max()}, and a vocabulary of "
                 f"{self.vocabulary} has those from 0 to {self.vocabulary - 1}: give --vocab N"
             )
-        self.held += len(starts)
+        self.held += len(starts) * (length * self.values.itemsize + AROUND)
         if self.mapped and self.held > HELD and hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
             self.held = 0
@@ -275,16 +275,17 @@ def _meta(path):
         if not isinstance(meta, dict):
             raise ValueError("it is no object")
         size, dtype, encoding = map(meta.get, ("vocab_size", "dtype", "encoding"))
-        if size is not None and not (type(size) is int and 0 < size <= MOST_TOKENS):
+        if size is not None and not (type(size) is int and 1 < size <= MOST_TOKENS):
             raise ValueError("its vocab_size is no number of tokens")
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and dtype not in [*DTYPES]:
             raise ValueError(f"its dtype is none of {', '.join(DTYPES)}")
-        if encoding is not None and not isinstance(encoding, dict):
-            raise ValueError("its encoding is no object")
+        if encoding is not None and not (
+                isinstance(encoding, dict) and all(type(x) is str for x in encoding.values())):
+            raise ValueError("its encoding is no object of strings")
         for part in ("train", "val"):
             known = meta.get(part, {})
             if not isinstance(known, dict) or any(
-                    type(known.get(x, 0)) is not int or known.get(x, 0) < 0
+                    type(known.get(x, 0)) is not int or not 0 <= known.get(x, 0) < 2**63
                     for x in ("tokens", "bytes")):  # fmt: skip
                 raise ValueError(f"its {part} has no counts")
     except (ValueError, TypeError, RecursionError) as error:
@@ -296,7 +297,7 @@ def _meta(path):
 def _mapped(path, dtype, vocabulary):
     """The Tokens of a file, mapped into memory."""
     if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"there is no file {path}")
+        raise DataError(f"{path} is no file" if path.exists() else f"there is no file {path}")
     file = open(path, "rb")
     size = os.fstat(file.fileno()).st_size
     if not size:

@@ -258,6 +258,7 @@ def work(function, tasks, jobs):
     pool = ProcessPoolExecutor(jobs, context, _begin, (theirs,))
     try:
         try:
+            _check_spare(3 * jobs + SPARE, SPARE // 4)  # the pool's own thread would wait for ever
             with held_back():
                 futures = {pool.submit(function, *task): key for key, task in tasks.items()}
         except (OSError, RuntimeError) as error:
@@ -270,7 +271,7 @@ def work(function, tasks, jobs):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that decodes images was killed, often for lack of memory: try fewer "
+            "a worker process was killed, often for lack of memory: try fewer "
             "--jobs; the same command goes on from there"
         ) from error
     finally:

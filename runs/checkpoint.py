@@ -1,5 +1,6 @@
 """The checkpoints of a run on disk: <name>.pt, the newest; .pt.previous, the one before;
-.pt.partial, the next one, while it is written; .pt.damaged, a newest one that could not be read.
+.pt.partial, the next one, while it is written; .pt.damaged, a newest one that could not be read;
+<name>.best.pt, the one of the epoch with the least test loss, where it is wanted.
 
 A file is what torch.save makes of a dict of plain types and of tensors on the CPU: "epoch", the
 number of completed epochs; "settings", the run's, as JSON; "net" and "optimizer", their state
@@ -21,7 +22,7 @@ import numpy
 import torch
 
 from cli import printable
-from runs.files import reason, write_whole
+from runs.files import reason, sync_folder, write_whole
 
 NUMBERS = (bool, int, float, complex)
 
@@ -37,11 +38,34 @@ class Checkpoints:
         self.path = Path(path)
         names = (f"{self.path.name}.{what}" for what in ("previous", "partial", "damaged"))
         self.previous, self.partial, self.damaged = map(self.path.with_name, names)
+        self.best = self.path.with_name(f"{self.path.name.removesuffix('.pt')}.best.pt")
+        self.linked = self.best.with_name(f"{self.best.name}.partial")
 
     def write(self, content):
         """Make `content`, a dict from `plain`, the newest checkpoint. Raises OSError where it
         cannot be written; the earlier checkpoints stay."""
         write_whole(self.path, pack(content), self.previous)
+
+    def keep_best(self):
+        """Make the newest checkpoint the best one, too: another name of its file, or a copy where
+        the file system has no links. Raises OSError where it cannot; the earlier best one stays."""
+        newest = self.path if self.path.exists() else self.previous
+        try:
+            self.linked.unlink(missing_ok=True)
+            os.link(newest, self.linked)
+            os.replace(self.linked, self.best)
+            self.linked.unlink(missing_ok=True)  # both stay where they are one file already
+            sync_folder(self.best.parent)
+        except (OSError, AttributeError):  # not every system has os.link
+            write_whole(self.best, newest.read_bytes())
+
+    def epoch_of_best(self):
+        """The epoch of the best checkpoint, whose tensors are not read, or None."""
+        try:
+            best = torch.load(self.best, map_location="cpu", weights_only=True, mmap=True)
+            return best["epoch"]
+        except Exception:  # torch raises whatever it comes upon
+            return None
 
     def read(self):
         """(the newest whole checkpoint or None, the warning or None of a newer one that is damaged,
@@ -71,7 +95,7 @@ class Checkpoints:
         return None, None
 
     def discard(self):
-        for path in (self.path, self.previous, self.partial):
+        for path in (self.path, self.previous, self.partial, self.best, self.linked):
             path.unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """The files of a run: <out>/logs/<name>.jsonl, a row {"kind": "run"}, a row an epoch, and a row
-{"kind": "end"}; <name>.run.json beside it, see record.py; <out>/checkpoints/<name>.pt."""
+{"kind": "end"}; <name>.run.json beside it, see record.py; <out>/checkpoints/<name>.pt, see
+checkpoint.py."""
 
 import json
 import os
@@ -353,6 +354,14 @@ class RunLog:
         except OSError as error:
             return cannot(self.checkpoint_path, "written", error)
         self.saved = checkpoint["epoch"], checkpoint.get("step", 0)
+        return None
+
+    def keep_best(self):
+        """Keep the newest checkpoint as the best one. Returns None, or the reason why not."""
+        try:
+            self.checkpoints.keep_best()
+        except OSError as error:
+            return cannot(self.checkpoints.best, "written", error)
         return None
 
     @staticmethod

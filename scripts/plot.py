@@ -51,6 +51,7 @@ from scripts import style
 from scripts.results import Result
 from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from scripts.words import data_name, network_name, optimizer_name
+from training.saved import CHECKPOINTS, split
 
 COLOURS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK]
 MARKERS = [None, "o", "s", "^", "D", "v"]  # of the first seven runs, of the next seven, ...
@@ -60,7 +61,7 @@ WIDTH = 80 / 25.4  # inches
 PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
 TITLE, LABEL = 50, 48  # characters of a line
 LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
-RECORD, CHECKPOINTS = ".run.json", (".pt", ".pt.previous")
+RECORD = ".run.json"
 
 
 def logs(paths):
@@ -87,8 +88,7 @@ def logs(paths):
                 raise RunError(f"the log of {path} is not beside it: there is no {log}")
             results[log] = read(log)
         elif path.name.endswith(CHECKPOINTS):
-            name = path.name.rpartition(CHECKPOINTS[0])[0] + ".jsonl"
-            log = path.resolve().parents[1] / "logs" / name
+            log = path.resolve().parents[1] / "logs" / f"{split(path.name)[0]}.jsonl"
             log = log if path.is_absolute() else os.path.relpath(log)
             raise RunError(f"{path} is a checkpoint: give its log, {log}")
         else:

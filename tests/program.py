@@ -55,7 +55,7 @@ def rows(out, name=None):
 
 def comparable(rows):
     """The rows without times and dates, which differ from run to run."""
-    drop = ("seconds", "images_per_second", "date", "saving_seconds")
+    drop = ("seconds", "images_per_second", "tokens_per_second", "date", "saving_seconds")
     return [{k: v for k, v in row.items() if k not in drop} for row in rows]
 
 

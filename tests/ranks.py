@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,7 @@ import agd
 import distributed
 import main as program
 from agd import AGD, depth, init_weights
+from architecture.gpt import GPT
 from data import load
 from flags import parse
 from runs.log import RunLog
@@ -155,11 +157,12 @@ class Signalled(Requests):
         return super().take()
 
 
-def runs(world, several, norms=False):
+def runs(world, several, norms=False, dtype="float32"):
     """(exit code, looks, whether the log was at its end) of runs of main.py in this group, one
     after the other: of each the flags and, for each rank, the Signalled's numbers. With `norms` the
     network has batch norm. Rank 0's disk is slow."""
     given, log = [], RunLog.log
+    torch.set_default_dtype(getattr(torch, dtype))
     if world.rank == 0:
         RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:
@@ -246,13 +249,25 @@ class Every(nn.Module):
         return (torch.arange(24).view(4, 6) + i) % 11, torch.arange(20.0).view(4, 5).sin().double()
 
 
+class Text(GPT):
+    """A GPT whose vocabulary, and the rows of its positions, do not divide by the ranks."""
+
+    def __init__(self, tied=False):
+        super().__init__(13, 7, depth=2, width=12, heads=3, tied=tied)
+
+    @staticmethod
+    def batch(i):
+        target = torch.arange(4 * 7 * 13.0).view(4, 7, 13).sin().double()
+        return (torch.arange(28).view(4, 7) ** 2 + i) % 13, target
+
+
 def whole(p):
     return p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
 
 
 def shard(net, how, size):
-    """`net` wrapped by "ddp" or "fsdp", or with its weights in shards: "rows", "columns" or "both"
-    of a mesh; as it is for "dense" and "group"."""
+    """`net` wrapped by "ddp" or "fsdp" (the blocks of a GPT one by one), or with its weights in
+    shards: "rows", "columns" or "both" of a mesh; as it is for "dense" and "group"."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -260,7 +275,8 @@ def shard(net, how, size):
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(net)
     if how == "fsdp":
-        fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
+        for part in (*getattr(net, "h", ()), net):
+            fully_shard(part, mesh=init_device_mesh("cpu", (size,)))
     if how not in ("rows", "columns", "both"):
         return net
     mesh = init_device_mesh("cpu", (2, size // 2) if how == "both" else (size,))
@@ -278,10 +294,10 @@ def moved(world, net, rule, how, steps=8):
 
     agd.ROWS = 4  # of a polar factor: the ranks share them
     torch.manual_seed(0)
-    kind = {"plain": Plain, "roles": Every}[net]
+    kind = {"plain": Plain, "roles": Every, "gpt": Text, "tied": partial(Text, tied=True)}[net]
     net, twin = kind().double(), kind().double()
     names, split = [name for name, _ in net.named_parameters()], how in ("ddp", "group", "fsdp")
-    if kind is Every:
+    if kind is not Plain:
         init_weights(net, torch.Generator().manual_seed(1))
         shares = {"depth": depth(net, net.batch(0)[0])}
         model = shard(net, how, world.size)

@@ -67,7 +67,7 @@ def check(tmp_path, capfd, monkeypatch):
         *before, sentence = message.replace(str(tmp_path), "TMP").strip().splitlines()
         assert sentence.startswith("error: ") and len(sentence) <= 400, sentence
         assert noun in sentence
-        assert all(line.startswith("Looking through") for line in before), message
+        assert all(re.match(r"Looking through|.*B/s\]|$", line) for line in before), message
 
     return check
 
@@ -106,6 +106,9 @@ FLAGS = f"""
 {DIGITS} --min-lr 1e-5                          | finds the rate of each step
 {DIGITS} --momentum 0.9                         | AGD has none
 {DIGITS} --warmup-epochs 5                      | --warmup is a number of steps
+{DIGITS} --save_best                            | did you mean --keep_best
+{DIGITS} --eval_only                            | --evaluate RUN tests a checkpoint alone
+{DIGITS} --eval_every 3                         | each epoch ends with a test
 {DIGITS} --zzz                                  | there is no flag --zzz
 main digits                                     | did you mean --dataset digits
 main resnet18                                   | did you mean --arch resnet18
@@ -205,6 +208,7 @@ main --save_every 0                             | neither a number of steps
 main --save_every 1e400h                        | neither a number of steps
 main --distribute --dataset digits              | torchrun
 {DIGITS} --depth 3 --width 1000000              | its weights are 4.0 TB
+main --dataset shakespeare --arch gpt {SMALL} --heads 3 | 3 heads do not divide a width of 4
 main --dataset imagenet --data_dir {{tmp}}/none | no
 {DIGITS} --out {{tmp}}/{"x" * 256}              | choose --out
 {DIGITS} --out ~nobody_here/x                   | no user 'nobody_here'
@@ -212,15 +216,25 @@ main --dataset imagenet --data_dir {{tmp}}/none | no
 {FOLDER}                                        | there is no folder
 {NPZ}                                           | there is no
 main --replay {{tmp}}/no.json                   | no.json
+main --evaluate no --out {{tmp}}                | there is no run no in TMP/logs, nor any other
+main --evaluate {{tmp}}/no/x.pt                 | there is no run x in TMP/no, nor any other
+main --evaluate {{tmp}}                         | TMP holds no logs, nor does its logs/
+main --evaluate x --seed 3                      | a run's flags from its log: leave out --seed
+main --evaluate x --replay x                    | from its record: leave out --evaluate
 plot                                            | required: RUN
 plot {{tmp}}                                    | holds no logs, nor does its logs/
 plot {{tmp}}/a.run.json                         | a.run.json is not beside it
 plot {{tmp}}/checkpoints/a.pt                   | logs/a.jsonl
+plot {{tmp}}/checkpoints/a.best.pt              | logs/a.jsonl
 prepare                                         | required
 prepare cifar11                                 | did you mean cifar10
 prepare CIFAR-100                               | did you mean cifar100
 prepare cifar10 --output x                      | there is no flag --output
 prepare imagenet --num_workers 4                | did you mean --jobs
+prepare text                                    | --from FILE_OR_FOLDER
+prepare text --from {{tmp}}/no                  | there is no file or folder
+prepare text --from x --tokenizer gpt2          | did you mean --encoding
+prepare text --from x --encoding gpt-2          | did you mean gpt2
 prepare imagenet --data_dir {{tmp}} --from {{tmp}}/no       | there is no folder
 reproduce fig1 --runs 99999 --out {{tmp}}       | the list has the numbers
 reproduce 9                                     | no 'fig9' among fig1, fig2
@@ -248,7 +262,8 @@ IDLE = {
     "main --optimizer adam": "gain 1|gain 2|layers count|warmup 5",
     "main --optimizer spectral": "lr 0.1|schedule cosine",
     "main --optimizer torch.optim.SGD": "gain 1|layers paths",
-    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x",
+    "prepare cifar10": "jobs 2|shard 1/2|resize|val_labels x|encoding bytes",
+    "prepare imagenet": "encoding gpt2", "prepare text --from x": "shard 1/2|resize|val_labels x",
     "reproduce fig5 --list": f"{LISTS}|draw|time_limit 9m|submit slurm",
     "reproduce fig5 --draw": LISTS, "reproduce fig5 --submit slurm": "together on|fresh|runs 0",
     "reproduce fig5": "sbatch=--gres=gpu:1", "gpu_checks --only step": "plan first",
@@ -389,10 +404,11 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     ("main --dataset npz:~/x.npz", "--dataset: there is no home directory for ~/x.npz"),
     ("main --dataset folder:~/x", "--dataset: there is no home directory for ~/x"),
     *((f"{DIGITS} --{flag} ~/x.pt", f"argument --{flag}: there is no home directory for ~/x.pt")
-      for flag in ("out", "weights", "replay")),
+      for flag in ("out", "weights", "replay", "evaluate")),
     ("prepare cifar10", "give the whole path, or set $AGD_DATA"),
     ("prepare cifar10 --data_dir {tmp} --from ~/x", "argument --from"),
     ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
+    ("prepare text --from ~/x", "argument --from"),
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
     ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
     ("benchmark data --folder ~/x", "argument --folder"),
@@ -506,6 +522,18 @@ PLACES = table(
     (f"{PREPARE}/file --from {{tmp}}/set.npz", "could not be prepared",
      lambda tmp: [npz(tmp), text("file")(tmp)]),
     ("prepare imagenet --data_dir {tmp} --from {tmp}/images", "2 class folders", images()),
+    *((f"prepare text --encoding bytes --data_dir {{tmp}}/{where} --from {{tmp}}/{name}", noun,
+       lambda tmp, name=name, content=content: [text("file")(tmp), text(name, content)(tmp)])
+      for where, name, content, noun in (
+          ("out", "x.txt", b"", "x.txt is empty"),
+          ("out", "x.txt", b"caf\xe9", "x.txt is not UTF-8 at byte 3"),
+          ("out", "x.jsonl", b"{}\n", "x.jsonl has a line at byte 0"),
+          ("out", "x.txt.gz", b"some text", "x.txt.gz cannot be read"),
+          ("out", "x.txt", b"a", "too little text"),
+          ("file", "x.txt", b"some text", "x-bytes cannot be written"))),
+    ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images/train",
+     "holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and the files "
+     "there are .jpg (2)", images()),
     ("reproduce fig1 --out {tmp}/file", "is a file", text("file")),
     ("reproduce fig1 --runs 0 --out {tmp}/file/x", "file/x", text("file")),
 )  # fmt: skip
@@ -575,6 +603,50 @@ CHECKPOINTS = table(
 def test_bad_checkpoints(change, noun, check, out):
     checkpoints(out, change if callable(change) else lambda content: content | change)
     check(ON, noun)
+
+
+def evaluated(tmp):
+    return f"main --evaluate {tmp}/out --cpu"
+
+
+@pytest.mark.parametrize(("change", "noun"), table(
+    (lambda x: x["net"], "is no checkpoint of a run"),
+    ({"step": "3"}, "is no checkpoint of a run"),
+    ({"micro_bs": "x"}, "its micro_bs cannot be used"),
+    ({"net": {}}, "does not fit the network of TMP/out/logs/fcn2x4-digits"),
+    ({"net": 3}, "does not fit the network"),
+    ({"settings": '{"seed": 3}'}, "is of another run than TMP/out/logs"),
+))  # fmt: skip
+def test_bad_checkpoints_of_an_evaluation(change, noun, check, out, tmp_path):
+    checkpoints(out, change if callable(change) else lambda content: content | change)
+    check(evaluated(tmp_path), noun)
+
+
+def test_files_that_an_evaluation_lacks(check, out, tmp_path):
+    log, (path, before) = first(out, "*.jsonl"), sorted((out / "checkpoints").glob("*.pt*"))
+    near = f"{log.stem[:-1]}1"
+    check(f"main --evaluate {near} --out {{tmp}}/out", f"did you mean {log.stem}?")
+    check("main --evaluate zzz --out {tmp}/out", f"zzz in TMP/out/logs, which has {log.stem}")
+    check("main --evaluate {tmp}/out/checkpoints/" + f"{log.stem}.best.pt", "with --keep_best")
+    check(f"main --evaluate {log.stem}.best.pt --out {{tmp}}/out", "with --keep_best")
+    lock = next((out / "checkpoints").glob("*.lock"))
+    check(f"main --evaluate {lock}", "is no file of a run: those are NAME.jsonl")
+    check(f"{evaluated(tmp_path)} --dataset digits", "", 0)
+    check(f"{evaluated(tmp_path)} --dataset mnist", "leave out --dataset")
+    shutil.copy(log, log.with_name("b.jsonl"))
+    check(evaluated(tmp_path), f"TMP/out has 2 runs: b, {log.stem}; name one")
+    log.with_name("b.jsonl").unlink()
+    path.write_bytes(path.read_bytes()[:-100])
+    check(evaluated(tmp_path), ".pt.previous is the one before")
+    check(f"main --evaluate {before} --cpu", "", 0)
+    path.unlink(), before.unlink()
+    check(evaluated(tmp_path), "there is no TMP/out/checkpoints/fcn2x4-digits")
+    path.write_bytes(b"")
+    for then in (b"{}", b'{"arch": [1]}'):
+        log.write_bytes(FIRST.replace(b"{}", then, 1))
+        check(evaluated(tmp_path), "its flags have no arch that can be used")
+    log.rename(tmp_path / "log")
+    check(f"main --evaluate {path}", "there is no log TMP/out/logs/fcn2x4-digits")
 
 
 class Canary:

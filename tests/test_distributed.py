@@ -219,7 +219,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_repeated(norms):
         assert late["buffers"][tracked] == 20 + 9 * 4 + 2  # 20 whole ones, the last was ragged
         return
     assert close(whole["weights"], halved["weights"]) and close(whole["weights"], late["weights"])
-    assert "single image" in one_process("memory", rooms=[0])["error"]
+    assert "single example" in one_process("memory", rooms=[0])["error"]
 
 
 @slow
@@ -232,7 +232,7 @@ def test_ranks_agree_on_what_fits(run_ranks):
     assert None not in per_rank, errors
     for first, later in per_rank:
         assert first["micro_bs"] == 9 and close(whole["weights"], first["weights"])  # 34, 17, 9
-        assert later["error"].startswith("rank 1: out of memory with 33 images at a time")
+        assert later["error"].startswith("rank 1: out of memory with 33 examples at a time")
         assert later["error"].endswith("start again with --micro_bs 16")
 
 
@@ -251,7 +251,8 @@ def test_the_fingerprint_sees_every_bit_and_no_layout():
 MOVED = {
     2: [("plain", "agd", "fsdp"), ("plain", "agd", "columns"), ("roles", "agd", "fsdp"),
         ("roles", "agd", "rows"), ("roles", "spectral", "ddp"), ("roles", "spectral", "group"),
-        ("roles", "spectral", "fsdp"), ("roles", "spectral", "rows")],
+        ("roles", "spectral", "fsdp"), ("roles", "spectral", "rows"), ("gpt", "agd", "fsdp"),
+        ("gpt", "spectral", "fsdp"), ("tied", "agd", "fsdp"), ("tied", "spectral", "fsdp")],
     3: [("plain", "agd", "rows")],
     4: [("plain", "agd", "both"), ("roles", "agd", "rows"), ("roles", "spectral", "group"),
         ("roles", "spectral", "rows")],

@@ -105,7 +105,7 @@ def program_of(words):
 def parse(name, argv):
     """Hand the arguments to the program's own parser. SystemExit where it refuses them."""
     if name == "main":
-        if "--replay" in argv:  # whose file there is none of
+        if {"--replay", "--evaluate"} & {*argv}:  # whose files there are none of
             flags.parser().parse_args(argv)
         else:
             flags.parse(argv, check=False)
@@ -270,7 +270,7 @@ def test_commands_that_only_print_are_run_as_they_stand(words):
 
 
 # What this machine may lack, or takes the name of another run.
-ELSEWHERE = {"--distribute", "--replay", "--device", "--compile", "--weights", "tf32"}
+ELSEWHERE = {"--distribute", "--replay", "--evaluate", "--device", "--compile", "--weights", "tf32"}
 
 
 def small(words, tmp):

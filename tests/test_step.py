@@ -15,7 +15,7 @@ from tests.test_agd import Reads
 from training.gradient import OutOfMemory
 from training.losses import LOSSES, mse, xent
 from training.memory import is_out_of_memory
-from training.metrics import Totals
+from training.metrics import Totals, hits
 from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_totals_weigh_every_example_alike():
     outputs, labels, totals = torch.randn(10, 4), torch.randint(4, (10,)), Totals()
     for part in (slice(0, 7), slice(7, 10)):
         x, y = outputs[part], labels[part]
-        totals.add(mse(x, y), x, y, eta=torch.ones(()))
+        totals.add(mse(x, y), hits(x, y), eta=torch.ones(()))
     metrics, losses = totals.read(), mse(outputs, labels)
     assert metrics["examples"] == 10 and metrics["steps"]["eta"] == [1.0, 1.0]
     assert metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
@@ -122,7 +122,7 @@ def test_a_test_batch_that_does_not_fit_is_halved_until_it_does():
     assert (metrics["examples"], metrics["acc"]) == (expected["examples"], expected["acc"])
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     limit[0] = 0
-    with pytest.raises(OutOfMemory, match="a single image"):
+    with pytest.raises(OutOfMemory, match="a single example"):
         evaluate(net, digits(test_bs=200).test, mse)
 
 

@@ -25,23 +25,23 @@ FILES = sorted(
 )
 FLAGS = (
     "affine arch augment bias channels_last check compile context cpu cuda_graph data_dir dataset "
-    "depth deterministic device distribute dropout epoch_steps epochs freeze fresh gain heads help "
-    "image_size layers log_steps log_updates loss lr micro_bs optimizer out precision profile "
-    "replay save_every schedule seed skip_bad_images sync_bn test_bs test_examples tied train_bs "
-    "train_examples vocab warmup weight_decay weights width workers"
+    "depth deterministic device distribute dropout epoch_steps epochs evaluate freeze fresh gain "
+    "heads help image_size keep_best layers log_steps log_updates loss lr micro_bs optimizer out "
+    "precision profile replay save_every schedule seed skip_bad_images sync_bn test_bs "
+    "test_examples tied train_bs train_examples vocab warmup weight_decay weights width workers"
 ).split()
 COMMANDS = {
-    "data.prepare": "--data_dir --from --jobs --resize --shard",
+    "data.prepare": "--data_dir --from --jobs --encoding --resize --shard",
     "scripts.plot": "-o", "scripts.any_model": "--only",
-    "scripts.spectral": "--only",
+    "scripts.spectral": "--only", "scripts.sample": "--prompt --tokens --temperature --top_k --out",
     "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
     "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out",
     "scripts.scaling": "", "tests.crash": "", "tests.fuzz": "",
 }  # fmt: skip
 ROWS = {
     "run": "kind name flags settings python torch platform device device_name threads cores commit "
-    "ranks launcher data weights layers train_examples test_examples precision compile "
-    "deterministic channels_last cuda_graph no_cuda_graph test_bs date",
+    "ranks launcher data weights layers shape classes train_examples test_examples precision "
+    "compile deterministic channels_last cuda_graph no_cuda_graph test_bs date",
     "step": "kind epoch step loss acc eta",
     "epoch": "kind epoch train_loss train_acc test_loss test_acc eta_min eta_mean eta_max seconds "
     "images_per_second",

@@ -13,7 +13,7 @@ import torch
 
 from cli import UserError
 from training.gradient import RECORDING
-from training.metrics import Totals, sums
+from training.metrics import Totals
 
 FAILURES = []  # why captures in this process have failed
 EAGER = 3  # eager steps of a batch size before its capture, in which libraries set themselves up
@@ -26,7 +26,7 @@ class RecordingError(UserError):
 
 
 class GraphedSteps:
-    """The steps of an epoch of array batches, by one CUDA graph of `step` for each batch size.
+    """The steps of an epoch of arrays or a text, by one CUDA graph of `step` for each batch size.
 
     Runs the first `eager` steps of each batch size eagerly, and the first `after` steps of all;
     then captures. Capturing does not execute the step. Nothing is read from the device.
@@ -105,12 +105,12 @@ class GraphedSteps:
             self.step.optimizer.zero_grad()  # the capture has left gradients
 
     def _take(self, size, step):
-        """Take one step with the next `size` images; all other places in memory are fixed."""
+        """Take one step with the next `size` examples; all other places in memory are fixed."""
         with self.step.span("data"):
             inputs, labels = self.batches.at(self.position, size)
-        losses, outputs, extras = step(inputs, labels)
+        losses, correct, extras = step(inputs, labels)
         with self.step.span("sums"):
-            loss, correct = sums(losses, outputs, labels)
+            loss, correct = losses.sum(), correct.sum()
             figures = [loss, extras["eta"], extras["update"]]
             figures = [x if x is None else x.to(self.figures) for x in figures]
             figures = torch.stack([loss.new_zeros(()) if x is None else x for x in figures])

@@ -8,6 +8,8 @@ import time
 from tqdm import tqdm
 
 from cli import command
+from data import is_text
+from training.metrics import least
 
 LAYERS = 12  # of a network that is printed whole
 SECOND, MINUTE, TENTH = 1.0, 60.0, 0.1
@@ -209,10 +211,11 @@ def resumed(progress, log, trainer):
 
 
 def other_images(log):
-    """How the images differ from those that a run began with, as a line."""
-    what = ("the times of their files differ, and may be those of a copy"
-            if log.other_images == "times" else f"their {log.other_images} differ")  # fmt: skip
-    return f"Note: not the images that {log.log_path} began with: {what}"
+    """How the images, or the text, differ from those that a run began with, as a line."""
+    noun, own = ("text", "its") if is_text(log.settings["dataset"]) else ("images", "their")
+    what = (f"the times of {own} files differ, and may be those of a copy"
+            if log.other_images == "times" else f"{own} {log.other_images} differ")  # fmt: skip
+    return f"Note: not the {noun} that {log.log_path} began with: {what}"
 
 
 def already(log, epochs, test_acc, stopped):
@@ -237,6 +240,32 @@ def figure(x, form):
     return "-" if x is None else format(x, form)
 
 
+def of_text(row):
+    """The validation of a text, in words."""
+    bits = f" ({row['test_bits']:.4f} bits a byte)" if "test_bits" in row else ""
+    return (f"validation loss {figure(row['test_loss'], '.4f')}{bits}, "
+            f"{row['test_acc']:.2%} of the tokens")
+
+
+def best_checkpoint(checkpoints, epoch):
+    """Where the best checkpoint is and of which epoch; `epoch` has the least test loss."""
+    kept = checkpoints.epoch_of_best()
+    if kept == epoch:
+        return f"{checkpoints.best}, of epoch {epoch}"
+    lost = f"epoch {epoch} has the least test loss, and its checkpoint was not kept"
+    return f"none: {lost}" if kept is None else f"{checkpoints.best}, of epoch {kept}; {lost}"
+
+
+def evaluated(saved, row, text):
+    """Print the evaluation of a Saved run."""
+    epoch, step = saved.checkpoint["epoch"], saved.checkpoint["step"]
+    place = f"in epoch {epoch + 1}, after step {step}" if step else f"after epoch {epoch}"
+    words = of_text(row) if text else (
+        f"test loss {row['test_loss']:.4f}, test accuracy {row['test_acc']:.2%}")  # fmt: skip
+    print(f"{words[0].upper()}{words[1:]}\n{place[0].upper()}{place[1:]} of {saved.log.stem}\n"
+          f"Weights  {saved.path}")
+
+
 def summary(trainer, ending, seconds, skipped):
     """Print the Ending of a run. `seconds`: of this command; `skipped`: steps without a finite
     gradient."""
@@ -259,11 +288,8 @@ def summary(trainer, ending, seconds, skipped):
         last, best = rows[-1], max(rows, key=lambda row: row["test_acc"])
         loss = f"Train loss {figure(last['train_loss'], '.4f')}, "
         if "tokens_per_second" in last:
-            best = min(rows, key=lambda row: math.inf if row["test_loss"] is None else
-                       row["test_loss"])  # fmt: skip
-            bits = f" ({last['test_bits']:.4f} bits a byte)" if "test_bits" in last else ""
-            print(f"{loss}validation loss {figure(last['test_loss'], '.4f')}{bits}, "
-                  f"{last['test_acc']:.2%} of the tokens\n"
+            best = least(rows) or last
+            print(f"{loss}{of_text(last)}\n"
                   f"(best {figure(best['test_loss'], '.4f')}, epoch {best['epoch']})")
         else:
             print(f"{loss}train accuracy {last['train_acc']:.2%}, "
@@ -282,6 +308,8 @@ def summary(trainer, ending, seconds, skipped):
             epoch, step = log.saved
             of = f" of epoch {epoch + 1}, step {step}" if step else f" after epoch {epoch}"
         print(f"Weights{of}  {log.checkpoint_path}")
+    if trainer.keep_best and (best := least(rows)):
+        print(f"Best     {best_checkpoint(log.checkpoints, best['epoch'])}")
     if log.record_path.exists():
         print(f"Record   {log.record_path}")
     if rows:

@@ -8,6 +8,7 @@ import torch
 
 from cli import UserError
 from training.memory import is_out_of_memory, shortage
+from training.metrics import hits
 
 
 class OutOfMemory(UserError):
@@ -29,22 +30,22 @@ class CompileError(UserError):
 
 
 class Gradient:
-    """The gradient of the mean loss over a batch, in micro-batches of at most `micro_bs` images a
+    """The gradient of the mean loss over a batch, in micro-batches of at most `micro_bs` examples a
     rank. It alone knows that number: `requested` by the command, and as memory has allowed.
 
     Of several ranks (`world.size` > 1) `net` is a DistributedDataParallel, and the mean is over the
-    images of all ranks, which may hold different numbers of them, or none. Ranks communicate twice
-    a batch: the number of images first, the gradients in the last micro-batch.
+    examples of all ranks, which may hold different numbers of them, or none. Ranks communicate
+    twice a batch: the number of examples first, the gradients in the last micro-batch.
 
     If a micro-batch does not fit in memory, `micro_bs` is halved for good and the batch starts
     again. Several ranks do so in their first two batches only, and never with `sync_bn`: they send
     these gradients after the last micro-batch, so no rank waits for another. A later batch that
-    does not fit raises OutOfMemory, and so does a single image. Batch norm takes the statistics of
-    each micro-batch, as it does of each rank.
+    does not fit raises OutOfMemory, and so does a single example. Batch norm takes the statistics
+    of each micro-batch, as it does of each rank.
 
-    `compiled` is what torch.compile made of `net`: it takes the micro-batches of one size, the size
-    that a batch of `whole` images has (None: the first batch), and `net` takes the others, so that
-    there is one compilation. `span("forward")` and `span("backward")` are contexts for a profile.
+    `compiled` is what torch.compile made of `net`: it takes the micro-batches of one size, that of
+    a batch of `whole` examples (None: the first batch), and `net` takes the others, so that there
+    is one compilation. `span("forward")` and `span("backward")` are contexts for a profile.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Gradient:
 
     @property
     def lowered(self):
-        """Whether memory has allowed fewer images than requested."""
+        """Whether memory has allowed fewer examples than requested."""
         return self.micro_bs != self.requested
 
     def resume(self, requested, allowed, tried):
@@ -76,7 +77,7 @@ class Gradient:
     def __call__(self, inputs, labels, share=None):
         """Fill the weights' .grad, which has to be None, from inputs (B, ...) and labels (B,).
 
-        `share` is the largest B of any rank. Returns (losses (B,), outputs (B, C)), detached.
+        `share` is the largest B of any rank. Returns (losses (B,), their hits), detached.
         """
         share = max(share or len(labels), 1)
         count, counted = float(len(labels)), None
@@ -130,7 +131,7 @@ class Gradient:
         return parts
 
     def _attempt(self, parts, count, counted):
-        """(losses, outputs), or None where a micro-batch did not fit."""
+        """(losses, hits), or None where a micro-batch did not fit."""
         results = []
         try:
             for i, (x, y) in enumerate(parts):
@@ -151,7 +152,7 @@ class Gradient:
                 raise
             if self.world is not None and (self.sync_bn or not self.trials):
                 raise OutOfMemory(
-                    f"out of memory with {len(x)} images at a time on a rank{shortage(error)}; "
+                    f"out of memory with {len(x)} examples at a time on a rank{shortage(error)}; "
                     f"start again with --micro_bs {max(1, len(x) // 2)}"
                 ) from error
             self.shortage = shortage(error)
@@ -167,14 +168,14 @@ class Gradient:
 
     def _pass(self, x, y, count, counted=None):
         with self.span("forward"):
-            losses, outputs = self._forward(x, y)
+            losses, correct = self._forward(x, y)
             loss = losses.sum()
         if self.world is not None:
             counted()
             loss = loss * self.world.size  # DDP takes the mean over ranks
         with self.span("backward"):
             (loss / count).backward()
-        return losses.detach(), outputs.detach()
+        return losses.detach(), correct
 
     def _forward(self, x, y):
         resting = self.norms if not len(y) else []  # no images, no statistics
@@ -185,7 +186,7 @@ class Gradient:
         finally:
             for norm in resting:
                 norm.train()
-        return self.loss_fn(outputs, y), outputs
+        return self.loss_fn(outputs, y), hits(outputs, y)
 
     def _outputs(self, x):
         if self.compiled_size is None:
@@ -201,7 +202,7 @@ class Gradient:
 
     def _halve(self, size):
         if size <= 1:
-            raise OutOfMemory(f"out of memory with a single image at a time{self.shortage}")
+            raise OutOfMemory(f"out of memory with a single example at a time{self.shortage}")
         self.micro_bs, self.compiled_size = math.ceil(size / 2), None
         free_memory()
 

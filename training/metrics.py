@@ -5,10 +5,10 @@ import math
 import torch
 
 
-def sums(losses, outputs, labels):
-    """(The sum of the losses, the number of correct outputs), 0-dim tensors; see losses.py for the
-    shapes."""
-    return losses.detach().sum(), (outputs.argmax(-1) == labels).sum()
+def hits(outputs, labels):
+    """Whether each output (..., C) is largest at its label (...), bool; see losses.py for the
+    shapes. All that the sums need of the outputs, which of a text may take gigabytes."""
+    return outputs.detach().argmax(-1) == labels
 
 
 class Totals:
@@ -28,10 +28,10 @@ class Totals:
             for key in self.extras:
                 self.extras[key] = list(state[key].to(device).unbind()) if key in state else []
 
-    def add(self, losses, outputs, labels, **extras):
-        """Add a batch: losses (B,), outputs (B, C) and labels (B,), or of a text (B, T, C) and
-        (B, T); of `extras`, those not None."""
-        self.columns.append((*sums(losses, outputs, labels), labels.shape[0]))
+    def add(self, losses, correct, **extras):
+        """Add a batch: losses (B,) and its hits, (B,) or of a text (B, T); of `extras`, those not
+        None."""
+        self.columns.append((losses.detach().sum(), correct.sum(), losses.shape[0]))
         for key, value in extras.items():
             if value is not None:
                 self.extras[key].append(value)
@@ -113,7 +113,7 @@ def epoch_row(epoch, train, test, seconds, training_seconds, clock, text=None):
     tokens, sizes = text or (None, None)
     rate = train["examples"] / training_seconds
     parts = zip(("train_bits", "test_bits"), (train, test), sizes or ())
-    bits = {key: part["loss"] / math.log(2) / size for key, part, size in parts}
+    bits = {key: bits_a_byte(part["loss"], size) for key, part, size in parts}
     return {
         "kind": "epoch",
         "epoch": epoch,
@@ -129,6 +129,18 @@ def epoch_row(epoch, train, test, seconds, training_seconds, clock, text=None):
         "seconds": seconds,
         **({"tokens_per_second": tokens * rate} if text else {"images_per_second": rate}),
     }
+
+
+def bits_a_byte(loss, size):
+    """A loss in nats a token, of tokens of `size` bytes, in bits a byte."""
+    return loss / math.log(2) / size
+
+
+def least(rows):
+    """The first row of an epoch with the least finite test loss, or None."""
+    finite = [row for row in rows if row["test_loss"] is not None
+              and math.isfinite(row["test_loss"])]  # fmt: skip
+    return min(finite, key=lambda row: row["test_loss"], default=None)
 
 
 def spread(key, values):

@@ -52,7 +52,7 @@ def automatic(optimizer, net, trained, shape, gain, layers, drawn, process_group
     """
     count, spectral = layers == "count", optimizer == "spectral"
     if count and not spectral:
-        if drawn:
+        if drawn and not (shape and len(shape) == 1):  # else shapes do not tell the roles
             return AGD(trained, gain=gain)
         return AGD(net, gain=gain, depth=max(1, sum(p.ndim > 1 for _, p in trained)))
     depth = agd.depth(net, sample(shape, trained[0][1].device))

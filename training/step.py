@@ -5,7 +5,7 @@ import torch
 import agd
 from training.gradient import Gradient, OutOfMemory, free_memory
 from training.memory import is_out_of_memory, shortage
-from training.metrics import Totals, relative_update
+from training.metrics import Totals, hits, relative_update
 
 
 class Step:
@@ -28,7 +28,7 @@ class Step:
 
     def __call__(self, inputs, labels, share=None):
         """Take a step with inputs (B, ...) and labels (B,); of several ranks, `share` is the
-        largest B. Returns (losses (B,), outputs (B, C), {"eta": ..., "update": ...}), the last two
+        largest B. Returns (losses (B,), their hits, {"eta": ..., "update": ...}), the last two
         0-dim tensors, None where they are not measured."""
         return self._update(*self.gradient(inputs, labels, share))
 
@@ -36,7 +36,7 @@ class Step:
         """Take a step in a single pass, whether or not it fits: one that a CUDA graph can hold."""
         return self._update(*self.gradient.once(inputs, labels))
 
-    def _update(self, losses, outputs):
+    def _update(self, losses, correct):
         update = None
         with self.span("optimiser"):
             if self.before is not None:
@@ -46,7 +46,7 @@ class Step:
                 update = relative_update(self.before, self.weights)
             self.optimizer.zero_grad()
         eta = self.optimizer.eta if self.automatic else None
-        return losses, outputs, {"eta": eta, "update": update}
+        return losses, correct, {"eta": eta, "update": update}
 
 
 def take_steps(step, batches, totals):
@@ -58,9 +58,9 @@ def take_steps(step, batches, totals):
         if batch is None:
             return
         inputs, labels = batch
-        losses, outputs, extras = step(inputs, labels, largest_share(batches))
+        losses, correct, extras = step(inputs, labels, largest_share(batches))
         with step.span("sums"):
-            totals.add(losses, outputs, labels, **extras)
+            totals.add(losses, correct, **extras)
         yield extras["eta"]
 
 
@@ -93,39 +93,44 @@ def show_average(optimizer):
 
 
 def largest_share(batches):
-    """The most images of the last batch that any rank has; None of batches that cannot tell."""
+    """The most examples of the last batch that any rank has; None of batches that cannot tell."""
     if not hasattr(batches, "batch_size"):
         return None
     before = (batches.position - 1) * batches.batch_size
-    images = min(batches.batch_size, batches.examples - before)
-    return -(-images // batches.size)
+    examples = min(batches.batch_size, batches.examples - before)
+    return -(-examples // batches.size)
 
 
 @torch.inference_mode()
 def evaluate(net, batches, loss_fn, micro_bs=None, on_batch=None):
     """The Totals of `batches`, each example once, with the network in evaluation mode; at most
-    `micro_bs` images at a time, and fewer where memory runs out. Calls on_batch() after each."""
+    `micro_bs` of them at a time, and fewer where memory runs out. Calls on_batch() after each."""
     net.eval()
     totals = Totals()
     for inputs, labels in batches:
-        outputs = None
-        while outputs is None:
+        results = None
+        while results is None:
             size = min(micro_bs or len(labels), len(labels))
+            pairs = zip(inputs.split(max(size, 1)), labels.split(max(size, 1)))
             try:
-                parts = [net(x) for x in inputs.split(max(size, 1))]
-                outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+                parts = [_judged(net(x), y, loss_fn) for x, y in pairs]
+                results = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if size <= 1:
                     raise OutOfMemory(
-                        f"out of memory in testing with a single image{shortage(error)}"
+                        f"out of memory in testing with a single example{shortage(error)}"
                     ) from error
                 micro_bs = -(-size // 2)
-            if outputs is None:  # the error, and the memory that it kept, are gone by now
+            if results is None:  # the error, and the memory that it kept, are gone by now
                 parts = None
                 free_memory()
-        totals.add(loss_fn(outputs, labels), outputs, labels)
+        totals.add(*results)
         if on_batch is not None:
             on_batch()
     return totals
+
+
+def _judged(outputs, labels, loss_fn):
+    return loss_fn(outputs, labels), hits(outputs, labels)

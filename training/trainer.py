@@ -32,7 +32,7 @@ from training.cuda_graph import GraphedSteps
 from training.foreign import SEEDING, generators, load_state, set_generators
 from training.gradient import Gradient, compile_network
 from training.losses import xent
-from training.metrics import Totals, epoch_row, step_rows
+from training.metrics import Totals, epoch_row, least, step_rows
 from training.nonfinite import first_nonfinite
 from training.optimizers import set_capturable
 from training.precision import refused
@@ -70,7 +70,7 @@ class Trainer:
     Args:
         world: the ranks; data: the Data; control: the Control; progress: a display.Progress.
         log: the opened RunLog of rank 0; rows: the epoch rows in it.
-        micro_bs: images that a rank takes at a time, None for all that fit.
+        micro_bs: examples that a rank takes at a time, None for all that fit.
         graphs: "on", "auto", or None for no CUDA graphs.
         log_steps: epochs whose steps have rows in the log.
         foreign: whether the optimiser is of someone else's class: it may draw random numbers, from
@@ -78,12 +78,13 @@ class Trainer:
         schedule: the Cosine of a baseline's rate, None of one that stays.
         seed: of the random numbers that the network draws in training, as dropout does, or None.
         profile: a Profile of the first whole epoch, or None.
+        keep_best: keep the checkpoint of the epoch with the least test loss.
     """
 
     def __init__(
         self, world, data, net, optimizer, loss_fn, control, progress, log=None, rows=(), *,
         epochs, micro_bs=None, sync_bn=False, compiled=False, graphs=None, log_steps=0,
-        log_updates=False, foreign=False, schedule=None, seed=None, profile=None,
+        log_updates=False, foreign=False, schedule=None, seed=None, profile=None, keep_best=False,
     ):  # fmt: skip
         self.world, self.data, self.net, self.optimizer = world, data, net, optimizer
         self.loss_fn, self.control, self.progress, self.log = loss_fn, control, progress, log
@@ -98,15 +99,16 @@ class Trainer:
         self.not_finite = []  # (epoch, step) of the last steps, while they have no finite gradient
         self.refused = self.unshared = False
         self.failure, self.saving_seconds = None, 0.0  # why the last checkpoint failed
+        self.keep_best, self.unkept = keep_best, None  # why the best one could not be kept
         self.here = [world.size, str(world.device.type), torch.__version__]
 
         model = world.wrap(net, sync_bn)
-        images = min(data.train.batch_size, data.train.examples)
+        whole = min(data.train.batch_size, data.train.examples)
         self.gradient = Gradient(
             model, loss_fn, world, micro_bs, sync_bn,
             compile_network(model) if compiled else None,
             profile.span if profile else nullcontext,
-            whole=len(range(world.rank, images, world.size)),
+            whole=len(range(world.rank, whole, world.size)),
         )  # fmt: skip
         self.model = model
         self.one_step = Step(model, loss_fn, optimizer, self.gradient, log_updates)
@@ -197,6 +199,17 @@ class Trainer:
             self.progress.note("Checkpoints are written again")
         self.failure = failure
 
+    def _keep_best(self):
+        """Keep the checkpoint of the last epoch, where its test loss is the least so far. What is
+        kept already may be kept again: a run may have ended just before."""
+        best = least(self.rows) if self.keep_best and self.log else None
+        if best is None or not (best["epoch"], 0) == (self.epoch, self.step) == self.log.saved:
+            return
+        failure = self.log.keep_best()
+        if failure is not None and self.unkept is None:
+            self.progress.note(f"The best checkpoint is not kept: {failure}. Going on")
+        self.unkept = failure
+
     def seconds_of_epoch(self):
         """Seconds of training in the current epoch, before an interruption included."""
         return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
@@ -210,6 +223,7 @@ class Trainer:
                                "graph")  # fmt: skip
         whole = self.epoch + 1 + (self.step > 0)  # the first epoch that this command trains whole
         self.progress.begin(self.epoch, self.step)
+        self._keep_best()
         ending = Ending()
         try:
             self.control.requests.listening = True
@@ -260,8 +274,8 @@ class Trainer:
         if self.graphed and self.graphed.failure != failure:
             self.progress.note(f"No CUDA graph of a step: {self.graphed.failure}")
         if self.gradient.micro_bs != micro_bs:
-            self.progress.note(f"Memory ran out: {self.gradient.micro_bs} images at a time from "
-                               "now on")  # fmt: skip
+            self.progress.note(f"Memory ran out: {self.gradient.micro_bs} {data.noun}s at a time "
+                               "from now on")  # fmt: skip
         if data.train.unshared and not self.unshared:
             self.unshared = True
             self.progress.note(f"{data.train.unshared} batches of this epoch had no room in {SHM} "
@@ -308,6 +322,7 @@ class Trainer:
             self.epoch, self.step, self.totals = epoch, 0, None
             self.seconds, self.missing = 0.0, 0
             self.save(None)
+            self._keep_best()
         return reason
 
     def _train_epoch(self, epoch, profile):
@@ -457,13 +472,13 @@ def diverged(epoch, losses):
 
 
 def check_every_image_seen(metrics, batches, world, missing=0):
-    """Raise RankError unless the ranks together saw every image once; `missing` of them could not
+    """Raise RankError unless the ranks together saw every example once; `missing` of them could not
     be decoded before the batches began."""
     missing += sum(world.all_gather_object(batches.missing))
     if metrics["examples"] + missing != batches.examples:
         raise RankError(
-            f"{metrics['examples']} images went through the network and {missing} could not be "
-            f"decoded, of {batches.examples}: the ranks' shares are not the whole"
+            f"{metrics['examples']} examples went through the network and {missing} could not be "
+            f"read, of {batches.examples}: the ranks' shares are not the whole"
         )
     if not metrics["examples"]:
         raise RankError(f"none of the {batches.examples} images can be decoded")

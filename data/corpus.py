@@ -1,0 +1,615 @@
+"""Make a file, or a folder of documents, into the token files train.bin and val.bin.
+
+The files are cut into shares of about SHARE bytes, at places that depend on nothing but the files.
+Processes make the tokens of a share each, in a folder of its number in <target>.partial; the
+command appends them to train.bin and val.bin there, in their order, and its meta.json counts those
+that are in. So it goes on after any end, and any number of processes makes the same bytes.
+
+Such a cut and those of a long text in memory lie before a space or a newline that follows another
+character. There GPT-2's encoding begins a new piece in any case, so no token differs from those of
+the whole text. A text that has no such place in a million characters is cut between two of them.
+"""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import command, expand, size
+from data.common import VALIDATION, DataError, data_folder, reason
+from data.encoding import read_encoding
+from data.imagenet_layout import entries_of, few
+from data.workers import usable_cores, work
+
+KINDS = (".txt", ".jsonl")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of files, packed or not
+SHARE = 2**23  # bytes of a task
+CHUNK = 2**20  # bytes of a text that are encoded at a time
+WINDOW = 2**12  # bytes in which a place to cut is looked for
+LINE = 2**28  # bytes of a line of JSONL
+FILES = 2000  # at most, of a task
+# The validation text is about VALIDATED bytes of many documents, which is what main.py reads of it
+# (2,000 windows of 1,024 of GPT-2's tokens), but at least one in MOST and at most one in LEAST.
+VALIDATED, LEAST, MOST = 10**7, 10, 2000
+FEW = 100  # texts, below which they are not taken as documents: the end of each is for validation
+PLACE = re.compile(r"(?<=\S)[ \n]")
+LAST_PLACE = re.compile(r"[ \n](?=\S)")  # of the text turned round
+SPLITS = ("train", "val")
+
+
+class File(NamedTuple):
+    name: str  # relative to the root
+    size: int
+    changed: int  # ns
+
+
+class Piece(NamedTuple):
+    """The `i`-th of `n` cuts of the bytes `start` to `end` of a file; None is the unknown end of a
+    packed one. split: the file's, or None for a split by document or place. `closes`: a document
+    ends where they do."""
+
+    name: str
+    start: int
+    end: int | None
+    i: int
+    n: int
+    split: str | None
+    closes: bool
+
+
+class Job(NamedTuple):
+    """What the tasks have in common: one document in `every` of JSONL is for validation, and the
+    first one of the file `lead`, so that there is one."""
+
+    root: Path
+    encoding: dict
+    dtype: str
+    every: int
+    lead: str | None
+
+
+def prepare(source, data_dir, encoding=None, jobs=None):
+    """Make <data_dir>/<name>-<encoding> of the file or folder `source`, report, and return the
+    exit code. Raises DataError for what is no text, and where the result cannot be written."""
+    source = Path(os.path.abspath(expand(source)))
+    lacks = encoding is None and not importlib.util.find_spec("tiktoken")
+    encoding = encoding or ("bytes" if lacks else "gpt2")
+    try:
+        coder = read_encoding({"kind": encoding})
+    except DataError as error:
+        raise DataError(f"{error}; --encoding bytes does without it") from error
+    print(f"Looking through {source}", file=sys.stderr)
+    try:
+        root, name, files = find(source)
+    except OSError as error:
+        raise DataError(f"{error.filename or source} cannot be read: {reason(error)}") from error
+    if lacks:
+        print("Each byte is a token: GPT-2's take the package tiktoken (pip install tiktoken)",
+              file=sys.stderr)  # fmt: skip
+    dtype = np.promote_types(np.uint16, np.min_scalar_type(coder.size - 1))
+    job, tasks, sizes = plan(root, files, {"kind": encoding}, dtype.name)
+    target = Path(os.path.abspath(data_folder(data_dir)), f"{name}-{encoding}")
+    meta = {
+        "vocab_size": coder.size, "encoding": job.encoding, "dtype": job.dtype,
+        **{split: {"tokens": 0, "bytes": 0} for split in SPLITS},
+        "source": {"id": _identity(job, tasks, files), "shares": 0},
+    }  # fmt: skip
+    try:
+        if os.path.lexists(target):
+            meta = _same(target, meta)
+        else:
+            partial = target.with_name(f"{target.name}.partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            with _locked(partial):
+                meta = _fill(partial, job, tasks, sizes, meta, jobs or usable_cores())
+                if not all(meta[split]["tokens"] for split in SPLITS):
+                    shutil.rmtree(partial)
+                    raise DataError(f"{source} has too little text to train on and to validate: "
+                                    "give more, or train.txt and val.txt")  # fmt: skip
+                partial.rename(target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {reason(error)}; the same command goes on "
+                        "from what is there") from error  # fmt: skip
+    for split in SPLITS:
+        tokens, count = (meta[split][key] for key in ("tokens", "bytes"))
+        print(f"{split:<5} {tokens:,} tokens of {count:,} bytes")
+    arch = "gpt2" if encoding == "gpt2" else "gpt"
+    print(f"text is ready: {target}\nTrain on it:   "
+          + command("main", "--arch", arch, "--dataset", f"tokens:{target}"))  # fmt: skip
+    return 0
+
+
+# What there is
+
+
+def find(source):
+    """(the folder that the names are relative to, the name of the result, {"train": [File], "val":
+    [File]} of a pair or {None: [File]}) of a file or a folder."""
+    if source.is_dir():
+        names = _pair(source) or {None: [""]}
+        files = {split: [file for x in group for file in _files(source, x)]
+                 for split, group in names.items()}  # fmt: skip
+        return source, source.name or "text", files
+    if not source.is_file():  # a pipe would be waited for
+        raise DataError(f"there is no file or folder {source}")
+    root, (stem, _, _) = source.parent, _parts(source.name)
+    others = (f"{x}{source.name[len(stem) :]}" for x in VALIDATION)
+    other = stem == "train" and next((x for x in others if (root / x).is_file()), None)
+    if not other:
+        return root, stem, {None: [_file(root, source.name)]}
+    print(f"{root / other} is the validation text of {source}", file=sys.stderr)
+    files = {"train": [_file(root, source.name)], "val": [_file(root, other)]}
+    return root, root.name or "text", files
+
+
+def _pair(folder):
+    """{"train": names, "val": names} of the files and folders in `folder` to train on and to
+    validate, or None: those called train and val, or all of them with such a word in their names,
+    as story-train-2.txt."""
+    names = [name for name, is_folder in entries_of(folder)
+             if not name.startswith(".") and (is_folder or _parts(name)[1])]  # fmt: skip
+    called, having = defaultdict(list), defaultdict(list)
+    for name in names:
+        called[name if (folder / name).is_dir() else _parts(name)[0]].append(name)
+        words = re.split("[^a-z]+", name.lower())
+        having[next((x for x in ("train", *VALIDATION) if x in words), None)].append(name)
+    for found in (called, having):
+        other = next((found[x] for x in VALIDATION if x in found), None)
+        if "train" in found and other and (found is called or None not in found):
+            left_out = [x for x in names if x not in found["train"] + other]
+            more = f"; left out: {few(left_out)}" if left_out else ""
+            print(f"{few(other)} for validation, {few(found['train'])} to train on{more}",
+                  file=sys.stderr)  # fmt: skip
+            return {"train": found["train"], "val": other}
+    return None
+
+
+def _parts(name):
+    """(stem, .txt, .jsonl or None, .gz, .bz2, .xz or None) of a file's name."""
+    stem, suffix = os.path.splitext(name)
+    packed = suffix.lower() if suffix.lower() in PACKED else None
+    if packed:
+        stem, suffix = os.path.splitext(stem)
+    if suffix.lower() in KINDS:
+        return stem, suffix.lower(), packed
+    return os.path.splitext(name)[0] if not packed else stem, None, packed
+
+
+def _file(root, name):
+    try:
+        known = os.stat(root / name)
+    except OSError as error:
+        raise DataError(f"{root / name} cannot be read: {reason(error)}") from error
+    if not known.st_size:
+        raise DataError(f"{root / name} is empty")
+    return File(name, known.st_size, known.st_mtime_ns)
+
+
+def _files(root, name):
+    """The texts below a folder, as Files sorted by name, or the file of that name. Hidden and empty
+    files are no texts. Raises DataError where there is none."""
+    path, names, others, seen = root / name, [], Counter(), set()
+    if path.is_file():
+        return [_file(root, name)]
+
+    def walk(folder, below):
+        known = os.stat(folder)
+        if (known.st_dev, known.st_ino) in seen:  # a link to a folder above it
+            return
+        seen.add((known.st_dev, known.st_ino))
+        for entry, is_folder in entries_of(folder):
+            here = f"{below}/{entry}" if below else entry
+            if entry.startswith("."):
+                continue
+            if is_folder:
+                walk(folder / entry, here)
+            elif not _parts(entry)[1]:
+                others["".join(Path(entry).suffixes[-2:]) or "without a suffix"] += 1
+            elif (folder / entry).is_file() and os.path.getsize(folder / entry):
+                names.append(here)
+
+    walk(path, name)
+    if not names:
+        there = ", ".join(f"{suffix} ({n:,})" for suffix, n in others.most_common(5))
+        raise DataError(
+            f"{path} holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz"
+            + (f", and the files there are {there}" if there else "")
+        )
+    return [_file(root, name) for name in sorted(names)]
+
+
+# The plan: which bytes are a task
+
+
+def plan(root, files, encoding, dtype):
+    """(Job, [[Piece] of a task], [bytes of a task on disk])."""
+    total = sum(file.size for group in files.values() for file in group)
+    every = min(max(total // VALIDATED, LEAST), MOST)
+    rows = [file.name for file in files.get(None, ()) if _parts(file.name)[1] == ".jsonl"]
+    texts = sum(map(len, files.values())) - len(rows)
+    job = Job(root, encoding, dtype, every, rows[0] if rows else None)
+    tasks, sizes, count = [[]], [0], 0
+    for split, group in files.items():
+        for file in group:
+            _, kind, packed = _parts(file.name)
+            if kind != ".jsonl" and split is None:
+                count += 1
+            for piece in _pieces(root, file, kind, packed, split, texts, count, every):
+                tasks[-1].append(piece)
+                sizes[-1] += file.size if packed else _bound(piece, 1) - _bound(piece, 0)
+                if sizes[-1] >= SHARE or len(tasks[-1]) >= FILES:
+                    tasks.append([])
+                    sizes.append(0)
+    return job, tasks[: len(tasks) - (not tasks[-1])], sizes
+
+
+def _pieces(root, file, kind, packed, split, texts, count, every):
+    """The Pieces of a file, which is the `count`-th of so many `texts` where it is one of them."""
+    end, closes = None if packed else file.size, True
+    spans = [(0, end, split, True)]
+    if kind != ".jsonl" and split is None and texts >= FEW:
+        spans = [(0, end, "train" if count % min(every, texts) else "val", True)]
+    elif kind != ".jsonl" and split is None and not packed:
+        cut = _character(root / file.name, 9 * file.size // 10)
+        # The text goes on behind the cut, unless another one's beginning is what follows.
+        spans = [(0, cut, "train", texts > 1), (cut, file.size, "val", True)]
+    for start, end, split, closes in spans:
+        n = 1 if end is None else max((end - start) // SHARE, 1)
+        for i in range(n):
+            yield Piece(file.name, start, end, i, n, split, closes)
+
+
+def _bound(piece, x):
+    """Where a piece begins (x = 0) or ends (1) by division alone."""
+    return piece.start + (piece.end - piece.start) * (piece.i + x) // piece.n
+
+
+def _identity(job, tasks, files):
+    """Tells whether a command has the files and cuts of an earlier one."""
+    known = hashlib.sha256(repr(job[1:]).encode())
+    for group in (*tasks, *files.values()):
+        for x in group:
+            known.update(repr(tuple(x)).encode())
+    return known.hexdigest()[:32]
+
+
+# The result
+
+
+def _same(target, meta):
+    """The meta.json of a finished result. Raises DataError if it is of other files, or damaged."""
+    known = _meta(target)
+    if known is None or known["source"]["id"] != meta["source"]["id"] or any(
+        not _holds(target / f"{x}.bin", known, x, exactly=True) for x in SPLITS
+    ):  # fmt: skip
+        raise DataError(f"{target} is there and was not made of these files as they are now: "
+                        "remove it, or give another --data_dir")  # fmt: skip
+    return known
+
+
+def _meta(folder):
+    """The meta.json that this command has left in a folder, or None."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads((folder / "meta.json").read_bytes())
+        numbers = [known["source"]["shares"], *(known[x]["tokens"] for x in SPLITS)]
+        known["source"]["id"], np.dtype(known["dtype"])
+        return known if all(type(x) is int for x in numbers) else None
+
+
+def _holds(path, meta, split, exactly=False):
+    """Whether a file has the tokens that a meta.json counts."""
+    wanted = meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+    have = path.stat().st_size if path.exists() else 0
+    return have == wanted if exactly else have >= wanted
+
+
+def _fill(partial, job, tasks, sizes, meta, jobs):
+    """Make the token files in a folder, from what is there on. Returns the meta.json."""
+    before = _meta(partial)
+    if before and before["source"]["id"] != meta["source"]["id"]:
+        raise DataError(f"{partial} was begun from other files, or before they changed: remove it, "
+                        "or give another --data_dir")  # fmt: skip
+    if before and all(_holds(partial / f"{x}.bin", before, x) for x in SPLITS):
+        meta = before
+    there = set()
+    for path in list(partial.iterdir()):
+        if path.is_dir():
+            share = before and path.name.isdecimal() and _meta(path)
+            if share and int(path.name) >= meta["source"]["shares"] and all(
+                _holds(path / f"{x}.bin", share, x, exactly=True) for x in SPLITS
+            ):  # fmt: skip
+                there.add(int(path.name))
+            else:  # what a command that was killed had in work
+                shutil.rmtree(path)
+    width = np.dtype(job.dtype).itemsize
+    todo = [k for k in range(meta["source"]["shares"], len(tasks)) if k not in there]
+    with contextlib.ExitStack() as stack:
+        out = {x: stack.enter_context(open(partial / f"{x}.bin", "ab")) for x in SPLITS}
+        for split, file in out.items():
+            file.truncate(meta[split]["tokens"] * width)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(".work", "", partial, True))
+        _write(partial, meta, scratch)
+        calls = {k: (job, tasks[k], Path(scratch, str(k)), partial / str(k)) for k in todo}
+        if jobs == 1 or len(todo) < 2:
+            results = ((k, _make_share(*call)) for k, call in calls.items())
+        else:
+            results = work(_make_share, calls, jobs)
+        stack.enter_context(contextlib.closing(results))
+        bar = stack.enter_context(tqdm(
+            total=sum(sizes), initial=sum(sizes) - sum(sizes[k] for k in todo), unit="B",
+            unit_scale=True, dynamic_ncols=True, disable=not todo,
+            mininterval=0.1 if sys.stderr.isatty() else 30, maxinterval=30,
+        ))  # fmt: skip
+        _append(partial, out, meta, there, scratch)
+        for k, _ in results:
+            there.add(k)
+            _append(partial, out, meta, there, scratch)
+            bar.update(sizes[k])
+        for file in out.values():
+            os.fsync(file.fileno())
+    return meta
+
+
+def _append(partial, out, meta, there, scratch):
+    """Append the next shares, as far as they are `there`. A share is removed when meta.json counts
+    it; what an end in between has left in the files is cut off by the next command."""
+    while (k := meta["source"]["shares"]) in there:
+        share = _meta(partial / str(k))
+        for split, file in out.items():
+            with open(partial / str(k) / f"{split}.bin", "rb") as tokens:
+                shutil.copyfileobj(tokens, file, CHUNK)
+            file.flush()
+            for key in ("tokens", "bytes"):
+                meta[split][key] += share[split][key]
+        meta["source"]["shares"] += 1
+        _write(partial, meta, scratch)
+        shutil.rmtree(partial / str(k))
+        there.remove(k)
+
+
+def _write(folder, meta, scratch):
+    """Write the meta.json of a folder whole or not at all."""
+    made = Path(scratch, "meta.json")
+    made.write_text(json.dumps(meta, indent=1) + "\n")
+    made.replace(folder / "meta.json")
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Hold the lock of a folder. Raises DataError where another process does."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is making {folder}: wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+# A share, in a process of its own
+
+
+class TokenFile:
+    """A file of tokens that grows, with its counts."""
+
+    def __init__(self, path, coder, dtype):
+        self.file, self.coder, self.dtype = open(path, "wb"), coder, dtype
+        self.tokens = self.bytes = 0
+
+    def add(self, text):
+        ids = self.coder.encode(text).astype(self.dtype.newbyteorder("<"))
+        self.file.write(ids)
+        self.tokens += len(ids)
+        self.bytes += len(text.encode())
+
+    def close_document(self, last):
+        """End a document whose text ends with `last`."""
+        if self.coder.end is not None:
+            self.file.write(np.array([self.coder.end], self.dtype.newbyteorder("<")))
+            self.tokens += 1
+        elif not last.endswith("\n"):
+            self.add("\n")
+
+
+def _make_share(job, pieces, made, target):
+    """Write the tokens of some pieces to the folder `target`, by way of `made`: train.bin, val.bin
+    and their counts, meta.json."""
+    coder, dtype = read_encoding(job.encoding), np.dtype(job.dtype)
+    made.mkdir()
+    try:
+        out = {x: TokenFile(made / f"{x}.bin", coder, dtype) for x in SPLITS}
+        with contextlib.ExitStack() as stack:
+            for tokens in out.values():
+                stack.enter_context(tokens.file)
+            for piece in pieces:
+                for split, texts, closes in _documents(job, piece):
+                    last = ""
+                    for last in texts:
+                        out[split].add(last)
+                    if closes and last:
+                        out[split].close_document(last)
+    except MemoryError:
+        raise DataError("a process has too little memory: fewer --jobs; the same command goes on "
+                        "from there") from None  # fmt: skip
+    counts = {x: {"tokens": y.tokens, "bytes": y.bytes} for x, y in out.items()}
+    text = json.dumps({**counts, "dtype": job.dtype, "source": {"id": None, "shares": 1}})
+    (made / "meta.json").write_text(text)
+    made.rename(target)
+
+
+def _documents(job, piece):
+    """Generate (split, an iterator of the parts of a text, whether a document ends there)."""
+    path = job.root / piece.name
+    _, kind, packed = _parts(piece.name)
+    if kind == ".jsonl":
+        lead = piece.name == job.lead and piece.i == 0
+        for text in _rows(path, *(_cut(path, piece, x, _line) for x in (0, 1))):
+            drawn = lead or not zlib.crc32(text.encode()) % job.every
+            yield piece.split or SPLITS[drawn], _parts_of(text), True
+            lead = False
+    elif piece.split is None:  # packed, so that its length is not known before
+        cut = _character(path, 9 * _unpacked_size(path) // 10)
+        yield "train", _text(path, 0, cut), piece.closes
+        yield "val", _text(path, cut, None), True
+    else:
+        bounds = (_cut(path, piece, x, _space) for x in (0, 1))
+        yield piece.split, _text(path, *bounds), piece.closes and piece.i + 1 == piece.n
+
+
+def _cut(path, piece, x, place):
+    """Where a piece begins (x = 0) or ends (1): at the outer ends as it is, at the next `place`
+    between."""
+    if piece.i + x == 0:
+        return piece.start
+    if piece.i + x == piece.n:
+        return piece.end
+    return place(path, _bound(piece, x))
+
+
+def _open(path):
+    packed = _parts(path.name)[2]
+    return (PACKED[packed] if packed else open)(path, "rb")
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Open a file; what goes wrong while it is read is a DataError."""
+    try:
+        with _open(path) as file:
+            yield file
+    except DAMAGED as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def _unpacked_size(path):
+    with _reading(path) as file:
+        return sum(map(len, iter(lambda: file.read(CHUNK), b"")))
+
+
+def _character(path, at):
+    """The beginning of the first character from byte `at` on."""
+    with _reading(path) as file:
+        file.seek(at)
+        following = file.read(3)
+    return at + len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
+
+
+def _space(path, at):
+    """The first place to cut from the character at byte `at` on, or that character's own."""
+    at = _character(path, at)
+    with _reading(path) as file:
+        file.seek(at)
+        window = file.read(WINDOW)
+    with contextlib.suppress(UnicodeDecodeError):  # found again, and told of, when it is encoded
+        text = codecs.getincrementaldecoder("utf-8")().decode(window)
+        if found := PLACE.search(text):
+            return at + len(text[: found.start()].encode())
+    return at
+
+
+def _line(path, at):
+    """The beginning of the first line from byte `at` on."""
+    with _reading(path) as file:
+        file.seek(at - 1)
+        while (part := file.readline(CHUNK)) and not part.endswith(b"\n"):
+            pass
+        return file.tell()
+
+
+def _not_utf8(path, at):
+    return DataError(f"{path} is not UTF-8 at byte {at:,}: save it as UTF-8, or give the texts "
+                     "alone")  # fmt: skip
+
+
+def _text(path, start, end):
+    """Generate the parts of the UTF-8 text from byte `start` to byte `end` of a file."""
+    decoder, at, rest = codecs.getincrementaldecoder("utf-8")(), start, ""
+    with _reading(path) as file:
+        file.seek(start)
+        while True:
+            chunk = file.read(CHUNK if end is None else min(CHUNK, end - at))
+            try:
+                rest += decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at += len(chunk) - len(error.object) + error.start
+                raise _not_utf8(path, at) from error
+            at += len(chunk)
+            if not chunk:
+                break
+            cut = _last_place(rest)
+            if cut:
+                yield rest[:cut]
+                rest = rest[cut:]
+    if end is not None and at < end:
+        raise DataError(f"{path} has been cut while it was read")
+    if rest:
+        yield rest
+
+
+def _last_place(text):
+    """The last place to cut a text, its end if it is long and has none, or 0."""
+    if found := LAST_PLACE.search(text[::-1]):
+        return len(text) - found.start() - 1
+    return len(text) if len(text) >= CHUNK else 0
+
+
+def _parts_of(text):
+    """Generate the parts of a text in memory."""
+    at = 0
+    while len(text) - at > CHUNK:
+        part = text[at : at + CHUNK]
+        part = part[: _last_place(part)]
+        yield part
+        at += len(part)
+    yield text[at:]
+
+
+def _rows(path, start, end):
+    """Generate the texts of the lines of a JSONL file that begin from byte `start` on and before
+    byte `end`."""
+    at = start
+    with _reading(path) as file:
+        file.seek(start)
+        while (end is None or at < end) and (line := file.readline(LINE + 1)):
+            if len(line) > LINE:
+                raise DataError(f"{path} has a line of more than {size(LINE)} at byte {at:,}: it "
+                                "is no document")  # fmt: skip
+            try:
+                text = json.loads(line.decode())["text"] if line.strip() else ""
+                # JSON may have half a pair of surrogates, which is no character.
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, at + error.start) from error
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise DataError(f'{path} has a line at byte {at:,} that is no {{"text": "..."}}: '
+                                "each has to be such an object") from error  # fmt: skip
+            if text:
+                yield text
+            at += len(line)
