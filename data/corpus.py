@@ -89,11 +89,8 @@ def prepare(source, data_dir, encoding=None, jobs=None):
     """Make <data_dir>/<name>-<encoding> of the file or folder `source`, report, and return the
     exit code. Raises DataError for what is no text, and where the result cannot be written."""
     source = Path(os.path.abspath(expand(source)))
-    if encoding is None:
-        encoding = "gpt2" if importlib.util.find_spec("tiktoken") else "bytes"
-        if encoding == "bytes":
-            print("Each byte is a token: GPT-2's take the package tiktoken (pip install tiktoken)",
-                  file=sys.stderr)  # fmt: skip
+    lacks = encoding is None and not importlib.util.find_spec("tiktoken")
+    encoding = encoding or ("bytes" if lacks else "gpt2")
     try:
         coder = read_encoding({"kind": encoding})
     except DataError as error:
@@ -103,6 +100,9 @@ def prepare(source, data_dir, encoding=None, jobs=None):
         root, name, files = find(source)
     except OSError as error:
         raise DataError(f"{error.filename or source} cannot be read: {reason(error)}") from error
+    if lacks:
+        print("Each byte is a token: GPT-2's take the package tiktoken (pip install tiktoken)",
+              file=sys.stderr)  # fmt: skip
     dtype = np.promote_types(np.uint16, np.min_scalar_type(coder.size - 1))
     job, tasks, sizes = plan(root, files, {"kind": encoding}, dtype.name)
     target = Path(os.path.abspath(data_folder(data_dir)), f"{name}-{encoding}")

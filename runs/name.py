@@ -43,7 +43,8 @@ def name_and_settings(flags):
     settings |= {key: flags[key] for key in LATER if flags[key] != PARTS[key][1]}
     words, dataset = dict(flags), flags["dataset"]
     if sized:
-        words["arch"] = "{arch}{depth}x{width}".format(**flags)
+        between = "_" if flags["arch"][-1].isdigit() else ""
+        words["arch"] = "{arch}{0}{depth}x{width}".format(between, **flags)
     for key in ("tied", "bias", "affine"):
         words[key] = f"{'' if flags[key] else 'no'}{key}"
     words["arch"] = words["arch"].replace(":", "_")

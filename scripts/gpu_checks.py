@@ -3,6 +3,7 @@
     python -m scripts.gpu_checks --plan first     8 minutes: agreement, training, figures 5, 7, 1
     python -m scripts.gpu_checks --plan times     4 minutes: speed, and runs that are killed
     python -m scripts.gpu_checks --plan spectral  4 minutes: SpectralAGD's agreement and speed
+    python -m scripts.gpu_checks --plan text      8 minutes: a GPT on characters, GPT-2 small
     python -m scripts.gpu_checks --plan rest      4 minutes: processes, NCCL, memory, ResNet-50
 
 A check is a test marked `gpu`, a case of scripts.benchmark or runs of main.py, in a process with
@@ -61,6 +62,11 @@ while not os.path.exists(os.environ["AGD_DATA"] + "/cifar10.npz"): time.sleep(0.
 DRAW = """-c 'import os, numpy as n; x, y = n.arange(49152) % 251, n.arange(16) % 10
 x = x.astype("u1").reshape(16, 32, 32, 3); n.savez(os.environ["AGD_DATA"] + "/cifar10.npz",
 train_images=x, test_images=x, train_labels=y, test_labels=y)'"""
+TOKENS = """-c 'import bz2, os, numpy as n; text = open("data/shakespeare.txt.bz2", "rb").read()
+x = n.frombuffer(bz2.decompress(text), "u1").astype("<u2"); out = os.environ["AGD_DATA"] + "/tokens"
+os.makedirs(out, exist_ok=True); cut = 1000000
+x[:cut].tofile(out + "/train.bin"); x[cut:].tofile(out + "/val.bin")'"""
+GPT2 = f"main.py {WHERE} --arch gpt2 --dataset tokens:{{data}}/tokens {{gpt2}} --optimizer "
 DATA = Check("data", 1, "{images}")  # another process may still unpack them
 KERNELS = Check("kernels", 45, TEST + "kernels")
 PLANS = {  # name -> seconds in all, checks
@@ -97,6 +103,18 @@ PLANS = {  # name -> seconds in all, checks
         Check("adam-resnet18", 35, MAIN + "--arch resnet18 {fast} {short} --optimizer adam"),
         Check("spectral-times", 60, TIMES + "spectral {nets} --repeats 5"),
     ]),
+    # GPT-2 small with its own vocabulary, on the bytes of a text: speed, memory, the first losses.
+    "text": (465, [
+        KERNELS,
+        Check("tokens", 5, TOKENS),
+        Check("text", 60, TEST + "text_is"),
+        Check("gpt", 35, f"main.py {WHERE} --arch gpt --dataset shakespeare {{gpt}} --optimizer "
+              "spectral", "validation loss of 1.75"),
+        Check("gpt2-agd", 95, GPT2 + "agd", "150,000 tokens a second"),
+        Check("gpt2-spectral", 95, GPT2 + "spectral", "0.85 of adamw's tokens a second"),
+        Check("gpt2-adamw", 95, GPT2 + "adamw --lr 6e-4 --weight_decay 0.1 --schedule cosine"),
+        Check("gpt2-eager", 50, TEST + "text_speed"),
+    ]),
     "rest": (240, [
         Check("vgg-epoch", 50, MAIN + "--arch vgg {fast} {compile} {short}", "0.6 s"),
         Check("many-processes", 70, TIMES + MANY + "off", "0.8 of what threads reach"),
@@ -109,9 +127,14 @@ ALL = {check.name: check for _, checks in PLANS.values() for check in checks}
 WORDS = {
     "cuda": {"fast": "--precision bf16 --channels_last on", "compile": "--compile", "many": "16",
              "nets": "--nets 3", "quick": "", "long": "--epochs 2000", "short": "--epochs 6",
-             "images": WAIT},
+             "images": WAIT, "gpt": "",
+             "gpt2": "--vocab 50257 --train_bs 32 --test_bs 32 --epoch_steps 50 --epochs 4 "
+             "--precision bf16 --compile"},
     "cpu": {"fast": "", "compile": "", "many": "2", "nets": "--nets 1",
-            "quick": "--quick", "long": "--epochs 2", "short": "--epochs 2", "images": DRAW},
+            "quick": "--quick", "long": "--epochs 2", "short": "--epochs 2", "images": DRAW,
+            "gpt": "--depth 1 --width 16 --heads 2 --epoch_steps 2 --test_examples 8",
+            "gpt2": "--vocab 256 --train_bs 2 --epoch_steps 2 --epochs 2 --test_examples 8 "
+            "--depth 1 --width 32 --heads 2 --context 32"},
 }  # fmt: skip
 
 
@@ -121,7 +144,7 @@ def run(check, seconds, args, failed):
     how = "off" if failed & {"threads", "fig5", "fig7", "fig1"} else "on"
     command = shlex.split(check.command.format(
         device=args.device, folder=shlex.quote(str(folder)), limit=int(seconds) - 5, how=how,
-        **WORDS[args.device]))  # fmt: skip
+        data=shlex.quote(str(args.data_dir.resolve())), **WORDS[args.device]))  # fmt: skip
     env = {**os.environ, "AGD_DATA": str(args.data_dir.resolve()), "AGD_TEST_DEVICE": args.device,
            "TRITON_INTERPRET": str(int(args.device == "cpu")), "PYTHONFAULTHANDLER": "1"}
     env |= {"AGD_NO_COMPILER": "1"} if "kernels" in failed else {}

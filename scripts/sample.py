@@ -70,6 +70,9 @@ def write(args):
     if context is None:
         raise UserError(f"{saved.log} is a run on images: a text comes from --arch gpt")
     encoding, start = encoded(saved.first["data"].get("encoding"), args.prompt)
+    if max(start) >= saved.first["classes"]:
+        raise DataError(f"the prompt has the token {max(start)}, and the vocabulary of "
+                        f"{saved.log} ends with {saved.first['classes'] - 1}")  # fmt: skip
     where = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = saved.network().to(where)
     show = encoding.stream() if encoding else lambda ids: f"{ids[0]} "

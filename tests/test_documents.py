@@ -199,10 +199,10 @@ def test_a_misspelt_flag_in_any_page_is_found(page, parse_alone):
 
 def test_flags_in_backquotes_are_those_of_a_command(parse_alone):
     for name in ("data.prepare", "scripts.plot", "scripts.reproduce", "scripts.benchmark", "main",
-                 "scripts.gpu_checks", "scripts.scaling", "scripts.spectral", "tests.crash",
-                 "tests.fuzz"):  # fmt: skip
+                 "scripts.gpu_checks", "scripts.sample", "scripts.scaling", "scripts.spectral",
+                 "tests.crash", "tests.fuzz"):  # fmt: skip
         argv = {"data.prepare": ["cifar10"], "scripts.plot": ["a"], "scripts.reproduce": ["fig1"],
-                "scripts.spectral": ["CASE"]}  # fmt: skip
+                "scripts.sample": ["a"], "scripts.spectral": ["CASE"]}  # fmt: skip
         parse(name, argv.get(name, []))
     for page, text in documents().items():
         text = re.sub(r"```.*?```", "", OLD.sub("", text), flags=re.S)

@@ -75,6 +75,20 @@ def test_a_plan_is_rehearsed_without_a_gpu(tmp_path):
     assert not [name for name in names if name.endswith((".pt", ".npz", ".tgz", ".partial"))]
 
 
+@pytest.mark.slow
+def test_the_plan_of_text_is_rehearsed_without_a_gpu(tmp_path):
+    done = command("--plan", "text", "--device", "cpu", "--budget", "0.4", "--work", tmp_path)
+    checks, names = results(tmp_path)
+    assert list(checks) == [check.name for check in PLANS["text"][1]], done.stdout
+    bad = {name: x for name, x in checks.items() if x["status"] != "passed"}
+    assert all(x["status"] == "timeout" for x in bad.values()), bad
+    for name, epochs in (("gpt", 6), ("gpt2-agd", 2), ("gpt2-spectral", 2), ("gpt2-adamw", 2)):
+        if name not in bad:
+            (run,) = checks[name]["found"].values()
+            assert run["epoch"] == epochs and run["tokens_per_second"] > 0
+    assert not [name for name in names if name.endswith(".bin")]
+
+
 @pytest.fixture
 def plan(monkeypatch):
     """f(Checks) makes them the first plan, of a minute."""

@@ -487,7 +487,7 @@ def test_a_full_disk_is_one_sentence(command, tmp_path):
     "Ctrl-C", *(pytest.param(x, marks=pytest.mark.slow) for x in ("killed", "a worker killed"))])
 def test_an_end_in_the_middle(end, tmp_path):
     """The result whole or not there, no process left, and the same command makes it whole."""
-    text = TEXT * 500
+    text = TEXT * 250
     path, out = lay(tmp_path / "x.txt", text), tmp_path / "out"
     partial = out / "x-bytes.partial"
     process = start(path, out, 2)
