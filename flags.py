@@ -204,8 +204,8 @@ def parser():
         "windows of a text (default: 128, of a text 16)")
     add("--test_bs", type=number(int, 1), metavar="N", help="in testing (default: as many as pay "
         "on the device, halved where memory runs out)")
-    add("--micro_bs", type=number(int, 1), metavar="N", help="images, or windows, that a device takes "
-        "at a time, added up to a step (default: all, halved where memory runs out)")
+    add("--micro_bs", type=number(int, 1), metavar="N", help="images, or windows, that a device "
+        "takes at a time, added up to a step (default: all, halved where memory runs out)")
     add("--sync_bn", action="store_true", help="batch-norm statistics over all the devices")
     add("--gain", type=number(float, 0, 1e30), default=1.0,
         help="multiplies the update of agd and spectral (default: 1)")

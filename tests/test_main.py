@@ -437,6 +437,8 @@ def test_graphs_begin_after_the_steps_of_a_profile(replays, tmp_path, capsys):
     ("cpu", [], 1000), ("cpu", ["--arch", "vgg"], 64), ("cuda", [], 10_000),
     ("cuda:1", ["--dataset", "folder:x", "--train_bs", "256"], 1024),
     ("cuda", ["--test_bs", "7"], 7),
+    ("cpu", ["--dataset", "shakespeare", "--arch", "gpt"], 16),
+    ("cuda", ["--dataset", "shakespeare", "--arch", "gpt"], 64),
 ])  # fmt: skip
 def test_the_batch_of_a_test_is_what_pays_on_the_device(device, flags, expected):
     assert parse(["--device", device, *flags], check=False).test_bs == expected
