@@ -61,6 +61,8 @@ cifar100 c100
 imagenet imagenet_1k ilsvrc ilsvrc2012 in1k
 digits sklearn load_digits optdigits
 shakespeare shakespeare_char tinyshakespeare tiny_shakespeare chars
+tokens:FOLDER openwebtext openwebtext2 owt webtext fineweb tokens bin
+text:FILE text txt
 """)
 OBJECTIVES = synonyms("""
 mse l2 square squared mse_loss square_loss mean_squared_error
@@ -130,11 +132,12 @@ def arch_meant(value):
 def set_meant(value):
     if value.lower().endswith(".npz"):
         return f"npz:{value}"
-    if value.lower().endswith(".txt"):
+    place = os.path.expanduser(value)
+    if value.lower().endswith(".txt") or os.path.isfile(place):
         return f"text:{value}"
-    is_path = os.sep in value or os.path.isdir(os.path.expanduser(value))
-    if os.path.isfile(os.path.expanduser(os.path.join(value, "train.bin"))):
+    if os.path.isfile(os.path.join(place, "train.bin")):
         return f"tokens:{value}"
+    is_path = os.sep in value or os.path.isdir(place)
     return f"folder:{value}" if is_path and ":" not in value else SETS(value)
 
 
@@ -331,13 +334,16 @@ def without_effect(args):
     gpt, text = args.arch in GPTS, is_text(args.dataset)
     need(args.arch == "fcn" or gpt, f"is for the fcn and the gpt: {args.arch} has its own",
          "depth", "width")  # fmt: skip
-    need(gpt, f"is for the gpt, and {args.arch} has none", "heads", "dropout", "tied")
+    need(gpt, f"is for the gpt, and {args.arch} has none", "heads")
+    need(gpt or not args.dropout, f"is for the gpt, and {args.arch} takes none", "dropout")
+    need(gpt or not args.tied, f"is for the gpt, and {args.arch} has no embedding", "tied")
     need(text, f"is for texts, and {args.dataset} has images", "context", "epoch_steps")
     need(args.dataset.startswith("tokens:"), "is for tokens:FOLDER", "vocab")
     own = f"is for {', '.join([*NETWORKS, *GPTS])}; {args.arch} has"
     need(not library, f"{own} biases of its own", "bias")
     need(not library, f"{own} norms of its own", "affine")
-    need(args.arch != "fcn", "is for networks with norms, and the fcn has none", "affine")
+    need(args.arch != "fcn" or not args.affine, "is for networks with norms, and the fcn has none",
+         "affine")  # fmt: skip
     need(args.distribute, "goes with --distribute: one device has the whole batch", "sync_bn")
     need(not (args.arch == "fcn" or gpt) or args.channels_last != "on",
          f"on is for convolutions, and the {args.arch} has none", "channels_last")  # fmt: skip
@@ -466,7 +472,9 @@ def settings(args):
     hidden = {"cpu"} | ({"test_bs"} if args.test_bs == test_batch(args) else set())
     hidden |= {key for key, x in own_defaults(args).items() if getattr(args, key) == x}
     defaults = {x.dest: x.default for x in parser()._actions if x.dest not in hidden}
-    return [(key, value) for key, value in vars(args).items()
+    off = "bias", "affine", "tied"  # None is their default
+    words = {False: "off", True: "on"}
+    return [(key, words[value] if key in off else value) for key, value in vars(args).items()
             if value is not None and value != defaults.get(key, value)]  # fmt: skip
 
 

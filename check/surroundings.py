@@ -23,7 +23,7 @@ from runs.files import cannot
 from runs.images import find_run
 from runs.name import name_and_settings
 
-IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow; windows of a text
+IMAGES = 64  # of a folder that are decoded, or as many as DECODING seconds allow
 DECODING = 1.5
 STATE = {"agd": 0, "spectral": 3}  # numbers a weight in a checkpoint; 2 of other optimisers
 
@@ -79,8 +79,7 @@ def ranks(args, seconds):
 
 
 def images(args):
-    """The Facts of the data set: arrays are read whole; of a folder some images are decoded; of a
-    text some windows are read."""
+    """The Facts of the data set: arrays are read whole; of a folder some images are decoded."""
     if args.dataset == "imagenet":
         root = find(args.data_dir)
         splits = read_layout(root)
@@ -101,8 +100,6 @@ def images(args):
     for note in data.notes:
         yield "note", note
     rate = decoding_rate(data, args.skip_bad_images) if is_folder(args.dataset) else None
-    for part in data[:2] if is_text(args.dataset) else ():
-        part.tokens.windows(part.order()[:IMAGES], data.positions + 1)  # raises for other ids
     train, test = data.train.examples, data.test.examples
     what = f"test images in {data.classes:,} classes"
     if is_text(args.dataset):

@@ -20,6 +20,8 @@ from cli import expand
 from data.batches import Batches
 from data.common import VALIDATION, DataError, reason
 
+LOOK = 1000  # numbers of a file that tell its type
+LONGEST = 2**24  # windows of an epoch, whose places are held
 MOST = 2000  # windows of a validation, unless --test_examples says otherwise
 CHUNK = 2**20  # bytes of a text that are decoded at a time
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -106,6 +108,17 @@ class TextBatches(Batches):
         whole = (len(self.tokens) - 1) // self.context
         return np.arange(self.examples) * whole // self.examples * self.context
 
+    def look(self):
+        """Read windows of the whole text, those of a validation all. Raises DataError for an id
+        that is not in the vocabulary."""
+        starts = self.order()
+        if self.shuffle:
+            places = len(self.tokens) - self.context
+            count = min(MOST, places)
+            starts = np.arange(count) * (places - 1) // max(count - 1, 1)
+        for i in range(0, len(starts), 100):
+            self.tokens.windows(starts[i : i + 100], self.context + 1)
+
     def __iter__(self):
         order, self.position = self.order(), self.first
         for share in self.shares():
@@ -155,6 +168,9 @@ def open_text(
     write them. An epoch has `epoch_steps` batches. `vocabulary` wins over that of a folder of
     tokens, which may have none.
     """
+    if epoch_steps * train_bs > LONGEST:
+        raise DataError(f"an epoch of {epoch_steps * train_bs:,} windows is longer than "
+                        f"{LONGEST:,}: take more --epochs of fewer --epoch_steps")  # fmt: skip
     kind, _, place = name.partition(":")
     path = Path(expand(place)) if place else None
     try:
@@ -180,6 +196,8 @@ def open_text(
                                 f"{test_examples:,}")  # fmt: skip
         batches.append(TextBatches(tokens, context, batch_size, device, examples, shuffle, seed,
                                    rank, size))  # fmt: skip
+    for part in batches if kind == "tokens" else ():  # a wrong vocabulary is found at once
+        part.look()
     return {
         "train": batches[0], "test": batches[1], "shape": (context,),
         "classes": parts[0].vocabulary, "source": source, "files": files, "notes": tuple(notes),
@@ -235,6 +253,8 @@ def _halves(tokens, cut, encoding, source, path):
 
 def _pair(path):
     """(the text to train on, that of the validation or None) of a file or a folder."""
+    if (path / "train.bin").is_file():
+        raise DataError(f"{path} has token ids: --dataset tokens:{path}")
     if path.is_dir():
         stems = {x.stem: x for x in sorted(path.glob("*.txt"))}
         other = next((stems[x] for x in VALIDATION if x in stems), None)
@@ -266,22 +286,34 @@ def _text(path):
 
 def _tokens(folder, vocabulary):
     """A folder of token ids."""
+    if folder.is_file():
+        other = f"tokens:{folder.parent}" if folder.suffix == ".bin" else f"text:{folder}"
+        raise DataError(f"{folder} is a file, and no folder of train.bin and val.bin: --dataset "
+                        f"{other}")  # fmt: skip
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: tokens:FOLDER has train.bin and val.bin")
-    meta = _meta(folder / "meta.json")
+    meta_path = folder / "meta.json"
+    meta = _meta(meta_path)
     vocabulary = vocabulary or meta.get("vocab_size")
     if vocabulary is None:
         raise DataError(f"{folder} has no meta.json with its vocab_size: give --vocab N (GPT-2's "
                         "has 50257 tokens)")  # fmt: skip
-    dtype = meta.get("dtype", "uint16")
+    dtype = meta.get("dtype") or ("uint16" if vocabulary <= 2**16 else "uint32")
     paths = [folder / "train.bin", folder / "val.bin"]
     parts = tuple(_file(path, DTYPES[dtype], vocabulary) for path in paths)
+    if "dtype" not in meta and dtype == "uint16":
+        for tokens in parts:
+            start = tokens.ids.windows(np.zeros(1, np.int64), min(LOOK, len(tokens)))[0]
+            if len(start) > 1 and not start[1::2].any():
+                raise DataError(f"{tokens.what} looks like uint32, as every other number is 0: "
+                                f'"dtype": "uint32" in {folder / "meta.json"} says so')
     source = {"dtype": dtype, "vocab_size": vocabulary, "encoding": meta.get("encoding")}
     for name, tokens in zip(("train", "val"), parts):
         known = meta.get(name, {})
         source[name] = {"tokens": len(tokens)}
         if known.get("tokens") == len(tokens) and known.get("bytes"):
             source[name]["bytes"] = known["bytes"]
+    paths += [meta_path] if meta_path.exists() else []
     return parts, source, (folder, [str(path) for path in paths]), []
 
 

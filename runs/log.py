@@ -191,15 +191,15 @@ class RunLog:
         return [row for row in self.rows() if row["kind"] == "epoch"]
 
     def finished(self, epochs):
-        """(completed epochs, test accuracy, reason for stopping) of a run with nothing left to do
-        up to `epochs`, else None."""
+        """(completed epochs, the row of the last one or None, reason for stopping) of a run with
+        nothing left to do up to `epochs`, else None."""
         rows = self.rows()
         done = [row for row in rows if row["kind"] == "epoch"]
         end = rows[-1] if rows and rows[-1].get("final") else {}
         # An unfinished run may hold more epochs than this command asks for.
         if end and (end.get("stopped") or len(done) >= epochs) or len(done) > epochs:
             self.compare_images(rows[0])
-            return len(done), done[-1]["test_acc"] if done else None, end.get("stopped")
+            return len(done), done[-1] if done else None, end.get("stopped")
         return None
 
     def start(self, first_row):

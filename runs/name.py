@@ -35,7 +35,8 @@ def name_and_settings(flags):
     """(name, settings) of a run; `flags` is a dict of all of main.py's, by name.
 
     Runs that agree in the settings have the same weights after the same epoch, up to rounding, and,
-    where there is batch norm without --sync_bn, up to the number of ranks and micro-batches.
+    where there is dropout, or batch norm without --sync_bn, up to the number of ranks and of
+    micro-batches.
     """
     sized = flags["arch"] in SIZED
     keys = (*SHAPING, "depth", "width") if sized else SHAPING

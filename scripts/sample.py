@@ -11,6 +11,11 @@ from pathlib import Path
 if not __package__:  # started by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of half an import
+
 import argparse
 
 from cli import Parser, UserError, a_path, command, device, number
@@ -45,6 +50,7 @@ if __name__ == "__main__":
 import torch
 
 from data import DataError
+from data.common import reason
 from data.encoding import read_encoding
 from training.saved import open_run
 
@@ -55,6 +61,11 @@ def main(argv=None):
     try:
         write(args)
         return 0
+    except BrokenPipeError:  # who reads has enough
+        return 0
+    except OSError as error:
+        print(f"error: the text cannot be written: {reason(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -74,13 +85,18 @@ def write(args):
         raise DataError(f"the prompt has the token {max(start)}, and the vocabulary of "
                         f"{saved.log} ends with {saved.first['classes'] - 1}")  # fmt: skip
     where = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net = saved.network().to(where)
+    try:
+        net = saved.network().to(where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {where} cannot be used: {str(error).splitlines()[0]}") from error
     show = encoding.stream() if encoding else lambda ids: f"{ids[0]} "
-    print(args.prompt, end="", flush=True)
+    # A command whose text is lost has failed: past the guard, which lets a run go on.
+    out = getattr(sys.stdout, "stream", sys.stdout)
+    print(args.prompt, end="", file=out, flush=True)
     for token in sampled(net, start, args.tokens, context, args.temperature, args.top_k,
                          torch.Generator(where).manual_seed(args.seed)):  # fmt: skip
-        print(show([token]), end="", flush=True)
-    print()
+        print(show([token]), end="", file=out, flush=True)
+    print(file=out, flush=True)
 
 
 def encoded(description, prompt):
@@ -110,7 +126,7 @@ def sampled(net, start, count, context, temperature=1.0, top_k=None, generator=N
         if temperature:
             if top_k is not None and top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            chances = (logits / temperature).softmax(0)
+            chances = ((logits - logits.max()) / max(temperature, 1e-6)).softmax(0)
             token = torch.multinomial(chances, 1, generator=generator)
         else:
             token = logits.argmax()[None]
@@ -119,4 +135,6 @@ def sampled(net, start, count, context, temperature=1.0, top_k=None, generator=N
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -219,10 +219,13 @@ def other_images(log):
     return f"Note: not the {noun} that {log.log_path} began with: {what}"
 
 
-def already(log, epochs, test_acc, stopped):
-    """Print that a run has nothing left to do."""
+def already(log, epochs, row, stopped):
+    """Print that a run has nothing left to do; `row`: of its last epoch, or None."""
     if stopped is None:
-        print(f"Already finished: {epochs} epochs, test accuracy {figure(test_acc, '.2%')}.")
+        result = "no test" if row is None else (
+            of_text(row) if "tokens_per_second" in row else
+            f"test accuracy {figure(row['test_acc'], '.2%')}")  # fmt: skip
+        print(f"Already finished: {epochs} epochs, {result}.")
     else:
         print(f"Already ended: {stopped}.")
     print(f"{log.log_path} has it; another --out keeps it, --fresh starts over.")
@@ -241,11 +244,13 @@ def figure(x, form):
     return "-" if x is None else format(x, form)
 
 
-def of_text(row):
-    """The validation of a text, in words."""
-    bits = f" ({row['test_bits']:.4f} bits a byte)" if "test_bits" in row else ""
-    return (f"validation loss {figure(row['test_loss'], '.4f')}{bits}, "
-            f"{row['test_acc']:.2%} of the tokens")
+def of_text(row, best=None):
+    """The validation of a text, in words; on two lines with the row of the `best` epoch."""
+    bits = f"{row['test_bits']:.4f} bits a byte, " if "test_bits" in row else ""
+    loss = f"validation loss {figure(row['test_loss'], '.4f')}"
+    loss += "," if best is None else (
+        f" (best {figure(best['test_loss'], '.4f')}, epoch {best['epoch']})")  # fmt: skip
+    return f"{loss}{' ' if best is None else chr(10)}{bits}{row['test_acc']:.2%} of the tokens"
 
 
 def best_checkpoint(checkpoints, epoch):
@@ -290,8 +295,7 @@ def summary(trainer, ending, seconds, skipped):
         loss = f"Train loss {figure(last['train_loss'], '.4f')}, "
         if "tokens_per_second" in last:
             best = least(rows) or last
-            print(f"{loss}{of_text(last)}\n"
-                  f"(best {figure(best['test_loss'], '.4f')}, epoch {best['epoch']})")
+            print(f"{loss}{of_text(last, best)}")
         else:
             print(f"{loss}train accuracy {last['train_acc']:.2%}, "
                   f"test accuracy {last['test_acc']:.2%}\n"

@@ -190,7 +190,7 @@ class Gradient:
 
     def _outputs(self, x):
         if self.compiled_size is None:
-            whole = self.whole or len(x)
+            whole = max(self.whole or len(x), 1)
             passes = -(-whole // min(self.micro_bs or whole, whole))
             self.compiled_size = -(-whole // passes)
         if self.compiled is None or len(x) != self.compiled_size:
