@@ -106,6 +106,7 @@ def prepare(source, data_dir, encoding=None, jobs=None):
     dtype = np.promote_types(np.uint16, np.min_scalar_type(coder.size - 1))
     job, tasks, sizes = plan(root, files, {"kind": encoding}, dtype.name)
     target = Path(os.path.abspath(data_folder(data_dir)), f"{name}-{encoding}")
+    partial = target.with_name(f"{target.name}.partial")
     meta = {
         "vocab_size": coder.size, "encoding": job.encoding, "dtype": job.dtype,
         **{split: {"tokens": 0, "bytes": 0} for split in SPLITS},
@@ -115,7 +116,6 @@ def prepare(source, data_dir, encoding=None, jobs=None):
         if os.path.lexists(target):
             meta = _same(target, meta)
         else:
-            partial = target.with_name(f"{target.name}.partial")
             partial.mkdir(parents=True, exist_ok=True)
             with _locked(partial):
                 meta = _fill(partial, job, tasks, sizes, meta, jobs or usable_cores())
@@ -125,8 +125,9 @@ def prepare(source, data_dir, encoding=None, jobs=None):
                                     "give more, or train.txt and val.txt")  # fmt: skip
                 partial.rename(target)
     except OSError as error:
-        raise DataError(f"{target} cannot be written: {reason(error)}; the same command goes on "
-                        "from what is there") from error  # fmt: skip
+        begun = os.path.isdir(partial)
+        then = "the same command goes on from what is there" if begun else "give another --data_dir"
+        raise DataError(f"{target} cannot be written: {reason(error)}; {then}") from error
     for split in SPLITS:
         tokens, count = (meta[split][key] for key in ("tokens", "bytes"))
         print(f"{split:<5} {tokens:,} tokens of {count:,} bytes")
@@ -243,7 +244,9 @@ def plan(root, files, encoding, dtype):
     total = sum(file.size for group in files.values() for file in group)
     every = min(max(total // VALIDATED, LEAST), MOST)
     rows = [file.name for file in files.get(None, ()) if _parts(file.name)[1] == ".jsonl"]
-    texts = sum(map(len, files.values())) - len(rows)
+    many = sum(map(len, files.values()))
+    texts = many - len(rows)
+    nth = min(every, texts) if texts >= FEW else None
     job = Job(root, encoding, dtype, every, rows[0] if rows else None)
     tasks, sizes, count = [[]], [0], 0
     for split, group in files.items():
@@ -251,7 +254,7 @@ def plan(root, files, encoding, dtype):
             _, kind, packed = _parts(file.name)
             if kind != ".jsonl" and split is None:
                 count += 1
-            for piece in _pieces(root, file, kind, packed, split, texts, count, every):
+            for piece in _pieces(root, file, kind, packed, split, count, nth, many > 1):
                 tasks[-1].append(piece)
                 sizes[-1] += file.size if packed else _bound(piece, 1) - _bound(piece, 0)
                 if sizes[-1] >= SHARE or len(tasks[-1]) >= FILES:
@@ -260,16 +263,19 @@ def plan(root, files, encoding, dtype):
     return job, tasks[: len(tasks) - (not tasks[-1])], sizes
 
 
-def _pieces(root, file, kind, packed, split, texts, count, every):
-    """The Pieces of a file, which is the `count`-th of so many `texts` where it is one of them."""
-    end, closes = None if packed else file.size, True
+def _pieces(root, file, kind, packed, split, count, nth, followed):
+    """The Pieces of a file, which is the `count`-th of the texts where it is one. nth: one text in
+    so many is for validation; None: the last tenth of each is. `followed`: by another file."""
+    end = None if packed else file.size
     spans = [(0, end, split, True)]
-    if kind != ".jsonl" and split is None and texts >= FEW:
-        spans = [(0, end, "train" if count % min(every, texts) else "val", True)]
-    elif kind != ".jsonl" and split is None and not packed:
-        cut = _character(root / file.name, 9 * file.size // 10)
+    if kind != ".jsonl" and split is None and nth:
+        spans = [(0, end, "train" if count % nth else "val", True)]
+    elif kind != ".jsonl" and split is None:
         # The text goes on behind the cut, unless another one's beginning is what follows.
-        spans = [(0, cut, "train", texts > 1), (cut, file.size, "val", True)]
+        spans = [(0, end, None, followed)]
+        if not packed:
+            cut = _character(root / file.name, 9 * file.size // 10)
+            spans = [(0, cut, "train", followed), (cut, file.size, "val", True)]
     for start, end, split, closes in spans:
         n = 1 if end is None else max((end - start) // SHARE, 1)
         for i in range(n):
@@ -324,8 +330,10 @@ def _fill(partial, job, tasks, sizes, meta, jobs):
     """Make the token files in a folder, from what is there on. Returns the meta.json."""
     before = _meta(partial)
     if before and before["source"]["id"] != meta["source"]["id"]:
-        raise DataError(f"{partial} was begun from other files, or before they changed: remove it, "
-                        "or give another --data_dir")  # fmt: skip
+        if before["source"]["shares"]:
+            raise DataError(f"{partial} was begun from other files, or before they changed: remove "
+                            "it, or give another --data_dir")  # fmt: skip
+        before = None  # nothing is in, as after a file that was refused and has been mended
     if before and all(_holds(partial / f"{x}.bin", before, x) for x in SPLITS):
         meta = before
     there = set()
@@ -543,6 +551,11 @@ def _line(path, at):
         return file.tell()
 
 
+def _utf8(at):
+    """The name of the encoding from byte `at` of a file on: a mark at its beginning is no text."""
+    return "utf-8" if at else "utf-8-sig"
+
+
 def _not_utf8(path, at):
     return DataError(f"{path} is not UTF-8 at byte {at:,}: save it as UTF-8, or give the texts "
                      "alone")  # fmt: skip
@@ -550,7 +563,7 @@ def _not_utf8(path, at):
 
 def _text(path, start, end):
     """Generate the parts of the UTF-8 text from byte `start` to byte `end` of a file."""
-    decoder, at, rest = codecs.getincrementaldecoder("utf-8")(), start, ""
+    decoder, at, rest = codecs.getincrementaldecoder(_utf8(start))(), start, ""
     with _reading(path) as file:
         file.seek(start)
         while True:
@@ -602,11 +615,13 @@ def _rows(path, start, end):
                 raise DataError(f"{path} has a line of more than {size(LINE)} at byte {at:,}: it "
                                 "is no document")  # fmt: skip
             try:
-                text = json.loads(line.decode())["text"] if line.strip() else ""
+                row = line.decode(_utf8(at))
+                text = json.loads(row)["text"] if row.strip() else ""
                 # JSON may have half a pair of surrogates, which is no character.
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, at + error.start) from error
+                at += len(line) - len(error.object) + error.start
+                raise _not_utf8(path, at) from error
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise DataError(f'{path} has a line at byte {at:,} that is no {{"text": "..."}}: '
                                 "each has to be such an object") from error  # fmt: skip
