@@ -23,7 +23,7 @@ cannot be are listed in <data_dir>/imagenet/corrupt.txt. The same command goes
 on where an earlier one ended. Many machines share the work with --shard 1/8 to
 --shard 8/8, after which the command without it says what is still missing.
 Exit code: 0 all well (of a shard: its own part), 1 some images are corrupt or
-missing, 2 a wrong flag or data that are none, 130 after Ctrl-C.
+missing, 2 a wrong flag or data that are none, 130 after Ctrl-C or SIGTERM.
 
     python -m data.prepare text --from FILE      a UTF-8 text, or documents as JSONL
     python -m data.prepare text --from FOLDER    all .txt and .jsonl files below it
@@ -50,6 +50,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import signal
 import socket
 import tarfile
 import tempfile
@@ -256,8 +257,10 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {args.data_dir}/{args.name} cannot be written: {reason(error)}; the same "
-              "command goes on from what is there", file=sys.stderr)  # fmt: skip
+        begun = os.path.isdir(data_folder(args.data_dir) / args.name)
+        then = "the same command goes on from what is there" if begun else "give another --data_dir"
+        print(f"error: {args.data_dir}/{args.name} cannot be written: {reason(error)}; {then}",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
@@ -265,4 +268,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for stop in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, unless nohup has it ignored
+        if hasattr(signal, stop) and signal.getsignal(getattr(signal, stop)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, stop), signal.default_int_handler)
     sys.exit(main())

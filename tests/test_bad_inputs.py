@@ -600,7 +600,8 @@ PLACES = table(
           ("out", "x.jsonl", b"{}\n", "x.jsonl has a line at byte 0"),
           ("out", "x.txt.gz", b"some text", "x.txt.gz cannot be read"),
           ("out", "x.txt", b"a", "too little text"),
-          ("file", "x.txt", b"some text", "x-bytes cannot be written"))),
+          ("file", "x.txt", b"some text",
+           "x-bytes cannot be written: Not a directory; give another --data_dir"))),
     ("prepare text --encoding bytes --data_dir {tmp}/out --from {tmp}/images/train",
      "holds no text: that is .txt or .jsonl, or either packed as .gz, .bz2 or .xz, and the files "
      "there are .jpg (2)", images()),

@@ -269,7 +269,7 @@ def test_a_folder_that_the_command_has_not_made_is_left_alone(tree, command, tmp
     assert code == 2 and "in one another" in printed and state(tree) == before
     (tmp_path / "file").write_text("")
     code, printed = command("--from", tree, out=tmp_path / "file")
-    assert code == 2 and re.search(r"error: .*imagenet cannot be written", printed)
+    assert code == 2 and re.search("cannot be written: .*; give another --data_dir", printed)
 
 
 def test_shards_together_are_one_run(tree, command, tmp_path):
