@@ -189,8 +189,8 @@ def parser():
     add("--bias", **switch, help=f"biases in the layers of {', '.join(NETWORKS)} (default: off) or "
         "a gpt (on)")
     add("--affine", **switch, help="gains and biases in their norms likewise")
-    add("--weights", type=a_path, metavar="FILE", help="weights to start from: .safetensors, .pt "
-        "or .pth; those of another shape, as a head for other classes, are drawn")
+    add("--weights", type=a_path, metavar="FILE", help="weights to start from: .safetensors, .pt, "
+        ".pth or .bin; those of another shape, as a head for other classes, are drawn")
     add("--freeze", action=Joined, metavar="PATTERN", help="leave the parameters of these names as "
         "they are, as 'features.*'; may be given several times")
     less = {"on": "default", "off": "none"}
@@ -258,12 +258,12 @@ def parser():
         "checkpoints of an earlier run of the same name")
     add("--replay", type=a_path, metavar="FILE", help="repeat the run of a record, "
         "<out>/logs/NAME.run.json, and compare the bits; with it, only --out (default: replayed), "
-        "--data_dir, --device, --cpu and another place of its folder:PATH or its --weights may be "
+        "--data_dir, --device, --cpu and another place of its data or its --weights may be "
         "given")
     add("--evaluate", type=a_path, metavar="RUN", help="test the newest checkpoint of a run, and "
         "train nothing: RUN is its log, record or name, or a checkpoint, as NAME.best.pt; with it, "
         "only --out (where a name is looked for), --data_dir, --device, --cpu, --distribute, "
-        "--precision, --test_bs, --workers and another place of its folder:PATH may be given")
+        "--precision, --test_bs, --workers and another place of its data may be given")
     add("--device", type=device, help="as torch spells it (default: a GPU if there is one)")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--distribute", action="store_true", help="many devices: under torchrun, srun or mpirun")
@@ -587,7 +587,10 @@ def read(argv=None, check=True):
     if asked != layers(args):  # the default has one name, whether or not it is given
         args.layers = asked
     if args.weights is not None and not args.weights.endswith(SUFFIXES):
-        p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}")
+        whole = ("; of a model in a folder give model.safetensors, and save one in shards as one "
+                 "file (max_shard_size)")  # fmt: skip
+        many = os.path.isdir(args.weights) or args.weights.endswith(".index.json")
+        p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}{whole if many else ''}")
     starts = check and args.evaluate is None
     if starts and args.weights is not None and not os.path.isfile(args.weights):
         p.error(f"--weights: there is no file {args.weights}")

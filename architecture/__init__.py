@@ -10,7 +10,7 @@ __all__ = [
 ]  # fmt: skip
 
 LIBRARIES = ("torchvision:", "timm:")  # prefixes of the names of their networks
-SUFFIXES = (".safetensors", ".pt", ".pth")  # of files of weights
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files of weights
 
 
 class Unfit(UserError):

@@ -423,7 +423,9 @@ def test_a_run_of_any_network(flags, words, settings, default, tmp_path):
     (["--arch", "timm:resnett18"], "did you mean resnet18?"),
     (["--arch", "timm:resnet18.a1_in1j"], "did you mean resnet18"),
     (["--weights", "nowhere.pt"], "there is no file nowhere.pt"),
-    (["--weights", "weights.onnx"], "is none of .safetensors, .pt, .pth"),
+    (["--weights", "weights.onnx"], "is none of .safetensors, .pt, .pth, .bin"),
+    (["--weights", "docs"], "of a model in a folder give model.safetensors, and save one in"),
+    (["--weights", "model.safetensors.index.json"], "shards as one file (max_shard_size)"),
 ])  # fmt: skip
 def test_contradictions_and_typos_are_refused_in_a_sentence(flags, words, tmp_path, capsys):
     if "timm:" in flags[-1]:

@@ -333,12 +333,50 @@ def test_files_whose_weights_lie_as_ours(tied, tmp_path):
     nano = {f"_orig_mod.{'' if 'lm_head' in name else 'transformer.'}{name}": x
             for name, x in own.items()}  # fmt: skip
     nano["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril()
-    nano = {"model": nano, "model_args": {"n_layer": 2}, "iter_num": 9}
-    for state, name in (
-        ({"net": own, "epoch": 3}, "w.pt"), (own, "w.safetensors"), (nano, "ckpt.pt"),
-    ):  # fmt: skip
+    nano = {"model": nano, "model_args": {"n_layer": 2, "n_head": 4}, "iter_num": 9}
+    run = {"net": own, "epoch": 3, "settings": '{"arch": "gpt"}'}  # which has 4
+    for state, name in ((run, "w.pt"), (own, "w.safetensors"), (nano, "ckpt.pt")):
         ours, notes = loaded(small(tied=tied, seed=3), state, tmp_path, name)
-        assert torch.equal(ours, source(tokens())) and len(notes) == 1, name
+        assert torch.equal(ours, source(tokens())), name
+        more = ["does not say how many heads it was trained with: the network has 4"]
+        assert len(notes) == 1 + len(more) * (name == "w.safetensors"), name
+        assert all(x in y for x, y in zip(more, notes[1:]))
+
+
+@pytest.mark.parametrize("content, heads", [
+    ({"settings": '{"arch": "gpt"}'}, 4), ({"settings": '{"arch": "gpt2"}'}, 12),
+    ({"settings": '{"arch": "gpt2", "heads": 8}'}, 8), ({"model_args": {"n_head": 2}}, 2),
+    *((x, None) for x in ({"settings": "{"}, {"settings": 3}, {"settings": "[" * 10**5},
+      {"settings": '{"arch": "fcn"}'}, {"settings": '{"arch": "gpt", "heads": "2"}'},
+      {"model_args": 3}, {"model_args": {}}, {"model_args": {"n_head": [2]}})),
+])  # fmt: skip
+def test_other_heads_are_refused_where_the_file_tells_them(content, heads, tmp_path):
+    """They have the same shapes, and would compute something else."""
+    state = {"model" if "model_args" in content else "net": small().state_dict(), **content}
+    path = saved(state, tmp_path / "w.pt")
+    for ours in (1, 2, 4):
+        if heads in (None, ours):
+            assert start(small(heads=ours), path)
+        else:
+            with pytest.raises(Unfit, match=f"w.pt has {heads} heads, and the network {ours}: give "
+                                            f"--heads {heads}"):  # fmt: skip
+                start(small(heads=ours), path)
+    if heads:
+        with pytest.raises(Unfit, match=f"--width 32, and its --heads, {heads}$"):
+            start(small(width=64), path)
+
+
+def test_a_part_of_a_model_is_refused(tmp_path):
+    """By its name, as a shard that has most of it; or where its layout does not show."""
+    source = rough(small())
+    whole = in_their_names(source)
+    part = {name: x for name, x in whole.items() if "c_attn.weight" not in name}
+    for state, name in ((part, "w.bin"), (whole, "model-00001-of-00002.safetensors")):
+        with pytest.raises(Unfit, match="has a part of a model: save it as one file"):
+            start(small(), saved(state, tmp_path / name))
+    for name in ("model-00001-of-00001.safetensors", "pytorch_model.bin"):
+        ours, _ = loaded(small(seed=3), whole, tmp_path, name)
+        assert torch.equal(ours, source(tokens()))
 
 
 def test_an_untied_network_takes_the_embedding_for_its_head(tmp_path):
