@@ -304,7 +304,7 @@ def _tokens(folder, vocabulary):
     if "dtype" not in meta and dtype == "uint16":
         for tokens in parts:
             start = tokens.ids.windows(np.zeros(1, np.int64), min(LOOK, len(tokens)))[0]
-            if len(start) > 1 and not start[1::2].any():
+            if len(start) == LOOK and start[::2].any() and not start[1::2].any():
                 raise DataError(f"{tokens.what} looks like uint32, as every other number is 0: "
                                 f'"dtype": "uint32" in {folder / "meta.json"} says so')
     source = {"dtype": dtype, "vocab_size": vocabulary, "encoding": meta.get("encoding")}

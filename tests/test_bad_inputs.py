@@ -168,6 +168,8 @@ main --arch nanogpt                             | did you mean gpt
 main --dataset shakespeare {GPT} --heads 3      | 3 heads do not divide a width of 4
 main --dataset shakespeare {GPT} --context 0    | '0' is not a whole number from 1
 main --dataset shakespeare {GPT} --dropout 1    | from 0 to 0.99
+main --dataset openwebtext                      | did you mean tokens:FOLDER
+main --dataset shakespeare {GPT} --epoch_steps 1e8 | an epoch of 200,000,000 windows is longer than
 main --dataset shakespeare {GPT} --context 200000 | the validation part of shakespeare has 111,540
 main --dataset shakespeare {GPT} --test_examples 99999 | has 13,942 windows for --test_examples
 {TEXT}                                          | there is no file
@@ -308,7 +310,7 @@ def test_the_commands_of_the_house_have_no_flag_without_effect():
     for words in (WORDS["cpu"], WORDS["cuda"]):
         for check in ALL.values():
             kind, *more = shlex.split(check.command.format(
-                device="cpu", folder="x", limit=99, how="on", **words))  # fmt: skip
+                device="cpu", folder="x", data="d", limit=99, how="on", **words))  # fmt: skip
             if kind == "main.py":
                 flags.read(more, check=False)
             elif more[0] == "scripts.benchmark":
@@ -556,7 +558,10 @@ PLACES = table(
     (TEXT, "val.txt is empty", lambda tmp: [text(f"a.txt/{x}.txt", c)(tmp) for x, c in (
         ("train", b"x" * 99), ("val", b""))]),
     (TEXT, "a folder without train.txt and val.txt", text("a.txt/train.txt")),
-    (TOKENS, "there is no folder", text("t")),
+    (TOKENS, "t is a file, and no folder of train.bin and val.bin: --dataset text:", text("t")),
+    (TEXT, "a.txt has token ids: --dataset tokens:", text("a.txt/train.bin")),
+    (TOKENS, "train.bin looks like uint32, as every other number is 0",
+     tokens({"vocab_size": 9}, train=b"\5\0\0\0" * 1000)),
     (TOKENS, "t has no meta.json with its vocab_size: give --vocab N", tokens(None)),
     (TOKENS, "there is no file TMP/t/val.bin", tokens({"vocab_size": 9}, val=None)),
     (TOKENS, "train.bin is empty", tokens({"vocab_size": 9}, train=b"")),

@@ -147,7 +147,7 @@ def test_the_settings_are_those_off_their_defaults():
 
     assert names() == {"device": "cpu"}
     given = names("--dataset", "digits", "--seed", "3", "--bias", "--optimizer", "adam")
-    assert given == {"device": "cpu", "dataset": "digits", "seed": 3, "bias": True,
+    assert given == {"device": "cpu", "dataset": "digits", "seed": 3, "bias": "on",
                      "optimizer": "adam", "lr": 0.001}  # fmt: skip
     assert names("--test_bs", "7") == {"device": "cpu", "test_bs": 7}
     assert names("--epochs", "200", "--depth", "10") == {"device": "cpu"}

@@ -1,8 +1,5 @@
 """scripts.sample: text from the checkpoint of a run."""
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -66,21 +63,19 @@ def test_tokens_without_an_encoding_are_ids(written):
     assert code == 2 and message.startswith("error: --prompt needs an encoding")
 
 
-def test_a_document_begins_after_the_end_of_one(out, written, monkeypatch):
-    module = ModuleType("tiktoken")
+def test_a_document_begins_after_the_end_of_one(written, monkeypatch):
+    class Documents:
+        end = 4
 
-    class Coder:
-        def decode_single_token_bytes(self, token):
-            return b"<%d>" % token
+        def stream(self):
+            return lambda ids: f"<{ids[0]}>"
 
-    module.get_encoding = lambda name: Coder()
-    monkeypatch.setitem(sys.modules, "tiktoken", module)
-    monkeypatch.setattr("scripts.sample.sampled", lambda net, start, *_: iter([*start, 7]))
-    from scripts import sample
-
-    read = sample.read_encoding
-    monkeypatch.setattr(sample, "read_encoding", lambda _: read({"kind": "gpt2"}))
-    assert written("ids")[1] == "<50256><7>\n"
+    monkeypatch.setattr("scripts.sample.read_encoding", lambda _: Documents())
+    monkeypatch.setattr("scripts.sample.sampled", lambda net, start, *_: iter([*start, 2]))
+    assert written("ids")[1] == "<4><2>\n"
+    Documents.end = 5
+    code, _, message = written("ids")
+    assert code == 2 and "has the token 5, and the vocabulary of" in message
 
 
 def test_the_network_draws_from_its_own_chances():
