@@ -153,8 +153,8 @@ def first_row(log):
 
 def find(run, out="output"):
     """(the log, the checkpoint) of RUN: a log, a record, a checkpoint, a folder with one run, or
-    the name of a run, or of one of its files, below the folder `out`. The checkpoint is the newest
-    one, unless RUN is another. Raises RunError."""
+    the name of a run, or of one of its files, below the folder `out`. The path of a file may lack
+    its suffix. The checkpoint is the newest one, unless RUN is another. Raises RunError."""
     path = Path(run)
     if os.path.isdir(path):
         path = _only(path)
@@ -201,7 +201,10 @@ def _beside(path, folder, name):
 
 def _only(folder):
     """The log of the only run in a folder."""
-    logs = sorted([*folder.glob("*.jsonl"), *folder.glob("logs/*.jsonl")])
+    logs = [*folder.glob("*.jsonl"), *folder.glob("logs/*.jsonl")]
+    if not logs and folder.name == "checkpoints":
+        logs = (folder.parent / "logs").glob("*.jsonl")
+    logs = sorted(logs)
     if not logs:
         raise RunError(f"{folder} holds no logs, nor does its logs/")
     if len(logs) > 1:
@@ -212,8 +215,9 @@ def _only(folder):
 def _named(run, out):
     """The file of a run that `run` names: a path, or a name in `out`."""
     name, suffix = split(os.path.basename(run))
-    if os.path.dirname(run):
-        path = Path(run)
+    if os.path.dirname(run):  # of a file, whose suffix may be left out
+        own = (f"{run}{x}" for x in (".pt", ".jsonl", ".pt.previous"))
+        path = Path(next(filter(os.path.exists, own), run))
     elif suffix in CHECKPOINTS:
         path = out / "checkpoints" / run
     else:
