@@ -39,6 +39,7 @@ from training import display
 from training.control import Control
 from training.losses import LOSSES
 from training.memory import does_not_fit, is_out_of_memory
+from training.metrics import least
 from training.optimizers import AUTOMATIC, make_optimizer
 from training.precision import set_channels_last, set_deterministic, set_precision
 from training.schedule import make_schedule
@@ -115,6 +116,8 @@ def train_on(data, args, world, requests):
     if finished is not None:
         if log:
             display.already(log, *finished)
+            if args.keep_best:
+                keep_best(log)
         return 0 if finished[-1] is None else 1
     # Before the log is written: a run that is refused leaves none, on no rank.
     nodes = world.all_gather_object(socket.gethostname())
@@ -293,6 +296,20 @@ def first_row(args, world, data, facts, name):
         "kind": "run", "name": name, "flags": vars(args), **environment(world.device),
         "ranks": world.size, "launcher": world.launcher, "data": data.source, **facts, "date": now,
     }  # fmt: skip
+
+
+def keep_best(log):
+    """Keep the best checkpoint of a run that has nothing left to do, where that is its newest one,
+    and print which one is kept."""
+    best, checkpoints = least(log.epochs()), log.checkpoints
+    if best is None:
+        return
+    if checkpoints.epoch_of_best() != best["epoch"]:
+        log.lock_or_fail()
+        if checkpoints.epoch_of_newest() == best["epoch"] and (failure := log.keep_best()):
+            print(f"The best checkpoint is not kept: {failure}", file=sys.stderr)
+        log.release()
+    print(f"Best     {display.best_checkpoint(checkpoints, best['epoch'])}")
 
 
 def make_profile(args, log, world, steps):

@@ -60,12 +60,12 @@ class Checkpoints:
             write_whole(self.best, newest.read_bytes())
 
     def epoch_of_best(self):
-        """The epoch of the best checkpoint, whose tensors are not read, or None."""
-        try:
-            best = torch.load(self.best, map_location="cpu", weights_only=True, mmap=True)
-            return best["epoch"]
-        except Exception:  # torch raises whatever it comes upon
-            return None
+        """The epoch at whose end the best checkpoint was written, or None."""
+        return _epoch(self.best)
+
+    def epoch_of_newest(self):
+        """That of the newest one, or None, also where it is of the middle of an epoch."""
+        return _epoch(self.path if self.path.exists() else self.previous)
 
     def read(self):
         """(the newest whole checkpoint or None, the warning or None of a newer one that is damaged,
@@ -97,6 +97,15 @@ class Checkpoints:
     def discard(self):
         for path in (self.path, self.previous, self.partial, self.best, self.linked):
             path.unlink(missing_ok=True)
+
+
+def _epoch(path):
+    """The epoch at whose end a checkpoint was written, or None; its tensors are not read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return None if content.get("step") else content["epoch"]
+    except Exception:  # torch raises whatever it comes upon
+        return None
 
 
 def _count(x):

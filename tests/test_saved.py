@@ -94,6 +94,22 @@ def test_a_best_epoch_whose_file_was_not_linked_yet_is_kept_by_the_same_command(
     assert not file(tmp_path).exists()
 
 
+@pytest.mark.parametrize("losses, kept", [([2.0, 1.0], True), ([1.0, 2.0], False)])
+def test_a_finished_run_keeps_its_newest_checkpoint_where_that_is_the_best(
+    losses, kept, tmp_path, monkeypatch, capsys
+):
+    set_losses(monkeypatch, losses)
+    assert train(*QUICK[:-2], "--epochs", 2, "--out", tmp_path) == 0
+    for _ in range(2):
+        capsys.readouterr()
+        assert train(*KEEP, "--epochs", 2, "--out", tmp_path) == 0
+        out = capsys.readouterr().out
+        assert "Already finished: 2 epochs" in out and file(tmp_path).exists() == kept
+        assert (f"{only(tmp_path)}.best.pt, of epoch 2\n" if kept else
+                "Best     none: epoch 1 has the least test loss, and its checkpoint was not") in out
+    assert not kept or epoch(file(tmp_path)) == 2
+
+
 def test_with_a_full_disk_the_run_goes_on_without_its_best_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
@@ -136,7 +152,7 @@ def test_an_evaluation_has_the_numbers_of_the_log(flags, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert numbers(out) == expected(last) and "After epoch 2 of" in out and not err
     if "test_bits" in last:
-        assert f" ({last['test_bits']:.4f} bits a byte), " in out
+        assert f", {last['test_bits']:.4f} bits a byte, " in out
     assert "bits" not in out or "test_bits" in last
     best = min((one, last), key=lambda row: row["test_loss"])
     assert train("--evaluate", file(tmp_path).name, "--out", tmp_path) == 0
@@ -178,7 +194,8 @@ def test_a_network_comes_back_without_its_data(flags, tmp_path, monkeypatch):
     name = only(tmp_path)
     log, newest = tmp_path / "logs" / f"{name}.jsonl", file(tmp_path, ".pt")
     for run in (tmp_path, tmp_path / "logs", log, log.with_name(f"{name}.run.json"), newest, name,
-                f"{name}.pt", f"{name}.run.json"):  # fmt: skip
+                f"{name}.pt", f"{name}.run.json", newest.parent, newest.with_name(name),
+                log.with_name(name)):  # fmt: skip
         assert find(str(run), tmp_path) == (log, newest)
     shutil.copy(log, tmp_path / "x.jsonl")
     shutil.copy(newest, tmp_path / "x.pt")
@@ -186,6 +203,7 @@ def test_a_network_comes_back_without_its_data(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "logs")
     assert find(log.name)[1].resolve() == newest.resolve()
     newest.rename(file(tmp_path, ".pt.previous"))
+    assert find(str(newest.with_name(name)))[1] == file(tmp_path, ".pt.previous")
     saved = open_run(str(tmp_path / "logs"))
     net = saved.network()
     assert not net.training
