@@ -28,7 +28,7 @@ import flags
 from architecture import GPTS, build, is_library
 from architecture.weights import start
 from cli import every
-from data import load
+from data import is_text, load
 from data.workers import lost
 from distributed.slurm import restarted
 from runs.images import find_run
@@ -131,7 +131,8 @@ def train_on(data, args, world, requests):
     checkpoint, warning = world.broadcast_object(resumed)
     rows = world.broadcast_object(log.epochs() if log else None)
 
-    progress = display.Progress(args.epochs, len(data.train), quiet=log is None)
+    tokens = args.train_bs * data.positions if is_text(args.dataset) else None
+    progress = display.Progress(args.epochs, len(data.train), quiet=log is None, tokens=tokens)
     for remark in [*remarks, f"Warning: {warning}"] if warning else remarks:
         progress.note(remark)
     profile = make_profile(args, log, world, len(data.train))

@@ -72,16 +72,22 @@ def fitting(parts, room):
     return "  ".join(parts)
 
 
+def tokens_a_second(rate):
+    """A rate in words."""
+    return f"{rate / 1000:.3g}k tok/s"
+
+
 class Progress:
     """The progress of the epochs, nothing if `quiet`. On a terminal: a line an epoch, and below
     them a bar with the step, the loss and eta so far. Elsewhere: a line an epoch, and one every
     minute of a longer epoch."""
 
-    def __init__(self, epochs, steps, quiet):
+    def __init__(self, epochs, steps, quiet, tokens=None):
         self.epochs, self.steps, self.quiet = epochs, steps, quiet
         self.terminal, self.bar = sys.stdout.isatty(), None
         self.every = SECOND if self.terminal else MINUTE  # between two looks at loss and eta
         self.figures, self.place = None, None  # (loss, eta) so far, of the epoch of `place`
+        self.tokens, self.phase = tokens, (0.0, 0)  # when `place` was first shown, and its step
         encoding = sys.stdout.encoding or "ascii"
         self.eta = "η" if "η".encode(encoding, "ignore") else "eta"
 
@@ -121,7 +127,7 @@ class Progress:
             return
         place, now = (epoch, doing), time.monotonic()
         if place != self.place:
-            self.place, due = place, due or self.terminal
+            self.place, self.phase, due = place, (now, i), due or self.terminal
         self.figures = figures or self.figures
         if not due and not (self.terminal and now > self.shown + TENTH):
             return
@@ -130,6 +136,9 @@ class Progress:
         if done > self.first:
             left = (now - self.began) / (done - self.first) * (self.epochs * self.steps - done)
             parts.append(f"{tqdm.format_interval(left)} left")
+        began, first = self.phase
+        if self.tokens and doing == "step" and i > first:
+            parts.append(tokens_a_second((i - first) * self.tokens / (now - began)))
         if self.terminal:
             self.bar.n, self.bar.ncols = done, width() - CTRL_C
             self.bar.set_description_str(fitting(parts, self.bar.ncols - BAR))
@@ -159,8 +168,8 @@ class Progress:
             rate = f"{row['images_per_second']:,.0f} img/s"
         else:  # of a text the loss is what counts
             parts += [f"val {row['test_loss']:.{digits}f}", f"{row['test_acc']:.{digits - 2}%}"]
-            parts += [f"{row['test_bits']:.3f} bits/byte"] if "test_bits" in row else []
-            rate = f"{rate:,.0f} tok/s"
+            parts += [f"{row['test_bits']:.3f} bpb"] if "test_bits" in row else []
+            rate, turn = tokens_a_second(rate), None
         parts += [] if eta is None else [f"{self.eta} {eta:.{digits}f}"]
         parts += [f"lr {row['lr']:.2g}"] if "lr" in row else []
         # Instead of the rate, for which there is no room.
