@@ -13,7 +13,7 @@ def bigram_loss(dataset="shakespeare", context=64):
     """The validation loss of a bigram on a text in nats a token, on the windows of a run's."""
     data = load(dataset, None, 1, 64, torch.device("cpu"), context=context, epoch_steps=1)
     windows = [np.stack([x.numpy() for x in batch], -1).reshape(-1, 2) for batch in data.test]
-    return loss(data.train.tokens.values, np.concatenate(windows), data.classes)
+    return loss(data.train.tokens.ids, np.concatenate(windows), data.classes)
 
 
 def loss(train, pairs, vocabulary):
