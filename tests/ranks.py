@@ -166,7 +166,7 @@ def runs(world, several, norms=False, dtype="float32"):
     if world.rank == 0:
         RunLog.log = lambda run, *rows: time.sleep(0.03) or log(run, *rows)
     if norms:
-        program.build = lambda *args: net_of(norms=True, dtype=torch.float32)
+        program.build = lambda *args, **sizes: net_of(norms=True, dtype=torch.float32)
     for flags, numbers in several:
         requests = Signalled(numbers.get(str(world.rank), {}))
         args = parse(["--cpu", "--distribute", *flags])

@@ -278,13 +278,15 @@ def small(words, tmp):
     be run here."""
     name, argv = program_of(words)
     dataset = next((b for a, b in zip(argv, argv[1:]) if a == "--dataset"), "cifar10")
-    if name != "main" or dataset.startswith(("imagenet", "npz:")) or ELSEWHERE & {*argv}:
+    elsewhere = "imagenet", "npz:", "tokens:"
+    if name != "main" or dataset.startswith(elsewhere) or ELSEWHERE & {*argv}:
         return None
     if argv in ([], ["--help"]) or any(map(PLACEHOLDER.search, argv)):
         return None
     argv = [f"folder:{tmp}/pictures" if word.startswith("folder:") else word for word in argv]
     argv += ["--cpu", "--epochs", "1", "--train_bs", "8", "--data_dir", tmp, "--out", tmp / "out"]
-    few = ["--train_examples", "16", "--test_examples", "8"]
+    few = ["--epoch_steps" if dataset == "shakespeare" else "--train_examples", "16",
+           "--test_examples", "8"]  # fmt: skip
     return argv + (["--workers", "0", "--image_size", "64"] if "folder:" in dataset else few)
 
 

@@ -32,7 +32,7 @@ def make_optimizer(
     if name in AUTOMATIC:
         if drawn and seed is not None:
             # Of a text the embeddings are rows, which shapes do not tell.
-            params = net if len(shape) == 1 else net.named_parameters()
+            params = net if len(shape or ()) == 1 else net.named_parameters()
             init_weights(params, torch.Generator().manual_seed(seed))
         return automatic(name, net, trained, shape, gain, layers, drawn, process_group)
     parameters = [p for _, p in trained]
