@@ -61,8 +61,8 @@ cifar100 c100
 imagenet imagenet_1k ilsvrc ilsvrc2012 in1k
 digits sklearn load_digits optdigits
 shakespeare shakespeare_char tinyshakespeare tiny_shakespeare chars
-tokens:FOLDER openwebtext openwebtext2 owt webtext fineweb tokens bin
-text:FILE text txt
+tokens:PATH openwebtext openwebtext2 owt webtext fineweb tokens bin
+text:PATH text txt
 """)
 OBJECTIVES = synonyms("""
 mse l2 square squared mse_loss square_loss mean_squared_error

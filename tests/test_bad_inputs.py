@@ -168,7 +168,7 @@ main --arch nanogpt                             | did you mean gpt
 main --dataset shakespeare {GPT} --heads 3      | 3 heads do not divide a width of 4
 main --dataset shakespeare {GPT} --context 0    | '0' is not a whole number from 1
 main --dataset shakespeare {GPT} --dropout 1    | from 0 to 0.99
-main --dataset openwebtext                      | did you mean tokens:FOLDER
+main --dataset openwebtext                      | did you mean tokens:PATH
 main --dataset shakespeare {GPT} --epoch_steps 1e8 | an epoch of 200,000,000 windows is longer than
 main --dataset shakespeare {GPT} --context 200000 | the validation part of shakespeare has 111,540
 main --dataset shakespeare {GPT} --test_examples 99999 | has 13,942 windows for --test_examples
