@@ -250,7 +250,7 @@ def facts_of(args, data, net, optimizer, channels_last):
         "shape": list(data.shape), "classes": data.classes,  # what the network takes and gives
     }
     if args.arch in GPTS:
-        facts |= {"network": flags.network(args), "context": data.positions}
+        facts["network"] = flags.network(args)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     if frozen:
         facts["frozen_weights"] = frozen

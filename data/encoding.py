@@ -11,18 +11,14 @@ SHOWN = 60  # characters of a description that an error repeats
 
 
 class Encoding:
-    """`size` token ids from 0 on. `end`: the id that ends a document, or None."""
+    """`size` token ids from 0 on. `end`: the id that ends a document, or None.
 
-    size, end = None, None
+    encode(str) -> their ids (n,), of the smallest unsigned dtype that holds all ids; raises
+    DataError for a character that has none. piece(id) -> its UTF-8 bytes, which may be a part of a
+    character.
+    """
 
-    def encode(self, text):
-        """The ids of a str, (n,), of the smallest unsigned dtype that holds all ids. Raises
-        DataError for a character that has none."""
-        raise NotImplementedError
-
-    def piece(self, token):
-        """The UTF-8 bytes of an id, which may be a part of a character."""
-        raise NotImplementedError
+    end = None
 
     def decode(self, ids):
         """The text of ids. A character that they cut off at the end is left out."""

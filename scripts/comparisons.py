@@ -23,7 +23,7 @@ import torch.nn as nn
 import agd
 from agd import AGD, SpectralAGD
 from cli import Parser, UserError, a_path, command, one_of
-from data import DATASETS, DataError, data_folder, default_data_dir
+from data import DATASETS, default_data_dir, load
 from data.arrays import ArrayBatches, load_arrays
 from data.prepare import prepare
 from runs.files import write_whole
@@ -323,16 +323,13 @@ class Characters:
 
 
 def of_text(args, net, steps, seed, batch=None, held=None):
-    """The work of a network, net(letters), that reads characters; it is tested on the first `held`
-    of the last tenth of the text."""
-    path = data_folder(args.data_dir) / "shakespeare.txt"
-    if not path.is_file():
-        raise DataError(f"there is no {path}, a text of any length")
-    letters, text = np.unique(list(path.read_text(encoding="utf-8")), return_inverse=True)
-    text, cut = torch.from_numpy(text), 9 * len(text) // 10
-    stream = Characters(text[:cut], args, steps, seed, batch)
-    tests = Characters(text[cut:][:held], args, batch=batch)
-    return net(len(letters)), stream, tests, xent, steps
+    """The work of a network, net(letters), that reads Shakespeare; it is tested on the first `held`
+    characters of the last tenth."""
+    data = load("shakespeare", None, 1, 1, CPU, context=args.context)
+    text, rest = (torch.from_numpy(x.tokens.ids.astype(np.int64)) for x in data[:2])
+    stream = Characters(text, args, steps, seed, batch)
+    tests = Characters(rest[:held], args, batch=batch)
+    return net(data.classes), stream, tests, xent, steps
 
 
 def stock_gpt2(args, letters):

@@ -77,8 +77,8 @@ def main(argv=None):
 def write(args):
     """Print the text of a run."""
     saved = open_run(args.run, args.out)
-    context = saved.first.get("context")
-    if context is None:
+    shape = saved.first.get("shape", ())
+    if len(shape) != 1:
         raise UserError(f"{saved.log} is a run on images: a text comes from --arch gpt")
     encoding, start = encoded(saved.first["data"].get("encoding"), args.prompt)
     if max(start) >= saved.first["classes"]:
@@ -93,7 +93,7 @@ def write(args):
     # A command whose text is lost has failed: past the guard, which lets a run go on.
     out = getattr(sys.stdout, "stream", sys.stdout)
     print(args.prompt, end="", file=out, flush=True)
-    for token in sampled(net, start, args.tokens, context, args.temperature, args.top_k,
+    for token in sampled(net, start, args.tokens, shape[0], args.temperature, args.top_k,
                          torch.Generator(where).manual_seed(args.seed)):  # fmt: skip
         print(show([token]), end="", file=out, flush=True)
     print(file=out, flush=True)

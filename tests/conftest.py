@@ -42,14 +42,13 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory):
-    """A data directory with a few images of noise, sorted by class, and a few lines of text."""
+    """A data directory with a few images of noise, sorted by class."""
     path, rng = tmp_path_factory.mktemp("data"), numpy.random.default_rng(0)
     arrays = {}
     for split in ("train", "test"):
         arrays[f"{split}_images"] = rng.integers(0, 256, (100, 32, 32, 3), dtype=numpy.uint8)
         arrays[f"{split}_labels"] = numpy.repeat(numpy.arange(10), 10)
     numpy.savez(path / "cifar10.npz", **arrays)
-    (path / "shakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 20)
     return path
 
 

@@ -47,13 +47,14 @@ def network(net, facts, notes):
     if len(rows) > LAYERS:
         rows = [*rows[:6], (f"... {len(rows) - 9} more", ""), *rows[-3:]]
     table(("Layer", "Shape"), rows)
-    frozen, paths, context = map(facts.get, ("frozen_weights", "paths", "context"))
+    frozen, paths, shape = map(facts.get, ("frozen_weights", "paths", "shape"))
+    text = shape is not None and len(shape) == 1
     print("{weights:,} weights in {layers} layers".format(**facts)
           + (f", {frozen:,} of them frozen" if frozen else "")
           + (f", {paths:.4g} layers on a path" if paths is not None else "")
-          + (";\n" if context else "; ")  # a line of a terminal each
+          + (";\n" if text else "; ")  # a line of a terminal each
           + "{train_examples:,} training and {test_examples:,} ".format(**facts)
-          + (f"validation windows of {context:,} tokens" if context else "test images"))
+          + (f"validation windows of {shape[0]:,} tokens" if text else "test images"))
     print(*notes, "", sep="\n")
 
 
