@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, corpus, load
+from data import DataError, corpus, documents, load
 from data.encoding import read_encoding
 from data.prepare import main
 from tests.conftest import ROOT
@@ -78,8 +78,9 @@ def tiktoken(tmp_path, monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Cut texts into many shares and parts."""
-    for name, value in (("SHARE", 4000), ("CHUNK", 700), ("WINDOW", 100)):
-        monkeypatch.setattr(corpus, name, value)
+    monkeypatch.setattr(corpus, "SHARE", 4000)
+    for name, value in (("CHUNK", 700), ("WINDOW", 100)):
+        monkeypatch.setattr(documents, name, value)
 
 
 @pytest.fixture
@@ -376,7 +377,7 @@ def test_words_in_names_are_no_pair_where_others_are_without(command, tmp_path):
     ("x.txt", "", "x.txt is empty"), ("x.bin", bytes(range(256)), "not UTF-8 at byte 128"),
 ])  # fmt: skip
 def test_what_is_no_text(name, content, message, command, small, monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus, "LINE", 2000)
+    monkeypatch.setattr(documents, "LINE", 2000)
     code, printed = command(lay(tmp_path / name, content))
     assert code == 2 and message in printed and "Traceback" not in printed, printed
     assert not (tmp_path / "out" / "x-bytes").exists()
@@ -418,7 +419,7 @@ class Killed(BaseException):
     """Nothing handles it, as nothing handles SIGKILL."""
 
 
-@pytest.mark.parametrize("step", ["_write", "_make_share", "shutil.rmtree", "shutil.copyfileobj"])
+@pytest.mark.parametrize("step", ["_write", "make_share", "shutil.rmtree", "shutil.copyfileobj"])
 def test_a_command_that_is_killed_at_any_step_goes_on(step, command, small, tmp_path, monkeypatch):
     """After each of them; what was done is not done again, and the bytes are an unbroken run's."""
     path = lay(tmp_path / "x.txt", TEXT)
@@ -434,10 +435,10 @@ def test_a_command_that_is_killed_at_any_step_goes_on(step, command, small, tmp_
             raise Killed
         return done
 
-    make = corpus._make_share
+    make = corpus.make_share
     for _ in range(99):
         with monkeypatch.context() as patch:
-            patch.setattr(corpus, "_make_share", lambda *a: (make(*a), made.append(a[3].name))[0])
+            patch.setattr(corpus, "make_share", lambda *a: (make(*a), made.append(a[3].name))[0])
             real = getattr(owner, name)
             patch.setattr(owner, name, killed)
             try:
