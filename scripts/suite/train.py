@@ -1,0 +1,106 @@
+"""One run of the suite: a workload, a method, a seed."""
+
+import math
+import time
+from importlib import import_module
+
+import torch
+import torch.nn as nn
+
+from agd import AGD, recalibrate
+from scripts.suite.methods import METHODS
+
+EVALUATIONS = 32  # of a run, at equal distances, beside the one before the first step
+CALIBRATION = 8  # batches from which batch norm's statistics of averaged weights are taken
+VALIDATION_BATCH = 256
+
+
+def workload(name):
+    """The module of a workload; scripts/suite/workloads says what it holds."""
+    return import_module(f"scripts.suite.workloads.{name}")
+
+
+def batches(train, size, seed):
+    """Tuples of `size` rows of `train`, shuffled anew in every epoch; the rest of an epoch that is
+    smaller is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(train[0]), generator=generator).split(size):
+            if len(rows) == size:
+                yield tuple(x[rows] for x in train)
+
+
+@torch.no_grad()
+def evaluate(work, net, valid):
+    """The mean score of the validation examples."""
+    net.eval()
+    parts = zip(*(x.split(VALIDATION_BATCH) for x in valid))
+    result = torch.cat([work.score(net, *part) for part in parts]).double().mean().item()
+    net.train()
+    return result
+
+
+class Calibration(nn.Module):
+    """What `recalibrate` calls on a batch: the network, by way of the workload's loss."""
+
+    def __init__(self, work, net):
+        super().__init__()
+        self.net, self.loss = net, work.loss
+
+    def forward(self, batch):
+        return self.loss(self.net, *batch)
+
+
+def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
+    """The row of a run, or None if time.time() passes `deadline` before its end:
+
+        workload, method, seed, setting   as given; a setting is a method's keyword arguments
+        steps                             of the budget
+        curve                             [step, CPU seconds of training, score, mean training loss]
+                                          at each evaluation, the first before the first step
+        agd                               [G, eta] after each evaluation's last step, and L
+        failed                            why the run ended early, else None
+    """
+    torch.set_num_threads(1)
+    work, setting = workload(name), setting or {}
+    steps = steps or work.STEPS
+    train, valid = work.data()
+    torch.manual_seed(seed)
+    net = work.network()
+    optimizer = METHODS[method].make(net, steps, **setting)
+    averages = callable(getattr(optimizer, "eval", None))
+    stream, calibration = batches(train, work.BATCH, seed), batches(train, work.BATCH, seed + 1)
+    if averages:
+        optimizer.train()
+    curve, summaries = [[0, 0.0, evaluate(work, net, valid), None]], []
+    row = {"workload": name, "method": method, "seed": seed, "setting": setting, "steps": steps,
+           "curve": curve, "failed": None}  # fmt: skip
+    seconds = 0.0
+    marks = sorted({round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0})
+    for done, mark in zip([0, *marks], marks):
+        if time.time() > deadline:
+            return None
+        begun, total = time.process_time(), 0.0
+        for step in range(done, mark):
+            loss = work.loss(net, *next(stream))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            if not math.isfinite(total):
+                row["failed"] = f"the loss of step {step + 1} is not finite"
+                return row
+        seconds += time.process_time() - begun
+        if averages:
+            optimizer.eval()
+            recalibrate(Calibration(work, net), ((next(calibration),) for _ in range(CALIBRATION)))
+        curve.append([mark, round(seconds, 3), evaluate(work, net, valid), total / (mark - done)])
+        if averages:
+            optimizer.train()
+        if isinstance(optimizer, AGD):
+            summaries.append([optimizer.G.item(), optimizer.eta.item()])
+            row["agd"] = {"L": float(optimizer.L), "G, eta": summaries}
+        if not math.isfinite(curve[-1][2]):
+            row["failed"] = f"the score after step {mark} is not finite"
+            return row
+    return row
