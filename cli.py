@@ -8,8 +8,12 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+
+TIME_IS_UP = 75  # an exit code, EX_TEMPFAIL: the same command goes on
 
 
 class UserError(RuntimeError):
@@ -81,6 +85,14 @@ def printable(text):
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(text)
     )
+
+
+def interruptible():
+    """Have SIGTERM, and SIGHUP as a terminal closes, raise KeyboardInterrupt as Ctrl-C does. What
+    the parent process ignores, as nohup has it, stays ignored."""
+    numbers = {getattr(signal, name, None) for name in ("SIGINT", "SIGHUP")} - {None}
+    for number in {signal.SIGTERM, *(x for x in numbers if signal.getsignal(x) != signal.SIG_IGN)}:
+        signal.signal(number, signal.default_int_handler)
 
 
 def command(name, *words):
@@ -352,6 +364,15 @@ def number(kind, least, most=None):
         return x
 
     return check
+
+
+def duration(text):
+    """An argument type: seconds of 90s, 9m, 1.5h, 1h30m."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
+    return seconds
 
 
 def every(value):

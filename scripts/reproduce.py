@@ -35,21 +35,13 @@ import shlex
 import subprocess
 
 import flags
-from cli import Parser, UserError, a_path, command, device, number, one_of
+from cli import (
+    TIME_IS_UP, Parser, UserError, a_path, command, device, duration, interruptible, number, one_of,
+)  # fmt: skip
 from data import default_data_dir
 from scripts.experiments import FIGURES, SCALES
 
-TIME_IS_UP = 75  # EX_TEMPFAIL: the same command goes on
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def duration(text):
-    """An argument type: seconds of 90s, 9m, 1.5h, 1h30m."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
-    seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: 90s, 9m, 1h30m")
-    return seconds
 
 
 def figure(text):
@@ -343,10 +335,5 @@ def draw(args, results):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup has it
-        signal.signal(hangup, signal.default_int_handler)
+    interruptible()
     sys.exit(main())

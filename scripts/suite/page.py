@@ -1,0 +1,200 @@
+"""The suite's page and picture, from its rows alone."""
+
+import math
+from statistics import median
+
+import matplotlib.pyplot as plt
+
+from runs.files import write_whole
+from scripts import style
+from scripts.markdown import renew, table
+from scripts.suite import protocol
+from scripts.suite.methods import METHODS, TRIALS
+from scripts.suite.train import CALIBRATION, EVALUATIONS, workload
+from scripts.suite.workloads import NAMES
+from scripts.words import number, rate_name, significant
+
+MARKS = "<!-- rows: python -m scripts.suite --draw -->", "<!-- end of the rows -->"
+LOOKS = {  # colour, marker, line
+    "agd": (style.BLACK, "o", "-"), "spectral": (style.RED, "P", "-"),
+    "prodigy": (style.GREEN, "s", "-"), "schedule_free": (style.PINK, "D", "-"),
+    "dadaptation": (style.SKY, "v", "-"), "muon": (style.ORANGE, "^", "-"),
+    "nadamw": (style.BLUE, "o", "-"), "adamw": (style.GREY, None, style.DASHED),
+}  # fmt: skip
+UNITS = {"steps": "steps", "seconds": "seconds of one core"}
+RULES = f"""\
+*The rules.* A method has one setting, the one that its authors publish, on every workload, and no
+more: each run trains for the workload's budget of steps from the start that the network's library
+gives it, with seeds {", ".join(map(str, protocol.SEEDS))} for weights and order; the data are the
+same for all. AdamW has a warm-up of a twentieth of the budget and a cosine to 0, and is tuned for
+each workload: {len(TRIALS)} trials at seed {protocol.SEEDS[0]}, each rate of
+{{rates}} with each decay of {{decays}}. The trial with the least score within
+{protocol.SHARE:.0%} of the budget gives the setting, and the median of its seeds' least scores until
+then is the *target*. A run is evaluated {EVALUATIONS} times, at equal distances, an averaging method
+at its average, with batch norm's statistics taken from {CALIBRATION} batches there. Its *time to the
+target* ends at the first evaluation with that score or less; a run without one has missed, which
+counts as infinite. A method's time on a workload is the median of its seeds.
+
+*The score.* A method's ratio is its time over that of the fastest method. The performance profile
+is the share of workloads with a ratio of τ or less, and the score is its mean over τ from 1 to
+{protocol.TAU}: 1 for a method that is the fastest on all, 0 for one that never comes within
+{protocol.TAU} times. Seconds are of the process's CPU time in training alone, one thread."""
+
+
+def outcome(row):
+    """A run's least score, or why it failed."""
+    return row["failed"] or f"least {number(protocol.best(row))}"
+
+
+def setting_words(setting):
+    """The setting of a trial in words."""
+    return ", ".join(f"{name} {rate_name(value)}" for name, value in sorted(dict(setting).items()))
+
+
+def cell(times, unit, fastest):
+    """The median time of the seeds, bold where it is the fastest, and how many have missed."""
+    missed = sum(getattr(x, unit) == math.inf for x in times)
+    time = median(getattr(x, unit) for x in times)
+    if time == math.inf:
+        return "missed" if missed == len(times) else f"missed by {missed}"
+    text = significant(time, 3) if unit == "seconds" else f"{time:g}"
+    text = f"**{text}**" if time == fastest else text
+    return f"{text} ({missed} missed)" if missed else text
+
+
+def time_table(rows, workloads, methods, unit):
+    """The times to the targets in Markdown: a line a workload, a column a method."""
+    lines = []
+    for name in workloads:
+        found = {method: protocol.times(rows, name, method) for method in methods}
+        known = [median(getattr(x, unit) for x in times) for times in found.values() if times]
+        fastest = min(known, default=math.inf)
+        lines.append([name, *(cell(x, unit, fastest) if x else "" for x in found.values())])
+    return table(["", *(METHODS[x].title for x in methods)], lines)
+
+
+def best_table(rows, workloads, methods):
+    """The least scores within the budget in Markdown, medians of the seeds that have run."""
+    lines = []
+    for name in workloads:
+        runs = [protocol.runs_of(rows, name, method) for method in methods]
+        cells = [number(median(map(protocol.best, x))) if x else "" for x in runs]
+        target = protocol.target(rows, name)
+        lines.append([name, "" if target is None else number(target), *cells])
+    return table(["", "target", *(METHODS[x].title for x in methods)], lines)
+
+
+def score_table(rows, workloads, methods):
+    """Scores, targets reached and runs of tuning in Markdown, the best score in steps first."""
+    medians = protocol.medians(rows, workloads)
+    scores = {unit: {method: protocol.profile_score(x)
+                     for method, x in protocol.ratios(medians, unit).items()}
+              for unit in UNITS}  # fmt: skip
+    lines = []
+    for method in sorted(methods, key=lambda x: -scores["steps"].get(x, -1)):
+        times = [x for name in workloads for x in protocol.times(rows, name, method)]
+        reached = sum(x != protocol.NEVER for x in times)
+        shown = [f"{scores[unit][method]:.3f}" if method in scores[unit] else "" for unit in UNITS]
+        runs = len(TRIALS) if method == protocol.TUNED else 1
+        lines.append([METHODS[method].title, METHODS[method].setting, runs, *shown,
+                      f"{reached} of {len(times)}" if times else ""])  # fmt: skip
+    return table(["method", "setting", "runs to a setting", "score, steps", "score, seconds",
+                  "runs at the target"], lines)  # fmt: skip
+
+
+def workload_table(rows, workloads):
+    lines = []
+    for name in workloads:
+        work, chosen = workload(name), protocol.choice(rows, name)
+        start = median(row["curve"][0][2] for row in rows if row["workload"] == name)
+        target = protocol.target(rows, name)
+        steps = next(row["steps"] for row in rows if row["workload"] == name)
+        lines.append([f"[{name}](../scripts/suite/workloads/{name}.py)",
+                      work.__doc__.splitlines()[0].rstrip("."), work.METRIC, number(start),
+                      "" if target is None else number(target), f"{steps:,} × {work.BATCH}",
+                      setting_words(chosen) if chosen else ""])  # fmt: skip
+    return table(["", "what", "score", "at the start", "target", "budget", "AdamW's setting"],
+                 lines)  # fmt: skip
+
+
+def made_with(rows):
+    """What the rows were made with, in words."""
+    made = [row["made"] for row in rows]
+
+    def values(key):
+        return ", ".join(sorted({str(x[key]) for x in made if x.get(key)}))
+
+    packages = sorted({x.package for x in METHODS.values() if x.package} & {k for x in made for k in x})
+    versions = ", ".join(f"{x} {values(x)}" for x in ("python", "torch", "numpy", *packages))
+    days = sorted({row["date"] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    commits = ", ".join(sorted({str(x["commit"])[:7] for x in made}))
+    return (f"<sub>{len(rows)} runs, {when}, at {commits}; {versions}; {values('device_name')}, one "
+            "thread a run, other work on its cores.</sub>")  # fmt: skip
+
+
+def text(rows, workloads, methods):
+    """What stands between the marks."""
+    rates, decays = (", ".join(rate_name(x) for x in dict.fromkeys(setting[key] for setting in TRIALS))
+                     for key in ("rate", "decay"))  # fmt: skip
+    parts = [
+        score_table(rows, workloads, methods),
+        "![Performance profiles](suite/profile.png)",
+        RULES.format(rates=rates, decays=decays),
+        "## The workloads", workload_table(rows, workloads),
+        "## Steps to the target", time_table(rows, workloads, methods, "steps"),
+        "## Seconds to the target", time_table(rows, workloads, methods, "seconds"),
+        "## The least score within the budget", best_table(rows, workloads, methods),
+    ]  # fmt: skip
+    failed = [row for row in rows if row["failed"]]
+    if failed:
+        parts.append("## Runs that failed")
+        parts.append(table(["workload", "method", "setting", "seed", "why"], [
+            [x["workload"], METHODS[x["method"]].title, setting_words(x["setting"]), x["seed"],
+             x["failed"]] for x in failed]))  # fmt: skip
+    return "\n\n".join([*parts, made_with(rows)])
+
+
+def picture(rows, workloads):
+    """The performance profiles in steps and in seconds; None without a whole method."""
+    medians = protocol.medians(rows, workloads)
+    if not medians:
+        return None
+    with plt.style.context([style.STYLE]):
+        figure, axes = plt.subplots(1, len(UNITS), figsize=(style.WIDTH, 2.9), sharey=True)
+        for ax, (unit, label) in zip(axes, UNITS.items()):
+            ratios = protocol.ratios(medians, unit)
+            for i, (method, found) in enumerate(ratios.items()):
+                colour, marker, line = LOOKS.get(method, (style.GREY, "x", "-"))
+                x = sorted(r for r in found if r <= protocol.TAU)
+                y = [(k + 1) / len(found) for k in range(len(x))]
+                shift = (i - len(ratios) / 2) * 0.004  # so that equal profiles are both seen
+                ax.step([1, *x, protocol.TAU], [shift + v for v in (0, *y, y[-1] if y else 0)],
+                        where="post", color=colour, linestyle=line, zorder=3 + (method == "spectral"))
+                ax.plot(x, [shift + v for v in y], color=colour, linestyle="none", marker=marker,
+                        markersize=3.6, markerfacecolor="white", clip_on=False, zorder=5)  # fmt: skip
+            ax.set_xlim(1, protocol.TAU)
+            ax.set_xlabel(f"τ: {label} to the target, over the fastest method's")
+        axes[0].set_ylim(-0.03, 1.03)
+        axes[0].set_ylabel(f"share of {len(workloads)} workloads")
+        style.legend(figure, [
+            style.key(METHODS[x].title, LOOKS.get(x, (style.GREY,))[0], marker=LOOKS[x][1],
+                      markersize=3.6, markerfacecolor="white", linestyle=LOOKS[x][2])
+            for x in medians], ncols=4)  # fmt: skip
+    return figure
+
+
+def write(out, rows):
+    """Write the page of these rows and its picture below `out`; returns the page, or None without
+    rows. What stands outside of the marks of a page that is there stays."""
+    if not rows:
+        return None
+    workloads = [x for x in NAMES if any(row["workload"] == x for row in rows)]
+    methods = [x for x in METHODS if any(row["method"] == x for row in rows)]
+    if drawn := picture(rows, workloads):
+        style.save(drawn, out / "suite" / "profile.png")
+    path = out / "suite.md"
+    if not path.exists():
+        write_whole(path, f"# Optimisers at one setting each\n\n{MARKS[0]}\n{MARKS[1]}\n")
+    renew(path, *MARKS, text(rows, workloads, methods))
+    return path

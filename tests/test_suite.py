@@ -1,0 +1,215 @@
+"""The suite: its protocol on invented rows, its workloads, its command, its published rows."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+from scripts import style
+from scripts.suite import __main__ as suite
+from scripts.suite import page, protocol, train
+from scripts.suite.methods import METHODS, NADAMW, TRIALS
+from scripts.suite.protocol import NEVER, Task, Time
+from scripts.suite.rows import Rows, RowsError
+from scripts.suite.workloads import NAMES
+from tests.conftest import ROOT
+
+PUBLISHED = ROOT / "results"
+
+
+def row(method="agd", seed=0, scores=(1.0, 0.5), setting=None, workload="gpt", steps=None):
+    """A run whose score after every 10 steps, a second, is the next of `scores`."""
+    curve = [[0, 0.0, 2.0, None]] + [[10 * i, float(i), x, x] for i, x in enumerate(scores, 1)]
+    return {"workload": workload, "method": method, "seed": seed, "setting": setting or {},
+            "steps": steps or 10 * len(scores), "curve": curve, "failed": None}  # fmt: skip
+
+
+def trials(winner=3, workload="gpt"):
+    """The ten trials of a workload: that of number `winner` is the best at three quarters, another
+    one at the end."""
+    rows = []
+    for i, setting in enumerate(TRIALS):
+        scores = (1, 0.9, 0.3 if i == winner else 0.8, 0.1 if i == winner + 1 else 0.7)
+        rows.append(row("adamw", 0, scores, setting, workload))
+    return rows
+
+
+def test_the_tuned_method_is_chosen_and_sets_the_target_at_three_quarters():
+    rows = trials()
+    assert protocol.choice(rows[:-1], "gpt") is None
+    assert dict(protocol.choice(rows, "gpt")) == TRIALS[3]
+    assert protocol.target(rows, "gpt") is None  # seeds 1 and 2 are missing
+    rows += [row("adamw", 1, (1, 0.4, 0.35, 0.2), TRIALS[3]),
+             row("adamw", 2, (1, 0.2, 0.9, 0.2), TRIALS[3])]  # fmt: skip
+    assert protocol.target(rows, "gpt") == 0.3  # of 0.3, 0.35 and 0.2
+    assert protocol.times(rows, "gpt", "adamw") == [Time(30, 3.0), Time(40, 4.0), Time(20, 2.0)]
+
+
+def test_what_is_needed_follows_from_what_is_there():
+    trials_first = protocol.needed([], ["gpt"], ["adamw", "agd"])
+    assert [x.method for x in trials_first] == ["adamw"] * 10 + ["agd"] * 3
+    rows = [*trials(), row("agd", 1)]
+    rest = protocol.needed(rows, ["gpt"], ["adamw", "agd"])
+    chosen = tuple(sorted(TRIALS[3].items()))
+    assert rest == [Task("gpt", "adamw", 1, chosen), Task("gpt", "adamw", 2, chosen),
+                    Task("gpt", "agd", 0), Task("gpt", "agd", 2)]  # fmt: skip
+    assert protocol.needed(rows, ["gpt"], ["agd"])[0].method == "agd"
+
+
+def test_a_time_is_that_of_the_first_score_at_the_target_or_below():
+    assert protocol.time_to(row(scores=(1, 0.5, 0.6)), 0.5) == Time(20, 2.0)
+    assert protocol.time_to(row(scores=(1, 0.5)), 0.4) == NEVER
+    assert protocol.time_to(row(scores=()), 3) == NEVER  # the start does not count
+
+
+def test_the_median_of_three_seeds_with_two_misses_is_a_miss():
+    rows = trials() + [row("adamw", s, (1, 0.9, 0.3, 0.2), TRIALS[3]) for s in (1, 2)]
+    rows += [row("agd", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.8, 0.8))]
+    rows += [row("spectral", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.1, 0.8))]
+    table = protocol.medians(rows, ["gpt"])
+    assert table["agd"]["gpt"] == NEVER and table["spectral"]["gpt"] == Time(40, 4.0)
+    assert protocol.ratios(table, "steps") == {"agd": [math.inf], "spectral": [40 / 30],
+                                               "adamw": [1.0]}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratios, score", [
+    ([1, 1], 1), ([4, math.inf], 0), ([1, math.inf], 0.5), ([2.5, 2.5, 2.5], 0.5), ([1, 2.5], 0.75),
+])  # fmt: skip
+def test_the_score_is_the_mean_of_the_profile(ratios, score):
+    assert protocol.profile_score(ratios) == pytest.approx(score)
+    taus = torch.linspace(1, protocol.TAU, 30_001).double()
+    profile = sum((taus >= x).double() for x in ratios) / len(ratios)
+    assert profile.mean().item() == pytest.approx(score, abs=1e-3)
+
+
+def test_one_setting_is_calibrated_by_its_mean_rank():
+    rows = trials(3) + trials(3, "vit") + trials(7, "lstm")
+    assert protocol.calibrated(rows, ["gpt", "vit", "lstm"]) == TRIALS[4]  # its end is the best
+    assert protocol.calibrated(rows[1:], ["gpt", "vit", "lstm"]) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workload_trains_and_is_the_same_each_time(name):
+    """Its data come out alike, its score is one number an example, a run repeats to the bit, and
+    two rules that need no setting learn something."""
+    work = train.workload(name)
+    lines = (ROOT / f"scripts/suite/workloads/{name}.py").read_text().splitlines()
+    assert len(lines) <= 120
+    data, again = work.data(), work.data()
+    assert all(torch.equal(a, b) for a, b in zip(sum(data, ()), sum(again, ())))
+    for part in data:
+        assert len({len(x) for x in part}) == 1
+    train_set, valid = data
+    assert not set(map(_key, valid[0][:200])) & set(map(_key, train_set[0][:2000]))
+    batch = tuple(x[: work.BATCH] for x in train_set)
+    torch.manual_seed(0)
+    net = work.network()
+    assert work.loss(net, *batch).shape == ()
+    assert work.score(net.eval(), *batch).shape == (work.BATCH,)
+    first = train.run(name, "spectral", 0, steps=4)
+    second = train.run(name, "spectral", 0, steps=4)
+    scores = [x[2] for x in first["curve"]]
+    assert scores == [x[2] for x in second["curve"]] and len(set(scores)) > 1
+    assert [x[0] for x in first["curve"]] == [0, 1, 2, 3, 4] and first["failed"] is None
+
+
+def _key(x):
+    return x.numpy().tobytes()
+
+
+def test_a_run_that_is_not_finite_ends_and_says_so():
+    result = train.run("gpt", "adamw", 0, {"rate": 1e9, "decay": 0.0}, steps=32)
+    assert "not finite" in result["failed"] and len(result["curve"]) < 33
+    assert train.run("gpt", "agd", 0, steps=32, deadline=0) is None
+
+
+def call(*argv):
+    return suite.main([str(x) for x in argv])
+
+
+def test_the_command_goes_on_and_the_page_follows_from_the_rows(tmp_path, capsys):
+    words = "gpt", "--quick", "--out", tmp_path
+    assert call(*words, "--methods", "agd", "--jobs", 2) == 0
+    rows = Rows(tmp_path / "suite").read()
+    assert [x["seed"] for x in sorted(rows, key=lambda x: x["seed"])] == [0, 1, 2]
+    assert all(x["steps"] == suite.STEPS and x["made"]["torch"] for x in rows)
+    assert "3 of 3" in capsys.readouterr().out
+    assert call(*words, "--methods", "agd") == 0  # nothing is left
+    assert Rows(tmp_path / "suite").read() == rows
+    assert call(*words, "--list", "--methods", "agd", "adamw") == 0
+    text = capsys.readouterr().out
+    assert text.count("finished") == 3 and text.count("to do") == 10
+    first = (tmp_path / "suite.md").read_text()
+    assert "AGD" in first and "| gpt" in first
+    (tmp_path / "suite.md").write_text(first + "\nKept.\n")
+    assert call("--draw", "--out", tmp_path) == 0
+    assert (tmp_path / "suite.md").read_text() == first + "\nKept.\n"
+
+
+def test_the_command_stops_in_time(tmp_path, capsys):
+    assert call("gpt", "--methods", "agd", "--out", tmp_path, "--time_limit", "6s") == 75
+    assert "The time is up" in capsys.readouterr().out
+    assert not list(tmp_path.glob("suite/*.jsonl"))
+
+
+def test_rows_of_another_workload_or_budget_are_refused(tmp_path):
+    rows = Rows(tmp_path)
+    rows.add(row())
+    with pytest.raises(RowsError, match="another gpt"):
+        rows.add(row(seed=1, steps=77))
+    other = row(method="spectral")
+    other["curve"][0][2] = 2.1
+    with pytest.raises(RowsError, match="another gpt"):
+        rows.add(other)
+    (tmp_path / "vit.jsonl").write_text("{")
+    with pytest.raises(RowsError, match="no rows"):
+        rows.read()
+
+
+def test_nothing_to_draw(tmp_path, capsys):
+    assert call("--draw", "--out", tmp_path) == 1
+    assert "nothing to draw" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not list((PUBLISHED / "suite").glob("*.jsonl")), reason="no rows yet")
+class TestPublished:
+    """results/suite: all that it says follows from its rows, and its rows from this code."""
+
+    rows = Rows(PUBLISHED / "suite").read()
+
+    def test_all_runs_are_there(self):
+        assert protocol.needed(self.rows, NAMES, list(METHODS)) == []
+        assert len(NAMES) == 9
+
+    def test_nadamw_has_the_calibrated_setting(self):
+        assert protocol.calibrated(self.rows, NAMES) == NADAMW
+
+    def test_the_page_and_the_picture_follow_from_the_rows(self, tmp_path):
+        shutil.copytree(PUBLISHED / "suite", tmp_path / "suite")
+        shutil.copy(PUBLISHED / "suite.md", tmp_path)
+        drawn = page.picture(self.rows, NAMES)
+        from PIL import Image
+
+        said = Image.open(PUBLISHED / "suite" / "profile.png").info["Source"]
+        assert style.fingerprint(drawn) == said
+        page.write(tmp_path, self.rows)
+        assert (tmp_path / "suite.md").read_bytes() == (PUBLISHED / "suite.md").read_bytes()
+
+    def test_rows_name_a_commit_and_no_path(self):
+        for row in self.rows:
+            assert re.fullmatch("[0-9a-f]{40}", row["made"]["commit"])
+            assert '"/' not in json.dumps(row)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_rows_are_of_this_workload(self, name):
+        work = train.workload(name)
+        _, valid = work.data()
+        torch.manual_seed(0)
+        start = train.evaluate(work, work.network(), valid)
+        own = [x for x in self.rows if x["workload"] == name]
+        assert {x["steps"] for x in own} == {work.STEPS}
+        for x in (x for x in own if x["seed"] == 0):
+            assert x["curve"][0][2] == pytest.approx(start, rel=0.01)
