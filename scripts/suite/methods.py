@@ -2,24 +2,42 @@
 
 import itertools
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 from agd import AGD, SpectralAGD
 from training.schedule import Cosine
 
 
 class Method(NamedTuple):
-    """`make(net, steps, **setting)` returns the optimiser of a run of `steps`."""
+    """`make(net, steps, **setting)` returns the optimiser of a run of `steps`.
+
+    `package`: pip's name of what `make` imports, where a machine may lack it.
+    """
 
     title: str
     make: Callable
+    package: str | None = None
 
 
-def scheduled(optimizer, steps):
-    """The optimiser with a warm-up of a twentieth of the steps and a cosine to 0."""
-    schedule, count = Cosine(optimizer, steps), itertools.count()
+def missing(name):
+    """What the user installs before METHODS[name] runs, None where it runs already."""
+    package = METHODS[name].package
+    if package == "torch":
+        return None if hasattr(torch.optim, "Muon") else "torch 2.9 or newer"
+    try:
+        import_module(package or "torch")
+    except ImportError:
+        return package
+    return None
+
+
+def scheduled(optimizer, steps, warmup=None):
+    """The optimiser with a warm-up, a twentieth of the steps by default, and a cosine to 0."""
+    schedule, count = Cosine(optimizer, steps, warmup), itertools.count()
     optimizer.register_step_pre_hook(lambda *_: schedule.set(next(count)))
     return optimizer
 
@@ -28,8 +46,108 @@ def adamw(net, steps, rate, decay):
     return scheduled(torch.optim.AdamW(net.parameters(), rate, weight_decay=decay), steps)
 
 
+# AdamW's trials on each workload: every rate, half a decade apart, with a small and a large decay.
+# The trial with the least score, the median of the seeds, is "AdamW, tuned".
+TRIALS = tuple(
+    {"rate": rate, "decay": decay}
+    for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) for decay in (0.01, 0.3)
+)  # fmt: skip
+
+NADAMW = {"rate": 1e-3, "decay": 0.01}
+
+
+def nadamw(net, steps, rate=NADAMW["rate"], decay=NADAMW["decay"]):
+    """AlgoPerf's baseline, mlcommons/algorithmic-efficiency,
+    reference_algorithms/paper_baselines/nadamw: without torch's slow rise of Nesterov's momentum,
+    which a large `momentum_decay` ends before the first step."""
+    return scheduled(
+        torch.optim.NAdam(
+            net.parameters(), rate, weight_decay=decay, momentum_decay=1e6,
+            decoupled_weight_decay=True,
+        ),
+        steps,
+    )  # fmt: skip
+
+
+def prodigy(net, steps):
+    """konstmish/prodigy, README.md: lr 1 for all networks; cosine annealing, and no warm-up, in
+    which the method might overestimate its rate."""
+    from prodigyopt import Prodigy
+
+    return scheduled(Prodigy(net.parameters(), lr=1.0), steps, warmup=0)
+
+
+def dadaptation(net, steps):
+    """facebookresearch/dadaptation, README.md: lr 1, and the schedule that Adam would have. The
+    default decay is 0, for which `decouple` changes nothing."""
+    from dadaptation import DAdaptAdam
+
+    return scheduled(DAdaptAdam(net.parameters(), lr=1.0), steps)
+
+
+def schedule_free(net, steps):
+    """The one setting of AlgoPerf's winner of the self-tuning rules: mlcommons/
+    submissions_algorithms, submissions/self_tuning/schedule_free_adamw_v2/submission.py. Its
+    step_hint, a baseline's budget, is `steps` here."""
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(
+        net.parameters(), lr=0.0025, betas=(1 - 0.1, 0.9955159689799007),
+        weight_decay=0.08121616522670176, warmup_steps=int(0.02 * steps * 0.75),
+    )  # fmt: skip
+
+
+class Muon:
+    """Muon for the hidden weights, convolutions flattened to (out, in * K), and AdamW for the rest.
+
+    The setting is that of KellerJordan/Muon, README.md (eps: muon.py). `adjust_lr_fn="original"`
+    is that repository's scale of a step, sqrt(max(1, rows / columns)).
+    """
+
+    def __init__(self, net, steps):
+        hidden = hidden_weights(net)
+        # torch's class takes matrices alone: each is a view of a weight, and shares its memory.
+        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in hidden]
+        self.rest = [p for p in net.parameters() if not any(p is q for q in hidden)]
+        muon = torch.optim.Muon(
+            [matrix for _, matrix in self.matrices], lr=0.02, momentum=0.95, weight_decay=0.01,
+            adjust_lr_fn="original",
+        )  # fmt: skip
+        adam = torch.optim.AdamW(self.rest, 3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01)
+        self.optimizers = [scheduled(x, steps) for x in (muon, adam)]
+
+    def zero_grad(self):
+        for p in [p for p, _ in self.matrices] + self.rest:
+            p.grad = None
+
+    def step(self):
+        for p, matrix in self.matrices:
+            matrix.grad = None if p.grad is None else p.grad.reshape(matrix.shape)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def hidden_weights(net):
+    """The weights of layers, in the order of the modules, without embeddings, the first and the
+    last: these, vectors, tokens and positions are AdamW's by KellerJordan/Muon, README.md."""
+    weights, embeddings = [], []
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if "weight" in name and p.ndim > 1:
+                weights.append(p)
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    embeddings.append(p)
+    outer = {id(p) for p in (weights[0], weights[-1], *embeddings)}
+    return list({id(p): p for p in weights if id(p) not in outer}.values())
+
+
 METHODS = {
     "agd": Method("AGD", lambda net, steps: AGD(net)),
     "spectral": Method("Spectral AGD", lambda net, steps: SpectralAGD(net)),
+    "prodigy": Method("Prodigy", prodigy, "prodigyopt"),
+    "schedule_free": Method("Schedule-free AdamW", schedule_free, "schedulefree"),
+    "dadaptation": Method("D-Adapted Adam", dadaptation, "dadaptation"),
+    "muon": Method("Muon", Muon, "torch"),
+    "nadamw": Method("NAdamW", nadamw),
     "adamw": Method("AdamW, tuned", adamw),
 }
