@@ -14,8 +14,8 @@ NOISE = 0.3
 
 
 def data():
-    """Damaged images, and the images as they were, in units of the pixels' deviation. Validation
-    has digits of its own."""
+    """Damaged and original images, in units of the standard deviation of the original pixels. No
+    digit of the training images is in a validation image."""
     generator, parts = torch.Generator().manual_seed(0), []
     digits = load("digits", None, 1, 1, torch.device("cpu"))[:2]
     for batches, count in zip(digits, (TRAINING, VALIDATION)):
@@ -31,7 +31,7 @@ def uniform(generator, low, high, *shape):
 
 
 def enlarged(images, generator):
-    """The images at SIDE pixels with sharp edges, each turned, stretched, slanted and shifted."""
+    """The images at SIDE pixels with sharp edges, each under its own affine map."""
     n = len(images)
     turn, slant = uniform(generator, -0.4, 0.4, 2, n)
     wide, high = uniform(generator, 0.9, 1.5, 2, n)
@@ -43,7 +43,7 @@ def enlarged(images, generator):
 
 
 def damaged(images, generator):
-    """The images out of focus by different widths, with rectangles missing, and with noise."""
+    """The images with a blur of random width, HOLES missing rectangles and noise."""
     n, offsets = len(images), torch.arange(-3, 4)
     kernel = torch.exp(-0.5 * (offsets / uniform(generator, 0.5, 1.5, n, 1)) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -64,7 +64,7 @@ def block(layer, inputs, outputs, *shape):
 
 
 class UNet(nn.Module):
-    """The layers of fastMRI's U-Net, except that convolutions with stride 2 halve the image."""
+    """The U-Net of fastMRI in small. Strided convolutions replace its average pooling."""
 
     def __init__(self, width, depth):
         super().__init__()
