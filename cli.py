@@ -12,7 +12,6 @@ import signal
 import sys
 from pathlib import Path
 
-
 TIME_IS_UP = 75  # an exit code, EX_TEMPFAIL: the same command goes on
 
 

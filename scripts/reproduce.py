@@ -36,8 +36,17 @@ import subprocess
 
 import flags
 from cli import (
-    TIME_IS_UP, Parser, UserError, a_path, command, device, duration, interruptible, number, one_of,
-)  # fmt: skip
+    TIME_IS_UP,
+    Parser,
+    UserError,
+    a_path,
+    command,
+    device,
+    duration,
+    interruptible,
+    number,
+    one_of,
+)
 from data import default_data_dir
 from scripts.experiments import FIGURES, SCALES
 

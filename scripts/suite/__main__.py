@@ -28,10 +28,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import io
 
+from tqdm import tqdm
+
 from cli import (
-    TIME_IS_UP, Parser, UserError, a_path, command, duration, interruptible, number, one_of,
-)  # fmt: skip
-from scripts.suite.names import METHODS, WORKLOADS
+    TIME_IS_UP,
+    Parser,
+    UserError,
+    a_path,
+    command,
+    duration,
+    interruptible,
+    number,
+    one_of,
+)
+from data.workers import usable_cores, work
+from scripts.suite import page, protocol, train
+from scripts.suite.methods import METHODS, missing
+from scripts.suite.rows import Rows
+from scripts.suite.workloads import NAMES as WORKLOADS
 
 DRAWING = 5  # seconds of a time limit that are left for the page
 STEPS = 32  # of a run of --quick
@@ -67,17 +81,6 @@ def parse(argv=None):
     args.workloads = [x for x in WORKLOADS if x in (args.workloads or WORKLOADS)]
     args.methods = [x for x in METHODS if x in args.methods]
     return parser, args
-
-
-if __name__ == "__main__":
-    parse()  # a mistake is refused before torch is imported, which takes seconds
-
-from tqdm import tqdm
-
-from data.workers import usable_cores, work
-from scripts.suite import page, protocol, train
-from scripts.suite.methods import missing
-from scripts.suite.rows import Rows
 
 
 def main(argv=None):

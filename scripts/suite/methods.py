@@ -15,11 +15,13 @@ from training.schedule import Cosine
 class Method(NamedTuple):
     """`make(net, steps, **setting)` returns the optimiser of a run of `steps`.
 
-    `package`: pip's name of what `make` imports, where a machine may lack it.
+    `setting`: what is set, in words. `package`: pip's name of what `make` imports, where a machine
+    may lack it.
     """
 
     title: str
     make: Callable
+    setting: str
     package: str | None = None
 
 
@@ -47,7 +49,6 @@ def adamw(net, steps, rate, decay):
 
 
 # AdamW's trials on each workload: every rate, half a decade apart, with a small and a large decay.
-# The trial with the least score, the median of the seeds, is "AdamW, tuned".
 TRIALS = tuple(
     {"rate": rate, "decay": decay}
     for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) for decay in (0.01, 0.3)
@@ -142,12 +143,12 @@ def hidden_weights(net):
 
 
 METHODS = {
-    "agd": Method("AGD", lambda net, steps: AGD(net)),
-    "spectral": Method("Spectral AGD", lambda net, steps: SpectralAGD(net)),
-    "prodigy": Method("Prodigy", prodigy, "prodigyopt"),
-    "schedule_free": Method("Schedule-free AdamW", schedule_free, "schedulefree"),
-    "dadaptation": Method("D-Adapted Adam", dadaptation, "dadaptation"),
-    "muon": Method("Muon", Muon, "torch"),
-    "nadamw": Method("NAdamW", nadamw),
-    "adamw": Method("AdamW, tuned", adamw),
+    "agd": Method("AGD", lambda net, steps: AGD(net), "none"),
+    "spectral": Method("Spectral AGD", lambda net, steps: SpectralAGD(net), "none"),
+    "prodigy": Method("Prodigy", prodigy, "lr 1, cosine", "prodigyopt"),
+    "schedule_free": Method("Schedule-Free AdamW", schedule_free, "AlgoPerf's", "schedulefree"),
+    "dadaptation": Method("D-Adapted Adam", dadaptation, "lr 1, cosine", "dadaptation"),
+    "muon": Method("Muon, AdamW", Muon, "0.02, 3e-4, cosine", "torch"),
+    "nadamw": Method("NAdamW", nadamw, "calibrated, cosine"),
+    "adamw": Method("AdamW, tuned", adamw, "tuned for each, cosine"),
 }

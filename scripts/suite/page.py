@@ -29,11 +29,12 @@ gives it, with seeds {", ".join(map(str, protocol.SEEDS))} for weights and order
 same for all. AdamW has a warm-up of a twentieth of the budget and a cosine to 0, and is tuned for
 each workload: {len(TRIALS)} trials at seed {protocol.SEEDS[0]}, each rate of
 {{rates}} with each decay of {{decays}}. The trial with the least score within
-{protocol.SHARE:.0%} of the budget gives the setting, and the median of its seeds' least scores until
-then is the *target*. A run is evaluated {EVALUATIONS} times, at equal distances, an averaging method
-at its average, with batch norm's statistics taken from {CALIBRATION} batches there. Its *time to the
-target* ends at the first evaluation with that score or less; a run without one has missed, which
-counts as infinite. A method's time on a workload is the median of its seeds.
+{protocol.SHARE:.0%} of the budget gives the setting, and the median of its seeds' least scores
+until then is the *target*. A run is evaluated {EVALUATIONS} times, at equal distances. An averaging
+method is evaluated at its average, with batch norm's statistics taken from {CALIBRATION} batches
+there. A run's *time to the target* ends at the first evaluation with that score or less; a run
+without one has missed, which counts as infinite. A method's time on a workload is the median of its
+seeds.
 
 *The score.* A method's ratio is its time over that of the fastest method. The performance profile
 is the share of workloads with a ratio of τ or less, and the score is its mean over τ from 1 to
@@ -124,23 +125,23 @@ def made_with(rows):
     def values(key):
         return ", ".join(sorted({str(x[key]) for x in made if x.get(key)}))
 
-    packages = sorted({x.package for x in METHODS.values() if x.package} & {k for x in made for k in x})
-    versions = ", ".join(f"{x} {values(x)}" for x in ("python", "torch", "numpy", *packages))
+    names = ["python", "torch", "numpy", *(x.package for x in METHODS.values() if x.package)]
+    versions = ", ".join(f"{x} {values(x)}" for x in dict.fromkeys(names) if values(x))
     days = sorted({row["date"] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     commits = ", ".join(sorted({str(x["commit"])[:7] for x in made}))
-    return (f"<sub>{len(rows)} runs, {when}, at {commits}; {versions}; {values('device_name')}, one "
-            "thread a run, other work on its cores.</sub>")  # fmt: skip
+    machine = f"{values('device_name')}, one thread a run, other work on its cores"
+    return f"<sub>{len(rows)} runs, {when}, at {commits}; {versions}; {machine}.</sub>"
 
 
 def text(rows, workloads, methods):
     """What stands between the marks."""
-    rates, decays = (", ".join(rate_name(x) for x in dict.fromkeys(setting[key] for setting in TRIALS))
+    rates, decays = (dict.fromkeys(rate_name(setting[key]) for setting in TRIALS)
                      for key in ("rate", "decay"))  # fmt: skip
     parts = [
         score_table(rows, workloads, methods),
         "![Performance profiles](suite/profile.png)",
-        RULES.format(rates=rates, decays=decays),
+        RULES.format(rates=", ".join(rates), decays=" and ".join(decays)),
         "## The workloads", workload_table(rows, workloads),
         "## Steps to the target", time_table(rows, workloads, methods, "steps"),
         "## Seconds to the target", time_table(rows, workloads, methods, "seconds"),
@@ -169,10 +170,11 @@ def picture(rows, workloads):
                 x = sorted(r for r in found if r <= protocol.TAU)
                 y = [(k + 1) / len(found) for k in range(len(x))]
                 shift = (i - len(ratios) / 2) * 0.004  # so that equal profiles are both seen
-                ax.step([1, *x, protocol.TAU], [shift + v for v in (0, *y, y[-1] if y else 0)],
-                        where="post", color=colour, linestyle=line, zorder=3 + (method == "spectral"))
-                ax.plot(x, [shift + v for v in y], color=colour, linestyle="none", marker=marker,
-                        markersize=3.6, markerfacecolor="white", clip_on=False, zorder=5)  # fmt: skip
+                steps = [shift + v for v in (0, *y, y[-1] if y else 0)]
+                ax.step([1, *x, protocol.TAU], steps, where="post", color=colour, linestyle=line,
+                        zorder=3 + (method == "spectral"))  # fmt: skip
+                ax.plot(x, steps[1:-1], color=colour, linestyle="none", marker=marker, zorder=5,
+                        markersize=3.6, markerfacecolor="white", clip_on=False)  # fmt: skip
             ax.set_xlim(1, protocol.TAU)
             ax.set_xlabel(f"τ: {label} to the target, over the fastest method's")
         axes[0].set_ylim(-0.03, 1.03)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 from datetime import date
 from importlib import metadata
 
@@ -20,6 +19,13 @@ class RowsError(UserError):
     """Rows that are not of this suite."""
 
 
+def alike(a, b):
+    """Whether two rows can be of the same workload: their budget, and their start at one seed."""
+    start, other = a["curve"][0][2], b["curve"][0][2]
+    same_start = a["seed"] != b["seed"] or math.isclose(start, other, rel_tol=SAME)
+    return a["steps"] == b["steps"] and same_start
+
+
 class Rows:
     """`steps` instead of a workload's own budget, or None."""
 
@@ -33,23 +39,21 @@ class Rows:
             try:
                 rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             except ValueError as error:
-                raise RowsError(f"{path} holds no rows of the suite ({error}): move it away") from None
+                reason = f"{path} holds no rows of the suite ({error}): move it away"
+                raise RowsError(reason) from None
         return rows
 
     def add(self, row):
         """Add a row of `train.run`, with what it was made with. Raises RowsError where the file has
         rows of another budget, or of another start at the same seed: the workload has changed."""
         path = self.folder / f"{row['workload']}.jsonl"
-        for other in self.read():
-            if other["workload"] == row["workload"]:
-                same = other["steps"] == row["steps"] and (other["seed"] != row["seed"] or math.isclose(
-                    other["curve"][0][2], row["curve"][0][2], rel_tol=SAME))
-                if not same:
-                    raise RowsError(f"{path} has rows of another {row['workload']}, by its steps or "
-                                    "its score at the start: move it away, or give another --out")
+        others = [x for x in self.read() if x["workload"] == row["workload"]]
+        if not all(alike(x, row) for x in others):
+            raise RowsError(f"{path} has rows of another {row['workload']}, by its steps or its "
+                            "score at the start: move it away, or give another --out")  # fmt: skip
         package = METHODS[row["method"]].package
         made = environment(torch.device("cpu")) | {"threads": 1, "numpy": metadata.version("numpy")}
-        if package:
+        if package not in (None, "torch"):
             made[package] = metadata.version(package)
         lines = path.read_text(encoding="utf-8") if path.exists() else ""
         self.folder.mkdir(parents=True, exist_ok=True)
