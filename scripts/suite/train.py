@@ -3,6 +3,7 @@
 import math
 import time
 from importlib import import_module
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -20,14 +21,14 @@ def workload(name):
     return import_module(f"scripts.suite.workloads.{name}")
 
 
-def batches(train, size, seed):
-    """Tuples of `size` rows of `train`, shuffled anew in every epoch; the rest of an epoch that is
-    smaller is left out."""
+def order(examples, size, seed):
+    """The indices (size,) of batch after batch, shuffled anew in every epoch; the rest of an epoch
+    that is smaller is left out."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for rows in torch.randperm(len(train[0]), generator=generator).split(size):
+        for rows in torch.randperm(examples, generator=generator).split(size):
             if len(rows) == size:
-                yield tuple(x[rows] for x in train)
+                yield rows
 
 
 @torch.no_grad()
@@ -40,15 +41,15 @@ def evaluate(work, net, valid):
     return result
 
 
-class Calibration(nn.Module):
-    """What `recalibrate` calls on a batch: the network, by way of the workload's loss."""
+class Loss(nn.Module):
+    """The loss of a batch of `examples`, at the indices `rows`: what `recalibrate` runs."""
 
-    def __init__(self, work, net):
+    def __init__(self, work, net, examples):
         super().__init__()
-        self.net, self.loss = net, work.loss
+        self.net, self.loss, self.examples = net, work.loss, examples
 
-    def forward(self, batch):
-        return self.loss(self.net, *batch)
+    def forward(self, rows):
+        return self.loss(self.net, *(x[rows] for x in self.examples))
 
 
 def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
@@ -69,7 +70,8 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
     net = work.network()
     optimizer = METHODS[method].make(net, steps, **setting)
     averages = callable(getattr(optimizer, "eval", None))
-    stream, calibration = batches(train, work.BATCH, seed), batches(train, work.BATCH, seed + 1)
+    loss_of = Loss(work, net, train)
+    stream, others = (order(len(train[0]), work.BATCH, x) for x in (seed, seed + 1))
     if averages:
         optimizer.train()
     curve, summaries = [[0, 0.0, evaluate(work, net, valid), None]], []
@@ -82,7 +84,7 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
             return None
         begun, total = time.process_time(), 0.0
         for step in range(done, mark):
-            loss = work.loss(net, *next(stream))
+            loss = loss_of(next(stream))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -93,7 +95,7 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
         seconds += time.process_time() - begun
         if averages:
             optimizer.eval()
-            recalibrate(Calibration(work, net), ((next(calibration),) for _ in range(CALIBRATION)))
+            recalibrate(loss_of, islice(others, CALIBRATION))
         curve.append([mark, round(seconds, 3), evaluate(work, net, valid), total / (mark - done)])
         if averages:
             optimizer.train()
