@@ -91,7 +91,10 @@ def test_one_setting_is_calibrated_by_its_mean_rank():
     assert protocol.calibrated(rows[1:], ["gpt", "vit", "lstm"]) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+EACH = [pytest.param(name, marks=[] if name == "gpt" else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_a_workload_trains_and_is_the_same_each_time(name):
     """Its data come out alike, its score is one number an example, a run repeats to the bit, and
     two rules that need no setting learn something."""
@@ -203,7 +206,7 @@ class TestPublished:
             assert re.fullmatch("[0-9a-f]{40}", row["made"]["commit"])
             assert '"/' not in json.dumps(row)
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", EACH)
     def test_the_rows_are_of_this_workload(self, name):
         work = train.workload(name)
         _, valid = work.data()
