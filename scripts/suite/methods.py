@@ -89,7 +89,8 @@ def dadaptation(net, steps):
 def schedule_free(net, steps):
     """The one setting of AlgoPerf's winner of the self-tuning rules: mlcommons/
     submissions_algorithms, submissions/self_tuning/schedule_free_adamw_v2/submission.py. Its
-    step_hint, a baseline's budget, is `steps` here."""
+    step_hint, a baseline's budget, is `steps` here. Its code scales the decay with the bias
+    correction of the second moment; the package's class, which is newer, does not."""
     from schedulefree import AdamWScheduleFree
 
     return AdamWScheduleFree(
