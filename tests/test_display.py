@@ -214,6 +214,7 @@ COMMANDS = {
     "main.py --no_such_flag": 2,
     "-m scripts.experiments": 0,
     "-m scripts.reproduce all --list --out {tmp}": 0,
+    "-m scripts.suite --list --out {tmp}": 0,
     "-m data.prepare --help": 0,
     "-m data.prepare mnist --resize 64": 2,
     "-m scripts.plot --help": 0,

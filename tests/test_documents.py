@@ -37,7 +37,8 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|sbatch|srun|mpirun|mpiexec|pip)
 # A page that names an old commit speaks of that commit's commands.
 OLD = re.compile(r"`[^`]*`\s+of\s+commit\s+[0-9a-f]{7}")
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}(?:_[A-Z]+)*\b|\.\.\.")
-MEANING = {"CASE": None, "FIGURE": "fig5", "TEXT": "a", "N": "2", "MODE": "auto", "PATTERN": "a.*"}
+MEANING = {"CASE": None, "FIGURE": "fig5", "TEXT": "a", "N": "2", "MODE": "auto", "PATTERN": "a.*",
+           "WORKLOAD": "gpt", "METHOD": "agd"}  # fmt: skip
 OTHERS = {"--nproc_per_node", "--bind-to", "--requeue", "--signal", "--kill-on-bad-exit", "--time",
           "--gres", "--array", "--nodes", "--gpus-per-node", "--ntasks-per-node", "--exclusive",
           "--cpus-per-task"}  # fmt: skip
@@ -200,7 +201,7 @@ def test_a_misspelt_flag_in_any_page_is_found(page, parse_alone):
 def test_flags_in_backquotes_are_those_of_a_command(parse_alone):
     for name in ("data.prepare", "scripts.plot", "scripts.reproduce", "scripts.benchmark", "main",
                  "scripts.gpu_checks", "scripts.sample", "scripts.scaling", "scripts.spectral",
-                 "tests.crash", "tests.fuzz"):  # fmt: skip
+                 "scripts.suite", "tests.crash", "tests.fuzz"):  # fmt: skip
         argv = {"data.prepare": ["cifar10"], "scripts.plot": ["a"], "scripts.reproduce": ["fig1"],
                 "scripts.sample": ["a"], "scripts.spectral": ["CASE"]}  # fmt: skip
         parse(name, argv.get(name, []))
