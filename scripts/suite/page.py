@@ -21,25 +21,29 @@ LOOKS = {  # colour, marker, line
     "dadaptation": (style.SKY, "v", "-"), "muon": (style.ORANGE, "^", "-"),
     "nadamw": (style.BLUE, "o", "-"), "adamw": (style.GREY, None, style.DASHED),
 }  # fmt: skip
-UNITS = {"steps": "steps", "seconds": "seconds of one core"}
+NEW = (style.GREY, "x", "-")  # of a method without a look
+UNITS = {"steps": "steps to the target", "seconds": "seconds to the target, one core"}
 RULES = f"""\
-*The rules.* A method has one setting, the one that its authors publish, on every workload, and no
-more: each run trains for the workload's budget of steps from the start that the network's library
-gives it, with seeds {", ".join(map(str, protocol.SEEDS))} for weights and order; the data are the
-same for all. AdamW has a warm-up of a twentieth of the budget and a cosine to 0, and is tuned for
-each workload: {len(TRIALS)} trials at seed {protocol.SEEDS[0]}, each rate of
-{{rates}} with each decay of {{decays}}. The trial with the least score within
-{protocol.SHARE:.0%} of the budget gives the setting, and the median of its seeds' least scores
-until then is the *target*. A run is evaluated {EVALUATIONS} times, at equal distances. An averaging
-method is evaluated at its average, with batch norm's statistics taken from {CALIBRATION} batches
-there. A run's *time to the target* ends at the first evaluation with that score or less; a run
-without one has missed, which counts as infinite. A method's time on a workload is the median of its
-seeds.
+*The rules.* A run trains for the workload's budget of steps, from the start that the network's
+library gives it. A method has one setting on all workloads, the one that its authors publish.
+{len(protocol.SEEDS)} seeds draw weights and order; the data are the same in all runs. AdamW has a
+warm-up of a twentieth of the budget and a cosine to 0. It is tuned for each workload by
+{len(TRIALS)} trials with seed {protocol.SEEDS[0]}: each rate of {{rates}} with each decay of
+{{decays}}. The trial with the least score within {protocol.SHARE:.0%} of the budget gives the
+setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of the
+budget, the median of its seeds. NAdamW has, on all workloads, the setting of these trials with the
+least mean rank at the end of the budget.
 
-*The score.* A method's ratio is its time over that of the fastest method. The performance profile
-is the share of workloads with a ratio of τ or less, and the score is its mean over τ from 1 to
-{protocol.TAU}: 1 for a method that is the fastest on all, 0 for one that never comes within
-{protocol.TAU} times. Seconds are of the process's CPU time in training alone, one thread."""
+A run is evaluated {EVALUATIONS} times, at equal distances. A method that averages weights is
+evaluated at the average, with batch norm's statistics taken from {CALIBRATION} batches. The *time*
+to the target ends at the first evaluation with that score or less. A run without one has missed: its
+time is infinite. A method's time on a workload is the median of its seeds.
+
+*The score.* A method's ratio on a workload is its time over the fastest method's. The performance
+profile is the share of workloads with a ratio of τ or less. The score is the profile's mean over τ
+from 1 to {protocol.TAU}: 1 for a method that is the fastest on all workloads, 0 for a method that is
+never within {protocol.TAU} times. Seconds are the process's CPU time of training alone, with one
+thread."""
 
 
 def outcome(row):
@@ -96,10 +100,11 @@ def score_table(rows, workloads, methods):
         times = [x for name in workloads for x in protocol.times(rows, name, method)]
         reached = sum(x != protocol.NEVER for x in times)
         shown = [f"{scores[unit][method]:.3f}" if method in scores[unit] else "" for unit in UNITS]
-        runs = len(TRIALS) if method == protocol.TUNED else 1
-        lines.append([METHODS[method].title, METHODS[method].setting, runs, *shown,
-                      f"{reached} of {len(times)}" if times else ""])  # fmt: skip
-    return table(["method", "setting", "runs to a setting", "score, steps", "score, seconds",
+        tuning = {protocol.TUNED: f"{len(TRIALS)} a workload",
+                  "nadamw": f"{len(TRIALS) * len(workloads)} for all"}  # fmt: skip
+        lines.append([METHODS[method].title, METHODS[method].setting, tuning.get(method, "none"),
+                      *shown, f"{reached} of {len(times)}" if times else ""])  # fmt: skip
+    return table(["method", "setting", "runs of tuning", "score, steps", "score, seconds",
                   "runs at the target"], lines)  # fmt: skip
 
 
@@ -166,7 +171,7 @@ def picture(rows, workloads):
         for ax, (unit, label) in zip(axes, UNITS.items()):
             ratios = protocol.ratios(medians, unit)
             for i, (method, found) in enumerate(ratios.items()):
-                colour, marker, line = LOOKS.get(method, (style.GREY, "x", "-"))
+                colour, marker, line = LOOKS.get(method, NEW)
                 x = sorted(r for r in found if r <= protocol.TAU)
                 y = [(k + 1) / len(found) for k in range(len(x))]
                 shift = (i - len(ratios) / 2) * 0.004  # so that equal profiles are both seen
@@ -176,13 +181,14 @@ def picture(rows, workloads):
                 ax.plot(x, steps[1:-1], color=colour, linestyle="none", marker=marker, zorder=5,
                         markersize=3.6, markerfacecolor="white", clip_on=False)  # fmt: skip
             ax.set_xlim(1, protocol.TAU)
-            ax.set_xlabel(f"τ: {label} to the target, over the fastest method's")
+            ax.set_xlabel(f"τ: {label}, over the fastest")
         axes[0].set_ylim(-0.03, 1.03)
         axes[0].set_ylabel(f"share of {len(workloads)} workloads")
+        looks = {METHODS[x].title: LOOKS.get(x, NEW) for x in medians}
         style.legend(figure, [
-            style.key(METHODS[x].title, LOOKS.get(x, (style.GREY,))[0], marker=LOOKS[x][1],
-                      markersize=3.6, markerfacecolor="white", linestyle=LOOKS[x][2])
-            for x in medians], ncols=4)  # fmt: skip
+            style.key(title, colour, marker=marker, markersize=3.6, markerfacecolor="white",
+                      linestyle=line)
+            for title, (colour, marker, line) in looks.items()], ncols=4)  # fmt: skip
     return figure
 
 
