@@ -30,19 +30,19 @@ library gives it. A method has one setting on all workloads, the one that its au
 warm-up of a twentieth of the budget and a cosine to 0. It is tuned for each workload by
 {len(TRIALS)} trials with seed {protocol.SEEDS[0]}: each rate of {{rates}} with each decay of
 {{decays}}. The trial with the least score within {protocol.SHARE:.0%} of the budget gives the
-setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of the
-budget, the median of its seeds. NAdamW has, on all workloads, the setting of these trials with the
-least mean rank at the end of the budget.
+setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of
+the budget, the median of its seeds. NAdamW has, on all workloads, the setting of these trials with
+the least mean rank at the end of the budget.
 
 A run is evaluated {EVALUATIONS} times, at equal distances. A method that averages weights is
 evaluated at the average, with batch norm's statistics taken from {CALIBRATION} batches. The *time*
-to the target ends at the first evaluation with that score or less. A run without one has missed: its
-time is infinite. A method's time on a workload is the median of its seeds.
+to the target ends at the first evaluation with that score or less. A run without one has missed:
+its time is infinite. A method's time on a workload is the median of its seeds.
 
 *The score.* A method's ratio on a workload is its time over the fastest method's. The performance
 profile is the share of workloads with a ratio of τ or less. The score is the profile's mean over τ
-from 1 to {protocol.TAU}: 1 for a method that is the fastest on all workloads, 0 for a method that is
-never within {protocol.TAU} times. Seconds are the process's CPU time of training alone, with one
+from 1 to {protocol.TAU}: 1 for a method that is the fastest on all workloads, 0 for a method that
+is never within {protocol.TAU} times. Seconds are the process's CPU time of training alone, with one
 thread."""
 
 
