@@ -1,5 +1,6 @@
 """Tables in Markdown, and the blocks of published pages that commands renew."""
 
+from cli import UserError
 from runs.files import write_whole
 
 
@@ -17,5 +18,7 @@ def block(page, begin, end):
 def renew(page, begin, end, text, space="\n"):
     """Put `text` between two marks of a page, with `space` around it."""
     content = page.read_text(encoding="utf-8")
+    if begin not in content or end not in content:
+        raise UserError(f"{page} lacks the marks {begin} and {end}, between which it is renewed")
     before, after = content.split(begin)[0], content.split(end)[1]
     write_whole(page, f"{before}{begin}{space}{text}{space}{end}{after}")

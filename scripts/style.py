@@ -33,6 +33,9 @@ OPTIMIZERS = {  # colour and marker
     "Prodigy": (GREEN, "s"),
     "Schedule-free AdamW": (PINK, "D"),
     "D-Adapted Adam": (SKY, "v"),
+    "Muon, AdamW": (ORANGE, "^"),
+    "NAdamW": (BLUE, "s"),
+    "AdamW, tuned": (GREY, None),
 }
 ETA, OBJECTIVE, TRAIN, TEST = BLUE, ORANGE, BLACK, PINK  # as in figures 4, 6 and 7
 DOTTED = (0, (1, 1.2))

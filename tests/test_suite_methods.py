@@ -52,7 +52,7 @@ def make(name, net, steps):
     """The method's optimiser; the test is skipped where the machine lacks its package."""
     if lacks := missing(name):
         pytest.skip(f"no {lacks}")
-    setting = TRIALS[2] if name == "adamw" else {}
+    setting = TRIALS[2] if name == "adamw" else METHODS[name].setting
     return METHODS[name].make(net, steps, **setting)
 
 
@@ -241,16 +241,17 @@ def test_the_last_weight_of_a_tied_gpt_is_its_embedding():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    optional = {"prodigy": "prodigyopt", "schedule_free": "schedulefree",
-                "dadaptation": "dadaptation"}  # fmt: skip
-    for package in optional.values():
+    packages = {name: x.package for name, x in METHODS.items() if x.package}
+    assert packages == {"prodigy": "prodigyopt", "schedule_free": "schedulefree",
+                        "dadaptation": "dadaptation"}  # fmt: skip
+    for name, package in packages.items():
         monkeypatch.setitem(sys.modules, package, None)
-    for name in METHODS.keys() - {"muon"}:
-        assert missing(name) == optional.get(name)
+        assert missing(name) == f"pip install {package}"
+    assert missing("adamw") is None
     monkeypatch.setattr(torch.optim, "Muon", None, raising=False)
     assert missing("muon") is None
     monkeypatch.delattr(torch.optim, "Muon")
-    assert missing("muon") == "torch 2.9 or newer"
+    assert missing("muon") == "it needs torch 2.9 or newer"
 
 
 def test_there_are_ten_trials():

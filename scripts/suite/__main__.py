@@ -9,7 +9,8 @@ starts over. AdamW, tuned for each workload by ten trials, sets the target. Unde
     <out>/suite.md              the scores, the targets, the steps and seconds to them, the rules
 
 Exit code: 0 when every run that was asked for is there, 75 when --time_limit came first, 130 after
-Ctrl-C, 1 when a method's package is missing, 2 for a command that makes no sense.
+Ctrl-C, 1 when a method's package is missing or there is nothing to draw, 2 for a command that makes
+no sense, or rows of another suite.
 """
 
 import sys
@@ -99,16 +100,18 @@ def main(argv=None):
 def suite(args):
     """List, run or draw what the arguments ask for; returns the exit code."""
     rows = Rows(args.out / "suite", STEPS if args.quick else None)
-    lacking = {x: reason for x in args.methods if (reason := missing(x))}
-    methods = [x for x in args.methods if x not in lacking]
+    todo = protocol.needed(rows.read(), args.workloads, args.methods)
+    lacking = {x: reason for x in {task.method for task in todo} if (reason := missing(x))}
     if args.list:
         show(rows.read(), args.workloads, args.methods, lacking)
         return 0
-    code = 0 if args.draw else run(args, rows, methods)
+    code = 0
+    if not args.draw:
+        code = run(args, rows, [x for x in args.methods if x not in lacking])
+        for method, reason in sorted(lacking.items()):
+            print(f"left out: {method} ({reason})", file=sys.stderr)
     path = page.write(args.out, rows.read())
     print(path or "There is nothing to draw yet")
-    for method, reason in lacking.items():
-        print(f"left out: {method} ({reason})", file=sys.stderr)
     return code or int(bool(lacking) and not args.draw or not path)
 
 
@@ -118,7 +121,7 @@ def show(rows, workloads, methods, lacking):
     for task in [x for x in done if x.workload in workloads and x.method in methods]:
         print(f"{words(task):60} {done[task]['failed'] or 'finished'}")
     for task in protocol.needed(rows, workloads, methods):
-        print(f"{words(task):60} {lacking.get(task.method, 'to do')}")
+        print(f"{words(task):60} {'to do' if task.method not in lacking else lacking[task.method]}")
 
 
 def words(task):
@@ -130,7 +133,7 @@ def words(task):
 def run(args, rows, methods):
     """Run what is left to do; returns the exit code."""
     deadline = BEGAN + args.time_limit - DRAWING if args.time_limit else float("inf")
-    jobs, ended = args.jobs or min(usable_cores(), 8), 0
+    jobs, ended, late = args.jobs or min(usable_cores(), 8), 0, False
     bar = tqdm(total=1, smoothing=0, dynamic_ncols=True, bar_format="{desc} {bar} {remaining} left",
                file=sys.stdout if sys.stdout.isatty() else io.StringIO())  # fmt: skip
     try:
@@ -141,14 +144,18 @@ def run(args, rows, methods):
                      for x in todo}  # fmt: skip
             for task, row in work(train.run, tasks, jobs):
                 if row is None:
-                    print(f"The time is up: {ended} runs have ended; the same command goes on")
-                    return TIME_IS_UP
+                    late = True
+                    continue
                 rows.add(row)
                 ended += 1
                 bar.set_description_str(f"{ended} of {bar.total} runs, {words(task)}", False)
                 bar.update()
                 if not sys.stdout.isatty():
                     print(f"{ended} of {bar.total}  {words(task)}  {page.outcome(row)}")
+            if late:
+                goes_on = "the same command goes on" if ended else "give it a longer one"
+                print(f"The time is up: {ended} runs have ended; {goes_on}")
+                return TIME_IS_UP
         return 0
     finally:
         bar.close()

@@ -15,25 +15,26 @@ from training.schedule import Cosine
 class Method(NamedTuple):
     """`make(net, steps, **setting)` returns the optimiser of a run of `steps`.
 
-    `setting`: what is set, in words. `package`: pip's name of what `make` imports, where a machine
-    may lack it.
+    `words` describe the setting. `package` is the name on PyPI of an optional package that `make`
+    imports. `setting` are keyword arguments of every run.
     """
 
     title: str
     make: Callable
-    setting: str
+    words: str
     package: str | None = None
+    setting: dict = {}
 
 
 def missing(name):
-    """What the user installs before METHODS[name] runs, None where it runs already."""
+    """Why METHODS[name] cannot run here, or None."""
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        return "it needs torch 2.9 or newer"
     package = METHODS[name].package
-    if package == "torch":
-        return None if hasattr(torch.optim, "Muon") else "torch 2.9 or newer"
     try:
         import_module(package or "torch")
     except ImportError:
-        return package
+        return f"pip install {package}"
     return None
 
 
@@ -54,10 +55,11 @@ TRIALS = tuple(
     for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) for decay in (0.01, 0.3)
 )  # fmt: skip
 
+# One setting for all workloads: scripts.suite.protocol.calibrated chooses it among the trials.
 NADAMW = {"rate": 1e-3, "decay": 0.01}
 
 
-def nadamw(net, steps, rate=NADAMW["rate"], decay=NADAMW["decay"]):
+def nadamw(net, steps, rate, decay):
     """AlgoPerf's baseline, mlcommons/algorithmic-efficiency,
     reference_algorithms/paper_baselines/nadamw: without torch's slow rise of Nesterov's momentum,
     which a large `momentum_decay` ends before the first step."""
@@ -147,9 +149,9 @@ METHODS = {
     "agd": Method("AGD", lambda net, steps: AGD(net), "none"),
     "spectral": Method("Spectral AGD", lambda net, steps: SpectralAGD(net), "none"),
     "prodigy": Method("Prodigy", prodigy, "lr 1, cosine", "prodigyopt"),
-    "schedule_free": Method("Schedule-Free AdamW", schedule_free, "AlgoPerf's", "schedulefree"),
+    "schedule_free": Method("Schedule-free AdamW", schedule_free, "AlgoPerf's", "schedulefree"),
     "dadaptation": Method("D-Adapted Adam", dadaptation, "lr 1, cosine", "dadaptation"),
-    "muon": Method("Muon, AdamW", Muon, "0.02, 3e-4, cosine", "torch"),
-    "nadamw": Method("NAdamW", nadamw, "calibrated, cosine"),
+    "muon": Method("Muon, AdamW", Muon, "lr 0.02 and 3e-4, cosine"),
+    "nadamw": Method("NAdamW", nadamw, "calibrated, cosine", setting=NADAMW),
     "adamw": Method("AdamW, tuned", adamw, "tuned for each, cosine"),
 }

@@ -15,24 +15,18 @@ from scripts.suite.workloads import NAMES
 from scripts.words import number, rate_name, significant
 
 MARKS = "<!-- rows: python -m scripts.suite --draw -->", "<!-- end of the rows -->"
-LOOKS = {  # colour, marker, line
-    "agd": (style.BLACK, "o", "-"), "spectral": (style.RED, "P", "-"),
-    "prodigy": (style.GREEN, "s", "-"), "schedule_free": (style.PINK, "D", "-"),
-    "dadaptation": (style.SKY, "v", "-"), "muon": (style.ORANGE, "^", "-"),
-    "nadamw": (style.BLUE, "o", "-"), "adamw": (style.GREY, None, style.DASHED),
-}  # fmt: skip
-NEW = (style.GREY, "x", "-")  # of a method without a look
 UNITS = {"steps": "steps to the target", "seconds": "seconds to the target, one core"}
 RULES = f"""\
 *The rules.* A run trains for the workload's budget of steps, from the start that the network's
-library gives it. A method has one setting on all workloads, the one that its authors publish.
-{len(protocol.SEEDS)} seeds draw weights and order; the data are the same in all runs. AdamW has a
-warm-up of a twentieth of the budget and a cosine to 0. It is tuned for each workload by
-{len(TRIALS)} trials with seed {protocol.SEEDS[0]}: each rate of {{rates}} with each decay of
-{{decays}}. The trial with the least score within {protocol.SHARE:.0%} of the budget gives the
-setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of
-the budget, the median of its seeds. NAdamW has, on all workloads, the setting of these trials with
-the least mean rank at the end of the budget.
+library gives it: AGD, too, runs without the start that it documents for networks of one's own.
+{len(protocol.SEEDS)} seeds draw weights and order; the data are the same in all runs. Each method
+but AdamW has one setting on all workloads, NAdamW's calibrated here, the others' published by their
+authors. AdamW has a warm-up of a twentieth of the budget and a cosine to 0. It is tuned for each
+workload by {len(TRIALS)} trials with seed {protocol.SEEDS[0]}: each rate of {{rates}} with each
+decay of {{decays}}. The trial with the least score within {protocol.SHARE:.0%} of the budget gives
+the setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of
+the budget, the median of the seeds, seed {protocol.SEEDS[0]} being the trial. NAdamW has the
+setting with the least mean rank in the trials of all workloads, by the same score.
 
 A run is evaluated {EVALUATIONS} times, at equal distances. A method that averages weights is
 evaluated at the average, with batch norm's statistics taken from {CALIBRATION} batches. The *time*
@@ -102,7 +96,7 @@ def score_table(rows, workloads, methods):
         shown = [f"{scores[unit][method]:.3f}" if method in scores[unit] else "" for unit in UNITS]
         tuning = {protocol.TUNED: f"{len(TRIALS)} a workload",
                   "nadamw": f"{len(TRIALS) * len(workloads)} for all"}  # fmt: skip
-        lines.append([METHODS[method].title, METHODS[method].setting, tuning.get(method, "none"),
+        lines.append([METHODS[method].title, METHODS[method].words, tuning.get(method, "none"),
                       *shown, f"{reached} of {len(times)}" if times else ""])  # fmt: skip
     return table(["method", "setting", "runs of tuning", "score, steps", "score, seconds",
                   "runs at the target"], lines)  # fmt: skip
@@ -124,7 +118,7 @@ def workload_table(rows, workloads):
 
 
 def made_with(rows):
-    """What the rows were made with, in words."""
+    """Dates, commits, versions and machines of the rows."""
     made = [row["made"] for row in rows]
 
     def values(key):
@@ -140,10 +134,12 @@ def made_with(rows):
 
 
 def text(rows, workloads, methods):
-    """What stands between the marks."""
+    """The text between the marks."""
     rates, decays = (dict.fromkeys(rate_name(setting[key]) for setting in TRIALS)
                      for key in ("rate", "decay"))  # fmt: skip
-    parts = [
+    missing = len(protocol.needed(rows, NAMES, METHODS))
+    parts = [f"At least {missing} runs are missing: scores are of whole rows."] if missing else []
+    parts += [
         score_table(rows, workloads, methods),
         "![Performance profiles](suite/profile.png)",
         RULES.format(rates=", ".join(rates), decays=" and ".join(decays)),
@@ -161,6 +157,12 @@ def text(rows, workloads, methods):
     return "\n\n".join([*parts, made_with(rows)])
 
 
+def look(method):
+    """(colour, marker, line) of a method in the picture."""
+    line = style.DASHED if method == protocol.TUNED else "-"
+    return *style.OPTIMIZERS.get(METHODS[method].title, (style.GREY, "x")), line
+
+
 def picture(rows, workloads):
     """The performance profiles in steps and in seconds; None without a whole method."""
     medians = protocol.medians(rows, workloads)
@@ -169,32 +171,30 @@ def picture(rows, workloads):
     with plt.style.context([style.STYLE]):
         figure, axes = plt.subplots(1, len(UNITS), figsize=(style.WIDTH, 2.9), sharey=True)
         for ax, (unit, label) in zip(axes, UNITS.items()):
-            ratios = protocol.ratios(medians, unit)
-            for i, (method, found) in enumerate(ratios.items()):
-                colour, marker, line = LOOKS.get(method, NEW)
-                x = sorted(r for r in found if r <= protocol.TAU)
-                y = [(k + 1) / len(found) for k in range(len(x))]
-                shift = (i - len(ratios) / 2) * 0.004  # so that equal profiles are both seen
-                steps = [shift + v for v in (0, *y, y[-1] if y else 0)]
-                ax.step([1, *x, protocol.TAU], steps, where="post", color=colour, linestyle=line,
-                        zorder=3 + (method == "spectral"))  # fmt: skip
-                ax.plot(x, steps[1:-1], color=colour, linestyle="none", marker=marker, zorder=5,
+            for i, (method, found) in enumerate(protocol.ratios(medians, unit).items()):
+                colour, marker, line = look(method)
+                x = sorted({r for r in found if r <= protocol.TAU})
+                # A little above the share, so that equal profiles are both seen.
+                y = [sum(r <= t for r in found) / len(found) + i * 0.004 for t in x]
+                ax.step([1, *x, protocol.TAU], [i * 0.004, *y, y[-1] if y else i * 0.004],
+                        where="post", color=colour, linestyle=line)  # fmt: skip
+                ax.plot(x, y, color=colour, linestyle="none", marker=marker, zorder=5,
                         markersize=3.6, markerfacecolor="white", clip_on=False)  # fmt: skip
             ax.set_xlim(1, protocol.TAU)
             ax.set_xlabel(f"τ: {label}, over the fastest")
-        axes[0].set_ylim(-0.03, 1.03)
+        axes[0].set_ylim(0, 1.04)
         axes[0].set_ylabel(f"share of {len(workloads)} workloads")
-        looks = {METHODS[x].title: LOOKS.get(x, NEW) for x in medians}
+        keys = [(METHODS[x].title, *look(x)) for x in medians]
         style.legend(figure, [
             style.key(title, colour, marker=marker, markersize=3.6, markerfacecolor="white",
                       linestyle=line)
-            for title, (colour, marker, line) in looks.items()], ncols=4)  # fmt: skip
+            for title, colour, marker, line in keys], ncols=4)  # fmt: skip
     return figure
 
 
 def write(out, rows):
     """Write the page of these rows and its picture below `out`; returns the page, or None without
-    rows. What stands outside of the marks of a page that is there stays."""
+    rows. Text outside of the marks of an earlier page stays."""
     if not rows:
         return None
     workloads = [x for x in NAMES if any(row["workload"] == x for row in rows)]

@@ -58,13 +58,20 @@ def choice(rows, workload):
     return min(tasks, key=lambda task: best(done[task], SHARE)).setting
 
 
+def setting_of(rows, workload, method):
+    """A method's setting on a workload, as of a Task: None while the tuned method has none."""
+    if method == TUNED:
+        return choice(rows, workload)
+    return tuple(sorted(METHODS[method].setting.items()))
+
+
 def needed(rows, workloads, methods):
     """The tasks to run next, in their order: a tuned method's seeds follow from its trials."""
     done, tasks = {task_of(row) for row in rows}, []
     for workload in workloads:
         for method in methods:
             tasks += trials(workload) if method == TUNED else []
-            setting = choice(rows, workload) if method == TUNED else ()
+            setting = setting_of(rows, workload, method)
             if setting is not None:
                 tasks += [Task(workload, method, seed, setting) for seed in SEEDS]
     return [task for task in dict.fromkeys(tasks) if task not in done]
@@ -73,7 +80,7 @@ def needed(rows, workloads, methods):
 def runs_of(rows, workload, method):
     """The rows of a method on a workload that count, one a seed: of the tuned method those with the
     chosen setting."""
-    setting = choice(rows, workload) if method == TUNED else ()
+    setting = setting_of(rows, workload, method)
     return [row for row in rows if task_of(row)[:2] == (workload, method)
             and task_of(row).setting == setting]  # fmt: skip
 
@@ -127,15 +134,14 @@ def profile_score(ratios):
 
 
 def calibrated(rows, workloads):
-    """The setting of TRIALS with the least mean rank over the workloads, by the least score within
-    the budget of the tuned method's trials: the one setting of NAdamW. None while one is missing.
-    """
+    """The setting of TRIALS with the least mean rank over the workloads, by the trials' least score
+    within SHARE of the budget: the one setting of NAdamW. None while a trial is missing."""
     done, ranks = {task_of(row): row for row in rows}, {}
     for workload in workloads:
         tasks = trials(workload)
         if not all(task in done for task in tasks):
             return None
-        scores = {task.setting: best(done[task]) for task in tasks}
+        scores = {task.setting: best(done[task], SHARE) for task in tasks}
         for setting, score in scores.items():
             rank = sum((x < score) + (x == score) / 2 for x in scores.values())
             ranks.setdefault(setting, []).append(rank)

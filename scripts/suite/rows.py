@@ -11,51 +11,65 @@ from cli import UserError
 from runs.files import write_whole
 from runs.provenance import environment
 from scripts.suite.methods import METHODS
+from scripts.suite.train import workload
+from scripts.suite.workloads import NAMES
 
 SAME = 0.01  # relative: the scores of one start on two machines
+KEYS = {"workload", "method", "seed", "setting", "steps", "curve", "failed", "date", "made"}
 
 
 class RowsError(UserError):
     """Rows that are not of this suite."""
 
 
-def alike(a, b):
-    """Whether two rows can be of the same workload: their budget, and their start at one seed."""
-    start, other = a["curve"][0][2], b["curve"][0][2]
-    same_start = a["seed"] != b["seed"] or math.isclose(start, other, rel_tol=SAME)
-    return a["steps"] == b["steps"] and same_start
-
-
 class Rows:
-    """`steps` instead of a workload's own budget, or None."""
+    """The rows below a folder. `steps`: the budget of every workload instead of its own."""
 
     def __init__(self, folder, steps=None):
         self.folder, self.steps = folder, steps
+        made = environment(torch.device("cpu"))  # the commit of the code that has been imported
+        self.made = made | {"threads": 1, "numpy": metadata.version("numpy")}
 
-    def read(self):
-        """All rows. Raises RowsError for a file that has none."""
+    def path(self, name):
+        return self.folder / f"{name}.jsonl"
+
+    def read(self, names=NAMES):
+        """The rows of these workloads, one of a task. Raises RowsError for a line that is no row,
+        and for rows of another budget."""
         rows = []
-        for path in sorted(self.folder.glob("*.jsonl")):
-            try:
-                rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            except ValueError as error:
-                reason = f"{path} holds no rows of the suite ({error}): move it away"
-                raise RowsError(reason) from None
+        for name in names:
+            path = self.path(name)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    fits = row.keys() >= KEYS and row["workload"] == name
+                    fits = fits and row["method"] in METHODS
+                except (ValueError, AttributeError):
+                    fits = False
+                if not fits:
+                    raise RowsError(f"{path}: line {number} is no row of the suite: delete it")
+                if row["steps"] != (self.steps or workload(name).STEPS):
+                    raise RowsError(f"{path}: line {number} is a run of {row['steps']} steps, and "
+                                    f"the budget of {name} is another: move the file away, or give "
+                                    "another --out")  # fmt: skip
+                rows.append(row)
         return rows
 
     def add(self, row):
-        """Add a row of `train.run`, with what it was made with. Raises RowsError where the file has
-        rows of another budget, or of another start at the same seed: the workload has changed."""
-        path = self.folder / f"{row['workload']}.jsonl"
-        others = [x for x in self.read() if x["workload"] == row["workload"]]
-        if not all(alike(x, row) for x in others):
-            raise RowsError(f"{path} has rows of another {row['workload']}, by its steps or its "
-                            "score at the start: move it away, or give another --out")  # fmt: skip
+        """Add a row of `train.run`, and how it was made; a task that is there stays. Raises
+        RowsError where the file has another start at the same seed: the workload has changed."""
+        path, rows = self.path(row["workload"]), self.read([row["workload"]])
+        start = row["curve"][0][2]
+        others = [x["curve"][0][2] for x in rows if x["seed"] == row["seed"]]
+        if not all(math.isclose(start, x, rel_tol=SAME) for x in others):
+            raise RowsError(f"{path} has rows of another {row['workload']}, by its score at the "
+                            "start: move the file away, or give another --out")  # fmt: skip
+        task = "method", "seed", "setting"
+        if any(all(x[key] == row[key] for key in task) for x in rows):  # another command's
+            return
         package = METHODS[row["method"]].package
-        made = environment(torch.device("cpu")) | {"threads": 1, "numpy": metadata.version("numpy")}
-        if package not in (None, "torch"):
-            made[package] = metadata.version(package)
-        lines = path.read_text(encoding="utf-8") if path.exists() else ""
+        versions = {package: metadata.version(package)} if package else {}
+        rows.append(row | {"date": date.today().isoformat(), "made": self.made | versions})
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(row | {"date": date.today().isoformat(), "made": made})
-        write_whole(path, f"{lines}{line}\n")
+        write_whole(path, "".join(f"{json.dumps(x)}\n" for x in rows))

@@ -12,7 +12,7 @@ from agd import AGD, recalibrate
 from scripts.suite.methods import METHODS
 
 EVALUATIONS = 32  # of a run, at equal distances, beside the one before the first step
-CALIBRATION = 8  # batches from which batch norm's statistics of averaged weights are taken
+CALIBRATION = 50  # batches from which batch norm's statistics of averaged weights are taken
 VALIDATION_BATCH = 256
 
 
@@ -42,7 +42,7 @@ def evaluate(work, net, valid):
 
 
 class Loss(nn.Module):
-    """The loss of a batch of `examples`, at the indices `rows`: what `recalibrate` runs."""
+    """The loss of `examples` at the indices `rows`, as a module that `recalibrate` can run."""
 
     def __init__(self, work, net, examples):
         super().__init__()
@@ -84,13 +84,17 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
             return None
         begun, total = time.process_time(), 0.0
         for step in range(done, mark):
-            loss = loss_of(next(stream))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            try:
+                loss = loss_of(next(stream))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            except (RuntimeError, ValueError) as error:  # of the method: the suite goes on
+                row["failed"] = f"step {step + 1}: {error}".splitlines()[0]
+                return row
             total += loss.item()
             if not math.isfinite(total):
-                row["failed"] = f"the loss of step {step + 1} is not finite"
+                row["failed"] = f"step {step + 1}: the loss is not finite"
                 return row
         seconds += time.process_time() - begun
         if averages:
@@ -103,6 +107,6 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
             summaries.append([optimizer.G.item(), optimizer.eta.item()])
             row["agd"] = {"L": float(optimizer.L), "G, eta": summaries}
         if not math.isfinite(curve[-1][2]):
-            row["failed"] = f"the score after step {mark} is not finite"
+            row["failed"] = f"step {mark}: the score is not finite"
             return row
     return row
