@@ -24,9 +24,10 @@ but AdamW has one setting on all workloads, NAdamW's calibrated here, the others
 authors. AdamW has a warm-up of a twentieth of the budget and a cosine to 0. It is tuned for each
 workload by {len(TRIALS)} trials with seed {protocol.SEEDS[0]}: each rate of {{rates}} with each
 decay of {{decays}}. The trial with the least score within {protocol.SHARE:.0%} of the budget gives
-the setting. The *target* is the least score that this setting reaches within {protocol.SHARE:.0%} of
-the budget, the median of the seeds, seed {protocol.SEEDS[0]} being the trial. NAdamW has the
-setting with the least mean rank in the trials of all workloads, by the same score.
+the setting. The *target* is the least score that this setting reaches within
+{protocol.SHARE:.0%} of the budget, the median of the seeds, seed {protocol.SEEDS[0]} being the
+trial. NAdamW has the setting with the least mean rank in the trials of all workloads, by the same
+score.
 
 A run is evaluated {EVALUATIONS} times, at equal distances. A method that averages weights is
 evaluated at the average, with batch norm's statistics taken from {CALIBRATION} batches. The *time*
