@@ -270,7 +270,7 @@ class TestPublished:
     def test_the_page_and_the_picture_follow_from_the_rows(self, tmp_path):
         shutil.copytree(PUBLISHED / "suite", tmp_path / "suite")
         shutil.copy(PUBLISHED / "suite.md", tmp_path)
-        drawn = page.picture(self.rows, NAMES)
+        drawn = page.picture(self.rows)
         from PIL import Image
 
         said = Image.open(PUBLISHED / "suite" / "profile.png").info["Source"]

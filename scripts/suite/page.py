@@ -164,9 +164,10 @@ def look(method):
     return *style.OPTIMIZERS.get(METHODS[method].title, (style.GREY, "x")), line
 
 
-def picture(rows, workloads):
+def picture(rows):
     """The performance profiles in steps and in seconds; None without a whole method."""
-    medians = protocol.medians(rows, workloads)
+    medians = protocol.medians(rows, NAMES)
+    workloads = {x for row in medians.values() for x in row}
     if not medians:
         return None
     with plt.style.context([style.STYLE]):
@@ -200,7 +201,7 @@ def write(out, rows):
         return None
     workloads = [x for x in NAMES if any(row["workload"] == x for row in rows)]
     methods = [x for x in METHODS if any(row["method"] == x for row in rows)]
-    if drawn := picture(rows, workloads):
+    if drawn := picture(rows):
         style.save(drawn, out / "suite" / "profile.png")
     path = out / "suite.md"
     if not path.exists():

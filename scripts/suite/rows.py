@@ -70,6 +70,7 @@ class Rows:
             return
         package = METHODS[row["method"]].package
         versions = {package: metadata.version(package)} if package else {}
+        row = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.6g}"))
         rows.append(row | {"date": date.today().isoformat(), "made": self.made | versions})
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(f"{json.dumps(x)}\n" for x in rows))
