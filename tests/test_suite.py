@@ -265,7 +265,7 @@ class TestPublished:
     rows = Rows(PUBLISHED / "suite").read()
 
     def test_nadamw_has_the_calibrated_setting(self):
-        assert protocol.calibrated(self.rows, NAMES) in (None, NADAMW)
+        assert protocol.calibrated(self.rows, NAMES) == NADAMW
 
     def test_the_page_and_the_picture_follow_from_the_rows(self, tmp_path):
         shutil.copytree(PUBLISHED / "suite", tmp_path / "suite")

@@ -56,7 +56,7 @@ TRIALS = tuple(
 )  # fmt: skip
 
 # One setting for all workloads: scripts.suite.protocol.calibrated chooses it among the trials.
-NADAMW = {"rate": 1e-3, "decay": 0.01}
+NADAMW = {"rate": 3e-3, "decay": 0.01}
 
 
 def nadamw(net, steps, rate, decay):
