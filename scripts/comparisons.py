@@ -31,7 +31,7 @@ from runs.provenance import environment
 from scripts.markdown import renew, table
 from scripts.words import significant
 from training.losses import xent
-from training.schedule import cosine
+from training.schedule import scheduled
 from training.step import evaluate, train_epoch
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ LIBRARIES = ("torch", "numpy", "torchvision", "transformers", "timm")
 TINY = {  # settings of --quick, for tests; a case's own win
     "depth": 3, "depths": (3,), "width": 16, "layers": 2, "heads": 2, "channels": (4, 8, 8),
     "batch": 16, "images": 64, "test": 32, "context": 16, "texts": 4, "held": 64, "seeds": (0,),
-    "epochs": 1, "before": 1, "steps": 4, "text_steps": 4, "image_steps": 2, "warm_up": 1,
+    "epochs": 1, "before": 1, "steps": 4, "text_steps": 4, "image_steps": 3, "warm_up": 1,
     "activations": ("ReLU", "Tanh"), "rates": (1e-3,), "hidden": 16, "digits": 64,
     "digit_before": 1, "digit_marks": (1, 2), "digit_rates": (1e-3,),
 }  # fmt: skip
@@ -348,14 +348,12 @@ def stock_gpt2(args, letters):
 
 def adamw(rate, args, net, steps):
     """AdamW with a warm-up, a cosine to 0 at `steps` and, if `clip`, clipped gradients."""
-    optimizer = torch.optim.AdamW(net.parameters(), betas=args.betas,
+    optimizer = torch.optim.AdamW(net.parameters(), rate, betas=args.betas,
                                   weight_decay=args.weight_decay)  # fmt: skip
-    count = itertools.count()
 
-    def before(*_):
-        optimizer.param_groups[0]["lr"] = rate * cosine(next(count), steps, args.warm_up)
-        if args.clip:
-            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+    def clip(*_):
+        nn.utils.clip_grad_norm_(net.parameters(), args.clip)
 
-    optimizer.register_step_pre_hook(before)
-    return optimizer
+    if args.clip:
+        optimizer.register_step_pre_hook(clip)
+    return scheduled(optimizer, steps, args.warm_up)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from scripts import style
 from scripts.suite import __main__ as suite
@@ -75,6 +76,7 @@ def test_the_median_of_three_seeds_with_two_misses_is_a_miss():
     rows += [row("agd", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.8, 0.8))]
     rows += [row("spectral", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.1, 0.8))]
     table = protocol.medians(rows, ["gpt"])
+    assert protocol.ratios({"adamw": table["adamw"]}, "steps") == {}  # beside no other
     assert table["agd"]["gpt"] == NEVER and table["spectral"]["gpt"] == Time(40, 4.0)
     assert protocol.ratios(table, "steps") == {"agd": [math.inf], "spectral": [40 / 30],
                                                "adamw": [1.0]}  # fmt: skip
@@ -200,9 +202,9 @@ def test_the_command_goes_on_and_the_page_follows_from_the_rows(tmp_path, capsys
 
 def test_the_command_stops_in_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suite, "BEGAN", time.time())
-    assert call("gpt", "--methods", "agd", "--out", tmp_path, "--time_limit", "20s") == 75
+    assert call("gpt", "--methods", "agd", "--out", tmp_path, "--time_limit", "12s") == 75
     assert "The time is up: 0 runs have ended; give it a longer one" in capsys.readouterr().out
-    assert time.time() - suite.BEGAN < 25
+    assert time.time() - suite.BEGAN < 60
     assert not list(tmp_path.glob("suite/*.jsonl"))
 
 
@@ -271,10 +273,10 @@ class TestPublished:
         shutil.copytree(PUBLISHED / "suite", tmp_path / "suite")
         shutil.copy(PUBLISHED / "suite.md", tmp_path)
         drawn = page.picture(self.rows)
-        from PIL import Image
-
-        said = Image.open(PUBLISHED / "suite" / "profile.png").info["Source"]
-        assert style.fingerprint(drawn) == said
+        image = PUBLISHED / "suite" / "profile.png"
+        assert image.exists() == (drawn is not None)
+        if drawn:
+            assert style.fingerprint(drawn) == Image.open(image).info["Source"]
         page.write(tmp_path, self.rows)
         assert (tmp_path / "suite.md").read_bytes() == (PUBLISHED / "suite.md").read_bytes()
 

@@ -4,6 +4,7 @@ torch's schedulers count the steps themselves: a checkpoint would have to hold t
 optimiser's, and the place of the run would be known twice.
 """
 
+import itertools
 import math
 
 import torch
@@ -51,6 +52,13 @@ class Cosine:
         """The rate of each group in `step`."""
         factor = cosine(step, self.steps, self.warmup)
         return [rate * factor for rate in self.start]
+
+
+def scheduled(optimizer, steps, warmup=None):
+    """The optimiser itself, which sets the rates of a Cosine before each of its steps."""
+    schedule, count = Cosine(optimizer, steps, warmup), itertools.count()
+    optimizer.register_step_pre_hook(lambda *_: schedule.set(next(count)))
+    return optimizer
 
 
 def cosine(step, steps, warmup):

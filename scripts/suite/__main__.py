@@ -140,6 +140,7 @@ def run(args, rows, methods):
         # A tuned method's seeds are known after its trials: these are rounds, two at most.
         while todo := protocol.needed(rows.read(), args.workloads, methods):
             bar.total = ended + len(todo)
+            bar.set_description_str(f"{ended} of {bar.total} runs")
             tasks = {x: (x.workload, x.method, x.seed, dict(x.setting), rows.steps, deadline)
                      for x in todo}  # fmt: skip
             for task, row in work(train.run, tasks, jobs):

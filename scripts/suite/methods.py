@@ -1,15 +1,14 @@
 """The methods that the suite compares, each with the one setting that it has on all workloads."""
 
-import itertools
 from collections.abc import Callable
-from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from agd import AGD, SpectralAGD
-from training.schedule import Cosine
+from training.schedule import scheduled
 
 
 class Method(NamedTuple):
@@ -31,18 +30,7 @@ def missing(name):
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         return "it needs torch 2.9 or newer"
     package = METHODS[name].package
-    try:
-        import_module(package or "torch")
-    except ImportError:
-        return f"pip install {package}"
-    return None
-
-
-def scheduled(optimizer, steps, warmup=None):
-    """The optimiser with a warm-up, a twentieth of the steps by default, and a cosine to 0."""
-    schedule, count = Cosine(optimizer, steps, warmup), itertools.count()
-    optimizer.register_step_pre_hook(lambda *_: schedule.set(next(count)))
-    return optimizer
+    return f"pip install {package}" if package and not find_spec(package) else None
 
 
 def adamw(net, steps, rate, decay):

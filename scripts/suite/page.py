@@ -139,10 +139,12 @@ def text(rows, workloads, methods):
     rates, decays = (dict.fromkeys(rate_name(setting[key]) for setting in TRIALS)
                      for key in ("rate", "decay"))  # fmt: skip
     missing = len(protocol.needed(rows, NAMES, METHODS))
-    parts = [f"At least {missing} runs are missing: scores are of whole rows."] if missing else []
+    known = protocol.ratios(protocol.medians(rows, NAMES), "steps")
+    scored = "A method has a score once all its runs on the workloads below are there."
+    parts = [f"At least {missing} runs are missing. {scored}"] if missing else []
     parts += [
         score_table(rows, workloads, methods),
-        "![Performance profiles](suite/profile.png)",
+        *(["![Performance profiles](suite/profile.png)"] if known else []),
         RULES.format(rates=", ".join(rates), decays=" and ".join(decays)),
         "## The workloads", workload_table(rows, workloads),
         "## Steps to the target", time_table(rows, workloads, methods, "steps"),
@@ -165,15 +167,16 @@ def look(method):
 
 
 def picture(rows):
-    """The performance profiles in steps and in seconds; None without a whole method."""
+    """The performance profiles in steps and in seconds; None where nothing has a score."""
     medians = protocol.medians(rows, NAMES)
-    workloads = {x for row in medians.values() for x in row}
-    if not medians:
+    ratios = {unit: protocol.ratios(medians, unit) for unit in UNITS}
+    if not ratios["steps"]:
         return None
+    workloads = {x for row in medians.values() for x in row}
     with plt.style.context([style.STYLE]):
         figure, axes = plt.subplots(1, len(UNITS), figsize=(style.WIDTH, 2.9), sharey=True)
         for ax, (unit, label) in zip(axes, UNITS.items()):
-            for i, (method, found) in enumerate(protocol.ratios(medians, unit).items()):
+            for i, (method, found) in enumerate(ratios[unit].items()):
                 colour, marker, line = look(method)
                 x = sorted({r for r in found if r <= protocol.TAU})
                 # A little above the share, so that equal profiles are both seen.
@@ -186,7 +189,7 @@ def picture(rows):
             ax.set_xlabel(f"τ: {label}, over the fastest")
         axes[0].set_ylim(0, 1.04)
         axes[0].set_ylabel(f"share of {len(workloads)} workloads")
-        keys = [(METHODS[x].title, *look(x)) for x in medians]
+        keys = [(METHODS[x].title, *look(x)) for x in ratios["steps"]]
         style.legend(figure, [
             style.key(title, colour, marker=marker, markersize=3.6, markerfacecolor="white",
                       linestyle=line)
@@ -201,8 +204,11 @@ def write(out, rows):
         return None
     workloads = [x for x in NAMES if any(row["workload"] == x for row in rows)]
     methods = [x for x in METHODS if any(row["method"] == x for row in rows)]
+    image = out / "suite" / "profile.png"
     if drawn := picture(rows):
-        style.save(drawn, out / "suite" / "profile.png")
+        style.save(drawn, image)
+    else:
+        image.unlink(missing_ok=True)
     path = out / "suite.md"
     if not path.exists():
         write_whole(path, f"# Optimisers at one setting each\n\n{MARKS[0]}\n{MARKS[1]}\n")

@@ -118,9 +118,11 @@ def medians(rows, workloads):
 
 def ratios(table, unit):
     """{method: [its time over the fastest method's, of each workload]} of `medians`, in a unit, a
-    field of Time. Only methods with all the workloads that any has."""
+    field of Time. Of methods with all the workloads that any has; empty for fewer than two."""
     workloads = list(dict.fromkeys(x for row in table.values() for x in row))
     whole = {method: row for method, row in table.items() if len(row) == len(workloads)}
+    if len(whole) < 2:
+        return {}
     fastest = {x: min(getattr(row[x], unit) for row in whole.values()) for x in workloads}
     return {method: [getattr(row[x], unit) / fastest[x] if getattr(row[x], unit) < math.inf
                      else math.inf for x in workloads]

@@ -8,9 +8,9 @@ from importlib import metadata
 import torch
 
 from cli import UserError
-from runs.files import write_whole
 from runs.provenance import environment
 from scripts.suite.methods import METHODS
+from scripts.suite.protocol import task_of
 from scripts.suite.train import workload
 from scripts.suite.workloads import NAMES
 
@@ -36,7 +36,7 @@ class Rows:
     def read(self, names=NAMES):
         """The rows of these workloads, one of a task. Raises RowsError for a line that is no row,
         and for rows of another budget."""
-        rows = []
+        rows = {}
         for name in names:
             path = self.path(name)
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -53,24 +53,21 @@ class Rows:
                     raise RowsError(f"{path}: line {number} is a run of {row['steps']} steps, and "
                                     f"the budget of {name} is another: move the file away, or give "
                                     "another --out")  # fmt: skip
-                rows.append(row)
-        return rows
+                rows.setdefault(task_of(row), row)
+        return [*rows.values()]
 
     def add(self, row):
-        """Add a row of `train.run`, and how it was made; a task that is there stays. Raises
-        RowsError where the file has another start at the same seed: the workload has changed."""
-        path, rows = self.path(row["workload"]), self.read([row["workload"]])
-        start = row["curve"][0][2]
-        others = [x["curve"][0][2] for x in rows if x["seed"] == row["seed"]]
-        if not all(math.isclose(start, x, rel_tol=SAME) for x in others):
+        """Add a row of `train.run`, and how it was made. Raises RowsError where the file has
+        another start at the same seed: the workload has changed."""
+        path, start = self.path(row["workload"]), row["curve"][0][2]
+        others = [x for x in self.read([row["workload"]]) if x["seed"] == row["seed"]]
+        if not all(math.isclose(start, x["curve"][0][2], rel_tol=SAME) for x in others):
             raise RowsError(f"{path} has rows of another {row['workload']}, by its score at the "
                             "start: move the file away, or give another --out")  # fmt: skip
-        task = "method", "seed", "setting"
-        if any(all(x[key] == row[key] for key in task) for x in rows):  # another command's
-            return
         package = METHODS[row["method"]].package
         versions = {package: metadata.version(package)} if package else {}
         row = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.6g}"))
-        rows.append(row | {"date": date.today().isoformat(), "made": self.made | versions})
+        row |= {"date": date.today().isoformat(), "made": self.made | versions}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(f"{json.dumps(x)}\n" for x in rows))
+        with open(path, "a", encoding="utf-8") as file:  # other commands may add to it, too
+            file.write(json.dumps(row) + "\n")
