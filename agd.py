@@ -422,19 +422,23 @@ class SpectralAGD(AGD):
     rank being its smaller side, s_k is rho(W_k) at the start. The network holds P; at first Z = X =
     P, m = 0. At step t, with g the gradient at P, and m / |m|_F for polar(m) of vectors and rows:
 
-        g   <- g - P <g, P> / <P, P>                 its part along P only changes a length
-        m   <- (m + g) / 2
-        G   =  max(0, 1/L sum_k s_k <g_k, polar(m_k)>)
+        r   <- (r + <g, P>) / 2                      for the length of P
+        m   <- (m + g - P <g, P> / <P, P>) / 2       for its direction
+        G   =  max(0, 1/L sum_k rho(P_k) <g_k - P_k <g_k, P_k> / <P_k, P_k>, polar(m_k)>)
         eta =  log((1 + sqrt(1 + 4 G)) / 2)
+        z   <- z - eta/L s_k / rho(Y_k) c_k          c = r / (rho(P) <m, polar(m)>) within [-1, 1]
         Z   <- Z - eta/L s_k polar(m_k)              its length grows: that is the clock
-        X   <- X + 2 / (t + 1) (Z - X)               with t the steps that have moved the block
-        Y   =  0.2 Z + 0.8 X,   P = s_k Y / rho(Y)
+        x   <- x + 2 / (t + 1) (z - x)               with t the steps that have moved the block
+        X   <- X + 2 / (t + 1) (Z - X)
+        y   =  0.2 z + 0.8 x
+        Y   =  0.2 Z + 0.8 X,   P = s_k exp(y) Y / rho(Y)
 
-    `eval()` puts X, at length s_k, in the place of P; `train()` puts P back. Free blocks have no
-    projection and no fixed length: vectors, blocks that start at zero or are single numbers, and
-    the output layers, from which the network's output is reached through no other weight. A
-    convolution is one matrix a group, (out, in * K). Every ROWS rows of a matrix, of its shorter
-    side, have a polar factor of their own. docs/optimiser.md has memory, time and sources.
+    The numbers z = x = r = 0 at first. `eval()` puts X, at length s_k exp(x), in the place of P;
+    `train()` puts P back. Free blocks have no projection and no length of their own, P = Y:
+    vectors, blocks that start at zero or are single numbers, and the output layers, from which the
+    network's output is reached through no other weight. A convolution is one matrix a group,
+    (out, in * K). Every ROWS rows of a matrix, of its shorter side, have a polar factor of their
+    own. docs/optimiser.md has memory, time and sources.
 
     Args:
         params, gain, depth, roles: as of `AGD`. s is always measured, of each block. The output
@@ -456,7 +460,9 @@ class SpectralAGD(AGD):
 
     _spectral = True
     _saved = {"scale": "s", "output": "output", "share": "share"}
-    _tensors = frozenset({"numel", "z", "m", "weights", "s", "held", "t", "length", "fixed"})
+    _tensors = frozenset(
+        {"numel", "z", "m", "weights", "s", "held", "t", "length", "stretch", "r", "fixed"}
+    )
     process_group = None
 
     def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
@@ -1094,8 +1100,9 @@ TINY = 1e-36  # squares of the numbers of a block that add up to less are no gra
 
 class _MatrixPart:
     """The parameters of one device, sharded alike, as stacks of matrices. Of each block, (blocks,)
-    tensors of which `state` has views: s, the target of rho; held, whether P has that length; t,
-    the steps that have moved it; length, rho(Y) / s, or 1 of a free block."""
+    tensors of which `state` has views: s, rho at the start; held, whether P has a length apart from
+    Y's; t, the steps that have moved it; length, rho(Y) / rho(P), or 1 of a free block; r, and
+    stretch, (blocks, 2), the numbers z and x, or 0 of a free block."""
 
     def __init__(self, state, training, device, shards, weights):
         self.weights, self.shards, self.training = weights, shards, training
@@ -1104,6 +1111,7 @@ class _MatrixPart:
             x.blocks = slice(end, end + x.number)
             end = x.blocks.stop
         self.s, self.length = torch.ones(end, **wide), torch.ones(end, **wide)
+        self.stretch, self.r = torch.zeros(end, 2, **wide), torch.zeros(end, **wide)
         self.held = torch.zeros(end, dtype=torch.bool, device=device)
         self.t = torch.zeros(end, dtype=torch.int64, device=device)
         self.rank = torch.cat([torch.full((x.number,), x.rank, **wide) for x in weights])
@@ -1125,6 +1133,7 @@ class _MatrixPart:
             self.s[x.blocks] = torch.where(there, own, s)
             self.held[x.blocks] = there & x.fixed
             self.t[x.blocks], self.length[x.blocks] = 0, 1
+            self.stretch[x.blocks], self.r[x.blocks] = 0, 0
             state[x.p].update(z=x.p.detach(), m=torch.zeros_like(x.p))
             x.bind(self, state[x.p])
 
@@ -1154,7 +1163,8 @@ class _MatrixPart:
             x.g = x.view(x.grad).to(x.dtype)
         squares = self.total(lambda x: x.squares(x.g))
         dots = self.total(lambda x: _dots(x.g, x.weights()) if x.fixed else None)
-        self.along = torch.where(self.held, dots / (self.s.square() * self.rank), 0)
+        self.rho = self.s * self.stretch[:, 0].lerp(self.stretch[:, 1], BETA).exp()  # of P
+        self.along = torch.where(self.held, dots / (self.rho.square() * self.rank), 0)
         self.moves = squares > TINY
         return squares.sqrt()  # infinite where float32 has no square of an element
 
@@ -1163,6 +1173,7 @@ class _MatrixPart:
         if finite is not None:
             self.moves, self.along = self.moves & finite, torch.where(finite, self.along, 0)
         part = (1 - MU) * self.moves.to(self.s)
+        self.r.lerp_(self.along * self.rho.square() * self.rank, part)
         for x, a, b in self.each(part, part * self.along):
             x.g = x.g if finite is None else torch.where(finite, x.g, 0)
             x.m.lerp_(x.g, a)
@@ -1170,26 +1181,31 @@ class _MatrixPart:
                 _add(x.m, x.weights(), b, -1)
 
     def slopes(self):
-        """s <g, D> of each block, (blocks,), with D the direction."""
+        """rho(P) <g, D> of each block, (blocks,), with D the direction."""
         slopes = self.total(lambda x: _dots(x.g, x.D))
         along = self.total(lambda x: _dots(x.weights(), x.D) if x.fixed else None)
+        dual = self.total(lambda x: _dots(x.m, x.D) if x.fixed else None)
         squares = self.total(lambda x: None if x.polar else x.squares(x.D))
         # Directions without a polar factor are not yet of norm 1.
         norm = torch.where(squares > TINY, squares.sqrt(), math.inf).masked_fill_(self.polar, 1)
         self.factor = self.s / norm
-        return self.factor * (slopes - self.along * along)
+        cosine = self.r / (self.rho * dual / norm).clamp_min(TINY)
+        self.cosine = torch.where(self.held, cosine.clamp(-1, 1), 0)
+        return self.rho / norm * (slopes - self.along * along)
 
     def move(self, step, groups):
-        """Move Z, X and P by `step`, eta / L."""
-        step = step.to(self.factor)
-        factor, moves = self.factor * step * self.moves, self.moves & (step > 0)
+        """Move Z, X and P, and the numbers of its length, by `step`, eta / L."""
+        step = step.to(self.factor) * self.moves
         for x in self.active:
-            gain = _gain(groups[x.group], factor)
+            gain = _gain(groups[x.group], step)
             if isinstance(gain, Tensor) or gain != 1:
-                factor[x.blocks] *= gain
-                moves[x.blocks] &= gain > 0
+                step[x.blocks] *= gain
+        factor, moves = self.factor * step, step > 0
         self.t += moves
         w = moves.to(factor) * 2 / (self.t + 1)
+        z, average = self.stretch.unbind(1)
+        z -= step * self.s / (self.length * self.rho) * self.cosine
+        average.lerp_(z, w)
         keep = (1 - w) * torch.where(moves, self.length, 1)
         for x, a, b, c, d in self.each(keep, w, (1 - BETA + BETA * w) * factor, factor):
             x.W = x.weights().mul_(a)
@@ -1197,7 +1213,8 @@ class _MatrixPart:
             _add(x.W, x.D, c, -1)
             _add(x.z, x.D, d, -1)
         length = self.total(lambda x: x.squares(x.W) if x.fixed else None)
-        length, moves = (length / self.rank).sqrt() / self.s, moves & self.held
+        rho = self.s * z.lerp(average, BETA).exp()
+        length, moves = (length / self.rank).sqrt() / rho, moves & self.held
         self.length.copy_(torch.where(moves, length, self.length))
         for x, n in self.each(torch.where(moves, length, 1)):
             if x.fixed:
@@ -1216,7 +1233,8 @@ class _MatrixPart:
         for x, a in self.each(self.length / BETA, weights=started):
             x.W = (x.weights() * a).sub_(x.z, alpha=(1 - BETA) / BETA)
         rho = (self.total(lambda x: x.squares(x.W), started) / self.rank).sqrt()
-        lengths = torch.where(self.held & (rho > 0), self.s / rho, 1)
+        lengths = self.s * self.stretch[:, 1].exp() / rho
+        lengths = torch.where(self.held & (rho > 0), lengths, 1)
         for x, n in self.each(lengths, weights=started):
             if x.copy is None:
                 state[x.p]["weights"] = x.p.detach().clone()
@@ -1273,7 +1291,7 @@ class _Matrices:
         for key in [key for key in ("z", "m", "weights") if key in state]:
             like = torch.empty_like(self.p, dtype=self.dtype, memory_format=self.form)
             state[key] = like.copy_(state[key]).detach()
-        for key in ("s", "held", "t", "length"):
+        for key in ("s", "held", "t", "length", "stretch", "r"):
             of_all = getattr(part, key)
             if key in state:
                 of_all[self.blocks] = state[key].to(of_all)

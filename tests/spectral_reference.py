@@ -52,14 +52,22 @@ def polynomials(m):
 
 
 class Block:
-    """z, x, m and P of one block, which start at W; s, its target; held, whether on its sphere."""
+    """z, x, m and P of one block, which start at W; s, its length at the start; held, whether it
+    has a length apart from Y's, s exp(y), with the numbers lz, lx and r of y."""
 
     def __init__(self, W, s, held):
         self.z, self.x, self.P, self.m = W.clone(), W.clone(), W.clone(), torch.zeros_like(W)
         self.s, self.held, self.t = s, held, 0
+        self.lz = self.lx = self.r = 0.0
 
-    def on_sphere(self, Y):
-        return self.s * Y / rho(Y) if self.held else Y
+    def Y(self):
+        return (1 - BETA) * self.z + BETA * self.x
+
+    def y(self):
+        return (1 - BETA) * self.lz + BETA * self.lx
+
+    def on_sphere(self, Y, y):
+        return self.s * math.exp(y) * Y / rho(Y) if self.held else Y
 
 
 class SpectralReference:
@@ -76,17 +84,25 @@ class SpectralReference:
         for b, g, gain in zip(self.blocks, grads, gains or [1.0] * len(grads)):
             if g is None or not g.any():
                 continue
-            if b.held:  # no change of length is asked for
-                g = g - b.P * (g * b.P).sum() / (b.P * b.P).sum()
+            size = b.s
+            if b.held:  # the length has a gradient of its own
+                size, along = rho(b.P), (g * b.P).sum()
+                g = g - b.P * along / (b.P * b.P).sum()
+                b.r = (1 - MU) * along.item() + MU * b.r
             b.m = (1 - MU) * g + MU * b.m
             D = polar(b.m)
-            G += b.s * (g * D).sum().item()
+            G += size * (g * D).sum().item()
             moves.append((b, D, gain))
         self.G = max(0.0, G / self.L)
         self.eta = math.log((1 + math.sqrt(1 + 4 * self.G)) / 2)
         for b, D, gain in moves:
             if gain * self.eta > 0:
                 b.t += 1
+                if b.held:
+                    c = b.r / (rho(b.P) * (b.m * D).sum().item())
+                    c = min(max(c, -1.0), 1.0)
+                    b.lz -= gain * self.eta / self.L * b.s / rho(b.Y()) * c
+                    b.lx += 2 / (b.t + 1) * (b.lz - b.lx)
                 b.z = b.z - gain * self.eta / self.L * b.s * D
                 b.x = b.x + 2 / (b.t + 1) * (b.z - b.x)
-                b.P = b.on_sphere((1 - BETA) * b.z + BETA * b.x)
+                b.P = b.on_sphere(b.Y(), b.y())

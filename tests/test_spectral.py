@@ -127,13 +127,17 @@ def test_steps_of_every_role(dtype, steps, gain):
     for key, of in (("z", lambda b: b.z), ("m", lambda b: b.m)):
         tensors = {name: own[key] for name, own in state.items()}
         assert max(differences(net, twin, of, tensors).values()) < close
-    for mode, of in (("train", lambda b: b.P), ("eval", lambda b: b.on_sphere(b.x)),
+    for mode, of in (("train", lambda b: b.P), ("eval", lambda b: b.on_sphere(b.x, b.lx)),
                      ("train", lambda b: b.P)):  # fmt: skip
         getattr(optimizer, mode)()
         apart = differences(net, twin, of)
         assert max(apart.values()) < close + torch.finfo(dtype).eps, (mode, apart)
         for W, b in zip((x for n, p in net.named_parameters() for x in cut(n, p)), twin.blocks):
-            assert not b.held or rho(W) == near(b.s, 1e-5 + torch.finfo(dtype).eps)
+            y = b.lx if mode == "eval" else b.y()
+            own = near(b.s * math.exp(y), 1e-5 + torch.finfo(dtype).eps)
+            assert not b.held or rho(W) == own
+    grown = [b.y() for b in twin.blocks if b.held]
+    assert min(grown) < 0 < max(grown) and not any(b.y() for b in twin.blocks if not b.held)
 
 
 def everything(net, optimizer):
@@ -172,7 +176,7 @@ def test_a_gain_of_0_or_a_slope_that_is_not_positive_moves_the_momentum_alone(ga
         put_gradients(net, torch.Generator().manual_seed(3))
     before = everything(net, optimizer)
     optimizer.step()
-    assert {x.split()[-1] for x in changed(before, everything(net, optimizer))} == {"m"}
+    assert {x.split()[-1] for x in changed(before, everything(net, optimizer))} == {"m", "r"}
     assert optimizer.skipped == 0 and (optimizer.eta == optimizer.G == 0) == (gain == 1)
 
 
@@ -358,6 +362,25 @@ def test_a_checkpoint_in_either_mode_goes_on_to_the_bit(dtype, mode, own, order)
         assert not changed(everything(net, optimizer), everything(twin, other))
 
 
+@both_modes
+def test_a_state_from_before_lengths_were_trained_goes_on(mode):
+    """Its lengths start where its weights are."""
+    net, optimizer = every()
+    stepped(net, optimizer)
+    twin, other = copy.deepcopy((net, optimizer))
+    for own in optimizer.state.values():
+        own["stretch"].zero_(), own["r"].zero_()
+    getattr(optimizer, mode)()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert all(own.pop("stretch") is not None and own.pop("r") is not None
+               for own in state["state"].values())  # fmt: skip
+    getattr(other, mode)()
+    other.load_state_dict(state)
+    optimizer.train(), other.train()
+    stepped(net, optimizer, 2, seed=6), stepped(twin, other, 2, seed=6)
+    assert not changed(everything(net, optimizer), everything(twin, other))
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_torchs_distributed_checkpoints_of_eval_mode(flat, tmp_path):
     """They load what a fresh optimiser has a place for: one in eval mode."""
@@ -486,7 +509,10 @@ def test_layers_that_are_unfrozen_later(mode):
     assert optimizer.L == 3 and held(net, optimizer) == {"0.weight", "2.weight"}
     assert [optimizer.state[net[i].weight]["t"].tolist() for i in (0, 2)] == [[2], [4]]
     assert not torch.equal(before, net[0].weight)
-    assert rho(net[0].weight.detach()) == near(rho(before), 1e-5)
+    z, x = optimizer.state[net[0].weight]["stretch"][0].tolist()
+    assert z != 0 and rho(net[0].weight.detach()) == near(
+        rho(before) * math.exp(0.2 * z + 0.8 * x), 1e-5
+    )
 
 
 class Net(nn.Module):
