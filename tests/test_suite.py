@@ -15,9 +15,9 @@ from PIL import Image
 
 from scripts import style
 from scripts.suite import __main__ as suite
-from scripts.suite import page, protocol, train
+from scripts.suite import page, protocol, timing, train
 from scripts.suite.methods import METHODS, NADAMW, TRIALS
-from scripts.suite.protocol import NEVER, Task, Time
+from scripts.suite.protocol import Task
 from scripts.suite.rows import Rows, RowsError
 from scripts.suite.workloads import NAMES
 from tests.conftest import ROOT
@@ -51,7 +51,7 @@ def test_the_tuned_method_is_chosen_and_sets_the_target_at_three_quarters():
     rows += [row("adamw", 1, (1, 0.4, 0.35, 0.2), TRIALS[3]),
              row("adamw", 2, (1, 0.2, 0.9, 0.2), TRIALS[3])]  # fmt: skip
     assert protocol.target(rows, "gpt") == 0.3  # of 0.3, 0.35 and 0.2
-    assert protocol.times(rows, "gpt", "adamw") == [Time(30, 3.0), Time(40, 4.0), Time(20, 2.0)]
+    assert protocol.steps(rows, "gpt", "adamw") == [30, 40, 20]
 
 
 def test_what_is_needed_follows_from_what_is_there():
@@ -65,10 +65,10 @@ def test_what_is_needed_follows_from_what_is_there():
     assert protocol.needed(rows, ["gpt"], ["agd"])[0].method == "agd"
 
 
-def test_a_time_is_that_of_the_first_score_at_the_target_or_below():
-    assert protocol.time_to(row(scores=(1, 0.5, 0.6)), 0.5) == Time(20, 2.0)
-    assert protocol.time_to(row(scores=(1, 0.5)), 0.4) == NEVER
-    assert protocol.time_to(row(scores=()), 3) == NEVER  # the start does not count
+def test_the_steps_are_those_of_the_first_score_at_the_target_or_below():
+    assert protocol.steps_to(row(scores=(1, 0.5, 0.6)), 0.5) == 20
+    assert protocol.steps_to(row(scores=(1, 0.5)), 0.4) == math.inf
+    assert protocol.steps_to(row(scores=()), 3) == math.inf  # the start does not count
 
 
 def test_the_median_of_three_seeds_with_two_misses_is_a_miss():
@@ -76,10 +76,15 @@ def test_the_median_of_three_seeds_with_two_misses_is_a_miss():
     rows += [row("agd", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.8, 0.8))]
     rows += [row("spectral", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.1, 0.8))]
     table = protocol.medians(rows, ["gpt"])
-    assert protocol.ratios({"adamw": table["adamw"]}, "steps") == {}  # beside no other
-    assert table["agd"]["gpt"] == NEVER and table["spectral"]["gpt"] == Time(40, 4.0)
-    assert protocol.ratios(table, "steps") == {"agd": [math.inf], "spectral": [40 / 30],
-                                               "adamw": [1.0]}  # fmt: skip
+    assert protocol.ratios({"adamw": table["adamw"]}) == {}  # beside no other
+    assert table["agd"]["gpt"] == math.inf and table["spectral"]["gpt"] == 40
+    assert protocol.ratios(table) == {"agd": [math.inf], "spectral": [40 / 30], "adamw": [1.0]}
+    seconds = protocol.in_seconds(table, {"gpt": {"agd": 1.0, "spectral": 0.5, "adamw": 1.0}})
+    assert seconds["spectral"] == {"gpt": 20} and seconds["agd"] == {"gpt": math.inf}
+    assert protocol.ratios(seconds) == {"agd": [math.inf], "spectral": [1.0], "adamw": [1.5]}
+    assert protocol.ratios(protocol.in_seconds(table, {})) == {}  # no step was timed
+    assert "spectral" not in protocol.ratios(
+        protocol.in_seconds(table, {"gpt": {"agd": 1.0, "adamw": 2.0}}))  # fmt: skip
 
 
 @pytest.mark.parametrize("ratios, score", [
@@ -200,6 +205,41 @@ def test_the_command_goes_on_and_the_page_follows_from_the_rows(tmp_path, capsys
     assert (tmp_path / "suite.md").read_text() == first + "\nKept.\n"
 
 
+def test_steps_are_timed_in_turns_and_give_the_page_its_seconds(tmp_path, capsys, monkeypatch):
+    """All methods of a workload at once; a workload that is timed again is timed anew."""
+    monkeypatch.setattr(timing, "ROUNDS", 1), monkeypatch.setattr(timing, "STEPS", 2)
+    monkeypatch.setattr(suite, "missing", lambda name: name in ("muon", "prodigy"))
+    steps = train.workload("gpt").STEPS
+    rows = Rows(tmp_path / "suite")
+    for setting in TRIALS:
+        rows.add(row("adamw", 0, (1, 0.9, 0.3), setting) | {"steps": steps})
+    for seed in protocol.SEEDS:
+        rows.add(row("adamw", seed, (1, 0.9, 0.3), TRIALS[0]) | {"steps": steps})
+        rows.add(row("spectral", seed, (1, 0.2)) | {"steps": steps})
+    assert call("--draw", "--out", tmp_path) == 0
+    assert "## Seconds" not in (tmp_path / "suite.md").read_text()
+    assert call("gpt", "--time", "--out", tmp_path) == 0
+    first = rows.timed()["gpt"]["seconds"]
+    assert set(first) == set(METHODS) - {"muon", "prodigy"} and min(first.values()) > 0
+    page_text = (tmp_path / "suite.md").read_text()
+    for words in "## Seconds to the target", "## Milliseconds of a step", "Steps timed 20":
+        assert words in page_text
+    assert re.search(r"Spectral AGD \| none \| none \| 1.000 \| [01]\.\d{3} \|", page_text)
+    assert call("gpt", "--time", "--out", tmp_path) == 0 and rows.timed()["gpt"]["seconds"] != first
+    capsys.readouterr()
+    for wrong in "{", "[]", '{"gpt": {"seconds": {}}}':
+        (tmp_path / "suite" / "seconds.json").write_text(wrong)
+        assert call("--draw", "--out", tmp_path) == 2
+        assert "has no seconds of steps: delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--methods", "agd"], ["--jobs", "2"]])
+def test_timing_takes_turns_of_all_methods_on_one_core(flags, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        call("--time", *flags, "--out", tmp_path)
+    assert stopped.value.code == 2
+
+
 def test_the_command_stops_in_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suite, "BEGAN", time.time())
     assert call("gpt", "--methods", "agd", "--out", tmp_path, "--time_limit", "12s") == 75
@@ -264,7 +304,7 @@ def test_nothing_to_draw(tmp_path, capsys):
 class TestPublished:
     """results/suite: all that it says follows from its rows, and its rows from this code."""
 
-    rows = Rows(PUBLISHED / "suite").read()
+    rows, timed = Rows(PUBLISHED / "suite").read(), Rows(PUBLISHED / "suite").timed()
 
     def test_nadamw_has_the_calibrated_setting(self):
         assert protocol.calibrated(self.rows, NAMES) == NADAMW
@@ -272,16 +312,16 @@ class TestPublished:
     def test_the_page_and_the_picture_follow_from_the_rows(self, tmp_path):
         shutil.copytree(PUBLISHED / "suite", tmp_path / "suite")
         shutil.copy(PUBLISHED / "suite.md", tmp_path)
-        drawn = page.picture(self.rows)
+        drawn = page.picture(self.rows, self.timed)
         image = PUBLISHED / "suite" / "profile.png"
         assert image.exists() == (drawn is not None)
         if drawn:
             assert style.fingerprint(drawn) == Image.open(image).info["Source"]
-        page.write(tmp_path, self.rows)
+        page.write(tmp_path, self.rows, self.timed)
         assert (tmp_path / "suite.md").read_bytes() == (PUBLISHED / "suite.md").read_bytes()
 
     def test_rows_name_a_commit_and_no_path(self):
-        for row in self.rows:
+        for row in [*self.rows, *self.timed.values()]:
             assert re.fullmatch("[0-9a-f]{40}", row["made"]["commit"])
             assert '"/' not in json.dumps(row)
 

@@ -5,6 +5,7 @@ there are skipped, so that the same command, again and again, ends with all of t
 starts over. AdamW, tuned for each workload by ten trials, sets the target. Under --out:
 
     <out>/suite/*.jsonl         a row a run, a file a workload
+    <out>/suite/seconds.json    the seconds of a step, by --time
     <out>/suite/profile.png     the performance profiles
     <out>/suite.md              the scores, the targets, the steps and seconds to them, the rules
 
@@ -43,7 +44,7 @@ from cli import (
     one_of,
 )
 from data.workers import usable_cores, work
-from scripts.suite import page, protocol, train
+from scripts.suite import page, protocol, timing, train
 from scripts.suite.methods import METHODS, missing
 from scripts.suite.rows import Rows
 from scripts.suite.workloads import NAMES as WORKLOADS
@@ -70,12 +71,16 @@ def parse(argv=None):
         help="(default: %(default)s; results holds the published ones)")
     add("--list", action="store_true", help="list the runs with their states, and stop")
     add("--draw", action="store_true", help="run nothing, write the page of what is there")
+    add("--time", action="store_true",
+        help="run nothing, time a step of each method, in turns, on a machine that is quiet")
     add("--quick", action="store_true", help=f"{STEPS} steps a run, to see that it runs")
     args = parser.parse_args(argv)
-    alone = {"list": args.list, "draw": args.draw}
+    alone = {"list": args.list, "draw": args.draw, "time": args.time}
     for name in (name for name, given in alone.items() if given):
         unused = dict.fromkeys(("jobs", "time_limit"), f"is of runs, and --{name} runs none")
         parser.refuse(argv, unused)
+    if args.time:
+        parser.refuse(argv, {"methods": "picks methods, and --time has all of them take turns"})
     args.out = Path(args.out)
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file")
@@ -106,13 +111,18 @@ def suite(args):
         show(rows.read(), args.workloads, args.methods, lacking)
         return 0
     code = 0
-    if not args.draw:
+    if args.time:
+        for name in args.workloads:
+            seconds = timing.measure(name, [x for x in METHODS if not missing(x)])
+            rows.add_timed(name, seconds)
+            print(f"{name:12}", *(f"{x} {1000 * s:.3g} ms" for x, s in seconds.items()), sep="  ")
+    elif not args.draw:
         code = run(args, rows, [x for x in args.methods if x not in lacking])
         for method, reason in sorted(lacking.items()):
             print(f"left out: {method} ({reason})", file=sys.stderr)
-    path = page.write(args.out, rows.read())
+    path = page.write(args.out, rows.read(), rows.timed())
     print(path or "There is nothing to draw yet")
-    return code or int(bool(lacking) and not args.draw or not path)
+    return code or int(bool(lacking) and not (args.draw or args.time) or not path)
 
 
 def show(rows, workloads, methods, lacking):

@@ -1,4 +1,4 @@
-"""The suite's page and picture, from its rows alone."""
+"""The suite's page and picture, from its rows and the seconds of its steps alone."""
 
 import math
 from statistics import median
@@ -15,7 +15,7 @@ from scripts.suite.workloads import NAMES
 from scripts.words import number, rate_name, significant
 
 MARKS = "<!-- rows: python -m scripts.suite --draw -->", "<!-- end of the rows -->"
-UNITS = {"steps": "steps to the target", "seconds": "seconds to the target, one core"}
+UNITS = {"steps": "steps to the target", "seconds": "seconds to the target"}
 RULES = f"""\
 *The rules.* A run trains for the workload's budget of steps, from the start that the network's
 library gives it: AGD, too, runs without the start that it documents for networks of one's own.
@@ -32,13 +32,14 @@ score.
 A run is evaluated {EVALUATIONS} times, at equal distances. A method that averages weights is
 evaluated at the average, with batch norm's statistics taken from {CALIBRATION} batches. The *time*
 to the target ends at the first evaluation with that score or less. A run without one has missed:
-its time is infinite. A method's time on a workload is the median of its seeds.
+its time is infinite. A method's time on a workload is the median of its seeds. Seconds are steps
+times the seconds of a step, without the evaluations: the CPU time of one thread, of all methods in
+turns, by one process (`python -m scripts.suite --time`).
 
 *The score.* A method's ratio on a workload is its time over the fastest method's. The performance
 profile is the share of workloads with a ratio of τ or less. The score is the profile's mean over τ
 from 1 to {protocol.TAU}: 1 for a method that is the fastest on all workloads, 0 for a method that
-is never within {protocol.TAU} times. Seconds are the process's CPU time of training alone, with one
-thread."""
+is never within {protocol.TAU} times."""
 
 
 def outcome(row):
@@ -51,25 +52,35 @@ def setting_words(setting):
     return ", ".join(f"{name} {rate_name(value)}" for name, value in sorted(dict(setting).items()))
 
 
-def cell(times, unit, fastest):
+def cell(times, fastest):
     """The median time of the seeds, bold where it is the fastest, and how many have missed."""
-    missed = sum(getattr(x, unit) == math.inf for x in times)
-    time = median(getattr(x, unit) for x in times)
+    missed, time = times.count(math.inf), median(times)
     if time == math.inf:
         return "missed" if missed == len(times) else f"missed by {missed}"
-    text = significant(time, 3) if unit == "seconds" else f"{time:g}"
+    text = f"{time:g}" if isinstance(time, int) else significant(time, 3)
     text = f"**{text}**" if time == fastest else text
     return f"{text} ({missed} missed)" if missed else text
 
 
-def time_table(rows, workloads, methods, unit):
-    """The times to the targets in Markdown: a line a workload, a column a method."""
+def time_table(rows, workloads, methods, costs=None):
+    """The times to the targets in Markdown, a line a workload, a column a method: in steps, or by
+    `costs`, {workload: {method: seconds of a step}}, in seconds."""
     lines = []
     for name in workloads:
-        found = {method: protocol.times(rows, name, method) for method in methods}
-        known = [median(getattr(x, unit) for x in times) for times in found.values() if times]
-        fastest = min(known, default=math.inf)
-        lines.append([name, *(cell(x, unit, fastest) if x else "" for x in found.values())])
+        found = {method: protocol.steps(rows, name, method) for method in methods}
+        if costs is not None:
+            own = costs.get(name, {})
+            found = {x: [n * own[x] for n in steps] if x in own else []
+                     for x, steps in found.items()}  # fmt: skip
+        fastest = min((median(times) for times in found.values() if times), default=math.inf)
+        lines.append([name, *(cell(x, fastest) if x else "" for x in found.values())])
+    return table(["", *(METHODS[x].title for x in methods)], lines)
+
+
+def cost_table(costs, workloads, methods):
+    """Milliseconds of a step in Markdown."""
+    lines = [[name, *(significant(1000 * costs[name][x], 3) if x in costs[name] else ""
+                      for x in methods)] for name in workloads if name in costs]  # fmt: skip
     return table(["", *(METHODS[x].title for x in methods)], lines)
 
 
@@ -84,16 +95,21 @@ def best_table(rows, workloads, methods):
     return table(["", "target", *(METHODS[x].title for x in methods)], lines)
 
 
-def score_table(rows, workloads, methods):
+def all_ratios(rows, workloads, costs):
+    """`protocol.ratios` in each of UNITS."""
+    table = protocol.medians(rows, workloads)
+    tables = {"steps": table, "seconds": protocol.in_seconds(table, costs)}
+    return {unit: protocol.ratios(tables[unit]) for unit in UNITS}
+
+
+def score_table(rows, workloads, methods, costs):
     """Scores, targets reached and runs of tuning in Markdown, the best score in steps first."""
-    medians = protocol.medians(rows, workloads)
-    scores = {unit: {method: protocol.profile_score(x)
-                     for method, x in protocol.ratios(medians, unit).items()}
-              for unit in UNITS}  # fmt: skip
+    scores = {unit: {method: protocol.profile_score(x) for method, x in ratios.items()}
+              for unit, ratios in all_ratios(rows, workloads, costs).items()}  # fmt: skip
     lines = []
     for method in sorted(methods, key=lambda x: -scores["steps"].get(x, -1)):
-        times = [x for name in workloads for x in protocol.times(rows, name, method)]
-        reached = sum(x != protocol.NEVER for x in times)
+        times = [x for name in workloads for x in protocol.steps(rows, name, method)]
+        reached = sum(x < math.inf for x in times)
         shown = [f"{scores[unit][method]:.3f}" if method in scores[unit] else "" for unit in UNITS]
         tuning = {protocol.TUNED: f"{len(TRIALS)} a workload",
                   "nadamw": f"{len(TRIALS) * len(workloads)} for all"}  # fmt: skip
@@ -118,8 +134,8 @@ def workload_table(rows, workloads):
                  lines)  # fmt: skip
 
 
-def made_with(rows):
-    """Dates, commits, versions and machines of the rows."""
+def made_with(rows, timed):
+    """Dates, commits, versions and machines of the rows and of the seconds of steps."""
     made = [row["made"] for row in rows]
 
     def values(key):
@@ -131,24 +147,36 @@ def made_with(rows):
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     commits = ", ".join(sorted({str(x["commit"])[:7] for x in made}))
     machine = f"{values('device_name')}, one thread a run, other work on its cores"
-    return f"<sub>{len(rows)} runs, {when}, at {commits}; {versions}; {machine}.</sub>"
+    words = f"{len(rows)} runs, {when}, at {commits}; {versions}; {machine}."
+    sittings = sorted({(x["date"], x["made"]["commit"][:7], x["made"]["device_name"])
+                       for x in timed.values()})  # fmt: skip
+    if sittings:
+        words += f" Steps timed {'; '.join('{}, at {}, {}'.format(*x) for x in sittings)}."
+    return f"<sub>{words}</sub>"
 
 
-def text(rows, workloads, methods):
+def text(rows, workloads, methods, timed):
     """The text between the marks."""
+    costs = {name: x["seconds"] for name, x in timed.items()}
     rates, decays = (dict.fromkeys(rate_name(setting[key]) for setting in TRIALS)
                      for key in ("rate", "decay"))  # fmt: skip
     missing = len(protocol.needed(rows, NAMES, METHODS))
-    known = protocol.ratios(protocol.medians(rows, NAMES), "steps")
+    known = all_ratios(rows, NAMES, costs)["steps"]
     scored = "A method has a score once all its runs on the workloads below are there."
     parts = [f"At least {missing} runs are missing. {scored}"] if missing else []
     parts += [
-        score_table(rows, workloads, methods),
+        score_table(rows, workloads, methods, costs),
         *(["![Performance profiles](suite/profile.png)"] if known else []),
         RULES.format(rates=", ".join(rates), decays=" and ".join(decays)),
         "## The workloads", workload_table(rows, workloads),
-        "## Steps to the target", time_table(rows, workloads, methods, "steps"),
-        "## Seconds to the target", time_table(rows, workloads, methods, "seconds"),
+        "## Steps to the target", time_table(rows, workloads, methods),
+    ]  # fmt: skip
+    if costs:
+        parts += [
+            "## Seconds to the target", time_table(rows, workloads, methods, costs),
+            "## Milliseconds of a step", cost_table(costs, workloads, methods),
+        ]  # fmt: skip
+    parts += [
         "## The least score within the budget", best_table(rows, workloads, methods),
     ]  # fmt: skip
     failed = [row for row in rows if row["failed"]]
@@ -157,7 +185,7 @@ def text(rows, workloads, methods):
         parts.append(table(["workload", "method", "setting", "seed", "why"], [
             [x["workload"], METHODS[x["method"]].title, setting_words(x["setting"]), x["seed"],
              x["failed"]] for x in failed]))  # fmt: skip
-    return "\n\n".join([*parts, made_with(rows)])
+    return "\n\n".join([*parts, made_with(rows, timed)])
 
 
 def look(method):
@@ -166,13 +194,12 @@ def look(method):
     return *style.OPTIMIZERS.get(METHODS[method].title, (style.GREY, "x")), line
 
 
-def picture(rows):
+def picture(rows, timed):
     """The performance profiles in steps and in seconds; None where nothing has a score."""
-    medians = protocol.medians(rows, NAMES)
-    ratios = {unit: protocol.ratios(medians, unit) for unit in UNITS}
+    ratios = all_ratios(rows, NAMES, {name: x["seconds"] for name, x in timed.items()})
     if not ratios["steps"]:
         return None
-    workloads = {x for row in medians.values() for x in row}
+    workloads = next(iter(ratios["steps"].values()))
     with plt.style.context([style.STYLE]):
         figure, axes = plt.subplots(1, len(UNITS), figsize=(style.WIDTH, 2.9), sharey=True)
         for ax, (unit, label) in zip(axes, UNITS.items()):
@@ -197,20 +224,20 @@ def picture(rows):
     return figure
 
 
-def write(out, rows):
-    """Write the page of these rows and its picture below `out`; returns the page, or None without
-    rows. Text outside of the marks of an earlier page stays."""
+def write(out, rows, timed):
+    """Write the page of these rows and of `Rows.timed`, and its picture, below `out`; returns the
+    page, or None without rows. Text outside of the marks of an earlier page stays."""
     if not rows:
         return None
     workloads = [x for x in NAMES if any(row["workload"] == x for row in rows)]
     methods = [x for x in METHODS if any(row["method"] == x for row in rows)]
     image = out / "suite" / "profile.png"
-    if drawn := picture(rows):
+    if drawn := picture(rows, timed):
         style.save(drawn, image)
     else:
         image.unlink(missing_ok=True)
     path = out / "suite.md"
     if not path.exists():
         write_whole(path, f"# Optimisers at one setting each\n\n{MARKS[0]}\n{MARKS[1]}\n")
-    renew(path, *MARKS, text(rows, workloads, methods))
+    renew(path, *MARKS, text(rows, workloads, methods, timed))
     return path

@@ -22,16 +22,6 @@ class Task(NamedTuple):
     setting: tuple = ()
 
 
-class Time(NamedTuple):
-    """Steps, and CPU seconds of training, until a target was reached: infinite if it was not."""
-
-    steps: float
-    seconds: float
-
-
-NEVER = Time(math.inf, math.inf)
-
-
 def trials(workload):
     """The tasks among which the tuned method's setting is chosen."""
     settings = [tuple(sorted(setting.items())) for setting in TRIALS]
@@ -92,40 +82,45 @@ def target(rows, workload):
     return median(best(row, SHARE) for row in runs) if len(runs) == len(SEEDS) else None
 
 
-def time_to(row, score):
-    """The Time of the first evaluation with this score or less."""
-    hits = (Time(x[0], x[1]) for x in row["curve"][1:] if x[2] <= score)
-    return next(hits, NEVER)
+def steps_to(row, score):
+    """The step of the first evaluation with this score or less; infinite if there is none."""
+    return next((x[0] for x in row["curve"][1:] if x[2] <= score), math.inf)
 
 
-def times(rows, workload, method):
-    """The Time to the target of each seed that has run; empty without a target."""
+def steps(rows, workload, method):
+    """The steps to the target of each seed that has run; empty without a target."""
     score = target(rows, workload)
     runs = runs_of(rows, workload, method) if score is not None else []
-    return [time_to(row, score) for row in runs]
+    return [steps_to(row, score) for row in runs]
 
 
 def medians(rows, workloads):
-    """{method: {workload: Time}}: the medians over SEEDS, where all have run."""
+    """{method: {workload: steps}}: the medians over SEEDS, where all have run."""
     table = {}
     for method in METHODS:
         for workload in workloads:
-            found = times(rows, workload, method)
+            found = steps(rows, workload, method)
             if len(found) == len(SEEDS):
-                table.setdefault(method, {})[workload] = Time(*map(median, zip(*found)))
+                table.setdefault(method, {})[workload] = median(found)
     return table
 
 
-def ratios(table, unit):
-    """{method: [its time over the fastest method's, of each workload]} of `medians`, in a unit, a
-    field of Time. Of methods with all the workloads that any has; empty for fewer than two."""
+def in_seconds(table, costs):
+    """`medians` times costs, {workload: {method: seconds of a step}}, where these are known."""
+    return {method: {x: value * costs[x][method] for x, value in row.items()
+                     if method in costs.get(x, ())}
+            for method, row in table.items()}  # fmt: skip
+
+
+def ratios(table):
+    """{method: [its time over the fastest method's, of each workload]} of {method: {workload:
+    time}}. Of methods with all the workloads that any has; empty for fewer than two."""
     workloads = list(dict.fromkeys(x for row in table.values() for x in row))
-    whole = {method: row for method, row in table.items() if len(row) == len(workloads)}
+    whole = {method: row for method, row in table.items() if len(row) == len(workloads) > 0}
     if len(whole) < 2:
         return {}
-    fastest = {x: min(getattr(row[x], unit) for row in whole.values()) for x in workloads}
-    return {method: [getattr(row[x], unit) / fastest[x] if getattr(row[x], unit) < math.inf
-                     else math.inf for x in workloads]
+    fastest = {x: min(row[x] for row in whole.values()) for x in workloads}
+    return {method: [row[x] / fastest[x] if row[x] < math.inf else math.inf for x in workloads]
             for method, row in whole.items()}  # fmt: skip
 
 

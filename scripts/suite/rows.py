@@ -1,4 +1,4 @@
-"""The rows of the suite on disk: <folder>/WORKLOAD.jsonl, a row a run."""
+"""The suite on disk: <folder>/WORKLOAD.jsonl, a row a run, and <folder>/seconds.json."""
 
 import json
 import math
@@ -8,12 +8,14 @@ from importlib import metadata
 import torch
 
 from cli import UserError
+from runs.files import write_whole
 from runs.provenance import environment
 from scripts.suite.methods import METHODS
 from scripts.suite.protocol import task_of
 from scripts.suite.train import workload
 from scripts.suite.workloads import NAMES
 
+TIMED = "seconds.json"
 SAME = 0.01  # relative: the scores of one start on two machines
 KEYS = {"workload", "method", "seed", "setting", "steps", "curve", "failed", "date", "made"}
 
@@ -55,6 +57,27 @@ class Rows:
                                     "another --out")  # fmt: skip
                 rows.setdefault(task_of(row), row)
         return [*rows.values()]
+
+    def timed(self):
+        """{workload: {"seconds": {method: of a step}, "date", "made"}}. Raises RowsError for a file
+        that has no such."""
+        try:
+            timed = json.loads((self.folder / TIMED).read_text(encoding="utf-8"))
+            if all(x.keys() == {"seconds", "date", "made"} for x in timed.values()):
+                return timed
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError):
+            pass
+        raise RowsError(f"{self.folder / TIMED} has no seconds of steps: delete it")
+
+    def add_timed(self, name, seconds):
+        """Keep the seconds of `timing.measure`, and how they were made."""
+        seconds = {method: float(f"{x:.4g}") for method, x in seconds.items()}
+        new = {"seconds": seconds, "date": date.today().isoformat(), "made": self.made}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        timed = dict(sorted({**self.timed(), name: new}.items()))
+        write_whole(self.folder / TIMED, json.dumps(timed, indent=1) + "\n")
 
     def add(self, row):
         """Add a row of `train.run`, and how it was made. Raises RowsError where the file has

@@ -52,6 +52,15 @@ class Loss(nn.Module):
         return self.loss(self.net, *(x[rows] for x in self.examples))
 
 
+def step(loss_of, optimizer, rows):
+    """Train on a batch; returns its loss, a float."""
+    loss = loss_of(rows)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
     """The row of a run, or None if time.time() passes `deadline` before its end:
 
@@ -83,18 +92,14 @@ def run(name, method, seed, setting=None, steps=None, deadline=math.inf):
         if time.time() > deadline:
             return None
         begun, total = time.process_time(), 0.0
-        for step in range(done, mark):
+        for number in range(done + 1, mark + 1):
             try:
-                loss = loss_of(next(stream))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                total += step(loss_of, optimizer, next(stream))
             except (RuntimeError, ValueError) as error:  # of the method: the suite goes on
-                row["failed"] = f"step {step + 1}: {error}".splitlines()[0]
+                row["failed"] = f"step {number}: {error}".splitlines()[0]
                 return row
-            total += loss.item()
             if not math.isfinite(total):
-                row["failed"] = f"step {step + 1}: the loss is not finite"
+                row["failed"] = f"step {number}: the loss is not finite"
                 return row
         seconds += time.process_time() - begun
         if averages:
