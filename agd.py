@@ -426,7 +426,8 @@ class SpectralAGD(AGD):
         m   <- (m + g - P <g, P> / <P, P>) / 2       for its direction
         G   =  max(0, 1/L sum_k rho(P_k) <g_k - P_k <g_k, P_k> / <P_k, P_k>, polar(m_k)>)
         eta =  log((1 + sqrt(1 + 4 G)) / 2)
-        z   <- z - eta/L s_k / rho(Y_k) c_k          c = r / (rho(P) <m, polar(m)>) within [-1, 1]
+        z   <- z - eta/L s_k / rho(Y_k) c_k          c = r / (rho(P) <m, polar(m)>) within [-1, 1],
+                                                     and z within [-5, 5]
         Z   <- Z - eta/L s_k polar(m_k)              its length grows: that is the clock
         x   <- x + 2 / (t + 1) (z - x)               with t the steps that have moved the block
         X   <- X + 2 / (t + 1) (Z - X)
@@ -448,10 +449,11 @@ class SpectralAGD(AGD):
             computes a share of the polar factors, and all gather them. A DistributedDataParallel
             network brings its own. Copies of the optimiser have none.
 
-    Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero keeps P,
-    Z, X and m bit for bit, and a gradient that is not finite, or over 1e18, changes nothing.
-    `state` holds Z ("z"), m ("m") and, for weights of 16 bits and between `eval()` and `train()`,
-    P ("weights"), from which a step starts whatever was written into the parameter.
+    Attributes: `eta`, `G`, `skipped` and `L`, as of `AGD`. A block whose gradient is zero keeps P
+    and all of the above bit for bit, and a gradient that is not finite, or over 1e18, changes
+    nothing. `state` holds Z ("z"), m ("m"), z and x ("stretch"), r ("r") and, for weights of 16
+    bits and between `eval()` and `train()`, P ("weights"), from which a step starts whatever was
+    written into the parameter.
 
     Raises:
         ValueError: as `AGD`.
@@ -543,7 +545,7 @@ class SpectralAGD(AGD):
     @torch.no_grad()
     def clock(self):
         """(length, turn): rho(Z) / s, and eta / L s / rho(Z), the angle by which the last step has
-        turned Z: means over the blocks of a weight and then over the weights of a fixed length.
+        turned Z: means over the blocks of a weight and then over the weights that are not free.
         0-dim tensors; NaN before the first step, and where there is no such weight."""
         lengths = [x for part in self._whole() for x in part.lengths(self.state)]
         lengths = lengths or [(torch.full_like(self.G, math.nan),) * 2]
@@ -559,7 +561,10 @@ class SpectralAGD(AGD):
         for i, (p, entries) in enumerate(saved.items()):
             shapes = [tuple(entries[key].shape) for key in ("z", "m", "weights") if key in entries]
             there = {"z", "m", "s", "held", "t", "length"} & entries.keys()
-            if len(there) not in (0, 6) or any(shape != p.shape for shape in shapes):
+            lengths = [tuple(entries[key].shape) for key in ("stretch", "r") if key in entries]
+            blocks = tuple(entries["s"].shape) if "s" in there else ()
+            if (len(there) not in (0, 6) or any(shape != p.shape for shape in shapes)
+                    or lengths not in ([], [(*blocks, 2), blocks])):  # fmt: skip
                 raise ValueError(f"the state is not of these parameters: number {i} has shape "
                                  f"{tuple(p.shape)}, and there {', '.join(sorted(there))} {shapes}")
             unused = {"numel", "weights" if training and p.dtype.itemsize >= 4 else ""}
@@ -1095,6 +1100,7 @@ class _Watch:
 
 MU, BETA = 0.5, 0.8  # of the momentum; of the average in the weights that a network holds
 ROWS = 128  # of the blocks that have a polar factor of their own; None: whole matrices
+STRETCH = 5  # the largest |z|: a length stays within a factor of 150, from which it comes back
 TINY = 1e-36  # squares of the numbers of a block that add up to less are no gradient in float32
 
 
@@ -1189,8 +1195,8 @@ class _MatrixPart:
         # Directions without a polar factor are not yet of norm 1.
         norm = torch.where(squares > TINY, squares.sqrt(), math.inf).masked_fill_(self.polar, 1)
         self.factor = self.s / norm
-        cosine = self.r / (self.rho * dual / norm).clamp_min(TINY)
-        self.cosine = torch.where(self.held, cosine.clamp(-1, 1), 0)
+        c = self.r / (self.rho * dual / norm).clamp_min(TINY)
+        self.c = torch.where(self.held, c.clamp(-1, 1), 0)
         return self.rho / norm * (slopes - self.along * along)
 
     def move(self, step, groups):
@@ -1204,7 +1210,8 @@ class _MatrixPart:
         self.t += moves
         w = moves.to(factor) * 2 / (self.t + 1)
         z, average = self.stretch.unbind(1)
-        z -= step * self.s / (self.length * self.rho) * self.cosine
+        z -= step * self.s / (self.length * self.rho) * self.c
+        z.clamp_(-STRETCH, STRETCH)
         average.lerp_(z, w)
         keep = (1 - w) * torch.where(moves, self.length, 1)
         for x, a, b, c, d in self.each(keep, w, (1 - BETA + BETA * w) * factor, factor):
@@ -1249,7 +1256,7 @@ class _MatrixPart:
                     del state[x.p]["weights"]
 
     def lengths(self, state):
-        """The means of rho(Z) / s, and of its inverse, over the blocks that have a fixed length,
+        """The means of rho(Z) / s, and of its inverse, over the blocks that are not free,
         for each weight that may have such; NaN where it has none."""
         fixed = [x for x in self.weights if x.fixed and "z" in state[x.p]]
         lengths = (self.total(lambda x: x.squares(x.z), fixed) / self.rank).sqrt() / self.s
@@ -1264,7 +1271,7 @@ class _Matrices:
         self.p, self.rule, self.group, self.copy = p, rule, group, None
         self.number, self.rank, _ = rule.blocks(p.shape)  # of blocks, and the smaller side of one
         self.polar = self.rank > 1 and not rule.is_vector  # a direction is a polar factor
-        # Whether blocks that do not start at zero have a fixed length.
+        # Whether blocks that do not start at zero have a length apart from Y's.
         self.fixed = not (rule.is_vector or rule.output) and p.numel() > self.number
         self.dtype = torch.promote_types(p.dtype, torch.float32)  # of arithmetic and state
         # A shard may end within a block: its matrices are then rows, `index` the block of each.

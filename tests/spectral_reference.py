@@ -5,7 +5,7 @@ import math
 
 import torch
 
-MU, BETA = 0.5, 0.8
+MU, BETA, STRETCH = 0.5, 0.8, 5
 
 
 def blocks(W, role, parts=1):
@@ -66,7 +66,7 @@ class Block:
     def y(self):
         return (1 - BETA) * self.lz + BETA * self.lx
 
-    def on_sphere(self, Y, y):
+    def at_length(self, Y, y):
         return self.s * math.exp(y) * Y / rho(Y) if self.held else Y
 
 
@@ -102,7 +102,8 @@ class SpectralReference:
                     c = b.r / (rho(b.P) * (b.m * D).sum().item())
                     c = min(max(c, -1.0), 1.0)
                     b.lz -= gain * self.eta / self.L * b.s / rho(b.Y()) * c
+                    b.lz = min(max(b.lz, -STRETCH), STRETCH)
                     b.lx += 2 / (b.t + 1) * (b.lz - b.lx)
                 b.z = b.z - gain * self.eta / self.L * b.s * D
                 b.x = b.x + 2 / (b.t + 1) * (b.z - b.x)
-                b.P = b.on_sphere(b.Y(), b.y())
+                b.P = b.at_length(b.Y(), b.y())

@@ -39,7 +39,7 @@ def cut(name, p, like=None):
 
 
 def target(net, name):
-    """s of a parameter that is not on its sphere: its layer's, or 1, as the role of `zero` has."""
+    """s of a parameter that is free: its layer's, or 1, as the role of `zero` has."""
     name = name.replace("bias", "weight")
     W = net.get_parameter(name)
     if W.ndim < 2:
@@ -127,7 +127,7 @@ def test_steps_of_every_role(dtype, steps, gain):
     for key, of in (("z", lambda b: b.z), ("m", lambda b: b.m)):
         tensors = {name: own[key] for name, own in state.items()}
         assert max(differences(net, twin, of, tensors).values()) < close
-    for mode, of in (("train", lambda b: b.P), ("eval", lambda b: b.on_sphere(b.x, b.lx)),
+    for mode, of in (("train", lambda b: b.P), ("eval", lambda b: b.at_length(b.x, b.lx)),
                      ("train", lambda b: b.P)):  # fmt: skip
         getattr(optimizer, mode)()
         apart = differences(net, twin, of)
@@ -210,8 +210,8 @@ def test_a_block_without_gradient_keeps_every_bit(dtype):
             assert [j for j in range(number) if same[j]] == places, name
         t = after[1][i]["t"] - before[1][i]["t"]
         assert t.tolist() == [int(j not in places) for j in range(number)]
-        kept = torch.equal(before[1][i]["length"][places], after[1][i]["length"][places])
-        assert kept, name
+        for key in ("length", "stretch", "r"):
+            assert torch.equal(before[1][i][key][places], after[1][i][key][places]), name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -362,6 +362,31 @@ def test_a_checkpoint_in_either_mode_goes_on_to_the_bit(dtype, mode, own, order)
         assert not changed(everything(net, optimizer), everything(twin, other))
 
 
+def test_a_length_that_its_gradient_pulls_to_zero_comes_back():
+    """The gradient of a logarithm grows as the length falls."""
+    torch.manual_seed(0)
+    rows = nn.Embedding(16, 8)
+    goal = 4 * torch.randn(16, 8)
+    optimizer = SpectralAGD(nn.Sequential(rows, nn.Linear(8, 8)), depth=2)
+
+    def train(loss_of, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(rows.weight)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    train(lambda x: x.square().sum(), 300)
+    train(lambda x: x.norm(dim=1).log().sum() + (x.sum(0) - 1).square().sum(), 300)
+    s = optimizer.state[rows.weight]["s"]
+    lengths = rows.weight.detach().norm(dim=1) / s
+    assert optimizer.skipped == 0 and (math.exp(-5.1) < lengths).all() and (lengths < 0.1).all()
+    train(lambda x: (x - goal).square().sum(1).mean(), 600)
+    longer = rows.weight.detach().norm(dim=1) / s / lengths
+    assert longer.min() > 1 and longer.mean() > 2
+
+
 @both_modes
 def test_a_state_from_before_lengths_were_trained_goes_on(mode):
     """Its lengths start where its weights are."""
@@ -441,13 +466,16 @@ def test_modes_and_copies_within_inference_mode():
     assert not changed(everything(net, optimizer), everything(twin, other))
 
 
-@pytest.mark.parametrize("broken", ["shape", "missing"])
+@pytest.mark.parametrize("broken", ["shape", "m", "r", "stretch"])
 def test_a_state_of_other_shapes_is_refused(broken):
     net, optimizer = every()
     stepped(net, optimizer, 1)
     state = copy.deepcopy(optimizer.state_dict())
     own = state["state"][[name for name, _ in net.named_parameters()].index("last.weight")]
-    own.update(z=own["z"].mT.contiguous()) if broken == "shape" else own.pop("m")
+    if broken == "stretch":
+        own["stretch"] = own["stretch"][:, 0]
+    else:
+        own.update(z=own["z"].mT.contiguous()) if broken == "shape" else own.pop(broken)
     with pytest.raises(ValueError, match="not of these parameters"):
         optimizer.load_state_dict(state)
 
@@ -487,7 +515,7 @@ def train(net, optimizer, steps=2):
 
 
 def held(net, optimizer):
-    """The names of weights whose blocks have a fixed length."""
+    """The names of weights whose blocks are not free."""
     return {name for name, p in net.named_parameters()
             if p in optimizer.state and optimizer.state[p]["held"].any()}  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The suite: its protocol on invented rows, its workloads, its command, its published rows."""
 
+import functools
 import json
 import math
 import re
@@ -76,14 +77,16 @@ def test_the_median_of_three_seeds_with_two_misses_is_a_miss():
     rows += [row("agd", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.8, 0.8))]
     rows += [row("spectral", s, (1, 0.9, 0.9, x)) for s, x in enumerate((0.1, 0.1, 0.8))]
     table = protocol.medians(rows, ["gpt"])
-    assert protocol.ratios({"adamw": table["adamw"]}) == {}  # beside no other
+    ratios = functools.partial(protocol.ratios, workloads=["gpt"])
+    assert ratios({"adamw": table["adamw"]}) == {}  # beside no other
+    assert protocol.ratios(table, ["gpt", "vit"]) == protocol.ratios(table, []) == {}
     assert table["agd"]["gpt"] == math.inf and table["spectral"]["gpt"] == 40
-    assert protocol.ratios(table) == {"agd": [math.inf], "spectral": [40 / 30], "adamw": [1.0]}
+    assert ratios(table) == {"agd": [math.inf], "spectral": [40 / 30], "adamw": [1.0]}
     seconds = protocol.in_seconds(table, {"gpt": {"agd": 1.0, "spectral": 0.5, "adamw": 1.0}})
     assert seconds["spectral"] == {"gpt": 20} and seconds["agd"] == {"gpt": math.inf}
-    assert protocol.ratios(seconds) == {"agd": [math.inf], "spectral": [1.0], "adamw": [1.5]}
-    assert protocol.ratios(protocol.in_seconds(table, {})) == {}  # no step was timed
-    assert "spectral" not in protocol.ratios(
+    assert ratios(seconds) == {"agd": [math.inf], "spectral": [1.0], "adamw": [1.5]}
+    assert ratios(protocol.in_seconds(table, {})) == {}  # no step was timed
+    assert "spectral" not in ratios(
         protocol.in_seconds(table, {"gpt": {"agd": 1.0, "adamw": 2.0}}))  # fmt: skip
 
 
@@ -208,7 +211,14 @@ def test_the_command_goes_on_and_the_page_follows_from_the_rows(tmp_path, capsys
 def test_steps_are_timed_in_turns_and_give_the_page_its_seconds(tmp_path, capsys, monkeypatch):
     """All methods of a workload at once; a workload that is timed again is timed anew."""
     monkeypatch.setattr(timing, "ROUNDS", 1), monkeypatch.setattr(timing, "STEPS", 2)
-    monkeypatch.setattr(suite, "missing", lambda name: name in ("muon", "prodigy"))
+    monkeypatch.setattr(suite, "missing", lambda name: "no" if name == "prodigy" else None)
+
+    class Broken(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no step\nhere")
+
+    method = METHODS["muon"]._replace(make=lambda net, steps: Broken(net.parameters(), 0.1))
+    monkeypatch.setitem(METHODS, "muon", method)
     steps = train.workload("gpt").STEPS
     rows = Rows(tmp_path / "suite")
     for setting in TRIALS:
@@ -218,22 +228,26 @@ def test_steps_are_timed_in_turns_and_give_the_page_its_seconds(tmp_path, capsys
         rows.add(row("spectral", seed, (1, 0.2)) | {"steps": steps})
     assert call("--draw", "--out", tmp_path) == 0
     assert "## Seconds" not in (tmp_path / "suite.md").read_text()
-    assert call("gpt", "--time", "--out", tmp_path) == 0
+    assert call("gpt", "--time", "--out", tmp_path) == 1
+    assert ("left out: muon on gpt (no step)\nleft out: prodigy (no)\n"
+            in capsys.readouterr().err)  # fmt: skip
     first = rows.timed()["gpt"]["seconds"]
     assert set(first) == set(METHODS) - {"muon", "prodigy"} and min(first.values()) > 0
     page_text = (tmp_path / "suite.md").read_text()
     for words in "## Seconds to the target", "## Milliseconds of a step", "Steps timed 20":
         assert words in page_text
     assert re.search(r"Spectral AGD \| none \| none \| 1.000 \| [01]\.\d{3} \|", page_text)
-    assert call("gpt", "--time", "--out", tmp_path) == 0 and rows.timed()["gpt"]["seconds"] != first
+    call("gpt", "--time", "--out", tmp_path)
+    assert rows.timed()["gpt"]["seconds"] != first
     capsys.readouterr()
-    for wrong in "{", "[]", '{"gpt": {"seconds": {}}}':
+    for wrong in "{", "[]", '{"gpt": {"seconds": {}}}', json.dumps({"gpt": {
+            "seconds": [1], "date": "2026-11-27", "made": {}}}):  # fmt: skip
         (tmp_path / "suite" / "seconds.json").write_text(wrong)
         assert call("--draw", "--out", tmp_path) == 2
         assert "has no seconds of steps: delete it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--methods", "agd"], ["--jobs", "2"]])
+@pytest.mark.parametrize("flags", [["--methods", "agd"], ["--jobs", "2"], ["--quick"], ["--draw"]])
 def test_timing_takes_turns_of_all_methods_on_one_core(flags, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         call("--time", *flags, "--out", tmp_path)

@@ -9,7 +9,7 @@ starts over. AdamW, tuned for each workload by ten trials, sets the target. Unde
     <out>/suite/profile.png     the performance profiles
     <out>/suite.md              the scores, the targets, the steps and seconds to them, the rules
 
-Exit code: 0 when every run that was asked for is there, 75 when --time_limit came first, 130 after
+Exit code: 0 when all that was asked for is there, 75 when --time_limit came first, 130 after
 Ctrl-C, 1 when a method's package is missing or there is nothing to draw, 2 for a command that makes
 no sense, or rows of another suite.
 """
@@ -69,10 +69,11 @@ def parse(argv=None):
         help="stop within 90s, 9m, 1h30m; the same command goes on")
     add("--out", default="reproduced", type=a_path,
         help="(default: %(default)s; results holds the published ones)")
-    add("--list", action="store_true", help="list the runs with their states, and stop")
-    add("--draw", action="store_true", help="run nothing, write the page of what is there")
-    add("--time", action="store_true",
-        help="run nothing, time a step of each method, in turns, on a machine that is quiet")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--list", action="store_true", help="list the runs with their states, and stop")
+    instead("--draw", action="store_true", help="run nothing, write the page of what is there")
+    instead("--time", action="store_true",
+            help="run nothing, time a step of all methods, in turns, on a quiet machine")
     add("--quick", action="store_true", help=f"{STEPS} steps a run, to see that it runs")
     args = parser.parse_args(argv)
     alone = {"list": args.list, "draw": args.draw, "time": args.time}
@@ -80,7 +81,8 @@ def parse(argv=None):
         unused = dict.fromkeys(("jobs", "time_limit"), f"is of runs, and --{name} runs none")
         parser.refuse(argv, unused)
     if args.time:
-        parser.refuse(argv, {"methods": "picks methods, and --time has all of them take turns"})
+        parser.refuse(argv, {"methods": "picks methods, and --time has all of them take turns",
+                             "quick": "is of runs, and --time runs none"})  # fmt: skip
     args.out = Path(args.out)
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file")
@@ -112,17 +114,20 @@ def suite(args):
         return 0
     code = 0
     if args.time:
+        lacking = {x: reason for x in METHODS if (reason := missing(x))}
         for name in args.workloads:
-            seconds = timing.measure(name, [x for x in METHODS if not missing(x)])
+            seconds, failed = timing.measure(name, [x for x in METHODS if x not in lacking])
             rows.add_timed(name, seconds)
             print(f"{name:12}", *(f"{x} {1000 * s:.3g} ms" for x, s in seconds.items()), sep="  ")
+            lacking |= {f"{method} on {name}": reason for method, reason in failed.items()}
     elif not args.draw:
         code = run(args, rows, [x for x in args.methods if x not in lacking])
-        for method, reason in sorted(lacking.items()):
-            print(f"left out: {method} ({reason})", file=sys.stderr)
+    lacking = {} if args.draw else lacking
+    for method, reason in sorted(lacking.items()):
+        print(f"left out: {method} ({reason})", file=sys.stderr)
     path = page.write(args.out, rows.read(), rows.timed())
     print(path or "There is nothing to draw yet")
-    return code or int(bool(lacking) and not (args.draw or args.time) or not path)
+    return code or int(bool(lacking) or not path)
 
 
 def show(rows, workloads, methods, lacking):

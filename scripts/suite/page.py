@@ -52,12 +52,13 @@ def setting_words(setting):
     return ", ".join(f"{name} {rate_name(value)}" for name, value in sorted(dict(setting).items()))
 
 
-def cell(times, fastest):
-    """The median time of the seeds, bold where it is the fastest, and how many have missed."""
+def cell(times, fastest, digits):
+    """The median time of the seeds, bold where it is the fastest, and how many have missed;
+    significant `digits`, or whole steps."""
     missed, time = times.count(math.inf), median(times)
     if time == math.inf:
         return "missed" if missed == len(times) else f"missed by {missed}"
-    text = f"{time:g}" if isinstance(time, int) else significant(time, 3)
+    text = significant(time, digits) if digits else f"{time:g}"
     text = f"**{text}**" if time == fastest else text
     return f"{text} ({missed} missed)" if missed else text
 
@@ -73,7 +74,8 @@ def time_table(rows, workloads, methods, costs=None):
             found = {x: [n * own[x] for n in steps] if x in own else []
                      for x, steps in found.items()}  # fmt: skip
         fastest = min((median(times) for times in found.values() if times), default=math.inf)
-        lines.append([name, *(cell(x, fastest) if x else "" for x in found.values())])
+        digits = None if costs is None else 3
+        lines.append([name, *(cell(x, fastest, digits) if x else "" for x in found.values())])
     return table(["", *(METHODS[x].title for x in methods)], lines)
 
 
@@ -96,10 +98,11 @@ def best_table(rows, workloads, methods):
 
 
 def all_ratios(rows, workloads, costs):
-    """`protocol.ratios` in each of UNITS."""
+    """`protocol.ratios` in each of UNITS, of the same workloads."""
     table = protocol.medians(rows, workloads)
     tables = {"steps": table, "seconds": protocol.in_seconds(table, costs)}
-    return {unit: protocol.ratios(tables[unit]) for unit in UNITS}
+    known = list(dict.fromkeys(x for row in table.values() for x in row))
+    return {unit: protocol.ratios(tables[unit], known) for unit in UNITS}
 
 
 def score_table(rows, workloads, methods, costs):
@@ -148,7 +151,7 @@ def made_with(rows, timed):
     commits = ", ".join(sorted({str(x["commit"])[:7] for x in made}))
     machine = f"{values('device_name')}, one thread a run, other work on its cores"
     words = f"{len(rows)} runs, {when}, at {commits}; {versions}; {machine}."
-    sittings = sorted({(x["date"], x["made"]["commit"][:7], x["made"]["device_name"])
+    sittings = sorted({(x["date"], str(x["made"]["commit"])[:7], x["made"]["device_name"])
                        for x in timed.values()})  # fmt: skip
     if sittings:
         words += f" Steps timed {'; '.join('{}, at {}, {}'.format(*x) for x in sittings)}."

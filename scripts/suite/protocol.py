@@ -112,12 +112,11 @@ def in_seconds(table, costs):
             for method, row in table.items()}  # fmt: skip
 
 
-def ratios(table):
+def ratios(table, workloads):
     """{method: [its time over the fastest method's, of each workload]} of {method: {workload:
-    time}}. Of methods with all the workloads that any has; empty for fewer than two."""
-    workloads = list(dict.fromkeys(x for row in table.values() for x in row))
-    whole = {method: row for method, row in table.items() if len(row) == len(workloads) > 0}
-    if len(whole) < 2:
+    time}}. Of methods with a time on all the workloads; empty for fewer than two."""
+    whole = {method: row for method, row in table.items() if row.keys() >= set(workloads)}
+    if len(whole) < 2 or not workloads:
         return {}
     fastest = {x: min(row[x] for row in whole.values()) for x in workloads}
     return {method: [row[x] / fastest[x] if row[x] < math.inf else math.inf for x in workloads]

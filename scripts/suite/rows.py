@@ -63,11 +63,12 @@ class Rows:
         that has no such."""
         try:
             timed = json.loads((self.folder / TIMED).read_text(encoding="utf-8"))
-            if all(x.keys() == {"seconds", "date", "made"} for x in timed.values()):
+            if all(x.keys() == {"seconds", "date", "made"} and
+                   all(s > 0 for s in x["seconds"].values()) for x in timed.values()):  # fmt: skip
                 return timed
         except FileNotFoundError:
             return {}
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError):
             pass
         raise RowsError(f"{self.folder / TIMED} has no seconds of steps: delete it")
 

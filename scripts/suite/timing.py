@@ -1,5 +1,4 @@
-"""The seconds of a step, which rows of several machines do not tell: of all methods in one sitting.
-"""
+"""The seconds of a step: of all methods in one sitting, since rows come from several machines."""
 
 import time
 from statistics import median
@@ -15,12 +14,12 @@ STEPS = 8  # of a method in a round
 
 
 def measure(name, methods):
-    """{method: CPU seconds of a step with its passes, by one thread} on a workload. The methods
-    take turns, so that whatever slows the machine slows all of them."""
+    """{method: CPU seconds of a step with its passes, by one thread} on a workload, and {method:
+    why it failed}. The methods take turns, so that whatever slows the machine slows all of them."""
     torch.set_num_threads(1)
     work = workload(name)
     train, _ = work.data()
-    runs, turns = {}, {method: [] for method in methods}
+    runs, turns, failed = {}, {method: [] for method in methods}, {}
     for method in methods:
         torch.manual_seed(SEEDS[0])
         net = work.network()
@@ -33,7 +32,11 @@ def measure(name, methods):
     for _ in range(ROUNDS + 1):
         for method, (loss_of, optimizer, stream) in runs.items():
             begun = time.process_time()
-            for _ in range(STEPS):
-                step(loss_of, optimizer, next(stream))
+            try:
+                for _ in range(STEPS):
+                    step(loss_of, optimizer, next(stream))
+            except (RuntimeError, ValueError) as error:
+                failed.setdefault(method, str(error).splitlines()[0])
             turns[method].append((time.process_time() - begun) / STEPS)
-    return {method: median(x[1:]) for method, x in turns.items()}  # the first round warms up
+    # The first round warms up.
+    return {x: median(turn[1:]) for x, turn in turns.items() if x not in failed}, failed
