@@ -97,7 +97,8 @@ def main(argv=None):
     try:
         return suite(args)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        kept = "the workloads that were timed are kept" if args.time else "the same command goes on"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
