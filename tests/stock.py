@@ -168,4 +168,5 @@ def assert_trains(net, optimizer, batch, loss=classify, steps=20):
     for (name, p), was in zip(net.named_parameters(), before):
         assert p.isfinite().all(), name
         assert p.requires_grad or torch.equal(p, was), name
-    assert int(optimizer.skipped) == 0 and optimizer.eta > 0 and optimizer.L > 0
+    # eta is 0 where the slope along an older momentum is not positive: with a batch that is learnt.
+    assert int(optimizer.skipped) == 0 and optimizer.eta >= 0 and optimizer.L > 0
