@@ -1169,10 +1169,14 @@ class _MatrixPart:
             x.g = x.view(x.grad).to(x.dtype)
         squares = self.total(lambda x: x.squares(x.g))
         dots = self.total(lambda x: _dots(x.g, x.weights()) if x.fixed else None)
-        self.rho = self.s * self.stretch[:, 0].lerp(self.stretch[:, 1], BETA).exp()  # of P
+        self.rho = self.rho_of_weights()
         self.along = torch.where(self.held, dots / (self.rho.square() * self.rank), 0)
         self.moves = squares > TINY
         return squares.sqrt()  # infinite where float32 has no square of an element
+
+    def rho_of_weights(self):
+        """rho(P), (blocks,)."""
+        return self.s * self.stretch[:, 0].lerp(self.stretch[:, 1], BETA).exp()
 
     def update_momentum(self, finite):
         """Average the gradients, without their parts along the weights, into the momentum."""
@@ -1220,8 +1224,7 @@ class _MatrixPart:
             _add(x.W, x.D, c, -1)
             _add(x.z, x.D, d, -1)
         length = self.total(lambda x: x.squares(x.W) if x.fixed else None)
-        rho = self.s * z.lerp(average, BETA).exp()
-        length, moves = (length / self.rank).sqrt() / rho, moves & self.held
+        length, moves = (length / self.rank).sqrt() / self.rho_of_weights(), moves & self.held
         self.length.copy_(torch.where(moves, length, self.length))
         for x, n in self.each(torch.where(moves, length, 1)):
             if x.fixed:
