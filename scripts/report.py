@@ -17,9 +17,7 @@ INTRODUCTION = (
     "1,000 to 2,000 epochs (ImageNet: 350), and a quick number beside one of them is not its "
     "reproduction. *JPEG CIFAR-10* is CIFAR-10 whose images were stored as JPEG of quality 75, "
     "which may move an accuracy by a point or two; *tiny100*, a hundred classes of Tiny ImageNet "
-    "at 32 pixels, stands in for CIFAR-100, and its accuracies do not compare with that. Spectral "
-    "AGD of a commit before 8211a56 (a log's first row has it) kept the length of each hidden "
-    "matrix, which is trained since; that is so of all its runs of 2026-11-26 and in figure 10."
+    "at 32 pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
 )
 TUNED = (
     "Tuned means the least train loss in the last epoch (**bold**) over the grid, test accuracies "
