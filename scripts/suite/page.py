@@ -16,6 +16,8 @@ from scripts.words import number, rate_name, significant
 
 MARKS = "<!-- rows: python -m scripts.suite --draw -->", "<!-- end of the rows -->"
 UNITS = {"steps": "steps to the target", "seconds": "seconds to the target"}
+GAP = 0.004  # between the lines of two methods, so that equal profiles are both seen
+APART = f"<sub>Each line is drawn {GAP} above that of the method before it in the legend.</sub>"
 RULES = f"""\
 *The rules.* A run trains for the workload's budget of steps, from the start that the network's
 library gives it: AGD, too, runs without the start that it documents for networks of one's own.
@@ -169,7 +171,7 @@ def text(rows, workloads, methods, timed):
     parts = [f"At least {missing} runs are missing. {scored}"] if missing else []
     parts += [
         score_table(rows, workloads, methods, costs),
-        *(["![Performance profiles](suite/profile.png)"] if known else []),
+        *(["![Performance profiles](suite/profile.png)", APART] if known else []),
         RULES.format(rates=", ".join(rates), decays=" and ".join(decays)),
         "## The workloads", workload_table(rows, workloads),
         "## Steps to the target", time_table(rows, workloads, methods),
@@ -209,9 +211,9 @@ def picture(rows, timed):
             for i, (method, found) in enumerate(ratios[unit].items()):
                 colour, marker, line = look(method)
                 x = sorted({r for r in found if r <= protocol.TAU})
-                # A little above the share, so that equal profiles are both seen.
-                y = [sum(r <= t for r in found) / len(found) + i * 0.004 for t in x]
-                ax.step([1, *x, protocol.TAU], [i * 0.004, *y, y[-1] if y else i * 0.004],
+                above = i * GAP
+                y = [sum(r <= t for r in found) / len(found) + above for t in x]
+                ax.step([1, *x, protocol.TAU], [above, *y, y[-1] if y else above],
                         where="post", color=colour, linestyle=line)  # fmt: skip
                 ax.plot(x, y, color=colour, linestyle="none", marker=marker, zorder=5,
                         markersize=3.6, markerfacecolor="white", clip_on=False)  # fmt: skip
