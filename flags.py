@@ -27,6 +27,8 @@ from cli import (
 from data import AUGMENTATIONS, DATASETS, TEXTS, default_data_dir, is_folder, is_text
 from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS, SCHEDULES
 
+# What `python main.py` alone trains: it needs no download, and takes seconds.
+ALONE = ["--dataset", "digits", "--epochs", "20"]
 MODES = ("auto", "on", "off")
 LAYERS = ("count", "paths")
 # Defaults that the data decide: of images and of a text.
@@ -158,7 +160,8 @@ def parser():
         allow_abbrev=False,
         description="Train a network with Automatic Gradient Descent (AGD): no learning rate.",
         epilog="The same command goes on where the last one stopped; a larger --epochs goes on "
-        "from a finished run, unless --schedule cosine has ended it.",
+        "from a finished run, unless --schedule cosine has ended it. Without any flag: "
+        f"{' '.join(ALONE)}.",
     )
     p.absent = {word: reason for reason, words in ABSENT.items() for word in words.split()}
     figures = f"{command('scripts.reproduce')} draws the figures, and --replay repeats a run"
@@ -311,7 +314,7 @@ def words(p, flags):
             continue
         flag = action.option_strings[-1]
         line.append(flag if value is True else f"{flag}={value}")
-    return line
+    return line or [f"--dataset={p.get_default('dataset')}"]  # no words at all are ALONE
 
 
 def command_of(flags):
@@ -562,10 +565,15 @@ def parse(argv=None, check=True):
     return args
 
 
+def alone(argv=None):
+    """Whether the command line has no words."""
+    return not (sys.argv[1:] if argv is None else argv)
+
+
 def read(argv=None, check=True):
     """(the parser, the Namespace of the command line) as far as torch is not needed, which takes a
     second to import: a mistake is refused before. With `check` absent files are, too."""
-    p = parser()
+    p, argv = parser(), ALONE if alone(argv) else argv
     if "--distribute" in (sys.argv if argv is None else argv):
         from distributed.launch import is_first  # with torch
 

@@ -66,8 +66,13 @@ def main(argv=None, requests=None):
         display.error("interrupted")
         return 130
     try:
+        first = flags.alone(argv) and world.rank == 0
+        if first:
+            display.alone(flags.ALONE)
         with stream_of_its_own(world):
             code = train(args, world, requests)
+        if first and code == 0:
+            display.next_steps(flags.ALONE, args.out)
     except (Exception, KeyboardInterrupt) as error:
         failure = world.failed(error)
         if failure.trace and world.size == 1:

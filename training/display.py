@@ -30,6 +30,25 @@ def columns(title, rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def alone(words):
+    """Print what a command without flags stands for, `words`."""
+    print(f"Without flags: {command('main', *words)}\n")
+
+
+def next_steps(words, out):
+    """Print what to try after the run of `words`, a command each."""
+    steps = {
+        "Faster": command("main", *words, "--optimizer", "spectral"),
+        "Watch": command("scripts.watch", out),
+        "Text": command("main", "--arch", "gpt", "--dataset", "shakespeare"),
+        "Images": command("main", "--arch", "resnet18", "--dataset", "cifar10"),
+        "Library": command("examples.plain_digits"),
+        "All": command("main", "--help"),
+    }
+    print("\nTo try next")
+    print(*(f"{name:<8} {step}" for name, step in steps.items()), sep="\n")
+
+
 def settings(rows):
     """Print the settings of a run that are not at their defaults, rows (flag, value)."""
     print(columns(("Setting", "Value"), rows))
