@@ -49,14 +49,16 @@ class Average(lightning.Callback):
     """
 
     def on_validation_start(self, trainer, module):
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            for optimizer in trainer.optimizers:
-                optimizer.eval()
-            recalibrate(module.net, itertools.islice(trainer.train_dataloader, 8))  # batch norm
+        averaging = [x for x in trainer.optimizers if isinstance(x, SpectralAGD)]
+        for optimizer in averaging:
+            optimizer.eval()
+        if averaging and not trainer.sanity_checking:  # with batch norm
+            recalibrate(module.net, itertools.islice(trainer.train_dataloader, 8))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         for optimizer in trainer.optimizers:
-            optimizer.train()
+            if isinstance(optimizer, SpectralAGD):
+                optimizer.train()
 
 
 class Classifier(lightning.LightningModule):
@@ -89,7 +91,7 @@ class Print(lightning.Callback):
 
 
 def main(epochs=5, rule=SpectralAGD, folder=None):
-    """Leaves metrics.csv and the checkpoint, last.ckpt, in `folder`. Returns the module."""
+    """Leaves metrics.csv and the checkpoint, last.ckpt, in `folder`. Returns the trainer."""
     lightning.seed_everything(0, verbose=False)
     data = load("digits", None, 1437, 360, torch.device("cpu"))  # all images in one batch
     train, test = (TensorDataset(*next(iter(part))) for part in (data.train, data.test))
@@ -101,12 +103,11 @@ def main(epochs=5, rule=SpectralAGD, folder=None):
             max_epochs=epochs, accelerator="cpu", log_every_n_steps=10,
             logger=CSVLogger(folder, name=None, version=""), enable_progress_bar=False,
             enable_model_summary=False,
-            # AGD has no average.
-            callbacks=[LogEta(), Print(), saver] + [Average()] * (rule is SpectralAGD),
+            callbacks=[LogEta(), Average(), Print(), saver],
         )  # fmt: skip
         trainer.fit(module, DataLoader(train, batch_size=64, shuffle=True, drop_last=True),
                     DataLoader(test, batch_size=360))  # fmt: skip
-    return module
+    return trainer
 
 
 if __name__ == "__main__":
