@@ -23,9 +23,9 @@ LENGTH = 32
 
 
 class Trainer(transformers.Trainer):
-    """Puts η in the place of the learning rate, which is that of the scheduler, a constant.
+    """Logs η in the place of the scheduler's rate, 1, to its log_history and whatever reports.
 
-    A callback would come too late: on_log of those that report is called before it.
+    A TrainerCallback comes too late: those that report are called before it.
     """
 
     def log(self, logs, *args, **kwargs):
@@ -56,16 +56,16 @@ def main(steps=300, report_to="none", rule=SpectralAGD, out=None):
         vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
         eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))  # fmt: skip
     optimizer = rule(net)  # SpectralAGD is evaluated and saved at its average: Trainer sees to it
-    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with tempfile.TemporaryDirectory() as own:
         arguments = transformers.TrainingArguments(
             out or own, max_steps=steps, per_device_train_batch_size=16, use_cpu=True,
+            lr_scheduler_type="constant",
             max_grad_norm=0,  # a clipped gradient has lost the size that AGD reads
             logging_steps=50, eval_strategy="steps", eval_steps=50, save_strategy="no",
             report_to=report_to, disable_tqdm=True, per_device_eval_batch_size=100,
         )  # fmt: skip
         trainer = Trainer(
-            net, arguments, optimizers=(optimizer, constant), callbacks=[Print()],
+            net, arguments, optimizers=(optimizer, None), callbacks=[Print()],
             train_dataset=texts[:-200], eval_dataset=texts[-200:], compute_metrics=accuracy,
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         )  # fmt: skip
