@@ -3,7 +3,6 @@ from their checkpoint gives the weights of the one that was not interrupted, and
 is evaluated."""
 
 import argparse
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -229,15 +228,3 @@ def test_accumulation_of_accelerate_is_the_mean_over_its_micro_batches(rule):
                 optimizer.zero_grad()
         etas.append(own.eta.item())
     assert etas[1] == pytest.approx(etas[0], rel=1e-5)
-
-
-@pytest.mark.parametrize("name, library", [
-    pytest.param(*x, marks=pytest.mark.slow if x[1] == "transformers" else [])
-    for x in (("accelerate_digits", "accelerate"), ("lightning_digits", "lightning"),
-              ("timm_digits", "timm"), ("trainer_text", "transformers"))
-])  # fmt: skip
-def test_an_example_trains(name, library, capsys):
-    pytest.importorskip(library)
-    losses = importlib.import_module(f"examples.{name}").main()
-    assert losses[-1] < 0.9 * losses[0]
-    assert "eta" in capsys.readouterr().out
