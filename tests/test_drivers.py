@@ -64,7 +64,7 @@ def mean_loss(net, batches, loss=lambda net, x, y: F.cross_entropy(net(x), y)):
 
 
 def by_lightning(rule, path, seed, resume):
-    """Lightning calls no optimiser's eval() and train() by itself: README's callback does."""
+    """Lightning calls no optimiser's eval() and train() by itself: a callback does."""
     lightning = pytest.importorskip("lightning")
 
     class Average(lightning.Callback):
