@@ -593,7 +593,7 @@ class SpectralAGD(AGD):
                 raise ValueError(f"the state is not of these parameters: number {i} has shape "
                                  f"{tuple(p.shape)}, and there {', '.join(sorted(there))} {shapes}")
             unused = {"numel", "weights" if training and p.dtype.itemsize >= 4 else ""}
-            state[p] = {key: x.detach().to(p.device, copy=True) if isinstance(x, Tensor) else x
+            state[p] = {key: _copied(x, p.device) if isinstance(x, Tensor) else x
                         for key, x in entries.items() if key in self._tensors - unused}
         return {p: tensors for p, tensors in state.items() if tensors}
 
@@ -1013,6 +1013,11 @@ def _on_host(x):
 
 def _wide(device):
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPU has none
+
+
+def _copied(x, device):
+    """A copy of a tensor on a device; float64 becomes the widest dtype that the device has."""
+    return x.detach().to(device, _wide(device) if x.dtype == torch.float64 else x.dtype, copy=True)
 
 
 def _gain(group, factors):
