@@ -29,16 +29,21 @@ import re
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.optim.optimizer import ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
+__version__ = "0.1.0"
 __all__ = ["AGD", "SpectralAGD", "depth", "init_weights", "recalibrate"]
+
+Params = nn.Module | ParamsT
+Loss = TypeVar("Loss")
 
 
 class AGD(torch.optim.Optimizer):
@@ -79,11 +84,20 @@ class AGD(torch.optim.Optimizer):
     _spectral = False  # whether a kernel is one matrix a group, and output layers differ
     _saved = {"s": "s", "share": "share"}  # keys of a parameter in `state_dict`: fields of its Rule
     _tensors = frozenset({"numel"})  # its other keys
-    _net = _known = None  # a weak reference to the network; {id: (name, Rule)} of its parameters
+    _net: Any = None  # a weak reference to the network
+    _known: Any = None  # {id: (name, Rule)} of its parameters
     _hook = _parts = None  # for the network's first forward pass; of the last step
     _outputs = _read = False  # whether the output layers, and the shares of L, are known
 
-    def __init__(self, params, *, gain=1.0, fused=None, depth=None, roles=None, **foreign):
+    eta: Tensor
+    G: Tensor
+    rules: "list[list[Rule]]"
+    _made: list[Any]
+    _warned: set[str]
+
+    def __init__(self, params: Params, *, gain: float | Tensor = 1.0, fused: bool | None = None,
+                 depth: float | Mapping[str, float] | None = None,
+                 roles: Mapping[str, str] | None = None, **foreign: NoReturn) -> None:  # fmt: skip
         if foreign:
             raise TypeError(NO_RATE if "lr" in foreign else f"{type(self).__name__} has no "
                             f"{', '.join(foreign)}: there is nothing to set")
@@ -91,7 +105,7 @@ class AGD(torch.optim.Optimizer):
         self.fused, self.rules, self.roles = fused, [], dict(roles or {})
         self.depth = float(depth) if isinstance(depth, (int, float)) else depth
         known = depth is None or isinstance(depth, Mapping)
-        if not known and not (isinstance(self.depth, float) and 0 < depth < math.inf):
+        if not known and not (isinstance(self.depth, float) and 0 < self.depth < math.inf):
             raise ValueError(f"depth is a positive number, or of agd.depth, not {depth!r}")
         self._watch, self._made, self._warned = _Watch(self._spectral), [], set()
         self._paths = isinstance(params, nn.Module)  # L is of paths
@@ -112,12 +126,12 @@ class AGD(torch.optim.Optimizer):
             self.param_groups[0]["skipped"] = torch.zeros_like(self.eta, dtype=torch.int64)
 
     @property
-    def skipped(self):
+    def skipped(self) -> Tensor:
         """Number of skipped steps, int64, 0-dim: an entry of the first group, which is saved."""
         return self.param_groups[0]["skipped"]
 
     @property
-    def L(self):
+    def L(self) -> float:
         """The depth: a number, the mean number of weights on a path, or their count."""
         if isinstance(self.depth, float):
             return self.depth
@@ -136,7 +150,7 @@ class AGD(torch.optim.Optimizer):
             rules[:] = [x._replace(**fields(p, x)) for p, x in zip(group["params"], rules)]
         self._made.clear()
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, {"params": ..., "gain": ...}, checked as in the constructor. Parameters of
         the network that were frozen take their layer's role; L is read again."""
         foreign = sorted(set(param_group) - {"params", "param_names", "gain", "name"})
@@ -150,7 +164,7 @@ class AGD(torch.optim.Optimizer):
             params = _trainable(params)
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             # A tied weight is one layer, however often it is listed, in its first place.
-            tensors = {}
+            tensors: dict[int, Any] = {}
             for x in params:
                 tensors.setdefault(id(x[1] if isinstance(x, tuple) else x), x)
             net = known and self._net()
@@ -210,8 +224,14 @@ class AGD(torch.optim.Optimizer):
             self._warned.add(kind)
             warnings.warn(WARNINGS[kind], stacklevel=6)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every weight that has a gradient. Returns the closure's loss, if one is given."""
         if not self.param_groups[0].get("train_mode", True):
             raise RuntimeError("the network holds the average, since optimizer.eval(): call "
@@ -318,7 +338,7 @@ class AGD(torch.optim.Optimizer):
         for kind in [] if torch.compiler.is_compiling() else self._watch.see(G, norms):
             self._warn(kind)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As torch's method, with a copy of `skipped` and, of a network, s and share of each
         parameter."""
         state = super().state_dict()
@@ -334,7 +354,7 @@ class AGD(torch.optim.Optimizer):
                               for i, (_, p, rule) in enumerate(self._each())}  # fmt: skip
         return state
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's method, but tensors keep their dtypes, and `skipped` stays as it is where the
         state has none. Raises ValueError, and changes nothing, for the state of another optimiser
         or network."""
@@ -387,10 +407,11 @@ class AGD(torch.optim.Optimizer):
         super().__setstate__(state)
         self._watch, self._made = _Watch(self._spectral), []
 
-    def table(self):
+    def table(self) -> str:
         """Every parameter's name, shape, role, s and share of L, as text. Parameters whose names
         differ in numbers alone share a line."""
-        weights, alike = sum(not rule.is_vector for *_, rule in self._each()), {}
+        weights = sum(not rule.is_vector for *_, rule in self._each())
+        alike: dict[tuple[str, str], list[Any]] = {}
         for name, p, rule in self._each():
             share = 0.0 if rule.is_vector else rule.share
             if isinstance(self.depth, float) and share:
@@ -411,7 +432,7 @@ class AGD(torch.optim.Optimizer):
         end = "; not read yet: the number of weights" if self._listening else ""
         return "\n".join([*text, f"{sum(map(len, self.rules))} parameters, L = {self.L:.4g}{end}"])
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}\n{self.table()}"
 
 
@@ -467,7 +488,11 @@ class SpectralAGD(AGD):
     )
     process_group = None
 
-    def __init__(self, params, *, gain=1.0, depth=None, roles=None, process_group=None, **foreign):
+    def __init__(self, params: Params, *, gain: float | Tensor = 1.0,
+                 depth: float | Mapping[str, float] | None = None,
+                 roles: Mapping[str, str] | None = None,
+                 process_group: "torch.distributed.ProcessGroup | None" = None,
+                 **foreign: NoReturn) -> None:  # fmt: skip
         if isinstance(params, nn.parallel.DistributedDataParallel):
             process_group = process_group or params.process_group
             params = params.module
@@ -527,7 +552,7 @@ class SpectralAGD(AGD):
         return self._made[1]
 
     @torch.no_grad()
-    def eval(self):
+    def eval(self) -> None:
         """Have the network hold the average X."""
         if self.param_groups[0]["train_mode"]:
             for part in self._whole():
@@ -535,7 +560,7 @@ class SpectralAGD(AGD):
             self.param_groups[0]["train_mode"] = False
 
     @torch.no_grad()
-    def train(self):
+    def train(self) -> None:
         """Have the network hold P again, bit for bit."""
         if not self.param_groups[0]["train_mode"]:
             for part in self._whole():
@@ -543,7 +568,7 @@ class SpectralAGD(AGD):
             self.param_groups[0]["train_mode"] = True
 
     @torch.no_grad()
-    def clock(self):
+    def clock(self) -> tuple[Tensor, Tensor]:
         """(length, turn): rho(Z) / s, and eta / L s / rho(Z), the angle by which the last step has
         turned Z: means over the blocks of a weight and then over the weights that are not free.
         0-dim tensors; NaN before the first step, and where there is no such weight."""
@@ -568,7 +593,7 @@ class SpectralAGD(AGD):
                 raise ValueError(f"the state is not of these parameters: number {i} has shape "
                                  f"{tuple(p.shape)}, and there {', '.join(sorted(there))} {shapes}")
             unused = {"numel", "weights" if training and p.dtype.itemsize >= 4 else ""}
-            state[p] = {key: x.detach().to(p.device, copy=True) if isinstance(x, Tensor) else x
+            state[p] = {key: _copied(x, p.device) if isinstance(x, Tensor) else x
                         for key, x in entries.items() if key in self._tensors - unused}
         return {p: tensors for p, tensors in state.items() if tensors}
 
@@ -988,6 +1013,11 @@ def _on_host(x):
 
 def _wide(device):
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPU has none
+
+
+def _copied(x, device):
+    """A copy of a tensor on a device; float64 becomes the widest dtype that the device has."""
+    return x.detach().to(device, _wide(device) if x.dtype == torch.float64 else x.dtype, copy=True)
 
 
 def _gain(group, factors):
@@ -1493,7 +1523,7 @@ def _polar_bf16(x):
 # The depth L: shares of it, read off the graph that autograd keeps of a forward pass.
 
 
-def depth(net, *inputs, **kwargs):
+def depth(net: nn.Module, *inputs: Any, **kwargs: Any) -> "Depth":
     """The share of L of each weight of a network, {name: share}; L is their sum, the mean number of
     weights on a path from the outputs to the inputs: for a chain the number of its layers. The
     attribute `outputs` names the weights that come last on a path.
@@ -1521,11 +1551,11 @@ def depth(net, *inputs, **kwargs):
                  [name for name, key in names.items() if key in shares.outputs])  # fmt: skip
 
 
-class Depth(dict):
+class Depth(dict[str, float]):
     """{name of a weight: share of L}, and `outputs`, the names of those from which the outputs are
     reached through no other weight."""
 
-    def __init__(self, shares, outputs=()):
+    def __init__(self, shares: Mapping[str, float], outputs: Iterable[str] = ()) -> None:
         super().__init__(shares)
         self.outputs = frozenset(outputs)
 
@@ -1703,7 +1733,8 @@ def _inputs_first(roots):
 
 
 @torch.no_grad()
-def init_weights(params, generator=None, inputs=None, roles=None):
+def init_weights(params: Params, generator: torch.Generator | None = None, inputs: Any = None,
+                 roles: Mapping[str, str] | None = None) -> None:  # fmt: skip
     """Draw every parameter anew, in place: blocks uniform (Haar) semi-orthogonal, times s; rows of
     Gaussian direction and length s; biases 0, gains of norm layers 1.
 
@@ -1732,7 +1763,8 @@ def init_weights(params, generator=None, inputs=None, roles=None):
         raise ValueError(EMPTY)
     rules = _rules(params if is_net else listed, roles or {}, measure=False)
     # Without a name a constant vector is of a norm layer: its gain or its bias.
-    named, wide = all(name for name, _ in listed), {"dtype": torch.float64, "device": "cpu"}
+    named = all(name for name, _ in listed)
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     weights, magnitudes = {}, []
     for key, p in {id(p): p for _, p in listed}.items():
         name, rule = rules[key]
@@ -1816,7 +1848,7 @@ def _fill(p, whole):
     part.copy_(whole.redistribute(mesh, p.placements).to_local())
 
 
-def recalibrate(net, batches):
+def recalibrate(net: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute the running statistics of all batch norms of a network, as means over `batches`: of
     inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with.
     Raises ValueError where a network with batch norm gets no batch."""
@@ -1830,7 +1862,8 @@ def recalibrate(net, batches):
     try:
         torch.optim.swa_utils.update_bn(itertools.chain(first, batches), net, device)
     finally:
-        for module, module.training, momentum in kept:
+        for module, training, momentum in kept:
+            module.training = training
             if momentum is not None:
                 module.momentum = momentum
 

@@ -135,7 +135,8 @@ def _compiled():
             continue
         command += [*flags.split(), *own.split(), str(SOURCE), "-lm"]
         try:
-            text = [SOURCE.read_text(), platform.machine(), shutil.which(command[0]), *command]
+            source = SOURCE.read_text(encoding="utf-8")
+            text = [source, platform.machine(), shutil.which(command[0]), *command]
             name = f"{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:24]}.so"
             with _directory() as directory:
                 path = Path(directory, name)

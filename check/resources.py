@@ -1,5 +1,6 @@
 """Check what a run would take: the network, memory for a batch, seconds an epoch."""
 
+import math
 import time
 
 import torch
@@ -82,7 +83,8 @@ def memory(args, world, neighbours, net, facts):
     need = (fixed + each * largest) * neighbours
     images = f"{largest} {noun}{'s' if largest > 1 else ''} at a time"
     images += f" on each of {neighbours} ranks here" if neighbours > 1 else ""
-    text = f"{size(need)} for {images}, of {size(free)} that are free"
+    text = f"{size(need)} for {images}"
+    text += f", of {size(free)} that are free" if free < math.inf else ""
     if need <= free:
         yield "ok", text
     elif (fits := int((free / neighbours - fixed) // each)) < 1:

@@ -346,7 +346,7 @@ def _append(partial, out, meta, there, scratch):
 def _write(folder, meta, scratch):
     """Write the meta.json of a folder whole or not at all."""
     made = Path(scratch, "meta.json")
-    made.write_text(json.dumps(meta, indent=1) + "\n")
+    made.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     made.replace(folder / "meta.json")
 
 

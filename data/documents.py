@@ -116,7 +116,7 @@ def make_share(job, pieces, made, target):
                         "from there") from None  # fmt: skip
     counts = {x: {"tokens": y.tokens, "bytes": y.bytes} for x, y in out.items()}
     text = json.dumps({**counts, "dtype": job.dtype, "source": {"id": None, "shares": 1}})
-    (made / "meta.json").write_text(text)
+    (made / "meta.json").write_text(text, encoding="utf-8")
     made.rename(target)
 
 

@@ -206,7 +206,8 @@ def _finished(splits, target, options):
     for split, layout in splits.items():
         for name, (_, names) in layout.classes.items():
             try:
-                record = json.loads((target / ".prepared" / split / f"{name}.json").read_text())
+                made = target / ".prepared" / split / f"{name}.json"
+                record = json.loads(made.read_text(encoding="utf-8"))
             except (FileNotFoundError, json.JSONDecodeError):
                 continue
             if record["options"] != options:
@@ -254,5 +255,5 @@ def _report(splits, target, options, scratch):
 def _write(path, text, scratch):
     """Write a file whole or not at all."""
     partial = Path(scratch, path.name)
-    partial.write_text(text, errors="surrogateescape")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     partial.replace(path)

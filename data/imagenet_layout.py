@@ -136,7 +136,7 @@ def labels_of(root, path=None):
 def _from_columns(path):
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise OSError("it is no file")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = csv.reader(lines) if any("," in line for line in lines) else map(str.split, lines)
     cells = [[*row, ""][:2] for row in rows if row and row[0] != "ImageId"]
     return {Path(name.strip()).stem: "".join(label.split()[:1]) for name, label in cells}
@@ -157,7 +157,8 @@ def _from_devkit(folder):
     from scipy.io import loadmat
 
     synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
-    lines = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+    truth = folder / "ILSVRC2012_validation_ground_truth.txt"
+    lines = truth.read_text(encoding="utf-8").split()
     names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
     return {f"ILSVRC2012_val_{i:08d}": names[int(x)] for i, x in enumerate(lines, 1)}
 

@@ -19,7 +19,7 @@ from cli import UserError, guard_streams, size
 from data.common import DataError
 
 # Terminals and queues send these to every process of a job.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
 SIGNALS = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
 LAST = 30  # seconds that a worker lives on after SIGTERM
 SHM = "/dev/shm"  # where worker processes leave their batches

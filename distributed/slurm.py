@@ -21,8 +21,8 @@ def requeue():
     or None."""
     try:
         done = subprocess.run(
-            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True,
-            timeout=60, errors="replace", start_new_session=True,
+            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, timeout=60,
+            encoding="utf-8", errors="replace", start_new_session=True,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

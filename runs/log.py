@@ -293,7 +293,7 @@ class RunLog:
         except ImportError:  # Windows
             return
         try:
-            self.lock = open(self.checkpoint_path.with_suffix(".lock"), "a")
+            self.lock = open(self.checkpoint_path.with_suffix(".lock"), "ab")
             LOCKS.add(self.lock)
             end = time.monotonic() + 0.2  # a child between fork and exec holds it for a moment
             while True:

@@ -115,7 +115,7 @@ def versions(flags, device):
         with suppress(AttributeError, RuntimeError):
             versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         with suppress(OSError, AttributeError):
-            text = Path("/proc/driver/nvidia/version").read_text()
+            text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
             versions["driver"] = re.search(r"\d+\.\d+(\.\d+)?", text).group()
     return versions
 
@@ -159,7 +159,8 @@ def processor():
     """The processor's name, as far as the system has it."""
     name = None
     with suppress(OSError):
-        name = re.search(r"(?m)^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"(?m)^model name\s*:\s*(.*)", text)
     return name[1] if name else platform.processor() or platform.machine()
 
 
@@ -168,5 +169,5 @@ def tilde(value):
     if not isinstance(value, str):
         return value
     home = re.escape(os.path.expanduser("~").rstrip(os.sep))
-    kinds = "(folder:|npz:|text:|tokens:)?"
-    return re.sub(rf"^(--\w+=)?{kinds}{home}(?=/|$)", r"\1\2~", value) if home else value
+    kinds, end = "(folder:|npz:|text:|tokens:)?", f"(?={re.escape(os.sep)}|$)"
+    return re.sub(rf"^(--\w+=)?{kinds}{home}{end}", r"\1\2~", value) if home else value

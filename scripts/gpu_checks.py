@@ -161,7 +161,7 @@ def run(check, seconds, args, failed):
         finally:
             process.terminate()
     took, code, results = time.monotonic() - began, process.poll(), findings(folder)
-    text = output.read_text(errors="replace")[-2000:]
+    text = output.read_text(encoding="utf-8", errors="replace")[-2000:]
     # A run without an end of its own has to have finished an epoch.
     stopped = code == (75 if "time_limit" in check.command else 130) and "{long}" in check.command
     status = "passed" if code == 0 else "timeout" if took >= seconds else "failed"
@@ -207,7 +207,7 @@ def main(argv=None):
     for folder in (args.work, args.out, args.data_dir):
         folder.mkdir(parents=True, exist_ok=True)
     path = args.work / "gpu_checks.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     seconds, checks = (ALL[args.only].seconds, [ALL[args.only]]) if args.only else PLANS[args.plan]
     again = {x.name for x in checks if args.only or x is DATA}
     todo = [x for x in checks if x.name in again or done.get(x.name, {}).get("status") != "passed"]

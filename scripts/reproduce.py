@@ -264,7 +264,7 @@ def submit(args, numbers, results):
             done = subprocess.run(
                 ["sbatch", "--parsable", *args.sbatch, *options, ROOT / "scripts/slurm/array.sh",
                  *again, *last],
-                cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL,
+                cwd=ROOT, encoding="utf-8", capture_output=True, stdin=subprocess.DEVNULL,
                 env={"AGD_PYTHON": sys.executable, "AGD_REPO": str(ROOT), **os.environ},
             )  # fmt: skip
         except FileNotFoundError:

@@ -210,6 +210,6 @@ def findings(folder):
                 numbers[path.stem] = {**graph, "seconds": seconds}
             elif path.suffix == ".json":
                 kinds = "ratios", "bytes a", "epochs a", "reports"
-                content = json.loads(path.read_text())
+                content = json.loads(path.read_text(encoding="utf-8"))
                 numbers |= {key: x for key, x in content.items() if key.startswith(kinds)}
     return numbers

@@ -32,6 +32,9 @@ ITSELF = "CIFAR-100 itself is here"  # why its stand-in is left out
 WORK = {"vgg": 3.1e8, "resnet18": 5.6e8, "resnet50": 4.1e9}  # multiplications for an image
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+# Windows has no sessions: a group of its own, which takes another signal.
+GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 
 
 def tasks(results, figures, most=None):
@@ -137,16 +140,19 @@ class Process(subprocess.Popen):
             super().__init__(
                 [sys.executable, str(MAIN), *words], stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-                preexec_fn=die_with_parent if LIBC else None,
+                preexec_fn=die_with_parent if LIBC else None, creationflags=GROUP,
             )  # fmt: skip
 
     def stop(self):
         """Ask it to save and to stop after this step."""
-        self.send_signal(signal.SIGINT)
+        self.send_signal(STOP)
 
     def kill(self):
         """End it and its own workers at once."""
-        os.killpg(self.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            super().kill()
         self.wait()
 
 

@@ -7,11 +7,9 @@ import inspect
 import math
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import agd
 from agd import AGD, SpectralAGD, init_weights
-from tests.conftest import ROOT
 from tests.reference import near, reference_step, relative, same
 from tests.test_backends import weights_with_grads
 
@@ -737,28 +734,3 @@ def test_the_file_alone_is_the_whole_optimiser(tmp_path):
         "assert not any('kernels' in x for x in sys.modules if 'agd' in x)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_kernels(tmp_path):
-    """cpu.c as well, which is compiled where the wheel was installed."""
-    pytest.importorskip("setuptools", "61", reason="what builds wheels")
-    source, cache = tmp_path / "source", tmp_path / "cache"
-    source.mkdir()
-    for name in ("agd.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "agd_kernels", source / "agd_kernels")
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*pip, "-w", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-    code = (
-        "import torch, agd, agd_kernels.cpu as cpu, sys\n"
-        "assert all(x.__file__.startswith(sys.argv[1]) for x in (agd, cpu))\n"
-        "if cpu.Backend.available('cpu'): agd.AGD([torch.ones(3, 3)], fused=True)\n"
-    )
-    there = {"PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(cache),
-             "AGD_NO_COMPILER": "0"}  # fmt: skip
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "installed")], cwd=tmp_path,
-                   env={**os.environ, **there}, check=True)  # fmt: skip

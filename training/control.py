@@ -11,8 +11,9 @@ NOTHING, SAVE, ANNOUNCED, STOP = range(4)
 
 # SIGUSR1 and SIGUSR2 announce the end of a job's time, or ask a run that is no job to save.
 ANNOUNCING = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-# Ctrl-C; a queue's way to end a job; a terminal that closes.
-ENDING = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+# Ctrl-C; a queue's way to end a job; a terminal that closes, and what Windows sends for that.
+NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"
+ENDING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 ONE = 1.0  # seconds within which two signals are one that a launcher has passed on
 
 

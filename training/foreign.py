@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -224,7 +224,10 @@ def load_state(optimizer, state):
 
 def _as_saved(now, then):
     if isinstance(then, torch.Tensor) and isinstance(now, torch.Tensor):
-        return now if now.dtype == then.dtype else then.to(now.device)
+        if now.dtype != then.dtype:
+            with suppress(TypeError):  # Apple's GPUs have no float64
+                return then.to(now.device)
+        return now
     if isinstance(then, dict) and isinstance(now, dict):
         return now | {key: _as_saved(now[key], then[key]) for key in now if key in then}
     if isinstance(then, list) and isinstance(now, list) and len(now) == len(then):

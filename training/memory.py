@@ -1,7 +1,7 @@
 """Memory: what is free on a device or to this process, and how much of it torch has missed."""
 
+import math
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,10 +32,11 @@ def shortage(error):
     if wanted is None:
         return ""
     asked = int(wanted[1]) if wanted[1] else _bytes(*wanted.group(2, 3))
-    left = size(bytes_free(torch.device("cpu")))
+    left = bytes_free(torch.device("cpu"))
+    left = size(left) if left < math.inf else ""
     if gpu is not None:
         left = f"{size(_bytes(*gpu.group(3, 4)))} of {size(_bytes(*gpu.group(1, 2)))}"
-    return f": {size(asked)} more were asked for, and {left} are free"
+    return f": {size(asked)} more were asked for" + (f", and {left} are free" if left else "")
 
 
 def does_not_fit(error, net=None):
@@ -54,13 +55,15 @@ def _bytes(number, unit):
 
 
 def bytes_free(device, root="/sys/fs/cgroup", groups="/proc/self/cgroup"):
-    """Bytes free on a GPU, or to all the processes of this machine, container or job."""
+    """Bytes free on a GPU, or to all the processes of this machine, container or job; math.inf
+    where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [sys.maxsize]
+    free = [math.inf]
     with suppress(OSError, KeyError, ValueError):
-        lines = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        known = dict(line.split(":") for line in lines)
+        free.append(int(known["MemAvailable"].split()[0]) * 1024)
     with suppress(OSError):
         for group in Path(groups).read_text(encoding="utf-8").splitlines():
             free += _left_by(*group.split(":", 2), Path(root))
@@ -77,7 +80,7 @@ def _left_by(number, kinds, path, root):
     at = Path(top, path.strip("/"))
     while (number == "0" or "memory" in kinds.split(",")) and (at == top or top in at.parents):
         with suppress(OSError, ValueError):  # no group here, or no limit: "max"
-            limit, used = (int((at / name).read_text()) for name in names[:2])
-            stat = dict(x.split() for x in (at / "memory.stat").read_text().splitlines())
-            yield limit - used + int(stat.get(names[2], 0))
+            limit, used = (int((at / name).read_text(encoding="utf-8")) for name in names[:2])
+            lines = (at / "memory.stat").read_text(encoding="utf-8").splitlines()
+            yield limit - used + int(dict(map(str.split, lines)).get(names[2], 0))
         at = at.parent

@@ -26,7 +26,8 @@ class Totals:
             losses, correct = state["losses"].to(device), state["correct"].to(device)
             self.columns = list(zip(losses.unbind(), correct.unbind(), state["counts"]))
             for key in self.extras:
-                self.extras[key] = list(state[key].to(device).unbind()) if key in state else []
+                # float32, as `read` has it: not every device has float64.
+                self.extras[key] = list(state[key].to(losses).unbind()) if key in state else []
 
     def add(self, losses, correct, **extras):
         """Add a batch: losses (B,) and its hits, (B,) or of a text (B, T); of `extras`, those not

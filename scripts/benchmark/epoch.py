@@ -103,7 +103,7 @@ def run_main(args, device, out, arch, examples, *more):
                examples[0], "--test_examples", examples[1], "--device", device, "--data_dir",
                args.data_dir, "--out", out, *more]
     start, seconds, lines = time.perf_counter(), None, []
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, encoding="utf-8") as process:  # fmt: skip
         for line in process.stdout:
             lines.append(line)
