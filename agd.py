@@ -156,7 +156,8 @@ class AGD(torch.optim.Optimizer):
         foreign = sorted(set(param_group) - {"params", "param_names", "gain", "name"})
         if foreign:
             raise ValueError(NO_RATE if "lr" in foreign else "AGD has no " + ", ".join(foreign)
-                             + ": a group has params and, if any, gain")  # fmt: skip
+                             + ": a group has params and, if any, gain. Where a library makes "
+                             "the groups, hand it the optimiser, AGD(net)")  # fmt: skip
         group = dict(param_group)
         group["lr"] = _checked_gain(group.pop("gain", self.defaults["lr"]))
         params, known = group["params"], self._known or {}
