@@ -50,7 +50,7 @@ def main(steps=300, report_to="none", rule=SpectralAGD, out=None):
     """Returns the rows of the Trainer's log. `report_to` may be "tensorboard", "wandb", ..."""
     torch.manual_seed(0)
     path = Path(__file__).parent.parent / "data" / "shakespeare.txt.bz2"
-    codes = torch.tensor(list(bz2.open(path).read(500_000)))
+    codes = torch.tensor(list(bz2.open(path, "rb").read(500_000)))
     texts = [{"input_ids": x, "labels": x} for x in codes.split(LENGTH)]
     net = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
