@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -95,13 +96,12 @@ class Tracker:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            lines = str(error).strip().splitlines()
-            self._fail(": ".join([type(error).__name__, *lines[:1]])[:300])
+            self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, why):
         self.failed = True
-        self.note(f"Warning: {self.kind} failed: {printable(why).rstrip('. ')}; going on without "
-                  "it")  # fmt: skip
+        why = textwrap.shorten(printable(why), 200, placeholder=" ...").rstrip(".: ")
+        self.note(f"Warning: {self.kind} failed: {why}; going on without it")
 
     def _say_where(self):
         if not self.failed:
@@ -168,10 +168,10 @@ class Wandb:
         self.run.config.update(config, allow_val_change=True)
         self.image, here = wandb.Image, Path(self.run.dir).parent
         if self.run.offline:
-            self.where = shlex.join(["wandb", "sync", str(here)])
+            self.where = f"wandb sync {shlex.quote(str(here.parent))}/*-{key}"
             self.seen = done if len([*here.parent.glob(f"*-{key}")]) > 1 else 0
         else:
-            self.where = self.run.url
+            self.where = self.run.url or "wandb, which is disabled"
             self.seen = self.run.step - 1 if self.run.resumed else 0
 
     def add(self, points):
@@ -198,7 +198,7 @@ class Trackio(Wandb):
         self.image, self.end = trackio.Image, trackio.finish
         self.seen = getattr(self.run, "_next_step", done + 1) - 1
         place = f"TRACKIO_DIR={shlex.quote(os.environ['TRACKIO_DIR'])}"
-        self.where = f"{place} trackio show --project {PROJECT}"
+        self.where = self.run.url or f"{place} trackio show --project {PROJECT}"
 
     def close(self, results, well):
         self.end()
@@ -208,21 +208,22 @@ class MLflow:
     """Parameters stay as the first command of a run has set them."""
 
     def __init__(self, name, key, out, config, done):
+        # A minute for a server that is away; by default four, while the GPU waits.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
         from mlflow import MlflowClient, entities
 
-        self.entities, self.where = entities, os.environ.get("MLFLOW_TRACKING_URI")
-        uri, folder = self.where, out / "mlruns"
+        uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
+        self.entities, self.where = entities, "mlflow, at $MLFLOW_TRACKING_URI"
         if not uri:
+            folder = out / "mlruns"
             folder.mkdir(exist_ok=True)
-            uri = f"sqlite:///{folder / 'mlflow.db'}"
+            uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
             self.where = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
         self.client = client = MlflowClient(uri)
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found, own = client.get_experiment_by_name(project), uri != self.where
+        found = client.get_experiment_by_name(project)
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (
-            found.experiment_id if found else
-            client.create_experiment(project, (folder / "artifacts").as_uri() if own else None)
-        )  # fmt: skip
+            found.experiment_id if found else client.create_experiment(project, artifacts))
         runs = client.search_runs([experiment], f"tags.agd_run = '{key}'")
         run = runs[0] if runs else client.create_run(experiment, None, {"agd_run": key}, name)
         self.id = run.info.run_id
