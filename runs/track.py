@@ -77,14 +77,7 @@ class Tracker:
         try:
             if end["final"] and self.last:
                 with tempfile.TemporaryDirectory() as folder:
-                    path = os.path.join(folder, "curves.png")
-                    log = os.path.abspath(self.log.log_path)
-                    subprocess.run(  # Ctrl-C is for this process
-                        [sys.executable, "-m", "scripts.plot", log, "-o", path], cwd=ROOT,
-                        stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=300,
-                        start_new_session=True,
-                    )  # fmt: skip
-                    self.there.picture(path, self.last)
+                    self.there.picture(draw(self.log.log_path, folder), self.last)
         finally:
             results = {k: v for k, v in end.items() if isinstance(v, (str, int, float))}
             self.there.close(results, end["stopped"] is None)
@@ -117,20 +110,22 @@ class TensorBoard:
     values as results."""
 
     def __init__(self, name, key, out, config, done):
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         folder = out / "tensorboard" / name
         self.seen = done if any(folder.glob("*tfevents*")) else 0
         self.where = shlex.join(["tensorboard", "--logdir", str(folder.parent)])
+        self.form = Summary
         self.writer = SummaryWriter(str(folder), purge_step=self.seen and self.seen + 1)
         for part in hparams(config, dict.fromkeys(RESULTS, 0)):
             self.writer.file_writer.add_summary(part)
 
     def add(self, points):
         for x, point in points.items():
-            for name, value in point.items():
-                self.writer.add_scalar(name, value, x)
+            values = [self.form.Value(tag=k, simple_value=v) for k, v in point.items()]
+            self.writer.file_writer.add_summary(self.form(value=values), x)
         self.writer.flush()
 
     def picture(self, path, x):
@@ -149,8 +144,9 @@ class Wandb:
     """Without a login, the files wait for `wandb sync`."""
 
     def __init__(self, name, key, out, config, done):
-        # An upload that stalls does not hold the other ranks, nor the end of the process.
-        for variable, value in (("FINISH_TIMEOUT", "60"), ("FINISH_TIMEOUT_RAISES", "true")):
+        # A minute for a server that is away, while other ranks wait, and Ctrl-C at the exit.
+        for variable, value in (("INIT_TIMEOUT", "60"), ("FINISH_TIMEOUT", "60"),
+                                ("FINISH_TIMEOUT_RAISES", "true")):  # fmt: skip
             os.environ.setdefault(f"WANDB_{variable}", value)
         import wandb
 
@@ -254,6 +250,17 @@ class MLflow:
 
 
 KINDS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
+
+
+def draw(log, folder):
+    """The path of a picture of a log, in `folder`: scripts are above this room."""
+    path = os.path.join(folder, "curves.png")
+    subprocess.run(
+        [sys.executable, "-m", "scripts.plot", os.path.abspath(log), "-o", path], cwd=ROOT,
+        stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=300,
+        start_new_session=True,  # Ctrl-C is for this process
+    )
+    return path
 
 
 def _is_number(x):
