@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ import types
 
 import numpy
 import pytest
+from PIL import Image
 
 from runs.log import RunLog
 from tests.conftest import ROOT
@@ -33,6 +35,17 @@ def of_a_machine_without_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture
+def other_picture(monkeypatch):
+    """A picture that takes no seconds; test_tensorboard_has_every_number_of_the_log has the own."""
+    def draw(log, folder):
+        path = os.path.join(folder, "a.png")
+        Image.new("RGB", (4, 4)).save(path)
+        return path
+
+    monkeypatch.setattr("runs.track.draw", draw)
 
 
 def logged(out):
@@ -86,7 +99,7 @@ def test_tensorboard_has_every_number_of_the_log(tmp_path, capsys):
     assert capsys.readouterr().out.count(where) == 2  # as it begins, and as it ends
 
 
-def test_a_rate_of_its_own_stays_what_it_is(tmp_path):
+def test_a_rate_of_its_own_stays_what_it_is(tmp_path, other_picture):
     pytest.importorskip("tensorboard")
     flags = ["--optimizer", "adam", "--schedule", "cosine", "--epochs", 2]
     assert train(*FLAGS, *flags, "--track", "tensorboard", "--out", tmp_path) == 0
@@ -96,7 +109,7 @@ def test_a_rate_of_its_own_stays_what_it_is(tmp_path):
     assert curves["lr"] == in_float32({"lr": [*zip((4, 8), rates)]})["lr"] and rates[0] > 0
 
 
-def test_without_rows_of_steps_lr_is_the_mean_of_eta(tmp_path):
+def test_without_rows_of_steps_lr_is_the_mean_of_eta(tmp_path, other_picture):
     pytest.importorskip("tensorboard")
     assert train(*FLAGS, "--epochs", 3, "--track", "tensorboard", "--out", tmp_path) == 0
     _, curves = tensorboard(tmp_path)
@@ -114,7 +127,7 @@ def as_after_a_crash(out, main):
     assert [row["epoch"] for row in rows(out) if row["kind"] == "epoch"] == [1, 2, 3, 4]
 
 
-def test_tensorboard_of_a_run_that_resumes(tmp_path):
+def test_tensorboard_of_a_run_that_resumes(tmp_path, other_picture):
     """A repeated epoch is there once, as the log has it; --fresh has its own epochs alone."""
     pytest.importorskip("tensorboard")
     flags = [*FLAGS, "--log_steps", "--track", "tensorboard", "--out", tmp_path]
@@ -126,7 +139,7 @@ def test_tensorboard_of_a_run_that_resumes(tmp_path):
     assert tensorboard(tmp_path)[1] == in_float32(logged(tmp_path))
 
 
-def test_a_run_that_began_without_a_tracker(tmp_path):
+def test_a_run_that_began_without_a_tracker(tmp_path, other_picture):
     """Its log is sent from the first row on; one whose flags are of an earlier version, too."""
     pytest.importorskip("tensorboard")
     assert train(*FLAGS, "--epochs", 2, "--out", tmp_path) == 0
@@ -278,9 +291,7 @@ class Fake:
         module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         module.Settings, module.errors = dict, types.SimpleNamespace(UsageError=ZeroDivisionError)
         module.Image = lambda path: self.did("Image")
-        # The picture takes seconds; TensorBoard's test has it.
-        monkeypatch.setattr("runs.track.subprocess",
-                            types.SimpleNamespace(run=self.run, DEVNULL=None))  # fmt: skip
+        monkeypatch.setattr("runs.track.draw", lambda *args: self.did("picture"))
         module.init = self.init
         monkeypatch.setitem(sys.modules, "wandb", module)
 
@@ -297,9 +308,6 @@ class Fake:
             config=config, summary=summary, dir="/x/y", offline=False, url="https://here",
             resumed=False, finish=lambda exit_code: self.did("finish"), log=self.log,
         )  # fmt: skip
-
-    def run(self, command, **options):
-        self.did("picture")
 
     def log(self, point, step):
         self.did("log")
@@ -374,6 +382,16 @@ def test_the_end_of_a_run_that_stops(tmp_path, monkeypatch):
     assert fake.calls[-2:] == ["summary", "finish"] and "Image" not in fake.calls
     assert train(*flags) == 0
     assert "Image" in fake.calls and list(fake.points) == [12, 24, 36, 48]
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
+    fake = Fake(monkeypatch, lambda what: None)
+    flags = ["--optimizer", "sgd", "--lr", "1e20", "--log_steps", "--epochs", 1]
+    assert train(*FLAGS, *flags, "--track", "wandb", "--out", tmp_path) == 1
+    assert rows(tmp_path)[-2]["train_loss"] is None and "stopped" in rows(tmp_path)[-1]
+    numbers = [x for point in fake.points.values() for k, x in point.items() if k != "curves"]
+    assert numbers and all(map(math.isfinite, numbers)) and "train_loss" not in fake.points[4]
+    assert fake.calls[-2:] == ["summary", "finish"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
