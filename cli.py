@@ -163,6 +163,7 @@ train_examples limit_train_batches
 warmup warmup_steps num_warmup_steps warmup_iters lr_warmup_steps
 weight_decay wd l2 l2_reg decay
 weights pretrained pretrained_weights pretrain finetune init_from state_dict
+track tracker trackers tracking logger loggers report_to log_with
 tied tie tie_weights weight_tying tie_word_embeddings
 vocab vocab_size vocabulary n_vocab
 width hidden hidden_size hidden_dim n_hidden hidden_units num_hidden n_embd d_model embed_dim

@@ -1,6 +1,7 @@
 """The command line of main.py: its table of flags, and the settings that they stand for."""
 
 import argparse
+import importlib.util
 import inspect
 import os
 import re
@@ -25,7 +26,15 @@ from cli import (
     synonyms,
 )
 from data import AUGMENTATIONS, DATASETS, TEXTS, default_data_dir, is_folder, is_text
-from training.choices import AUTOMATIC, BASELINES, LOSSES, OPTIMIZERS, PRECISIONS, SCHEDULES
+from training.choices import (
+    AUTOMATIC,
+    BASELINES,
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    TRACKERS,
+)
 
 # What `python main.py` alone trains: it needs no download, and takes seconds.
 ALONE = ["--dataset", "digits", "--epochs", "20"]
@@ -89,6 +98,12 @@ RATES = synonyms("""
 constant const fixed flat none off no 0
 cosine cos cosine_annealing cosine_annealing_lr cosine_decay cosine_with_warmup warmup_cosine on
 """)
+TRACKED = synonyms("""
+tensorboard tb tboard tensorboardx
+wandb weights_and_biases weightsandbiases wandb.ai w&b
+trackio huggingface hf
+mlflow databricks
+""")
 # Flags that people look for, and what stands in their place.
 ABSENT = {
     "AGD finds the rate of each step, and a baseline has --lr and --schedule cosine":
@@ -111,7 +126,15 @@ ABSENT = {
     "--evaluate RUN tests a checkpoint alone, and each epoch ends with a test":
         "test eval validate validation evalonly doeval testonly dotest evaluateonly",
     "the log is lines of JSON under --out, and scripts.plot draws it":
-        "wandb tensorboard tb logger mlflow comet project wandbproject plot",
+        "plot",
+    "did you mean --track tensorboard?": "tensorboard tb usetensorboard tensorboardx",
+    "did you mean --track wandb?":
+        "wandb usewandb logwandb wandblog weightsandbiases",
+    "did you mean --track trackio?": "trackio",
+    "did you mean --track mlflow?": "mlflow usemlflow",
+    "--track wandb reads its own variables, as WANDB_PROJECT":
+        "project wandbproject wandbentity wandbrunname wandbname wandbmode",
+    f"--track takes {', '.join(TRACKERS)}": "comet cometml neptune clearml aim swanlab dvclive",
     "all settings are flags": "config cfg yaml settings c hydra configfile",
     "the images have the number of classes": "numclasses nclasses classes nclass",
     "the networks and losses take no other setting": "droppath "
@@ -294,6 +317,9 @@ def parser():
         help="a row a step beside the row an epoch, in the first EPOCHS or in all")
     add("--log_updates", action="store_true",
         help="how large the updates are, relative to the weights")
+    add("--track", type=one_of(TRACKERS, meant=TRACKED), metavar="TRACKER", help="forward the log "
+        f"to a tracker of experiments: {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}; its files are "
+        "in --out, unless its own variables name another place")
     return p
 
 
@@ -301,7 +327,7 @@ def words(p, flags):
     """The words of the command line that set `flags`, a dict of all of them, beyond their defaults.
     Flags that concern an earlier run or the screen are left out."""
     passing = ("out", "fresh", "profile", "check", "cpu", "save_every", "keep_best", "replay",
-               "evaluate")  # fmt: skip
+               "evaluate", "track")  # fmt: skip
     given = {name: x for name, x in flags.items() if x is not None}
     every = {action.dest: action.default for action in p._actions} | given
     line, own = [], own_defaults(argparse.Namespace(**every))
@@ -599,6 +625,9 @@ def read(argv=None, check=True):
                  "file (max_shard_size)")  # fmt: skip
         many = os.path.isdir(args.weights) or args.weights.endswith(".index.json")
         p.error(f"--weights {args.weights} is none of {', '.join(SUFFIXES)}{whole if many else ''}")
+    if check and args.track and importlib.util.find_spec(args.track) is None:
+        p.error(f"--track {args.track} takes the package {args.track}, which is not installed: "
+                f"pip install {args.track}, or \".[track]\" for all trackers")
     starts = check and args.evaluate is None
     if starts and args.weights is not None and not os.path.isfile(args.weights):
         p.error(f"--weights: there is no file {args.weights}")

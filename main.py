@@ -166,6 +166,10 @@ def train_on(data, args, world, requests):
                 display.further(log, trainer.epoch + 1, args.epochs)
             return 0
 
+    if log and args.track:
+        from runs.track import Tracker  # a run does without
+
+        log.tracker = Tracker(args.track, log, len(data.train), progress.note)
     began = time.perf_counter()
     ending = trainer.run()
     code = ending.exit_code
@@ -355,6 +359,8 @@ def finish(args, trainer, ending, record, promised, seconds):
     if unlogged is not None:
         print(f"error: {log.log_path} lacks its last rows: {unlogged}", file=sys.stderr)
         code = code or 1
+    if log.tracker is not None:
+        log.tracker.finish(end)
     if result is not None and record.problem is not None:
         print(f"There is no record of this result: {record.problem}", file=sys.stderr)
     if result is not None and promised is not None:

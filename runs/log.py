@@ -162,7 +162,8 @@ class RunLog:
     full disk refuses wait in `pending`, and no checkpoint is written before them. `saved` is the
     (epoch, step) of the newest checkpoint. `changed` has, after `start`, the environment, the flags
     and the images that differ from the run's first row, {key: value now}; `other_images` says how
-    these do, in a word of Images.difference, or is None.
+    these do, in a word of Images.difference, or is None. `tracker`, a Tracker or None, is sent
+    every row that is logged.
     """
 
     def __init__(self, out, name, settings, images=None):
@@ -171,7 +172,7 @@ class RunLog:
         self.record_path = Path(out, "logs", f"{name}.run.json")
         self.checkpoint_path = Path(out, "checkpoints", f"{name}.pt")
         self.checkpoints = Checkpoints(self.checkpoint_path)
-        self.lock = self.file = self.saved = None
+        self.lock = self.file = self.saved = self.tracker = None
         self.pending, self.length, self.changed, self.other_images = b"", 0, {}, None
 
     def rows(self):
@@ -327,6 +328,12 @@ class RunLog:
 
     def log(self, *rows):
         """Append rows. Returns None, or the reason why they wait in memory."""
+        failure = self._append(rows)
+        if self.tracker is not None:
+            self.tracker.rows(rows)
+        return failure
+
+    def _append(self, rows):
         self.pending += b"".join(map(json_line, rows))
         try:
             self.file.truncate(self.length)  # removes a part that an earlier call has written

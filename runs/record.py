@@ -28,7 +28,8 @@ LARGEST = 2**26  # bytes of a record that is read
 
 # Flags that choose where a run takes place and what it shows or keeps, and not its result.
 PLACEMENT_FLAGS = ("out", "data_dir", "device", "cpu", "distribute", "workers", "epochs", "fresh",
-                   "profile", "check", "save_every", "keep_best", "replay", "evaluate")  # fmt: skip
+                   "profile", "check", "save_every", "keep_best", "replay", "evaluate",
+                   "track")  # fmt: skip
 # Keys of the log that comparisons leave out: times, and facts that the record holds.
 VOLATILE_KEYS = ("date", "seconds", "images_per_second", "tokens_per_second", "saving_seconds",
                  "resumed", "python", "torch", "platform", "device", "device_name", "threads",

@@ -110,6 +110,14 @@ FLAGS = f"""
 {DIGITS} --warmup-epochs 5                      | --warmup is a number of steps
 {DIGITS} --save_best                            | did you mean --keep_best
 {DIGITS} --eval_only                            | --evaluate RUN tests a checkpoint alone
+{DIGITS} --wandb                                | did you mean --track wandb?
+{DIGITS} --tensorboard                          | did you mean --track tensorboard?
+{DIGITS} --use-mlflow                           | did you mean --track mlflow?
+{DIGITS} --report_to trackio                    | did you mean --track?
+{DIGITS} --wandb_project x                      | reads its own variables, as WANDB_PROJECT
+{DIGITS} --comet                                | --track takes tensorboard, wandb, trackio, mlflow
+{DIGITS} --track tb                             | did you mean tensorboard?
+{DIGITS} --track comet                          | tensorboard, wandb, trackio, mlflow
 {DIGITS} --eval_every 3                         | each epoch ends with a test
 {DIGITS} --zzz                                  | there is no flag --zzz
 main digits                                     | did you mean --dataset digits

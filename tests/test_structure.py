@@ -28,7 +28,8 @@ FLAGS = (
     "depth deterministic device distribute dropout epoch_steps epochs evaluate freeze fresh gain "
     "heads help image_size keep_best layers log_steps log_updates loss lr micro_bs optimizer out "
     "precision profile replay save_every schedule seed skip_bad_images sync_bn test_bs "
-    "test_examples tied train_bs train_examples vocab warmup weight_decay weights width workers"
+    "test_examples tied track train_bs train_examples vocab warmup weight_decay weights width "
+    "workers"
 ).split()
 COMMANDS = {
     "data.prepare": "--data_dir --from --jobs --encoding --resize --shard",

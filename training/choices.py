@@ -3,6 +3,7 @@
 LOSSES = ("mse", "xent")  # functions of training.losses
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("constant", "cosine")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # packages, and kinds of runs.track
 AUTOMATIC = {"agd": "AGD", "spectral": "SpectralAGD"}  # classes of agd.py, without a learning rate
 BASELINES = {"adam": ("Adam", 1e-3), "sgd": ("SGD", 0.1)}  # of torch.optim, and default rates
 OF_TORCH = (
