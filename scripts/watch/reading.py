@@ -90,7 +90,7 @@ class Run:
     def _clear(self):
         self.offset, self.line, self.tail = 0, 0, b""
         self.problem = self.first = self.end = self.bits = self.epoch_steps = None
-        self.epochs, self.steps, self.last = Series(EPOCH), Series(STEP), {}
+        self.epochs, self.steps, self.last = Series(EPOCH), Series(STEP), ()
         self.seconds = self.longest = 0.0
 
     def refresh(self, version):
@@ -139,9 +139,9 @@ class Run:
         elif row["kind"] == "epoch":
             seconds = null(short(row["seconds"])) or 0.0
             self.seconds, self.longest = self.seconds + seconds, max(self.longest, seconds)
-            values = [short(row.get(key)) for key in EPOCH[:-1]] + [short(self.seconds, 8)]
-            self.epochs.append(values, version)
-            self.last, self.end = dict(zip(EPOCH, map(null, values))), None
+            self.last = [*(short(row.get(key)) for key in EPOCH[:-1]), short(self.seconds, 8)]
+            self.epochs.append(self.last, version)
+            self.end = None  # the run has gone on
             bits, loss = row.get("test_bits"), row["test_loss"]
             self.bits = null(short(bits / loss)) if bits and loss else None
         elif row["kind"] == "step" and self.epoch_steps:
@@ -171,7 +171,7 @@ class Run:
         patience = max(STALLED, 3 * self.longest) if self.last else BEGINNING
         return {"folder": "/".join(folders), "name": self.path.stem, "place": self.place,
                 **self.first, "bits": self.bits, "end": self.end, "done": self.epochs.count,
-                "last": self.last, "mtime": self.mtime, "patience": patience,
+                "last": dict(zip(EPOCH, map(null, self.last))), "mtime": self.mtime, "patience": patience,
                 "rows": self.epochs.since(since), "steps": self.steps.since(since)}  # fmt: skip
 
     def details(self):

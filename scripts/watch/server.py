@@ -14,7 +14,7 @@ from urllib.parse import parse_qs
 from cli import UserError
 from runs.files import reason
 
-PAGE = Path(__file__).with_name("page.html")
+HERE = Path(__file__).parent
 PORT, PORTS = 8423, 100  # the first one that is tried, and how many are
 
 
@@ -25,12 +25,15 @@ def compact(value):
 
 def page(data=None):
     """(the page, its content security policy): to be served, or with `data` in it."""
-    text = PAGE.read_text(encoding="utf-8")
+    text, style, charts, script = (
+        HERE.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "charts.js", "page.js")
+    )
     rules = ["default-src 'none'", "base-uri 'none'", "form-action 'none'", "img-src data:"]
-    for name in ("style", "script"):
-        content = text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
+    for tag, content in (("style", style), ("script", charts + script)):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        rules.append(f"{name}-src 'sha256-{digest}'")
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+        text = text.replace(f"<{tag}></{tag}>", f"<{tag}>{content}</{tag}>")
     if data is None:
         return text, "; ".join([*rules, "connect-src 'self'", "frame-ancestors 'none'"])
     policy = "; ".join(rules)
