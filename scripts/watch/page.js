@@ -18,7 +18,7 @@ function put(node, text) {
 
 /* Numbers and words */
 const now = () => embedded ? embedded.now : Date.now() / 1000 + offset;
-const age = run => span(Math.max(0, now() - run.mtime));
+const age = run => span(Math.max(0, Math.round(now() - run.mtime)));
 const place = run => run.folder ? `${run.folder}/${run.name}` : run.name;
 const percent = v => v === null ? "–" : `${(100 * v).toFixed(1)} %`;
 const digits = count => v => v === null ? "–"
@@ -49,8 +49,9 @@ function named(some) {
     .map(key => word(run, key)).filter(w => usual || !w[1]).map(w => w[0]).join(", ");
   const labels = new Map();
   let rest = some;
+  const there = (run, where) => [said(run, false, false), where].filter(Boolean).join(", ");
   for (const make of [run => said(run, false, false), run => said(run, false, true),
-                      run => [said(run, false, false), place(run)].filter(Boolean).join(", ")]) {
+                      run => there(run, run.folder), run => there(run, place(run))]) {
     const texts = new Map(rest.map(run => [run.id, make(run)])), counts = new Map();
     for (const text of texts.values()) counts.set(text, (counts.get(text) ?? 0) + 1);
     for (const [id, text] of texts) if (text && counts.get(text) === 1) labels.set(id, text);
@@ -100,7 +101,7 @@ async function poll() {
   }
   put($("link"), good ? "live" : "no connection, trying again");
   $("link").classList.toggle("lost", !good);
-  describe();
+  if (good) describe();
   polling = setTimeout(poll, document.visibilityState === "hidden" ? 10000 : 2000);
 }
 
