@@ -4,11 +4,13 @@ class Chart {
      the least and the greatest; `write`: a value in words. */
   constructor(id, curves, band, write) {
     Object.assign(this, {id, curves, band, write});
-    [this.name, this.unit, this.key] = ["", "soft", "soft key"].map(className => el("span", {className}));
+    const heads = ["", "soft", "soft key"].map(className => el("span", {className}));
+    [this.name, this.unit, this.key] = heads;
     [this.base, this.over] = [el("canvas"), el("canvas")];
     this.tip = el("div", {className: "tip number", hidden: true});
-    this.plot = el("div", {className: "plot", tabIndex: 0, role: "img"}, this.base, this.over, this.tip);
-    this.node = el("figure", {id}, el("figcaption", {}, this.name, this.unit, this.key), this.plot);
+    this.plot = el("div", {className: "plot", tabIndex: 0, role: "img"});
+    this.plot.append(this.base, this.over, this.tip);
+    this.node = el("figure", {id}, el("figcaption", {}, ...heads), this.plot);
     $("charts").append(this.node);
     this.plot.onpointermove = this.plot.onpointerdown = event => {
       const box = this.plot.getBoundingClientRect();
@@ -94,14 +96,15 @@ class Chart {
   }
 
   draw(some) {
-    this.node.hidden = this.id === "eta" && !some.some(run => run.rows.eta_mean.some(v => v !== null));
+    const eta = run => run.rows.eta_mean.some(v => v !== null);
+    this.node.hidden = this.id === "eta" && !some.some(eta);
     if (this.node.hidden) return;
     const texts = some.every(run => run.text), kinds = new Set(some.map(run => run.loss));
-    const loss = kinds.size === 1 ? some[0].loss : "objective", nats = texts && loss === "cross-entropy";
-    const sizes = new Set(some.map(run => run.bits));
+    const loss = kinds.size === 1 ? some[0].loss : "objective";
+    const nats = texts && loss === "cross-entropy", sizes = new Set(some.map(run => run.bits));
     const bits = this.id === "loss" && nats && sizes.size === 1 ? some[0].bits : null;
     const [name, unit] = {
-      loss: nats ? ["loss", bits ? "nats a token, right: bits a byte" : "nats a token"] : [loss, ""],
+      loss: nats ? ["loss", `nats a token${bits ? ", right: bits a byte" : ""}`] : [loss, ""],
       acc: ["accuracy", texts ? "of the next token" : ""],
       eta: ["learning rate η", "mean, least to greatest"],
     }[this.id];
@@ -118,14 +121,15 @@ class Chart {
     for (const run of some) if (run.id === focus) this.trace(pen, run, 1);
     const ends = some.slice(0, MOST).map(run => `${names.labels.get(run.id)}: ` +
       this.curves.map(name => this.write(run.last[name])).join(", "));
-    this.plot.ariaLabel = `${name}, ${this.curves.length > 1 ? "train and test" : "mean"} after the ` +
-      `last epoch of ${some.length === 1 ? "1 run" : `${some.length} runs`}: ${ends.join("; ")}`;
+    this.plot.ariaLabel = `${name}, ${this.curves.length > 1 ? "train and test" : "mean"} ` +
+      `after the last epoch of ${count(some.length, "run")}: ${ends.join("; ")}`;
   }
 
   axes(bits) {
     const [pen, w, h] = this.cleared(this.base), {x: xs, y: ys, log} = this.range;
     const round = ([low, high]) => log ? logTicks(low, high) : ticks(low, high, h / 45);
-    const rows = round(ys), label = v => this.id === "acc" ? `${+(100 * v).toFixed(4)} %` : short(v);
+    const label = v => this.id === "acc" ? `${+(100 * v).toFixed(4)} %` : short(v);
+    const rows = round(ys);
     const left = 10 + Math.max(18, ...rows.map(v => pen.measureText(label(v)).width));
     const height = h - (x === "epochs" ? 48 : 34);
     this.box = {left, top: 10, width: Math.max(10, w - left - (bits ? 44 : 12)), height};
@@ -208,27 +212,32 @@ class Chart {
       if (!ys.length) continue;
       pen.fillStyle = css(colour(run));
       for (const y of ys) dot(pen, this.px(xs[i]), y);
-      found.push({run, i, values, y: ys.at(-1), away: Math.min(...ys.map(y => Math.abs(y - cursor.y)))});
+      const away = Math.min(...ys.map(y => Math.abs(y - cursor.y)));
+      found.push({run, i, values, away, y: ys.at(-1)});
     }
-    if (cursor.chart === this && found.length) this.tell(found, some.length, at);
+    if (cursor.chart === this && found.length) this.tell(found, some.length > 1, at);
   }
 
-  tell(found, count, at) {
+  tell(found, several, at) {
     const near = found.sort((a, b) => a.away - b.away).slice(0, MOST).sort((a, b) => a.y - b.y);
-    const soft = textContent => el("span", {className: "soft", textContent});
+    const soft = text => words("span", text, "soft"), {run, i} = near[0];
     const row = cells => el("tr", {}, ...cells.map(cell => el("td", {}, cell)));
-    const {run, i} = near[0], time = span(run.rows.seconds[i]);
     const where = x === "epochs" ? `epoch ${run.rows.epoch[i]}` : span(cursor.at);
-    const heads = this.band.length ? ["mean", "least – greatest"] : ["train", run.text ? "validation" : "test"];
-    this.tip.replaceChildren(el("table", {}, row([el("b", {textContent: where}), ...heads.map(soft)]),
-      ...near.map(({run, i, values}) => row([
-        el("span", {}, swatch(run), count > 1 ? names.labels.get(run.id) : `after ${time}`),
-        ...values.map(v => this.write(v)),
-        ...(this.band.length ? [this.band.map(name => this.write(run.rows[name][i])).join(" – ")] : []),
-      ])), ...(found.length > MOST ? [row([soft(`and ${found.length - MOST} farther away`)])] : [])));
+    const heads = this.band.length ? ["mean", "least – greatest"]
+      : ["train", run.text ? "validation" : "test"];
+    const rows = near.map(({run, i, values}) => {
+      const name = several ? names.labels.get(run.id) : `after ${span(run.rows.seconds[i])}`;
+      const cells = [el("span", {}, swatch(run), name), ...values.map(v => this.write(v))];
+      const ends = this.band.map(column => this.write(run.rows[column][i])).join(" – ");
+      return row(ends ? [...cells, ends] : cells);
+    });
+    if (found.length > MOST) rows.push(row([soft(`and ${found.length - MOST} farther away`)]));
+    rows.unshift(row([words("b", where), ...heads.map(soft)]));
+    this.tip.replaceChildren(el("table", {}, ...rows));
     this.tip.hidden = false;
-    const own = this.tip.offsetWidth, beside = at < this.plot.clientWidth / 2 ? at + 14 : at - 14 - own;
-    this.tip.style.left = `${Math.max(0, Math.min(this.plot.clientWidth - own, beside))}px`;
+    const room = this.plot.clientWidth, own = this.tip.offsetWidth;
+    const left = at < room / 2 ? at + 14 : at - 14 - own;
+    this.tip.style.left = `${Math.max(0, Math.min(room - own, left))}px`;
   }
 }
 
@@ -259,7 +268,7 @@ function nearest(xs, v) {
   }
   return low && v - xs[low - 1] < xs[low] - v ? low - 1 : low;
 }
-/* The seconds of a run at a place within its epochs; beyond them it is as fast as in the last one */
+/* The seconds of a run at a place within its epochs; beyond them it goes on as in the last one */
 function clock(run, epoch) {
   const {epoch: epochs, seconds} = run.rows;
   let i = nearest(epochs, epoch);
@@ -270,7 +279,8 @@ function clock(run, epoch) {
 
 /* Round numbers, at 1, 2 or 5 times a power of ten from each other, `least` at least */
 function ticks(low, high, count, least = 0) {
-  const raw = Math.max((high - low) / Math.max(2, count), least), power = 10 ** Math.floor(Math.log10(raw));
+  const raw = Math.max((high - low) / Math.max(2, count), least);
+  const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find(n => n * power >= 0.999 * raw), found = [];
   for (let n = Math.ceil(low / step - 1e-9); n <= high / step + 1e-9; n++)
     found.push(+(n * step).toPrecision(12));

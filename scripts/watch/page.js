@@ -1,5 +1,5 @@
 /* What comes out of a log is text: it gets into the page by textContent alone. */
-const MOST = 7, SHAPES = ["", "●", "■", "▲", "◆", "▼"];  // colours, then marks, tell curves apart
+const MOST = 7, SHAPES = ["", "●", "■", "▲", "◆", "▼"];  // colours and marks of curves
 const $ = id => document.getElementById(id);
 const embedded = JSON.parse($("data").textContent);  // of a page without a server
 const runs = new Map();    // id -> what the server says of a run, and its elements
@@ -12,6 +12,7 @@ function el(tag, properties = {}, ...children) {
   node.append(...children);
   return node;
 }
+const words = (tag, textContent, className = "") => el(tag, {textContent, className});
 function put(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -20,6 +21,7 @@ function put(node, text) {
 const now = () => embedded ? embedded.now : Date.now() / 1000 + offset;
 const age = run => span(Math.max(0, Math.round(now() - run.mtime)));
 const place = run => run.folder ? `${run.folder}/${run.name}` : run.name;
+const count = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const percent = v => v === null ? "–" : `${(100 * v).toFixed(1)} %`;
 const digits = count => v => v === null ? "–"
   : v && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5) ? v.toExponential(count - 2).replace("e+", "e")
@@ -34,13 +36,13 @@ function state(run) {
 }
 function numbers(run) {
   const {last, total, done} = run;
-  const parts = [total && total !== done ? `epoch ${done} of ${total}` : `${done} epoch${done === 1 ? "" : "s"}`];
+  const parts = [total && total !== done ? `epoch ${done} of ${total}` : count(done, "epoch")];
   if (done) parts.push(run.text ? `loss ${digits(4)(last.test_loss)}` : percent(last.test_acc));
   if (done && last.eta_mean !== null) parts.push(`η ${digits(3)(last.eta_mean)}`);
   return parts.map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
-/* {title: what runs have in common, labels: id -> what they have not}, as scripts/plot.py has it, but
-   that of defaults a label says no more than it takes to tell the runs apart */
+/* {title: what runs have in common, labels: id -> what they have not}, as scripts/plot.py has it;
+   but a label names a default only where that tells runs apart */
 function named(some) {
   const word = (run, key) => run.words[key] ?? [`${key.replaceAll("_", " ")} as usual`, true];
   const keys = [...new Set(some.flatMap(run => Object.keys(run.words)))];
@@ -71,7 +73,8 @@ function take(answer) {
       for (const name in columns)
         if (from) run[part][name] = old[part][name].slice(0, from).concat(columns[name]);
     }
-    run.find = [run.place, ...Object.values(run.words).map(([text]) => text)].join(" ").toLowerCase();
+    const texts = Object.values(run.words).map(([text]) => text);
+    run.find = [run.place, ...texts].join(" ").toLowerCase();
     runs.set(id, Object.assign(old ?? {id}, run));
   }
   if (answer.ids) {
@@ -80,7 +83,7 @@ function take(answer) {
     put($("begin"), answer.begin);
     $("notes").hidden = !answer.notes.length;
     put($("notes").firstChild, `${answer.notes.length} left out, which are no logs of runs`);
-    $("notes").lastChild.replaceChildren(...answer.notes.map(text => el("li", {textContent: text})));
+    $("notes").lastChild.replaceChildren(...answer.notes.map(text => words("li", text)));
     list();
   }
   label();
@@ -129,7 +132,8 @@ function choose(wanted) {
 const add = some => choose([...ticked.keys(), ...some]);
 const drop = some => choose([...ticked.keys()].filter(id => !some.includes(id)));
 function remember() {
-  const parts = [chosen && `runs=${[...ticked.keys()]}`, x !== "epochs" && `x=${x}`, scale && `loss=${scale}`];
+  const parts = [chosen && `runs=${[...ticked.keys()]}`, x !== "epochs" && `x=${x}`];
+  if (scale) parts.push(`loss=${scale}`);
   history.replaceState(null, "", `#${parts.filter(Boolean).join("&")}`);
 }
 function recall() {
@@ -154,8 +158,9 @@ function list() {
   groups = [...folders].sort((a, b) => order.compare(a[0], b[0])).map(([folder, members]) => {
     const box = el("input", {type: "checkbox", ariaLabel: `all runs in ${folder || "the folder"}`});
     box.onchange = () => box.checked ? add(visible(members)) : drop(members.map(run => run.id));
-    const title = el("p", {className: "soft"}), count = el("span", {className: "soft", textContent: members.length});
-    const node = el("section", {className: "group"}, el("h2", {}, box, folder || $("folder").textContent, count),
+    const title = words("p", "", "soft"), name = folder || $("folder").textContent;
+    const node = el("section", {className: "group"},
+      el("h2", {}, box, name, words("span", members.length, "soft")),
       title, el("ul", {}, ...members.map(item)));
     return {members, box, title, node};
   });
@@ -163,19 +168,18 @@ function list() {
 }
 function item(run) {
   if (run.item) return run.item;
-  const part = (className, tag = "span") => el(tag, {className});
   run.box = el("input", {type: "checkbox"});
   run.box.onchange = () => run.box.checked ? add([run.id]) : drop([run.id]);
   [run.mark, run.label, run.age, run.state, run.rest] =
-    [part("mark"), part(""), part("age number"), part("", "b"), part("number")];
+    ["mark", "", "age number", "state", "number"].map(className => el("span", {className}));
   run.age.title = "since its last row";
   run.meta = el("span", {}, run.state, " · ", run.rest);
-  run.only = el("button", {type: "button", textContent: "only"});
+  [run.only, run.more] = [words("button", "only"), words("button", "details")];
   run.only.onclick = () => choose([run.id]);
-  run.more = el("button", {type: "button", textContent: "details"});
   run.more.onclick = () => details(run);
-  run.item = el("li", {}, el("label", {}, run.box, el("span", {className: "name"}, run.mark, run.label),
-    run.age, run.meta), el("span", {className: "acts"}, run.only, run.more));
+  const name = el("span", {className: "name"}, run.mark, run.label);
+  run.item = el("li", {}, el("label", {}, run.box, name, run.age, run.meta),
+    el("span", {className: "acts"}, run.only, run.more));
   return emphasised(run.item, run);
 }
 function label() {
@@ -193,7 +197,7 @@ function label() {
 }
 const visible = members => members.filter(run => !run.item.hidden).map(run => run.id);
 function describe() {  // what changes without news: states and ages; and what the search finds
-  const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const wanted = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   let training = 0;
   for (const run of runs.values()) {
     const word = state(run), text = `${run.find} ${word} ${ticked.has(run.id) ? "ticked" : ""}`;
@@ -202,7 +206,7 @@ function describe() {  // what changes without news: states and ages; and what t
     run.meta.className = `meta ${word}`;
     put(run.rest, numbers(run));
     put(run.age, age(run));
-    run.item.hidden = !words.every(part => text.includes(part));
+    run.item.hidden = !wanted.every(part => text.includes(part));
   }
   for (const {members, box, node} of groups) {
     const on = members.filter(run => ticked.has(run.id)).length;
@@ -210,9 +214,9 @@ function describe() {  // what changes without news: states and ages; and what t
     box.checked = on === members.length;
     box.indeterminate = on > 0 && !box.checked;
   }
-  const found = words.length ? `${visible([...runs.values()]).length} found, ` : "";
+  const found = wanted.length ? `${visible([...runs.values()]).length} found, ` : "";
   put($("ticked"), `${found}${some().length} ticked`);
-  put($("count"), `${runs.size} run${runs.size === 1 ? "" : "s"}${training ? `, ${training} training` : ""}`);
+  put($("count"), count(runs.size, "run") + (training ? `, ${training} training` : ""));
   document.title = `${training ? `${training} training – ` : ""}${$("folder").textContent}`;
 }
 
@@ -226,14 +230,15 @@ function refresh() {
     put(run.mark, run.box.checked && mark(run) ? `${mark(run)} ` : "");
   }
   put($("title"), names.title);
-  $("legend").replaceChildren(...shown.slice(0, shown.length > 1 ? 2 * MOST : 0).map(run =>
-    emphasised(el("span", {}, swatch(run), el("span", {textContent: names.labels.get(run.id)})), run)));
+  const keys = shown.slice(0, shown.length > 1 ? 2 * MOST : 0).map(run =>
+    emphasised(el("span", {}, swatch(run), words("span", names.labels.get(run.id))), run));
+  $("legend").replaceChildren(...keys);
   const rest = shown.length - 2 * MOST;
-  if (rest > 0) $("legend").append(el("span", {className: "soft", textContent: `and ${rest} more`}));
+  if (rest > 0) $("legend").append(words("span", `and ${rest} more`, "soft"));
   $("charts").hidden = $("top").hidden = !drawn;
   $("empty").hidden = drawn;
   $("begin").hidden = runs.size > 0;
-  put($("why"), !runs.size ? "There are no runs here yet. This one takes seconds, and appears by itself:"
+  put($("why"), !runs.size ? "There are no runs here yet. This one takes seconds, and appears here:"
     : shown.length ? "The curves begin with the first epoch." : "Tick runs to compare them.");
   describe();
   redraw();
@@ -282,17 +287,19 @@ async function details(run) {
   const answer = embedded ? null : await fetch(`run?id=${run.id}`).catch(() => null);
   if (!embedded && !answer?.ok) return;
   const {first, command} = embedded ? embedded.details[run.id] : await answer.json();
-  const {flags, settings, kind, ...facts} = first, end = run.end?.stopped ? `: ${run.end.stopped}` : "";
+  const {flags, settings, kind, ...facts} = first;
+  const why = run.end?.stopped ? `: ${run.end.stopped}` : "";
   const text = v => typeof v === "object" ? JSON.stringify(v) : String(v);
-  const table = (title, values) => [el("h3", {textContent: title}), el("dl", {},
-    ...Object.entries(values).filter(([, v]) => v !== null).flatMap(([name, v]) =>
-      [el("dt", {textContent: name}), el("dd", {textContent: text(v)})]))];
+  const table = (title, values) => [words("h3", title), el("dl", {}, ...Object.entries(values)
+    .filter(([, v]) => v !== null)
+    .flatMap(([name, v]) => [words("dt", name), words("dd", text(v))]))];
   $("sheet").replaceChildren(
     el("h2", {id: "heading", textContent: named([run]).title || run.name}),
-    el("p", {className: "soft", textContent: run.place}),
-    el("p", {className: "number", textContent: `${state(run)}${end} · ${numbers(run)} · last row ${age(run)} ago`}),
-    ...(command ? [el("h3", {textContent: "The command that makes it again"}), el("code", {textContent: command})] : []),
-    ...table("Facts", facts), ...table("Settings, which shape the result", settings), ...table("Flags", flags));
+    words("p", run.place, "soft"),
+    words("p", `${state(run)}${why} · ${numbers(run)} · last row ${age(run)} ago`, "number"),
+    ...(command ? [words("h3", "The command that makes it again"), words("code", command)] : []),
+    ...table("Facts", facts), ...table("Settings, which shape the result", settings),
+    ...table("Flags", flags));
   $("dialog").showModal();
   $("dialog").scrollTop = 0;
 }
@@ -321,7 +328,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 recall();
 if (embedded) {
   take(embedded);
-  const date = new Date(embedded.now * 1000).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
-  put($("link"), `as of ${date}`);
+  const form = {dateStyle: "medium", timeStyle: "short"};
+  put($("link"), `as of ${new Date(embedded.now * 1000).toLocaleString([], form)}`);
   $("link").classList.add("file");
 } else poll();

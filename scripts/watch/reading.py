@@ -161,17 +161,19 @@ class Run:
         if all(isinstance(x, int) and x > 0 for x in sizes):
             self.epoch_steps = -(-sizes[0] // sizes[1])
         loss, data = map(settings.get, ("loss", "dataset"))
-        self.first = {"words": words, "total": total if isinstance(total, int) else None,
-                      "loss": LOSSES.get(str(loss), "objective"), "text": is_text(str(data))}
+        total = total if isinstance(total, int) else None
+        self.first = {"words": words, "total": total, "text": is_text(str(data)),
+                      "loss": LOSSES.get(str(loss), "objective")}  # fmt: skip
 
     def summary(self, since):
         """The run for the page, with the rows that came after a version."""
         folders = self.place.split("/")[:-1]
         folders = folders[:-1] if folders[-1:] == ["logs"] else folders
         patience = max(STALLED, 3 * self.longest) if self.last else BEGINNING
+        last = dict(zip(EPOCH, map(null, self.last)))
         return {"folder": "/".join(folders), "name": self.path.stem, "place": self.place,
                 **self.first, "bits": self.bits, "end": self.end, "done": self.epochs.count,
-                "last": dict(zip(EPOCH, map(null, self.last))), "mtime": self.mtime, "patience": patience,
+                "last": last, "mtime": self.mtime, "patience": patience,
                 "rows": self.epochs.since(since), "steps": self.steps.since(since)}  # fmt: skip
 
     def details(self):
