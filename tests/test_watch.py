@@ -169,9 +169,10 @@ def test_a_log_that_is_written_anew_is_read_anew(how, server, tmp_path, log):
         epochs = [1, 2] if how == "replaced" else [1, 2, 3]
         text = "".join(text.splitlines(keepends=True)[: len(epochs) + 1])
         other = tmp_path / "other"
-        other.write_text(text.replace("0.25", "0.75"))
+        other.write_text(text.replace("0.25", "0.75", 1).replace('"epochs": 3', '"epochs": 9'))
         os.replace(other, path)
     run = only(data(server, version))
+    assert run["total"] == (3 if how in ("cut", "in place") else 9)
     assert run["rows"]["from"] == 0 and run["rows"]["epoch"] == epochs
     assert run["rows"]["seconds"] == [1.5 * i for i in epochs]
     assert run["rows"]["test_acc"][0] == (0.25 if how == "cut" else 0.75)
@@ -210,14 +211,18 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
         "long": "x" * (reading.LONGEST + 1), "bytes": "\udcff\n",
     }.items():  # fmt: skip
         (runs / f"{name}.jsonl").write_text(content, errors="surrogateescape")
-    monkeypatch.setattr(reading, "LARGEST", 2**22)
+    monkeypatch.setattr(reading, "LARGEST", 2**21)
+    write(runs / "large.jsonl", [log[0], *map(epoch, range(1, 12000))])
     with open(runs / "huge.jsonl", "w") as file:
         file.truncate(2**40)  # a file of holes
     answer = data(server)
     assert only(answer)["name"] == "good"
-    named = {note.partition(".jsonl: ")[0] for note in answer["notes"]}
-    assert named == {"link", "pipe", "empty", "text", "list", "zeros", "deep", "other", "odd",
-                     "long", "bytes", "huge"}  # fmt: skip
+    notes = dict(note.split(".jsonl: ", 1) for note in answer["notes"])
+    assert notes.keys() == {"link", "pipe", "empty", "text", "list", "zeros", "deep", "other",
+                            "odd", "long", "bytes", "huge", "large"}  # fmt: skip
+    assert notes["link"] == notes["pipe"] == "it is a link, or no file"
+    assert notes["large"] == notes["huge"] == "it has over 2 MiB"
+    assert notes["long"] == "line 1 is too long" and "line 2" in notes["odd"]
     assert "secret" not in json.dumps(answer)
     # One that becomes a log is shown.
     write(runs / "text.jsonl", log)
@@ -330,6 +335,7 @@ def test_every_answer_has_the_headers(server, tmp_path, log):
 
 
 def test_clients_that_hang_or_leave_hold_nobody_up(server, monkeypatch, capfd):
+    assert 10 < Handler.timeout < 60  # longer than between two questions of a page
     monkeypatch.setattr(Handler, "timeout", 0.3)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(server.server_address, timeout=10))
