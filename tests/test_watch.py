@@ -351,17 +351,27 @@ def test_clients_that_hang_or_leave_hold_nobody_up(server, monkeypatch, capfd):
     assert get(server)[0] == 200 and capfd.readouterr().err == ""
 
 
-def start(*words):
-    """The command, and the address that it prints."""
-    line = [sys.executable, "-m", "scripts.watch", *map(str, words)]
-    process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
-    line = process.stdout.readline()
-    return process, re.fullmatch(r"(http://127\.0\.0\.1:\d+/) shows .*; Ctrl-C ends it\n", line)[1]
+@pytest.fixture
+def start():
+    """f(*words) -> the command as a process, and the address that it prints."""
+    started = []
+
+    def start(*words):
+        line = [sys.executable, "-m", "scripts.watch", *map(str, words)]
+        process = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)  # fmt: skip
+        started.append(process)
+        line = process.stdout.readline()
+        return process, re.fullmatch(r"(http://127[.0-9:]+/) shows .*; Ctrl-C ends it\n", line)[1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @posix
-def test_the_command_serves_until_ctrl_c(tmp_path):
+def test_the_command_serves_until_ctrl_c(start, tmp_path):
     """Two of them share the machine; a folder may be empty."""
     commands = [start(tmp_path), start(tmp_path), start(tmp_path, "--port", 0)]
     assert len({address for _, address in commands}) == 3
@@ -532,7 +542,7 @@ def test_the_page_follows_the_runs(browser, server, tmp_path, log):
 
 @pytest.mark.slow
 @posix
-def test_the_server_may_go_and_come_back(browser, tmp_path, log):
+def test_the_server_may_go_and_come_back(start, browser, tmp_path, log):
     path = write(tmp_path / "x.jsonl", [log[0], epoch(1)])
     process, address = start(tmp_path, "--port", 0)
     browser.get(address)
@@ -543,13 +553,9 @@ def test_the_server_may_go_and_come_back(browser, tmp_path, log):
     assert drawn(browser, 1)
     with open(path, "a") as file:
         file.write(epoch(2, test_loss=0.125))
-    process, _ = start(tmp_path, "--port", address.split(":")[2][:-1])
-    try:
-        shown(browser, "#link", "live")
-        until(browser, "document.querySelector('#loss .plot').ariaLabel.includes('0.1250')")
-    finally:
-        process.terminate()
-        process.wait()
+    start(tmp_path, "--port", address.split(":")[2][:-1])
+    shown(browser, "#link", "live")
+    until(browser, "document.querySelector('#loss .plot').ariaLabel.includes('0.1250')")
     browser.get_log("browser")  # Chromium reports that it had no connection
 
 
