@@ -45,12 +45,11 @@ if __name__ == "__main__":
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from architecture import GPTS
 from runs.log import RunError, read_rows
 from scripts import style
 from scripts.results import Result
 from scripts.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
-from scripts.words import data_name, network_name, optimizer_name
+from scripts.words import LOSSES, described
 from training.saved import CHECKPOINTS, split
 
 COLOURS = [BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK]
@@ -60,7 +59,6 @@ DASHED = (0, (3, 1.5))
 WIDTH = 80 / 25.4  # inches
 PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
 TITLE, LABEL = 50, 48  # characters of a line
-LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
 RECORD = ".run.json"
 
 
@@ -118,66 +116,12 @@ def read(path):
     return Result(None, rows[0], epochs, [], None, True)
 
 
-def described(run):
-    """A run's settings in words, {quantity: (words, whether they are the default)}, in the order of
-    a title."""
-    settings = dict(run.first["settings"])
-
-    def take(key, default=None):
-        value = settings.pop(key, None)
-        return default if value is None else value
-
-    source, dataset = take("data") or run.first.get("data"), take("dataset", "")
-    if not dataset or dataset.endswith(":"):  # the settings leave out where a folder lies
-        dataset = run.first["flags"].get("dataset", dataset)
-    network = network_name(take("arch", "?"), take("depth"), take("width"))
-    images, tests = take("train_examples"), take("test_examples")
-    rate, gain, layers = take("lr"), take("gain", 1), take("layers")
-    weights, start = take("weights"), run.first["flags"].get("weights")
-    freeze, size, precision = take("freeze"), take("image_size"), take("precision", "fp32")
-    augment = take("augment", "default")
-    gpt = run.first["settings"].get("arch") in GPTS  # which has biases and gains by default
-    bias, affine = (take(key, gpt) for key in ("bias", "affine"))
-    tied, decay, warmup, schedule = map(take, ("tied", "weight_decay", "warmup", "schedule"))
-    rule = [optimizer_name(take("optimizer", "?"), rate)]
-    rule += [] if decay is None else [f"decay {decay:g}"]
-    rule += [] if schedule is None else [f"{schedule} over {take('epochs')} epochs"]
-    rule += [] if warmup is None else [f"warm-up {warmup}"]
-    examples = "windows" if run.is_text else "images"
-    words = {
-        "network": (network, False),
-        "bias": ("biases" if bias else "no biases", bias == gpt),
-        "affine": ("affine norms" if affine else "plain norms", affine == gpt),
-        "tied": ("head as usual" if tied is None else "tied head" if tied else "untied head",
-                 tied is None),
-        "weights": (f"from {Path(start or weights).name}", False) if weights else ("drawn", True),
-        "freeze": (f"{freeze} frozen", False) if freeze else ("nothing frozen", True),
-        "data": (data_name(dataset, source), False),
-        "images": (f"{images:,} images" if images else "all images", not images),
-        "tests": (f"{tests:,} test {examples}" if tests else f"all test {examples}", True),
-        "size": (f"{size} pixels" if size else "images as they are", not size),
-        "augment": (f"augmentation {augment}", augment == "default"),
-        "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),
-        "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
-        "batch": (f"batch {take('train_bs', '?')}", False),
-        "optimizer": (", ".join(rule), False),
-        "gain": (f"gain {gain:g}", gain == 1),
-        "layers": (f"L by {layers}" if layers else "L as usual", not layers),
-        "precision": (precision, precision == "fp32"),
-        "sync_bn": ("--sync_bn", False) if take("sync_bn") else ("batch norm a rank", True),
-        "seed": (f"seed {take('seed', '?')}", False),
-    }  # fmt: skip
-    for key, value in settings.items():
-        words[key] = (f"{key.replace('_', ' ')} {value}"[:TITLE], value in (None, False))
-    return words
-
-
 def titles(runs):
     """(the title, a label a run) of {path: Result}: what is common, and what is not."""
     each = []
     for path, run in runs.items():
         try:
-            each.append(described(run))
+            each.append(described(run.first))
         except (AttributeError, TypeError, ValueError) as error:
             raise RunError(f"{path} has settings that are not main.py's: {error}") from error
     keys = list(dict.fromkeys(key for words in each for key in words))

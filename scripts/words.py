@@ -5,6 +5,7 @@ import re
 from pathlib import PurePath
 
 from architecture import GPTS
+from data import is_text
 
 ARCHITECTURES = {"vgg": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 GPT_NAMES = {"gpt": "GPT", "gpt2": "GPT-2"}
@@ -13,6 +14,7 @@ DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
 # Images other than their file's name says, by the checksum of the training images.
 JPEG = {"2926c671": "JPEG CIFAR-10"}
 OPTIMIZERS = {"agd": "AGD", "spectral": "SpectralAGD", "adam": "Adam", "sgd": "SGD"}
+LOSSES = {"mse": "square loss", "xent": "cross-entropy"}
 
 
 def network_name(arch, depth=None, width=None):
@@ -36,6 +38,61 @@ def optimizer_name(optimizer, rate=None):
     """An optimiser, with its learning rate where it has one: Adam lr 1e-3."""
     name = OPTIMIZERS.get(optimizer, optimizer.rpartition(".")[-1])
     return name if rate is None else f"{name} lr {rate_name(rate)}"
+
+
+def described(first):
+    """A run's settings in words, {quantity: (words, whether they are the default)}, in the order of
+    a title. `first`: the first row of its log. Raises AttributeError, TypeError or ValueError where
+    the settings are not main.py's."""
+    settings = dict(first["settings"])
+
+    def take(key, default=None):
+        value = settings.pop(key, None)
+        return default if value is None else value
+
+    source, dataset = take("data") or first.get("data"), take("dataset", "")
+    if not dataset or dataset.endswith(":"):  # the settings leave out where a folder lies
+        dataset = first["flags"].get("dataset", dataset)
+    network = network_name(take("arch", "?"), take("depth"), take("width"))
+    images, tests = take("train_examples"), take("test_examples")
+    rate, gain, layers = take("lr"), take("gain", 1), take("layers")
+    weights, start = take("weights"), first["flags"].get("weights")
+    freeze, size, precision = take("freeze"), take("image_size"), take("precision", "fp32")
+    augment = take("augment", "default")
+    gpt = first["settings"].get("arch") in GPTS  # which has biases and gains by default
+    bias, affine = (take(key, gpt) for key in ("bias", "affine"))
+    tied, decay, warmup, schedule = map(take, ("tied", "weight_decay", "warmup", "schedule"))
+    rule = [optimizer_name(take("optimizer", "?"), rate)]
+    rule += [] if decay is None else [f"decay {decay:g}"]
+    rule += [] if schedule is None else [f"{schedule} over {take('epochs')} epochs"]
+    rule += [] if warmup is None else [f"warm-up {warmup}"]
+    examples = "windows" if is_text(first["settings"].get("dataset") or "") else "images"
+    words = {
+        "network": (network, False),
+        "bias": ("biases" if bias else "no biases", bias == gpt),
+        "affine": ("affine norms" if affine else "plain norms", affine == gpt),
+        "tied": ("head as usual" if tied is None else "tied head" if tied else "untied head",
+                 tied is None),
+        "weights": (f"from {PurePath(start or weights).name}" if weights else "drawn", not weights),
+        "freeze": (f"{freeze} frozen", False) if freeze else ("nothing frozen", True),
+        "data": (data_name(dataset, source), False),
+        "images": (f"{images:,} images" if images else "all images", not images),
+        "tests": (f"{tests:,} test {examples}" if tests else f"all test {examples}", True),
+        "size": (f"{size} pixels" if size else "images as they are", not size),
+        "augment": (f"augmentation {augment}", augment == "default"),
+        "bad": ("bad images left out", False) if take("skip_bad_images") else ("all read", True),
+        "loss": (LOSSES.get(settings.get("loss"), str(take("loss", "objective"))), True),
+        "batch": (f"batch {take('train_bs', '?')}", False),
+        "optimizer": (", ".join(rule), False),
+        "gain": (f"gain {gain:g}", gain == 1),
+        "layers": (f"L by {layers}" if layers else "L as usual", not layers),
+        "precision": (precision, precision == "fp32"),
+        "sync_bn": ("--sync_bn", False) if take("sync_bn") else ("batch norm a rank", True),
+        "seed": (f"seed {take('seed', '?')}", False),
+    }  # fmt: skip
+    for key, value in settings.items():
+        words[key] = (f"{key.replace('_', ' ')} {value}"[:50], value in (None, False))
+    return words
 
 
 def rate_name(rate):

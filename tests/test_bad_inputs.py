@@ -28,6 +28,7 @@ from tests.conftest import ROOT
 
 PROGRAMS = {
     "main": "main", "prepare": "data.prepare", "benchmark": "scripts.benchmark.__main__",
+    "watch": "scripts.watch.__main__",
     **{name: f"scripts.{name}" for name in
        ("plot", "reproduce", "scaling", "experiments", "gpu_checks", "spectral", "any_model")},
 }  # fmt: skip
@@ -253,6 +254,10 @@ plot {{tmp}}                                    | holds no logs, nor does its lo
 plot {{tmp}}/a.run.json                         | a.run.json is not beside it
 plot {{tmp}}/checkpoints/a.pt                   | logs/a.jsonl
 plot {{tmp}}/checkpoints/a.best.pt              | logs/a.jsonl
+watch {{tmp}}/no                                | there is no folder
+watch {{tmp}} --html {{tmp}}/x.html             | there is no log of a run
+watch {{tmp}} --html x --port 1                 | is for a page that is served
+watch --port 65536                              | from 0 to 65535
 prepare                                         | required
 prepare cifar11                                 | did you mean cifar10
 prepare CIFAR-100                               | did you mean cifar100
@@ -372,7 +377,7 @@ def test_flags_without_effect_of_earlier_commits_stay_in_their_records(
         "--typo", "--help", "--batch_size 3", "digits", "--arch resnet18 --depth 34",
         "--device gpu", "--dataset CIFAR-10", "--weights no.pt", "--lr 1", "--out ~nobody_here/x")),
     "scripts/reproduce.py figure5.png", "scripts/plot.py x -o x.gif",
-    "scripts/benchmark/__main__.py steps",
+    "scripts/benchmark/__main__.py steps", "scripts/watch/__main__.py no_such_folder",
 ])  # fmt: skip
 def test_a_refusal_does_not_wait_for_torch(words):
     """Its import takes a second or more."""
@@ -417,7 +422,8 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     images()(tmp_path / "home")
     check(f"main --dataset folder:~/images {SMALL} --image_size 32 --workers 0", "", 0)
     check(f"plot ~/out/logs/{first(tmp_path / 'home/out', '*.jsonl').name} -o ~/x.png", "", 0)
-    assert (tmp_path / "home/x.png").exists()
+    check("watch ~/out --html ~/x.html", "", 0)
+    assert (tmp_path / "home/x.png").exists() and (tmp_path / "home/x.html").exists()
     check("prepare cifar10 --data_dir ~/sets --from ~/set.npz", "damaged or another")
     check("prepare imagenet --data_dir ~/sets --from ~/images", "2 class folders")
     monkeypatch.setenv("AGD_DATA", "~/set")
@@ -440,6 +446,7 @@ def test_every_path_has_its_home(check, tmp_path, monkeypatch):
     ("prepare imagenet --from x --val_labels ~/x", "argument --val_labels"),
     ("prepare text --from ~/x", "argument --from"),
     ("plot ~/x", "argument RUN"), ("plot x -o ~/x.png", "argument -o/--output"),
+    ("watch ~/x", "argument FOLDER"), ("watch x --html ~/x.html", "argument --html"),
     ("reproduce fig5 --list --out {tmp}", "$AGD_DATA"), ("reproduce 5 --out ~/x", "argument --out"),
     ("benchmark data --folder ~/x", "argument --folder"),
     ("benchmark draw --out ~/x", "argument --out"),

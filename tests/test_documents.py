@@ -201,7 +201,7 @@ def test_a_misspelt_flag_in_any_page_is_found(page, parse_alone):
 def test_flags_in_backquotes_are_those_of_a_command(parse_alone):
     for name in ("data.prepare", "scripts.plot", "scripts.reproduce", "scripts.benchmark", "main",
                  "scripts.gpu_checks", "scripts.sample", "scripts.scaling", "scripts.spectral",
-                 "scripts.suite", "tests.crash", "tests.fuzz"):  # fmt: skip
+                 "scripts.suite", "scripts.watch", "tests.crash", "tests.fuzz"):  # fmt: skip
         argv = {"data.prepare": ["cifar10"], "scripts.plot": ["a"], "scripts.reproduce": ["fig1"],
                 "scripts.sample": ["a"], "scripts.spectral": ["CASE"]}  # fmt: skip
         parse(name, argv.get(name, []))

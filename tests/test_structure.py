@@ -33,7 +33,8 @@ FLAGS = (
 ).split()
 COMMANDS = {
     "data.prepare": "--data_dir --from --jobs --encoding --resize --shard",
-    "scripts.plot": "-o", "scripts.any_model": "--only",
+    "scripts.plot": "-o", "scripts.watch": "--port --open --html",
+    "scripts.any_model": "--only",
     "scripts.spectral": "--only", "scripts.sample": "--prompt --tokens --temperature --top_k --out",
     "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
     "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out",
