@@ -1,6 +1,7 @@
 """`python -m scripts.watch`: its data over sockets, and its page in a browser."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -251,6 +252,61 @@ def test_any_values_are_a_page(server, tmp_path, log):
     assert len(json.loads(content)["runs"]) == 3 and "<" not in content
     details = json.loads(content)["details"]
     assert any(x["first"]["settings"].get("seed") == EVIL for x in details.values())
+
+
+def test_no_number_of_a_log_takes_the_page_from_others(server, tmp_path, log):
+    runs = tmp_path / "runs"
+    largest = sys.float_info.max  # to five digits it is more than a number can be
+    for key in ("train_loss", "test_bits", "eta_max", "seconds"):
+        for i, huge in enumerate((10**400, largest, -largest)):
+            write(runs / f"{key}{i}.jsonl", [log[0], *(epoch(n, **{key: huge}) for n in (1, 2))])
+    for key in ("epoch", "step"):
+        row = {"kind": "step", "epoch": 1, "step": 1, "loss": 0.5, key: 10**400}
+        write(runs / f"{key}.jsonl", [log[0], json.dumps(row)])
+    settings = log[0].replace('"settings": {', '"settings": {"later": 1e999, ')
+    (runs / "settings.jsonl").write_text(settings + epoch(1))
+    write(runs / "good.jsonl", log)
+    answer = data(server)
+    ids = {run["name"]: name for name, run in answer["runs"].items()}
+    assert {"good", "settings"} <= ids.keys() and len(ids) + len(answer["notes"]) == 16
+    details = json.loads(get(server, f"/run?id={ids['settings']}")[2])
+    assert details["first"]["settings"]["later"] is None
+    assert watch.main([str(runs), "--html", str(tmp_path / "page.html")]) == 0
+
+
+def test_seconds_never_fall(server, tmp_path, log):
+    rows = [epoch(1), epoch(2, seconds=-9), epoch(3, seconds=1e308), epoch(4, seconds=1e308)]
+    write(tmp_path / "runs" / "x.jsonl", [log[0], *rows])
+    run = only(data(server))
+    assert run["rows"]["seconds"] == sorted(run["rows"]["seconds"]) and run["patience"] < 1e12
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(server, tmp_path, log, monkeypatch):
+    """A finished run changes no more; a network file system may fail for a moment."""
+    write(tmp_path / "runs" / "x.jsonl", log)
+    own = reading.opened
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(reading, "opened", fail)
+    answer = data(server)
+    assert answer["runs"] == {} and answer["notes"] == ["x.jsonl: Input/output error"]
+    assert data(server, answer["version"]) is None  # no news
+    monkeypatch.setattr(reading, "opened", own)
+    assert only(data(server, answer["version"]))["done"] == 3
+
+
+def test_a_run_that_takes_the_place_of_another_comes_whole(server, tmp_path, log, monkeypatch):
+    monkeypatch.setattr(reading, "RUNS", 1)
+    a, b = (write(tmp_path / "runs" / f"{name}.jsonl", [log[0], epoch(1)]) for name in "ab")
+    answer = data(server)
+    assert only(answer)["name"] == "a"
+    a.unlink()
+    with open(b, "a") as file:
+        file.write(epoch(2))
+    run = only(data(server, answer["version"]))
+    assert (run["name"], run["rows"]["from"], run["rows"]["epoch"]) == ("b", 0, [1, 2])
 
 
 def test_a_run_of_any_length_takes_bounded_memory(server, tmp_path, log, monkeypatch):

@@ -26,6 +26,7 @@ LONGEST, LARGEST = 2**20, 2**28  # bytes of a line, and of a log
 LOOK = 1.0  # seconds between two looks at the files
 DUTY = 0.03  # of the time at most is spent on the search for new files
 STALLED, BEGINNING = 120, 1800  # seconds without a row at least, and before the first epoch
+FOREVER = 1e9  # seconds that an epoch takes at most
 EPOCH = ("epoch", "train_loss", "test_loss", "train_acc", "test_acc", "eta_min", "eta_mean",
          "eta_max", "seconds")  # fmt: skip
 STEP = ("epoch", "loss", "acc", "eta")
@@ -34,9 +35,10 @@ STEP = ("epoch", "loss", "acc", "eta")
 def short(x, digits=5):
     """A number with so many significant digits; NaN where it is none, or not finite."""
     try:
-        return float(f"{x:.{digits}g}") if math.isfinite(x) else math.nan
+        x = float(f"{x:.{digits}g}")
     except (OverflowError, TypeError):
         return math.nan
+    return x if math.isfinite(x) else math.nan  # also where the digits round it up to infinity
 
 
 def null(x):
@@ -84,6 +86,7 @@ class Run:
 
     def __init__(self, path, place):
         self.path, self.place, self.state = path, place, None
+        self.shown = 0  # the version that brought it to the page
         self.id = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
         self._clear()
 
@@ -95,6 +98,7 @@ class Run:
 
     def refresh(self, version):
         """Take in what is new in the file. Returns whether anything is."""
+        problem = self.problem
         try:
             now = os.lstat(self.path)
             state = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
@@ -107,9 +111,11 @@ class Run:
                 raise ValueError(f"it has over {LARGEST >> 20} MiB")
             with opened(self.path) as file:
                 self._read(file, version)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, ArithmeticError, RecursionError) as error:
             self.problem = reason(error)
-        return True
+            if isinstance(error, OSError):  # it may pass, and the file be as it was
+                self.state = None
+        return self.problem is None or self.problem != problem
 
     def _read(self, file, version):
         file.seek(self.offset - len(self.tail))
@@ -137,7 +143,7 @@ class Run:
         if self.first is None:
             self._begin(row)
         elif row["kind"] == "epoch":
-            seconds = null(short(row["seconds"])) or 0.0
+            seconds = min(max(0.0, null(short(row["seconds"])) or 0.0), FOREVER)
             self.seconds, self.longest = self.seconds + seconds, max(self.longest, seconds)
             self.last = [*(short(row.get(key)) for key in EPOCH[:-1]), short(self.seconds, 8)]
             self.epochs.append(self.last, version)
@@ -167,6 +173,7 @@ class Run:
 
     def summary(self, since):
         """The run for the page, with the rows that came after a version."""
+        since = since if since >= self.shown else -1
         folders = self.place.split("/")[:-1]
         folders = folders[:-1] if folders[-1:] == ["logs"] else folders
         patience = max(STALLED, 3 * self.longest) if self.last else BEGINNING
@@ -180,7 +187,8 @@ class Run:
         """{"first": the first row, "command": the one that makes the run again, or None where its
         flags are not today's}. Raises OSError or ValueError."""
         with opened(self.path) as file:
-            row = json.loads(file.readline(LONGEST).decode(), parse_constant=lambda name: None)
+            row = json.loads(file.readline(LONGEST).decode(), parse_constant=lambda name: None,
+                             parse_float=lambda text: null(short(float(text), 17)))  # fmt: skip
         check(row, 1, first=True)
         try:
             given = {x.dest: x.default for x in flags.parser()._actions} | row["flags"]
@@ -231,6 +239,8 @@ class Runs:
         if changed or listed:
             self.version = version
             self.listed = version if listed else self.listed
+            for name in shown.keys() - self.shown.keys():  # pages have none of its rows
+                shown[name].shown = shown[name].changed = version
         self.runs, self.shown, self.notes = runs, shown, notes
         self.next_look = time.monotonic() + LOOK
 
