@@ -355,6 +355,16 @@ def test_only_this_machine_is_answered_under_its_own_names(server):
         assert code in (400, 405) and headers["Connection"] == "close"
 
 
+def test_a_browser_leaves_out_port_80(at_once, tmp_path):
+    try:
+        server = serving(reading.Runs(tmp_path), 80)
+    except UserError:
+        pytest.skip("port 80 is taken, or for administrators")
+    with server:
+        threading.Thread(target=server.handle_request).start()
+        assert get(server, host="localhost")[0] == 200
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "X"])
 def test_other_methods_are_refused(method, server):
     code, headers, body = get(server, "/runs", method)
@@ -594,6 +604,20 @@ def test_the_page_follows_the_runs(browser, server, tmp_path, log):
     shown(browser, "#list .meta", "stopped · epoch 2 of 3")
     path.unlink()
     drawn(browser, 1)
+
+
+@pytest.mark.slow
+def test_a_run_has_its_colour_when_the_page_is_loaded_again(browser, server, tmp_path, log):
+    paths = [write(tmp_path / "runs" / f"{i}.jsonl", [log[0], epoch(1)], seed=i) for i in range(3)]
+    for path in paths:  # each in turn is the newest
+        os.utime(path)
+        time.sleep(0.01)
+        browser.get(server.address)
+        drawn(browser, 3)
+        assert browser.find_element("id", "legend").text.split("\n") == [
+            f"seed {i}" for i in range(3)]  # fmt: skip
+    shown(browser, "#list .meta", "test 25.0 %")
+    shown(browser, "#list .age", " s ago")
 
 
 @pytest.mark.slow
