@@ -92,7 +92,7 @@ class Run:
 
     def _clear(self):
         self.offset, self.line, self.tail = 0, 0, b""
-        self.problem = self.first = self.end = self.bits = self.epoch_steps = None
+        self.problem = self.first = self.end = self.epoch_steps = None
         self.epochs, self.steps, self.last = Series(EPOCH), Series(STEP), ()
         self.seconds = self.longest = 0.0
 
@@ -148,8 +148,6 @@ class Run:
             self.last = [*(short(row.get(key)) for key in EPOCH[:-1]), short(self.seconds, 8)]
             self.epochs.append(self.last, version)
             self.end = None  # the run has gone on
-            bits, loss = row.get("test_bits"), row["test_loss"]
-            self.bits = null(short(bits / loss)) if bits and loss else None
         elif row["kind"] == "step" and self.epoch_steps:
             place = short(row["epoch"] - 1 + row["step"] / self.epoch_steps, 8)
             self.steps.append([place, *(short(row.get(key)) for key in STEP[1:])], version)
@@ -179,7 +177,7 @@ class Run:
         patience = max(STALLED, 3 * self.longest) if self.last else BEGINNING
         last = dict(zip(EPOCH, map(null, self.last)))
         return {"folder": "/".join(folders), "name": self.path.stem, "place": self.place,
-                **self.first, "bits": self.bits, "end": self.end, "done": self.epochs.count,
+                **self.first, "end": self.end, "done": self.epochs.count,
                 "last": last, "mtime": self.mtime, "patience": patience,
                 "rows": self.epochs.since(since), "steps": self.steps.since(since)}  # fmt: skip
 
