@@ -148,7 +148,7 @@ def test_a_log_is_followed_row_by_row(server, tmp_path, log, monkeypatch):
     answer = data(server, answer["version"])
     assert only(answer)["rows"]["epoch"] == [5]
 
-    def refuse(path):
+    def refuse(*args):
         raise AssertionError("a file was opened")
 
     monkeypatch.setattr(reading, "opened", refuse)
@@ -196,6 +196,29 @@ def test_runs_come_and_go(server, tmp_path, log):
 
 
 @posix
+def test_a_folder_that_becomes_a_link_is_not_followed(server, tmp_path, log):
+    """Between two searches for new files, too, which are far apart in a large folder."""
+    path = write(tmp_path / "runs" / "a" / "x.jsonl", log[:1])
+    write(tmp_path / "outside" / "x.jsonl", log, arch="secret")
+    answer = data(server)
+    server.runs.next_walk = math.inf
+    path.parent.rename(tmp_path / "runs" / "b")
+    path.parent.symlink_to(tmp_path / "outside")
+    (name,) = answer["ids"]
+    assert get(server, f"/run?id={name}")[0] == 404
+    answer = data(server, answer["version"])
+    assert answer["runs"] == {} and answer["notes"] == ["a/x.jsonl: it is a link, or no file"]
+
+
+@posix
+def test_the_folder_itself_may_be_a_link(at_once, tmp_path, log):
+    write(tmp_path / "real" / "x.jsonl", log)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with served(tmp_path / "link") as server:
+        assert only(data(server))["done"] == 3
+
+
+@posix
 def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch):
     runs, outside = tmp_path / "runs", tmp_path / "outside"
     write(runs / "good.jsonl", log)
@@ -203,6 +226,7 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
     (runs / "link.jsonl").symlink_to(outside / "secret.jsonl")
     (runs / "folder").symlink_to(outside)
     (runs / "loop").symlink_to(runs)
+    (runs / "ring.jsonl").symlink_to(runs / "ring.jsonl")
     write(runs / ".hidden" / "x.jsonl", log)
     os.mkfifo(runs / "pipe.jsonl")
     (runs / "directory.jsonl").mkdir()
@@ -220,8 +244,8 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
     assert only(answer)["name"] == "good"
     notes = dict(note.split(".jsonl: ", 1) for note in answer["notes"])
     assert notes.keys() == {"link", "pipe", "empty", "text", "list", "zeros", "deep", "other",
-                            "odd", "long", "bytes", "huge", "large"}  # fmt: skip
-    assert notes["link"] == notes["pipe"] == "it is a link, or no file"
+                            "odd", "long", "bytes", "huge", "large", "ring"}  # fmt: skip
+    assert notes["link"] == notes["ring"] == notes["pipe"] == "it is a link, or no file"
     assert notes["large"] == notes["huge"] == "it has over 2 MiB"
     assert notes["long"] == "line 1 is too long" and "line 2" in notes["odd"]
     assert "secret" not in json.dumps(answer)
@@ -286,7 +310,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(server, tmp_path, log, mon
     write(tmp_path / "runs" / "x.jsonl", log)
     own = reading.opened
 
-    def fail(path):
+    def fail(*args):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(reading, "opened", fail)

@@ -72,10 +72,11 @@ class Series:
         return {"from": start, **columns}
 
 
-def opened(path):
-    """A file to be read. Raises OSError; ValueError for a link, and for a pipe, which would be
-    waited for."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
+def opened(path, folder):
+    """A file below a folder, to be read. Raises OSError; ValueError for a link, where a folder on
+    the way has become one, and for a pipe, which would be waited for."""
+    place = os.path.join(os.path.realpath(folder), path.relative_to(folder))
+    if os.path.realpath(path) != place or not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("it is a link, or no file")
     extra = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     return os.fdopen(os.open(path, os.O_RDONLY | sum(extra)), "rb")
@@ -84,8 +85,9 @@ def opened(path):
 class Run:
     """A log as far as it has been read. `problem` says why it is none, or is None."""
 
-    def __init__(self, path, place):
-        self.path, self.place, self.state = path, place, None
+    def __init__(self, path, folder):
+        self.path, self.folder, self.state = path, folder, None
+        self.place = place = path.relative_to(folder).as_posix()
         self.shown = 0  # the version that brought it to the page
         self.id = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
         self._clear()
@@ -109,7 +111,7 @@ class Run:
             self.state, self.mtime, self.changed = state, now.st_mtime, version
             if now.st_size > LARGEST:
                 raise ValueError(f"it has over {LARGEST >> 20} MiB")
-            with opened(self.path) as file:
+            with opened(self.path, self.folder) as file:
                 self._read(file, version)
         except (OSError, ValueError, ArithmeticError, RecursionError) as error:
             self.problem = reason(error)
@@ -184,7 +186,7 @@ class Run:
     def details(self):
         """{"first": the first row, "command": the one that makes the run again, or None where its
         flags are not today's}. Raises OSError or ValueError."""
-        with opened(self.path) as file:
+        with opened(self.path, self.folder) as file:
             row = json.loads(file.readline(LONGEST).decode(), parse_constant=lambda name: None,
                              parse_float=lambda text: null(short(float(text), 17)))  # fmt: skip
         check(row, 1, first=True)
@@ -223,8 +225,7 @@ class Runs:
             return
         version, runs = self.version + 1, self.runs
         if now >= self.next_walk:
-            runs = {path: runs.get(path) or Run(path, path.relative_to(self.folder).as_posix())
-                    for path in self._walk()}  # fmt: skip
+            runs = {path: runs.get(path) or Run(path, self.folder) for path in self._walk()}
             self.next_walk = time.monotonic() + (time.monotonic() - now) / DUTY
         changed = [run for run in runs.values() if run.refresh(version)]
         good = [run for run in runs.values() if run.problem is None]
