@@ -623,6 +623,7 @@ def test_the_page_follows_the_runs(browser, server, tmp_path, log):
     until(browser, "document.title.startsWith('2 training')")
     os.utime(path, (1, 1))
     shown(browser, "#list .meta", "stalled")
+    assert "2 min" in browser.find_element("css selector", "#list .state").get_property("title")
     with open(path, "a") as file:
         file.write(epoch(2) + json.dumps({"kind": "end", "stopped": "interrupted", "final": False}))
     shown(browser, "#list .meta", "stopped · epoch 2 of 3")
@@ -704,6 +705,7 @@ def test_the_cursor_shows_values_and_a_name_is_never_markup(browser, server, tmp
         tip = until(browser, "document.querySelector('#loss .tip:not([hidden])')?.innerText")
         (value,) = [row["test_loss"] for row in map(json.loads, log)
                     if (row["kind"], row.get("epoch")) == ("epoch", 2)]  # fmt: skip
+        shown(browser, "#loss figcaption", "test   thin: each step")
         assert "epoch 2" in tip and f"{value:.4g}" in tip and "<img" in tip
         ActionChains(browser).move_to_element(browser.find_element("id", "folder")).perform()
         browser.execute_script("document.querySelector('#eta .plot').focus()")

@@ -108,7 +108,9 @@ class Chart {
     }[this.id];
     put(this.name, name);
     put(this.unit, unit);
-    put(this.key, this.curves.length > 1 ? `━ train   ╍ ${texts ? "validation" : "test"}` : "");
+    const key = this.curves.length > 1 ? ["━ train", `╍ ${texts ? "validation" : "test"}`] : [];
+    if (some.some(run => run.steps.epoch.length)) key.push("thin: each step");
+    put(this.key, key.join("   "));
     this.fit(some);
     const pen = this.axes();
     const {left, top, width, height} = this.box;

@@ -206,6 +206,7 @@ function describe() {  // what changes without news: states and ages; and what t
     const word = state(run), text = `${run.find} ${word} ${ticked.has(run.id) ? "ticked" : ""}`;
     training += word === "training";
     put(run.state, word);
+    run.state.title = word === "stalled" ? `no row for more than ${span(run.patience)}` : "";
     run.meta.className = `meta ${word}`;
     put(run.rest, numbers(run));
     put(run.age, `${age(run)} ago`);
