@@ -32,7 +32,7 @@ class Lines(GeneralTracker):
             step, **values))  # fmt: skip
 
 
-def main(epochs=6, tracker=None, cpu=True):
+def main(epochs=6, tracker=None):
     """Returns (mean loss, test accuracy, eta) of each epoch."""
     torch.manual_seed(0)
     data = load("digits", None, 1437, 360, torch.device("cpu"))  # all images in one batch
@@ -43,7 +43,10 @@ def main(epochs=6, tracker=None, cpu=True):
         nn.Flatten(), nn.Linear(64 * 16, 10),
     )  # fmt: skip
     # backward() divides by the number of micro-batches: AGD needs the gradient of the mean.
-    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=2, log_with=tracker or Lines())
+    accelerator = Accelerator(
+        cpu=True,  # these few images; without it on GPUs
+        gradient_accumulation_steps=2, log_with=tracker or Lines(),
+    )  # fmt: skip
     accelerator.init_trackers("digits")
     agd = AGD(net)  # accelerator.prepare wraps it: optimizer.optimizer is agd
     net, optimizer, train, test = accelerator.prepare(
@@ -66,7 +69,8 @@ def main(epochs=6, tracker=None, cpu=True):
         with torch.no_grad():
             for images, labels in test:
                 correct.append(accelerator.gather_for_metrics(net(images).argmax(1) == labels))
-        means = torch.stack(losses).mean().item(), torch.cat(correct).float().mean().item()
+        loss = accelerator.reduce(torch.stack(losses).mean(), "mean")  # of all processes
+        means = loss.item(), torch.cat(correct).float().mean().item()
         rows.append((*means, agd.eta.item()))  # read once an epoch: item() waits for a GPU
         accelerator.log(dict(zip(("loss", "accuracy", "lr"), rows[-1])), step=epoch)
     accelerator.end_training()

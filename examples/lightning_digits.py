@@ -44,8 +44,8 @@ class Average(lightning.Callback):
     """Has the network hold SpectralAGD's average in validation, in the checkpoints after it, and
     when training is over.
 
-    ModelCheckpoint saves in on_validation_end, after other callbacks: so the weights to train come
-    back with the next batch of training, not there.
+    ModelCheckpoint saves after the validation, and after the on_validation_end of other callbacks:
+    so the weights to train come back with the next batch of training, not there.
     """
 
     def on_validation_start(self, trainer, module):
@@ -78,7 +78,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch):
         accuracy = (self.net(batch[0]).argmax(1) == batch[1]).float().mean()
-        self.log("accuracy", accuracy)
+        self.log("accuracy", accuracy, sync_dist=True)  # a mean over the GPUs
 
     def configure_optimizers(self):
         return self.rule(self.net)  # no scheduler, and no gradient_clip_val in the trainer
@@ -100,7 +100,8 @@ def main(epochs=5, rule=SpectralAGD, folder=None):
         folder = folder or own
         saver = ModelCheckpoint(folder, "last", enable_version_counter=False)
         trainer = lightning.Trainer(
-            max_epochs=epochs, accelerator="cpu", log_every_n_steps=10,
+            max_epochs=epochs, log_every_n_steps=10,
+            accelerator="cpu",  # these few images; without it on GPUs
             logger=CSVLogger(folder, name=None, version=""), enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[LogEta(), Average(), Print(), saver],

@@ -55,11 +55,14 @@ def main(steps=300, report_to="none", rule=SpectralAGD, out=None):
     net = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
         eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))  # fmt: skip
-    optimizer = rule(net)  # SpectralAGD is evaluated and saved at its average: Trainer sees to it
+    # Trainer calls eval() and train() of SpectralAGD: the average is what it evaluates, and what it
+    # saves where an evaluation comes first (save_steps a multiple of eval_steps).
+    optimizer = rule(net)
     with tempfile.TemporaryDirectory() as own:
         arguments = transformers.TrainingArguments(
-            out or own, max_steps=steps, per_device_train_batch_size=16, use_cpu=True,
+            out or own, max_steps=steps, per_device_train_batch_size=16,
             lr_scheduler_type="constant",
+            use_cpu=True,  # this small network; without it on GPUs
             max_grad_norm=0,  # a clipped gradient has lost the size that AGD reads
             logging_steps=50, eval_strategy="steps", eval_steps=50, save_strategy="no",
             report_to=report_to, disable_tqdm=True, per_device_eval_batch_size=100,

@@ -14,9 +14,14 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import agd
 from agd import AGD, SpectralAGD
 from tests.conftest import ROOT
 from tests.stock import digits
+
+# An example does nothing that the optimiser warns of.
+pytestmark = [pytest.mark.filterwarnings(f"error:{re.escape(text[:30].strip())}")
+              for text in agd.WARNINGS.values()]  # fmt: skip
 
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 # What an example needs beyond requirements.txt: the modules that it imports, by packages of PyPI.

@@ -1,6 +1,7 @@
 """`python -m scripts.watch`: its data over sockets, and its page in a browser."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -147,7 +148,7 @@ def test_a_log_is_followed_row_by_row(server, tmp_path, log, monkeypatch):
     answer = data(server, answer["version"])
     assert only(answer)["rows"]["epoch"] == [5]
 
-    def refuse(path):
+    def refuse(*args):
         raise AssertionError("a file was opened")
 
     monkeypatch.setattr(reading, "opened", refuse)
@@ -195,6 +196,29 @@ def test_runs_come_and_go(server, tmp_path, log):
 
 
 @posix
+def test_a_folder_that_becomes_a_link_is_not_followed(server, tmp_path, log):
+    """Between two searches for new files, too, which are far apart in a large folder."""
+    path = write(tmp_path / "runs" / "a" / "x.jsonl", log[:1])
+    write(tmp_path / "outside" / "x.jsonl", log, arch="secret")
+    answer = data(server)
+    server.runs.next_walk = math.inf
+    path.parent.rename(tmp_path / "runs" / "b")
+    path.parent.symlink_to(tmp_path / "outside")
+    (name,) = answer["ids"]
+    assert get(server, f"/run?id={name}")[0] == 404
+    answer = data(server, answer["version"])
+    assert answer["runs"] == {} and answer["notes"] == ["a/x.jsonl: it is a link, or no file"]
+
+
+@posix
+def test_the_folder_itself_may_be_a_link(at_once, tmp_path, log):
+    write(tmp_path / "real" / "x.jsonl", log)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with served(tmp_path / "link") as server:
+        assert only(data(server))["done"] == 3
+
+
+@posix
 def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch):
     runs, outside = tmp_path / "runs", tmp_path / "outside"
     write(runs / "good.jsonl", log)
@@ -202,6 +226,7 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
     (runs / "link.jsonl").symlink_to(outside / "secret.jsonl")
     (runs / "folder").symlink_to(outside)
     (runs / "loop").symlink_to(runs)
+    (runs / "ring.jsonl").symlink_to(runs / "ring.jsonl")
     write(runs / ".hidden" / "x.jsonl", log)
     os.mkfifo(runs / "pipe.jsonl")
     (runs / "directory.jsonl").mkdir()
@@ -219,8 +244,8 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
     assert only(answer)["name"] == "good"
     notes = dict(note.split(".jsonl: ", 1) for note in answer["notes"])
     assert notes.keys() == {"link", "pipe", "empty", "text", "list", "zeros", "deep", "other",
-                            "odd", "long", "bytes", "huge", "large"}  # fmt: skip
-    assert notes["link"] == notes["pipe"] == "it is a link, or no file"
+                            "odd", "long", "bytes", "huge", "large", "ring"}  # fmt: skip
+    assert notes["link"] == notes["ring"] == notes["pipe"] == "it is a link, or no file"
     assert notes["large"] == notes["huge"] == "it has over 2 MiB"
     assert notes["long"] == "line 1 is too long" and "line 2" in notes["odd"]
     assert "secret" not in json.dumps(answer)
@@ -251,6 +276,61 @@ def test_any_values_are_a_page(server, tmp_path, log):
     assert len(json.loads(content)["runs"]) == 3 and "<" not in content
     details = json.loads(content)["details"]
     assert any(x["first"]["settings"].get("seed") == EVIL for x in details.values())
+
+
+def test_no_number_of_a_log_takes_the_page_from_others(server, tmp_path, log):
+    runs = tmp_path / "runs"
+    largest = sys.float_info.max  # to five digits it is more than a number can be
+    for key in ("train_loss", "eta_max", "seconds"):
+        for i, huge in enumerate((10**400, largest, -largest)):
+            write(runs / f"{key}{i}.jsonl", [log[0], *(epoch(n, **{key: huge}) for n in (1, 2))])
+    for key in ("epoch", "step"):
+        row = {"kind": "step", "epoch": 1, "step": 1, "loss": 0.5, key: 10**400}
+        write(runs / f"{key}.jsonl", [log[0], json.dumps(row)])
+    settings = log[0].replace('"settings": {', '"settings": {"later": 1e999, ')
+    (runs / "settings.jsonl").write_text(settings + epoch(1))
+    write(runs / "good.jsonl", log)
+    answer = data(server)
+    ids = {run["name"]: name for name, run in answer["runs"].items()}
+    assert {"good", "settings"} <= ids.keys() and len(ids) + len(answer["notes"]) == 13
+    details = json.loads(get(server, f"/run?id={ids['settings']}")[2])
+    assert details["first"]["settings"]["later"] is None
+    assert watch.main([str(runs), "--html", str(tmp_path / "page.html")]) == 0
+
+
+def test_seconds_never_fall(server, tmp_path, log):
+    rows = [epoch(1), epoch(2, seconds=-9), epoch(3, seconds=1e308), epoch(4, seconds=1e308)]
+    write(tmp_path / "runs" / "x.jsonl", [log[0], *rows])
+    run = only(data(server))
+    assert run["rows"]["seconds"] == sorted(run["rows"]["seconds"]) and run["patience"] < 1e12
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(server, tmp_path, log, monkeypatch):
+    """A finished run changes no more; a network file system may fail for a moment."""
+    write(tmp_path / "runs" / "x.jsonl", log)
+    own = reading.opened
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(reading, "opened", fail)
+    answer = data(server)
+    assert answer["runs"] == {} and answer["notes"] == ["x.jsonl: Input/output error"]
+    assert data(server, answer["version"]) is None  # no news
+    monkeypatch.setattr(reading, "opened", own)
+    assert only(data(server, answer["version"]))["done"] == 3
+
+
+def test_a_run_that_takes_the_place_of_another_comes_whole(server, tmp_path, log, monkeypatch):
+    monkeypatch.setattr(reading, "RUNS", 1)
+    a, b = (write(tmp_path / "runs" / f"{name}.jsonl", [log[0], epoch(1)]) for name in "ab")
+    answer = data(server)
+    assert only(answer)["name"] == "a"
+    a.unlink()
+    with open(b, "a") as file:
+        file.write(epoch(2))
+    run = only(data(server, answer["version"]))
+    assert (run["name"], run["rows"]["from"], run["rows"]["epoch"]) == ("b", 0, [1, 2])
 
 
 def test_a_run_of_any_length_takes_bounded_memory(server, tmp_path, log, monkeypatch):
@@ -297,6 +377,16 @@ def test_only_this_machine_is_answered_under_its_own_names(server):
     for head in (f"POST / HTTP/1.1\r\n{own}", f"GET / HTTP/1.1\r\n{own}"):
         code, headers, _ = raw(server, f"{head}Content-Length: {len(body)}\r\n\r\n{body}")
         assert code in (400, 405) and headers["Connection"] == "close"
+
+
+def test_a_browser_leaves_out_port_80(at_once, tmp_path):
+    try:
+        server = serving(reading.Runs(tmp_path), 80)
+    except UserError:
+        pytest.skip("port 80 is taken, or for administrators")
+    with server:
+        threading.Thread(target=server.handle_request).start()
+        assert get(server, host="localhost")[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "X"])
@@ -533,11 +623,26 @@ def test_the_page_follows_the_runs(browser, server, tmp_path, log):
     until(browser, "document.title.startsWith('2 training')")
     os.utime(path, (1, 1))
     shown(browser, "#list .meta", "stalled")
+    assert "2 min" in browser.find_element("css selector", "#list .state").get_property("title")
     with open(path, "a") as file:
         file.write(epoch(2) + json.dumps({"kind": "end", "stopped": "interrupted", "final": False}))
     shown(browser, "#list .meta", "stopped · epoch 2 of 3")
     path.unlink()
     drawn(browser, 1)
+
+
+@pytest.mark.slow
+def test_a_run_has_its_colour_when_the_page_is_loaded_again(browser, server, tmp_path, log):
+    paths = [write(tmp_path / "runs" / f"{i}.jsonl", [log[0], epoch(1)], seed=i) for i in range(3)]
+    for path in paths:  # each in turn is the newest
+        os.utime(path)
+        time.sleep(0.01)
+        browser.get(server.address)
+        drawn(browser, 3)
+        assert browser.find_element("id", "legend").text.split("\n") == [
+            f"seed {i}" for i in range(3)]  # fmt: skip
+    shown(browser, "#list .meta", "test 25.0 %")
+    shown(browser, "#list .age", " s ago")
 
 
 @pytest.mark.slow
@@ -600,6 +705,7 @@ def test_the_cursor_shows_values_and_a_name_is_never_markup(browser, server, tmp
         tip = until(browser, "document.querySelector('#loss .tip:not([hidden])')?.innerText")
         (value,) = [row["test_loss"] for row in map(json.loads, log)
                     if (row["kind"], row.get("epoch")) == ("epoch", 2)]  # fmt: skip
+        shown(browser, "#loss figcaption", "test   thin: each step")
         assert "epoch 2" in tip and f"{value:.4g}" in tip and "<img" in tip
         ActionChains(browser).move_to_element(browser.find_element("id", "folder")).perform()
         browser.execute_script("document.querySelector('#eta .plot').focus()")

@@ -101,18 +101,18 @@ class Chart {
     if (this.node.hidden) return;
     const texts = some.every(run => run.text), kinds = new Set(some.map(run => run.loss));
     const loss = kinds.size === 1 ? some[0].loss : "objective";
-    const nats = texts && loss === "cross-entropy", sizes = new Set(some.map(run => run.bits));
-    const bits = this.id === "loss" && nats && sizes.size === 1 ? some[0].bits : null;
     const [name, unit] = {
-      loss: nats ? ["loss", `nats a token${bits ? ", right: bits a byte" : ""}`] : [loss, ""],
+      loss: texts && loss === "cross-entropy" ? ["loss", "nats a token"] : [loss, ""],
       acc: ["accuracy", texts ? "of the next token" : ""],
       eta: ["learning rate η", "mean, least to greatest"],
     }[this.id];
     put(this.name, name);
     put(this.unit, unit);
-    put(this.key, this.curves.length > 1 ? `━ train   ╍ ${texts ? "validation" : "test"}` : "");
+    const key = this.curves.length > 1 ? ["━ train", `╍ ${texts ? "validation" : "test"}`] : [];
+    if (some.some(run => run.steps.epoch.length)) key.push("thin: each step");
+    put(this.key, key.join("   "));
     this.fit(some);
-    const pen = this.axes(bits);
+    const pen = this.axes();
     const {left, top, width, height} = this.box;
     pen.beginPath();
     pen.rect(left, top - 3, width + 4, height + 6);
@@ -125,14 +125,13 @@ class Chart {
       `after the last epoch of ${count(some.length, "run")}: ${ends.join("; ")}`;
   }
 
-  axes(bits) {
+  axes() {
     const [pen, w, h] = this.cleared(this.base), {x: xs, y: ys, log} = this.range;
-    const round = ([low, high]) => log ? logTicks(low, high) : ticks(low, high, h / 45);
     const label = v => this.id === "acc" ? `${+(100 * v).toFixed(4)} %` : short(v);
-    const rows = round(ys);
+    const rows = log ? logTicks(...ys) : ticks(...ys, h / 45);
     const left = 10 + Math.max(18, ...rows.map(v => pen.measureText(label(v)).width));
     const height = h - (x === "epochs" ? 48 : 34);
-    this.box = {left, top: 10, width: Math.max(10, w - left - (bits ? 44 : 12)), height};
+    this.box = {left, top: 10, width: Math.max(10, w - left - 12), height};
     const {width} = this.box, bottom = 10 + height;
     pen.strokeStyle = css("--grid");
     pen.fillStyle = css("--soft");
@@ -143,9 +142,6 @@ class Chart {
       line(pen, [[left, y], [left + width, y]]);
       pen.fillText(label(v), left - 7, y);
     }
-    pen.textAlign = "left";
-    if (bits) for (const v of round(ys.map(v => v * bits)))
-      pen.fillText(short(v), left + width + 7, this.py(v / bits));
     pen.textBaseline = "top";
     pen.textAlign = "center";
     const [size, unit] = x === "epochs" ? [1, ""] : timeUnit(xs[1]);

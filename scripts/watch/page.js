@@ -20,6 +20,8 @@ function put(node, text) {
 /* Numbers and words */
 const now = () => embedded ? embedded.now : Date.now() / 1000 + offset;
 const age = run => span(Math.max(0, Math.round(now() - run.mtime)));
+const order = new Intl.Collator("en", {numeric: true});
+const inOrder = (a, b) => order.compare(place(a), place(b));
 const place = run => run.folder ? `${run.folder}/${run.name}` : run.name;
 const count = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const percent = v => v === null ? "–" : `${(100 * v).toFixed(1)} %`;
@@ -37,9 +39,9 @@ function state(run) {
 function numbers(run) {
   const {last, total, done} = run;
   const parts = [total && total !== done ? `epoch ${done} of ${total}` : count(done, "epoch")];
-  if (done) parts.push(run.text ? `loss ${digits(4)(last.test_loss)}` : percent(last.test_acc));
+  if (done) parts.push(run.text ? `loss ${digits(4)(last.test_loss)}` : `test ${percent(last.test_acc)}`);
   if (done && last.eta_mean !== null) parts.push(`η ${digits(3)(last.eta_mean)}`);
-  return parts.map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
+  return parts.map(part => part.replaceAll(" ", "\u00a0").replaceAll("-", "\u2011")).join(" · ");
 }
 /* {title: what runs have in common, labels: id -> what they have not}, as scripts/plot.py has it;
    but a label names a default only where that tells runs apart */
@@ -119,8 +121,9 @@ function preselect() {  // while nobody has chosen
   if (chosen) return;
   const newest = [...runs.values()].sort((a, b) => b.mtime - a.mtime);
   const training = newest.filter(run => state(run) === "training");
-  for (const run of training.length ? training : ticked.size ? [] : newest)
-    if (ticked.size < MOST) tick(run.id);
+  const next = (training.length ? training : ticked.size ? [] : newest)
+    .filter(run => !ticked.has(run.id)).slice(0, Math.max(0, MOST - ticked.size));
+  for (const run of next.sort(inOrder)) tick(run.id);  // so that a page has the same colours again
 }
 function choose(wanted) {
   chosen = true;
@@ -152,8 +155,8 @@ const mark = run => SHAPES[Math.floor(ticked.get(run.id) / MOST) % SHAPES.length
 
 /* The list */
 function list() {
-  const order = new Intl.Collator("en", {numeric: true}), folders = new Map();
-  for (const run of [...runs.values()].sort((a, b) => order.compare(place(a), place(b))))
+  const folders = new Map();
+  for (const run of [...runs.values()].sort(inOrder))
     folders.set(run.folder, [...folders.get(run.folder) ?? [], run]);
   groups = [...folders].sort((a, b) => order.compare(a[0], b[0])).map(([folder, members]) => {
     const box = el("input", {type: "checkbox", ariaLabel: `all runs in ${folder || "the folder"}`});
@@ -203,9 +206,10 @@ function describe() {  // what changes without news: states and ages; and what t
     const word = state(run), text = `${run.find} ${word} ${ticked.has(run.id) ? "ticked" : ""}`;
     training += word === "training";
     put(run.state, word);
+    run.state.title = word === "stalled" ? `no row for more than ${span(run.patience)}` : "";
     run.meta.className = `meta ${word}`;
     put(run.rest, numbers(run));
-    put(run.age, age(run));
+    put(run.age, `${age(run)} ago`);
     run.item.hidden = !wanted.every(part => text.includes(part));
   }
   for (const {members, box, node} of groups) {

@@ -26,6 +26,7 @@ LONGEST, LARGEST = 2**20, 2**28  # bytes of a line, and of a log
 LOOK = 1.0  # seconds between two looks at the files
 DUTY = 0.03  # of the time at most is spent on the search for new files
 STALLED, BEGINNING = 120, 1800  # seconds without a row at least, and before the first epoch
+FOREVER = 1e9  # seconds that an epoch takes at most
 EPOCH = ("epoch", "train_loss", "test_loss", "train_acc", "test_acc", "eta_min", "eta_mean",
          "eta_max", "seconds")  # fmt: skip
 STEP = ("epoch", "loss", "acc", "eta")
@@ -34,9 +35,10 @@ STEP = ("epoch", "loss", "acc", "eta")
 def short(x, digits=5):
     """A number with so many significant digits; NaN where it is none, or not finite."""
     try:
-        return float(f"{x:.{digits}g}") if math.isfinite(x) else math.nan
+        x = float(f"{x:.{digits}g}")
     except (OverflowError, TypeError):
         return math.nan
+    return x if math.isfinite(x) else math.nan  # also where the digits round it up to infinity
 
 
 def null(x):
@@ -70,10 +72,11 @@ class Series:
         return {"from": start, **columns}
 
 
-def opened(path):
-    """A file to be read. Raises OSError; ValueError for a link, and for a pipe, which would be
-    waited for."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
+def opened(path, folder):
+    """A file below a folder, to be read. Raises OSError; ValueError for a link, where a folder on
+    the way has become one, and for a pipe, which would be waited for."""
+    place = os.path.join(os.path.realpath(folder), path.relative_to(folder))
+    if os.path.realpath(path) != place or not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("it is a link, or no file")
     extra = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     return os.fdopen(os.open(path, os.O_RDONLY | sum(extra)), "rb")
@@ -82,19 +85,22 @@ def opened(path):
 class Run:
     """A log as far as it has been read. `problem` says why it is none, or is None."""
 
-    def __init__(self, path, place):
-        self.path, self.place, self.state = path, place, None
+    def __init__(self, path, folder):
+        self.path, self.folder, self.state = path, folder, None
+        self.place = place = path.relative_to(folder).as_posix()
+        self.shown = 0  # the version that brought it to the page
         self.id = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
         self._clear()
 
     def _clear(self):
         self.offset, self.line, self.tail = 0, 0, b""
-        self.problem = self.first = self.end = self.bits = self.epoch_steps = None
+        self.problem = self.first = self.end = self.epoch_steps = None
         self.epochs, self.steps, self.last = Series(EPOCH), Series(STEP), ()
         self.seconds = self.longest = 0.0
 
     def refresh(self, version):
         """Take in what is new in the file. Returns whether anything is."""
+        problem = self.problem
         try:
             now = os.lstat(self.path)
             state = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
@@ -105,11 +111,13 @@ class Run:
             self.state, self.mtime, self.changed = state, now.st_mtime, version
             if now.st_size > LARGEST:
                 raise ValueError(f"it has over {LARGEST >> 20} MiB")
-            with opened(self.path) as file:
+            with opened(self.path, self.folder) as file:
                 self._read(file, version)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, ArithmeticError, RecursionError) as error:
             self.problem = reason(error)
-        return True
+            if isinstance(error, OSError):  # it may pass, and the file be as it was
+                self.state = None
+        return self.problem is None or self.problem != problem
 
     def _read(self, file, version):
         file.seek(self.offset - len(self.tail))
@@ -137,13 +145,11 @@ class Run:
         if self.first is None:
             self._begin(row)
         elif row["kind"] == "epoch":
-            seconds = null(short(row["seconds"])) or 0.0
+            seconds = min(max(0.0, null(short(row["seconds"])) or 0.0), FOREVER)
             self.seconds, self.longest = self.seconds + seconds, max(self.longest, seconds)
             self.last = [*(short(row.get(key)) for key in EPOCH[:-1]), short(self.seconds, 8)]
             self.epochs.append(self.last, version)
             self.end = None  # the run has gone on
-            bits, loss = row.get("test_bits"), row["test_loss"]
-            self.bits = null(short(bits / loss)) if bits and loss else None
         elif row["kind"] == "step" and self.epoch_steps:
             place = short(row["epoch"] - 1 + row["step"] / self.epoch_steps, 8)
             self.steps.append([place, *(short(row.get(key)) for key in STEP[1:])], version)
@@ -167,20 +173,22 @@ class Run:
 
     def summary(self, since):
         """The run for the page, with the rows that came after a version."""
+        since = since if since >= self.shown else -1
         folders = self.place.split("/")[:-1]
         folders = folders[:-1] if folders[-1:] == ["logs"] else folders
         patience = max(STALLED, 3 * self.longest) if self.last else BEGINNING
         last = dict(zip(EPOCH, map(null, self.last)))
         return {"folder": "/".join(folders), "name": self.path.stem, "place": self.place,
-                **self.first, "bits": self.bits, "end": self.end, "done": self.epochs.count,
+                **self.first, "end": self.end, "done": self.epochs.count,
                 "last": last, "mtime": self.mtime, "patience": patience,
                 "rows": self.epochs.since(since), "steps": self.steps.since(since)}  # fmt: skip
 
     def details(self):
         """{"first": the first row, "command": the one that makes the run again, or None where its
         flags are not today's}. Raises OSError or ValueError."""
-        with opened(self.path) as file:
-            row = json.loads(file.readline(LONGEST).decode(), parse_constant=lambda name: None)
+        with opened(self.path, self.folder) as file:
+            row = json.loads(file.readline(LONGEST).decode(), parse_constant=lambda name: None,
+                             parse_float=lambda text: null(short(float(text), 17)))  # fmt: skip
         check(row, 1, first=True)
         try:
             given = {x.dest: x.default for x in flags.parser()._actions} | row["flags"]
@@ -217,8 +225,7 @@ class Runs:
             return
         version, runs = self.version + 1, self.runs
         if now >= self.next_walk:
-            runs = {path: runs.get(path) or Run(path, path.relative_to(self.folder).as_posix())
-                    for path in self._walk()}  # fmt: skip
+            runs = {path: runs.get(path) or Run(path, self.folder) for path in self._walk()}
             self.next_walk = time.monotonic() + (time.monotonic() - now) / DUTY
         changed = [run for run in runs.values() if run.refresh(version)]
         good = [run for run in runs.values() if run.problem is None]
@@ -231,6 +238,8 @@ class Runs:
         if changed or listed:
             self.version = version
             self.listed = version if listed else self.listed
+            for name in shown.keys() - self.shown.keys():  # pages have none of its rows
+                shown[name].shown = shown[name].changed = version
         self.runs, self.shown, self.notes = runs, shown, notes
         self.next_look = time.monotonic() + LOOK
 

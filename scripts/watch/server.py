@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         own = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or hosts[0].lower() not in own:  # a site whose name leads here
+        hosts = [host.lower() + ":80" * (":" not in host) for host in hosts]
+        if len(hosts) != 1 or hosts[0] not in own:  # a site whose name leads here
             return self.send_error(403, f"open http://{own[0]}/")
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
             return self.send_error(400)
