@@ -208,4 +208,9 @@ def quantities(test=DOTTED):
 
 
 def legend(figure, handles, ncols=None):
-    figure.legend(handles=handles, loc="outside upper center", ncols=ncols or len(handles))
+    """A legend above the panels, in as many columns, or as fit into the width."""
+    for columns in range(ncols or len(handles), 0, -1):
+        made = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        if columns == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()

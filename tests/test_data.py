@@ -13,6 +13,7 @@ import threading
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -349,7 +350,8 @@ def test_prepare_from_what_there_is(way, tmp_path, monkeypatch, web):
         source = prepare("cifar10", tmp_path / "other", archive)
     else:
         with tarfile.open(archive) as file:
-            file.extractall(folder if way == "layout" else tmp_path, filter="data")
+            file.extraction_filter = getattr(tarfile, "data_filter", None)  # of Python from 3.10.12
+            file.extractall(folder if way == "layout" else tmp_path)
         source = None if way == "layout" else tmp_path / "cifar-10-batches-py"
     path = prepare("cifar10", folder, source)
     assert path == folder / "cifar10.npz"
@@ -628,7 +630,12 @@ def test_no_mode_of_any_format_saturates(mode, tmp_path):
             continue
         with Image.open(path) as file:
             if file.mode not in (*SIXTEEN, "I", "F"):
-                expected = np.asarray(file.convert("RGB"))
+                try:
+                    expected = np.asarray(file.convert("RGB"))
+                except OSError:  # Pillow 12 cannot read its own TIFF of YCbCr
+                    with pytest.raises(OSError):
+                        decode(path)
+                    continue
                 # PIL saturates already where it saves so many bits as 8.
                 assert np.array_equal(decode(path), expected)
                 continue
@@ -642,7 +649,8 @@ def test_no_mode_of_any_format_saturates(mode, tmp_path):
             assert off(decode(path)) <= 1, seen
     assert bool(seen) == (mode not in (*EIGHT, "I;16N"))
     image.format = "PNG"  # mode I in PIL before version 11
-    if mode in (*SIXTEEN, "I"):
+    # No file has I;16N, and Pillow before 13 converts it in the wrong order of bytes.
+    if mode in (*SIXTEEN, "I") and (mode != "I;16N" or int(PIL.__version__.split(".")[0]) > 12):
         assert off(to_rgb(image)) <= 1
 
 
