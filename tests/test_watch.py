@@ -242,7 +242,9 @@ def test_what_is_no_log_is_left_out_and_named(server, tmp_path, log, monkeypatch
         file.truncate(2**40)  # a file of holes
     answer = data(server)
     assert only(answer)["name"] == "good"
-    notes = dict(note.split(".jsonl: ", 1) for note in answer["notes"])
+    links, notes = answer["notes"][:2], answer["notes"][2:]
+    assert links == ["folder/: it is a link", "loop/: it is a link"]
+    notes = dict(note.split(".jsonl: ", 1) for note in notes)
     assert notes.keys() == {"link", "pipe", "empty", "text", "list", "zeros", "deep", "other",
                             "odd", "long", "bytes", "huge", "large", "ring"}  # fmt: skip
     assert notes["link"] == notes["ring"] == notes["pipe"] == "it is a link, or no file"

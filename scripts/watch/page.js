@@ -84,7 +84,7 @@ function take(answer) {
     put($("folder"), answer.folder);
     put($("begin"), answer.begin);
     $("notes").hidden = !answer.notes.length;
-    put($("notes").firstChild, `${answer.notes.length} left out, which are no logs of runs`);
+    put($("notes").firstChild, `${answer.notes.length} left out`);
     $("notes").lastChild.replaceChildren(...answer.notes.map(text => words("li", text)));
     list();
   }

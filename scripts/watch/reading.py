@@ -203,19 +203,21 @@ class Runs:
 
     def __init__(self, folder):
         self.folder, self.lock, self.start = Path(folder), threading.Lock(), secrets.token_hex(4)
-        self.runs, self.shown, self.notes, self.crowd = {}, {}, [], []
+        self.runs, self.shown, self.notes, self.passed = {}, {}, [], []
         self.version = self.listed = 0
         self.next_look = self.next_walk = 0.0
 
     def _walk(self):
         """The paths that may be logs, below folders that are no links and not hidden."""
-        entries, self.crowd = 0, []
+        entries, self.passed = 0, []
         for folder, folders, files in os.walk(self.folder):
             folders[:] = sorted(x for x in folders if not x.startswith("."))
+            links = [path for x in folders if (path := Path(folder, x)).is_symlink()]
+            self.passed += [f"{path.relative_to(self.folder)}/: it is a link" for path in links]
             yield from (Path(folder, x) for x in sorted(files) if x.endswith(".jsonl"))
             entries += len(files) + len(folders)
             if entries > ENTRIES:
-                self.crowd = [f"what is beyond the first {ENTRIES:,} files and folders"]
+                self.passed += [f"what is beyond the first {ENTRIES:,} files and folders"]
                 return
 
     def _update(self):
@@ -230,9 +232,10 @@ class Runs:
         changed = [run for run in runs.values() if run.refresh(version)]
         good = [run for run in runs.values() if run.problem is None]
         shown = {run.id: run for run in good[:RUNS]}
-        notes = [f"{run.place}: {run.problem}" for run in runs.values() if run.problem]
+        problems = (f"{run.place}: {run.problem}" for run in runs.values() if run.problem)
+        notes = [*self.passed, *problems]
         notes[NOTES:] = [f"{len(notes) - NOTES} more"] * (len(notes) > NOTES)
-        notes += [f"{len(good) - RUNS} runs beyond {RUNS}"] * (len(good) > RUNS) + self.crowd
+        notes += [f"{len(good) - RUNS} runs beyond {RUNS}"] * (len(good) > RUNS)
         notes = [*map(printable, notes)]
         listed = (shown.keys(), notes) != (self.shown.keys(), self.notes)
         if changed or listed:
