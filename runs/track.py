@@ -187,6 +187,10 @@ class Trackio(Wandb):
 
     def __init__(self, name, key, out, config, done):
         os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))
+        folder = Path(os.environ["TRACKIO_DIR"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # it would warn in a thread, or not at all
+            pass
         import trackio
 
         self.run = trackio.init(PROJECT, f"{name}-{key}", config=config, resume="allow",

@@ -257,6 +257,17 @@ def test_trackio_has_every_number_of_the_log(tmp_path, run_main):
 
 
 @pytest.mark.slow
+def test_a_folder_that_trackio_cannot_write_to(tmp_path, run_main):
+    """It would say so in a thread, or not at all."""
+    pytest.importorskip("trackio")
+    (tmp_path / "file").touch()
+    env = {"TRACKIO_DIR": str(tmp_path / "file" / "trackio")}
+    done = run_main(*FLAGS, "--epochs", 1, "--track", "trackio", env=env)
+    assert done.returncode == 0 and "Tracker" not in done.stdout
+    assert done.stdout.count("Warning: trackio failed: ") == 1
+
+
+@pytest.mark.slow
 def test_mlflow_has_every_number_of_the_log(tmp_path, run_main):
     mlflow = pytest.importorskip("mlflow")
     flags = [*FLAGS, "--log_steps", "--log_updates", "--track", "mlflow"]
