@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from cli import printable
@@ -187,6 +187,10 @@ class Trackio(Wandb):
 
     def __init__(self, name, key, out, config, done):
         os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))
+        folder = Path(os.environ["TRACKIO_DIR"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # it would warn in a thread, or not at all
+            pass
         import trackio
 
         self.run = trackio.init(PROJECT, f"{name}-{key}", config=config, resume="allow",
@@ -204,22 +208,28 @@ class MLflow:
     """Parameters stay as the first command of a run has set them."""
 
     def __init__(self, name, key, out, config, done):
-        # A minute for a server that is away; by default four, while the GPU waits.
+        # A minute for a server that is away, two for one that does not answer; by default four and
+        # twenty, while the GPU waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from filelock import FileLock  # torch needs it
         from mlflow import MlflowClient, entities
 
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
-        self.entities, self.where = entities, "mlflow, at $MLFLOW_TRACKING_URI"
+        self.entities, self.where, lock = entities, "mlflow, at $MLFLOW_TRACKING_URI", nullcontext()
         if not uri:
             folder = out / "mlruns"
             folder.mkdir(exist_ok=True)
             uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
             self.where = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-        self.client = client = MlflowClient(uri)
+            # Two that make the database at once leave one that nobody can open.
+            lock = FileLock(folder / "mlflow.lock", timeout=60)
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found = client.get_experiment_by_name(project)
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (
-            found.experiment_id if found else client.create_experiment(project, artifacts))
+        with lock:
+            self.client = client = MlflowClient(uri)
+            found = client.get_experiment_by_name(project)
+            experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or (
+                found.experiment_id if found else client.create_experiment(project, artifacts))
         runs = client.search_runs([experiment], f"tags.agd_run = '{key}'")
         run = runs[0] if runs else client.create_run(experiment, None, {"agd_run": key}, name)
         self.id = run.info.run_id

@@ -257,6 +257,17 @@ def test_trackio_has_every_number_of_the_log(tmp_path, run_main):
 
 
 @pytest.mark.slow
+def test_a_folder_that_trackio_cannot_write_to(tmp_path, run_main):
+    """It would say so in a thread, or not at all."""
+    pytest.importorskip("trackio")
+    (tmp_path / "file").touch()
+    env = {"TRACKIO_DIR": str(tmp_path / "file" / "trackio")}
+    done = run_main(*FLAGS, "--epochs", 1, "--track", "trackio", env=env)
+    assert done.returncode == 0 and "Tracker" not in done.stdout
+    assert done.stdout.count("Warning: trackio failed: ") == 1
+
+
+@pytest.mark.slow
 def test_mlflow_has_every_number_of_the_log(tmp_path, run_main):
     mlflow = pytest.importorskip("mlflow")
     flags = [*FLAGS, "--log_steps", "--log_updates", "--track", "mlflow"]
@@ -280,6 +291,22 @@ def test_mlflow_has_every_number_of_the_log(tmp_path, run_main):
     assert list(tmp_path.glob("mlruns/artifacts/*/artifacts/curves.png"))
     assert main("--epochs", 1, "--fresh") == 0
     assert len(client.search_runs([experiment])) == 2
+
+
+@pytest.mark.slow
+def test_mlflow_of_runs_that_begin_at_once(tmp_path):
+    """All of them are in the one database that the first makes."""
+    mlflow = pytest.importorskip("mlflow")
+    command = [sys.executable, "main.py", *FLAGS, "--epochs", "1", "--track", "mlflow", "--out",
+               str(tmp_path)]  # fmt: skip
+    runs = [subprocess.Popen([*command, "--seed", str(seed)], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for seed in range(3)]  # fmt: skip
+    printed = [run.communicate(timeout=300)[0] for run in runs]
+    assert not any(run.returncode for run in runs) and "Warning" not in "".join(printed)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'agd'")
+    assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
 class Fake:
