@@ -123,6 +123,7 @@ def train_on(data, args, world, requests):
             display.already(log, *finished)
             if args.keep_best:
                 keep_best(log)
+            send(args, log, len(data.train))
         return 0 if finished[-1] is None else 1
     # Before the log is written: a run that is refused leaves none, on no rank.
     nodes = world.all_gather_object(socket.gethostname())
@@ -320,6 +321,18 @@ def keep_best(log):
             print(f"The best checkpoint is not kept: {failure}", file=sys.stderr)
         log.release()
     print(f"Best     {display.best_checkpoint(checkpoints, best['epoch'])}")
+
+
+def send(args, log, batches):
+    """Send the log of a run that has nothing left to do to the tracker of --track, which may lack
+    it."""
+    end = log.rows()[-1]
+    if args.track and end["kind"] == "end":
+        from runs.track import Tracker  # a run does without
+
+        lines = []
+        Tracker(args.track, log, batches, lines.append).finish(end)
+        print(*dict.fromkeys(lines), sep="\n")
 
 
 def make_profile(args, log, world, steps):

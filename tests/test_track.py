@@ -151,6 +151,18 @@ def test_a_run_that_began_without_a_tracker(tmp_path, other_picture):
     assert tensorboard(tmp_path)[1] == in_float32(logged(tmp_path))
 
 
+def test_a_finished_run_is_sent_once(tmp_path, other_picture, capsys):
+    pytest.importorskip("tensorboard")
+    flags = [*FLAGS, "--epochs", 2, "--out", tmp_path]
+    assert train(*flags) == 0
+    for _ in range(2):
+        assert train(*flags, "--track", "tensorboard") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len([line for line in lines if line.startswith("Tracker  ")]) == 1
+        reader, curves = tensorboard(tmp_path)
+        assert curves == in_float32(logged(tmp_path)) and reader.Tags()["images"] == ["curves"]
+
+
 def records(path):
     """The records of a .wandb file: a log as LevelDB's, in blocks of 32 KiB, after 7 bytes."""
     data, place, whole = path.read_bytes(), 7, b""
