@@ -278,7 +278,7 @@ function point(chart, at, y) {
   const shown = some().filter(run => run.done);
   for (const chart of charts) chart.point(shown);
 }
-/* Whether the loss has a log scale: where nobody has said, as scripts/plot.py decides it */
+/* Whether the loss has a log scale: as chosen, else where it spans more than a factor of 5 */
 function logarithmic(shown) {
   let [low, high] = [Infinity, -Infinity];
   for (const {rows} of scale ? [] : shown) for (const column of [rows.train_loss, rows.test_loss])
