@@ -30,6 +30,8 @@ net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.
 batches = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(3)]
 for block in sys.argv[2:]:
     exec(block)
+    if isinstance(optimizer, agd.SpectralAGD):  # a block may end with eval()
+        optimizer.train()
     for x, y in batches:
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(net(x), y)
