@@ -129,7 +129,7 @@ def test_the_lines_of_readme_train_where_the_wheel_is_installed(python):
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     compiled = sys.platform == "linux" and compiler and not os.environ.get("AGD_NO_COMPILER")
     printed = run(python, "-c", USE, "compiled" if compiled else "", *blocks)
-    assert len(blocks) == 2 and "6 parameters, L = 2" in printed
+    assert len(blocks) == 3 and "6 parameters, L = 2" in printed
 
 
 @pytest.mark.slow
