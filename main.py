@@ -66,12 +66,12 @@ def main(argv=None, requests=None):
         display.error("interrupted")
         return 130
     try:
-        first = flags.alone(argv) and world.rank == 0
-        if first:
+        alone = flags.alone(argv) and world.rank == 0
+        if alone:
             display.alone(flags.ALONE)
         with stream_of_its_own(world):
             code = train(args, world, requests)
-        if first and code == 0:
+        if alone and code == 0:
             display.next_steps(flags.ALONE, args.out)
     except (Exception, KeyboardInterrupt) as error:
         failure = world.failed(error)
@@ -123,7 +123,8 @@ def train_on(data, args, world, requests):
             display.already(log, *finished)
             if args.keep_best:
                 keep_best(log)
-            send(args, log, len(data.train))
+            if args.track:
+                send(args.track, log, len(data.train))
         return 0 if finished[-1] is None else 1
     # Before the log is written: a run that is refused leaves none, on no rank.
     nodes = world.all_gather_object(socket.gethostname())
@@ -323,15 +324,14 @@ def keep_best(log):
     print(f"Best     {display.best_checkpoint(checkpoints, best['epoch'])}")
 
 
-def send(args, log, batches):
-    """Send the log of a run that has nothing left to do to the tracker of --track, which may lack
-    it."""
+def send(tracker, log, batches):
+    """Send the log of a run that has nothing left to do to a tracker, which may lack it."""
     end = log.rows()[-1]
-    if args.track and end["kind"] == "end":
+    if end["kind"] == "end":
         from runs.track import Tracker  # a run does without
 
         lines = []
-        Tracker(args.track, log, batches, lines.append).finish(end)
+        Tracker(tracker, log, batches, lines.append).finish(end)
         print(*dict.fromkeys(lines), sep="\n")
 
 
