@@ -24,7 +24,7 @@ from scripts.experiments import (
     WIDTHS,
 )
 from scripts.results import searched
-from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, OBJECTIVE, RED, TEST, TRAIN, WIDTH
+from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, RED, WIDTH
 from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
 from scripts.words import data_name
 
@@ -51,6 +51,11 @@ def longest(results):
     return max((len(result.epochs) for result in results), default=1)
 
 
+def _shown(results, *key):
+    """The run of a curve: of a grid the tuned one, of seeds the first; None where it is missing."""
+    return results.tuned(*key) if key[-1] in BASELINES else results.only(*key)
+
+
 def fig1(results):
     """Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral one,
     beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last accuracy at
@@ -67,7 +72,12 @@ def fig1(results):
             _rates(ax, results)
         else:
             for x in runs:
-                style.train_and_test(ax, x, "acc", *style.OPTIMIZERS[x.experiment.curve], 100)
+                # Both defaults stay at chance: a broad line under a narrow one, markers between.
+                look = {"linewidth": 3.2} if x.experiment.curve == "Adam" else {}
+                shift = 0.5 if x.experiment.curve == "SGD" else 0
+                colour, marker = style.OPTIMIZERS[x.experiment.curve]
+                style.curve(ax, x, "train_acc", colour, marker, 100, shift, **look)
+                style.curve(ax, x, "test_acc", colour, None, 100, linestyle=DOTTED)
             style.log_axis(ax, longest(runs))
     axes[0].set_ylabel("accuracy (%)")
     names = [name for name in (*RULES, *BASELINES) if results.of("fig1", curve=name)]
@@ -181,122 +191,137 @@ def _chain(ax, states):
     ax.set_title("how a perturbation travels, at $t=η$")
 
 
+# What stands in for a panel of figure 4 that was not run.
+STAND_INS = {"resnet18": "resnet18, 5,000 images", "vgg": "vgg, tiny100"}
+
+
 def fig4(results):
-    """AGD solid, the tuned baseline dashed; η with its range in each epoch."""
-    # Tiny ImageNet, where it was run, stands in for a CIFAR-100 that was not.
-    there = [bool(results.of("fig4", x)) for x in ("vgg", "vgg, tiny100")]
-    third = "vgg, tiny100" if there == [False, True] else "vgg"
-    panels = [x for x in ("fcn", "resnet18", third, "imagenet") if results.planned("fig4", x)]
-    figure, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 3.5), sharex="col", sharey="row")
-    for (top, bottom), panel in zip(axes.T, panels):
-        top.set_title(results.title("fig4", panel), fontsize=7.5)
-        if not results.of("fig4", panel):
-            style.not_run(top)
-            style.not_run(bottom)
-            continue
-        agd = results.only("fig4", panel, "AGD")
-        baseline = results.tuned("fig4", panel, "SGD" if panel == "imagenet" else "Adam")
-        for result, look in ((agd, {}), (baseline, {"linestyle": DASHED, "alpha": 0.65})):
-            if result is not None:
-                style.curve(top, result, "train_loss", OBJECTIVE, **look)
-                style.curve(bottom, result, "train_acc", TRAIN, scale=100, **look)
-                style.curve(bottom, result, "test_acc", TEST, scale=100, **look)
-        if agd:
-            style.band(top, agd, "eta", ETA)
-        style.log_axis(bottom, longest(results.of("fig4", panel)))
-    style.log_values(axes[0, 0])
-    style.percent(axes[1, 0], results.of("fig4"))
-    axes[0, 0].set_ylabel("objective and η")
-    axes[1, 0].set_ylabel("accuracy (%)")
-    dashed = style.key("tuned Adam (ImageNet: SGD)", style.GREY, linestyle=DASHED, alpha=0.65)
-    style.legend(figure, [*style.quantities(test="-"), dashed], 3)
+    """Adam, on ImageNet SGD, at the rate of the grid with the least train loss. Below, η, its mean
+    in each epoch within its range."""
+    panels = []
+    for panel in ("fcn", "resnet18", "vgg", "imagenet"):
+        panels += [x for x in (panel, STAND_INS.get(panel)) if x and results.of("fig4", x)][:1]
+    size = {"figsize": (max(0.45, len(panels) / 3) * WIDTH, 4.6), "height_ratios": (1, 1, 0.6)}
+    figure, axes = plt.subplots(3, len(panels), squeeze=False, sharex="col", **size)
+    names = {}
+    for (objective, accuracy, eta), panel in zip(axes.T, panels):
+        objective.set_title(results.title("fig4", panel), fontsize=7.5)
+        for name in (*RULES, *BASELINES):
+            result = _shown(results, "fig4", panel, name)
+            if result is None:
+                continue
+            look, rate = style.OPTIMIZERS[name], result.experiment.flag("--lr")
+            names.setdefault(name, {}).setdefault(rate, None)
+            style.curve(objective, result, "train_loss", *look)
+            style.train_and_test(accuracy, result, "acc", *look, 100)
+            if name in RULES:
+                style.band(eta, result, "eta", *look)
+        style.log_values(objective)
+        style.log_values(eta)
+        style.log_axis(eta, longest(results.of("fig4", panel)))
+    for ax, words in zip(axes[:, 0], ("train loss", "accuracy (%)", "η")):
+        ax.set_ylabel(words)
+    keys = [style.optimizer_key(name, f"{name}, rate {', '.join(rates)}" if None not in rates
+                                else name) for name, rates in names.items()]  # fmt: skip
+    style.legend(figure, keys + style.kinds())
     return figure
 
 
 def fig5(results):
-    """Adam and SGD at the rate of the grid with the least final train loss; of each AGD's seeds
-    the first. Spectral AGD is tested at its average. Right: the mean over layers, its mean in each
-    epoch within the range of its steps."""
+    """Adam and SGD at the rate of the grid with the least train loss, in the last epoch that the
+    whole grid has. Spectral AGD is tested at its average. Right: the mean over layers, its mean in
+    each epoch within the range of its steps. Of seeds the first."""
     runs, keys = {}, []
     for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
             continue
-        result, words = results.only("fig5", "fcn", name), name
+        result, words = _shown(results, "fig5", "fcn", name), name
         if name in BASELINES:
-            result = results.tuned("fig5", "fcn", name)
             rate = f", rate {result.experiment.flag('--lr')}" if result else None
             words += rate or ": search not finished"
         keys.append(style.optimizer_key(name, words))
         if result is not None:
             runs[name] = result
-    figure, (objective, accuracy, update) = plt.subplots(1, 3, figsize=(WIDTH, 2.4))
+    figure, (objective, accuracy, update) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
     for name, result in runs.items():
-        colour, marker = style.OPTIMIZERS[name]
-        style.train_and_test(objective, result, "loss", colour, marker)
-        style.train_and_test(accuracy, result, "acc", colour, marker, 100)
-        style.band(update, result, "update", colour)
+        look = style.OPTIMIZERS[name]
+        style.curve(objective, result, "train_loss", *look)
+        style.curve(accuracy, result, "test_acc", *look, 100)
+        style.band(update, result, "update", *look)
     style.log_values(objective)
-    update.set_yscale("log")
-    objective.set_title("objective")
-    accuracy.set_title("accuracy (%)")
+    style.log_values(update)
+    objective.set_title("train loss")
+    accuracy.set_title("test accuracy (%)")
     update.set_title(r"relative update $\|\Delta W\|_F\,/\,\|W\|_F$")
-    style.percent(accuracy, runs.values())
     for ax in (objective, accuracy, update):
         style.log_axis(ax, longest(runs.values()))
-    style.legend(figure, keys + style.kinds())
+    style.legend(figure, keys)
     return figure
 
 
-def beside(axes, results, name, draw_panel=style.eta_loss_accuracy):
-    """Draw AGD's runs of the panels in `axes`, a dict: accuracies on the left axis, objective and
-    eta on the right one. Panels share their ranges."""
-    rights = {panel: style.right_axis(ax) for panel, ax in axes.items()}
-    for panel, ax in axes.items():
-        if not rights[panel].get_subplotspec().is_last_col():
-            rights[panel].tick_params(labelright=False)
-        result = results.only(name, panel, "AGD")
-        if result is None:
-            style.not_run(ax)
-        else:
-            draw_panel(ax, rights[panel], result)
-    style.percent(next(iter(axes.values())), results.of(name))
-    if len(axes) > 1:
-        style.share_range(rights.values())
-    return list(rights.values())
-
-
 def fig6(results):
-    """Accuracy on the left axis, objective and η, with its range in each epoch, on the right
-    one."""
-    widths = WIDTHS[results.scale]
-    size = {"figsize": (WIDTH, 5.9), "sharex": True, "sharey": True}
-    figure, axes = plt.subplots(len(DEPTHS), len(widths), **size)
-    panels = [f"{depth}x{width}" for depth in DEPTHS for width in widths]
-    rights = beside(dict(zip(panels, axes.flat)), results, "fig6")
-    for ax, depth in zip(axes[:, 0], DEPTHS):
-        ax.set_ylabel(f"depth {depth}", fontsize=8.5)
-    for ax, width in zip(axes[0], widths):
-        ax.set_title(f"width {width}")
-    style.log_axis(axes[0, 0], longest(results.of("fig6")), "")
-    figure.supxlabel("epochs", fontsize=8)
-    figure.supylabel("accuracy (%)", fontsize=8)
-    rights[len(widths) * (len(DEPTHS) // 2 + 1) - 1].set_ylabel("objective and η")
-    style.legend(figure, style.quantities())
+    """Left: after the last epoch that all networks have, brighter is better (η: darker is larger).
+    Right: a depth in each picture, a width in each line; η is the mean in an epoch."""
+    runs = {(depth, width): results.only("fig6", f"{depth}x{width}", "AGD")
+            for depth in DEPTHS for width in WIDTHS[results.scale]}  # fmt: skip
+    runs = {size: result for size, result in runs.items() if result}
+    depths, widths = (sorted(set(sizes)) for sizes in zip(*runs))
+    epochs = min(len(result.epochs) for result in runs.values())
+    figure = plt.figure(figsize=(WIDTH, 4.6))
+    columns = (0.52 * len(widths), *[0.85] * len(depths))
+    grid = figure.add_gridspec(3, len(columns), width_ratios=columns)
+    colours = dict(zip(widths, style.shades(len(widths))))
+    quantities = (("train loss", "train_loss", 1, ".3f", "viridis_r"),
+                  ("test accuracy (%)", "test_acc", 100, ".1f", "viridis"),
+                  ("η", "eta_mean", 1, ".2f", "Blues"))  # fmt: skip
+    for row, (words, key, scale, form, colormap) in enumerate(quantities):
+        last = {size: scale * x.until(epochs).column(key)[-1] for size, x in runs.items()}
+        ax = figure.add_subplot(grid[row, 0])
+        style.heat_map(ax, depths, widths, last, form, colormap)
+        ax.set_title(words)
+        ax.set_ylabel("depth")
+        ax.tick_params(labelbottom=row == 2)
+        first = None
+        for column, depth in enumerate(depths, 1):
+            first = ax = figure.add_subplot(grid[row, column], sharey=first, sharex=first)
+            for width in widths:
+                if result := runs.get((depth, width)):
+                    style.curve(ax, result, key, colours[width], scale=scale, linewidth=1.0)
+            ax.tick_params(labelleft=column == 1, labelbottom=row == 2)
+            if row == 0:
+                ax.set_title(f"depth {depth}")
+            style.log_axis(ax, longest(runs.values()), "epochs" if row == 2 else "", few=True)
+        if key == "train_loss":
+            style.log_values(first)
+    figure.axes[2 * (1 + len(depths))].set_xlabel("width")
+    style.legend(figure, [style.key(f"width {width}", colours[width]) for width in widths])
     return figure
 
 
 def fig7(results):
-    """The steps of the first epoch, averaged over twelfths of a decade, then every epoch (points,
-    averages over that epoch, hence the kink); η with its range; of the seeds the first. Test
-    accuracy is measured at the ends of epochs."""
-    figure, axes = plt.subplots(1, len(BATCHES), figsize=(WIDTH, 2.4), sharey=True)
-    panels = [f"batch {batch}" for batch in BATCHES]
-    rights = beside(dict(zip(panels, axes)), results, "fig7", _iterations)
-    for ax, batch in zip(axes, BATCHES):
-        ax.set_title(f"batch size {batch}")
-    axes[0].set_ylabel("accuracy (%)")
-    rights[-1].set_ylabel("objective and η")
-    style.legend(figure, style.quantities())
+    """Means over twelfths of a decade of the steps of the first epoch, then over epochs; η within
+    its range. Of seeds the first."""
+    figure, (objective, eta, accuracy) = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
+    runs = {batch: results.only("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
+    keys = []
+    for (batch, result), colour, marker in zip(runs.items(), style.shades(len(runs)), "os^D"):
+        if result is None:
+            continue
+        keys.append(style.key(f"batch size {batch:,}", colour, marker=marker, markersize=3.6,
+                              markerfacecolor="white"))  # fmt: skip
+        style.curve(accuracy, result, "test_acc", colour, marker, 100)
+        steps, loss, low, mean, high = _iterations(result)
+        eta.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        for ax, y in ((objective, loss), (eta, mean)):
+            ax.plot(steps, y, color=colour)
+            style.end(ax, steps[-1], y[-1], colour, marker)
+    for ax, words in ((objective, "train loss"), (eta, "automatic learning rate η")):
+        ax.set_title(words)
+        style.log_values(ax)
+        style.log_axis(ax, int(max(ax.dataLim.intervalx)), "iterations")
+    accuracy.set_title("test accuracy (%)")
+    style.log_axis(accuracy, longest(results.of("fig7")))
+    style.legend(figure, keys)
     return figure
 
 
@@ -307,31 +332,21 @@ def bins(count):
     return [slice(low - 1, high - 1) for low, high in zip(edges, edges[1:])]
 
 
-def _iterations(ax, right, result):
-    """The steps of the first epoch, then the ends of epochs."""
+def _iterations(result):
+    """Step, train loss, and least, mean and greatest eta: of the first epoch's steps in bins, then
+    of epochs, each at its middle."""
     steps = [row for row in result.steps if row["epoch"] == 1]
-    parts = bins(len(steps))
+    parts, count = bins(len(steps)), len(steps)
 
-    def column(key, reduce=np.mean):
+    def column(key, of_epoch, reduce=np.mean):
         values = np.array([math.nan if row[key] is None else row[key] for row in steps])
-        return np.array([reduce(values[part]) for part in parts])
+        return np.array([reduce(values[part]) for part in parts] + result.column(of_epoch)[1:])
 
-    def eta(x, low, mean, high, **look):
-        right.fill_between(x, low, high, color=ETA, alpha=0.22, linewidth=0)
-        right.plot(x, mean, color=ETA, **look)
-
-    x = [(part.start + 1 + part.stop) / 2 for part in parts]
-    eta(x, *(column("eta", reduce) for reduce in (np.min, np.mean, np.max)))
-    right.plot(x, column("loss"), color=OBJECTIVE)
-    ax.plot(x, 100 * column("acc"), color=TRAIN)
-    dot = {"marker": "o", "markersize": 1.8}
-    ends = len(steps) * np.arange(1, len(result.epochs) + 1)
-    eta(ends, *(result.column(f"eta_{which}") for which in ("min", "mean", "max")), **dot)
-    right.plot(ends, result.column("train_loss"), color=OBJECTIVE, **dot)
-    for (kind, line), colour in zip(style.KINDS, (TRAIN, TEST)):
-        accuracies = 100 * np.array(result.column(f"{kind}_acc"))
-        ax.plot(ends, accuracies, color=colour, linestyle=line, **dot)
-    style.log_axis(ax, int(ends[-1]), "iterations")
+    first = [(part.start + 1 + part.stop) / 2 for part in parts]
+    later = [count * (n + 0.5) for n in range(1, len(result.epochs))]
+    etas = zip(("min", "mean", "max"), (np.min, np.mean, np.max))
+    return (np.array(first + later), column("loss", "train_loss"),
+            *(column("eta", f"eta_{which}", reduce) for which, reduce in etas))  # fmt: skip
 
 
 def fig8(results):
@@ -465,7 +480,9 @@ def fig11(results):
 def phases(results):
     """A part of the training set is fitted soon: η rises, then falls."""
     figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
-    (right,) = beside({"fcn": ax}, results, "phases")
+    right = style.right_axis(ax)
+    style.eta_loss_accuracy(ax, right, results.only("phases", "fcn", "AGD"))
+    style.percent(ax, results.of("phases"))
     style.log_axis(ax, longest(results.of("phases")))
     ax.set_title(results.title("phases", "fcn"))
     ax.set_ylabel("accuracy (%)")

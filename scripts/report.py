@@ -20,8 +20,8 @@ INTRODUCTION = (
     "at 32 pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
 )
 TUNED = (
-    "Tuned means the least train loss in the last epoch (**bold**) over the grid, test accuracies "
-    "unseen; a run whose loss was no longer finite is kept as a failure."
+    "Tuned means the least train loss (**bold**) over the grid in the last epoch that all its runs "
+    "have, test accuracies unseen; a run whose loss was no longer finite is kept as a failure."
 )
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.
@@ -101,8 +101,10 @@ def numbers(results):
             begun = f" ({len(there)} of {len(planned)} runs begun)" if there else ""
             rows.append([what, paper, "not run" + begun, *[""] * 4])
             continue
-        rate = shown[0].experiment.flag("--lr")
+        rate, chosen = shown[0].experiment.flag("--lr"), results.searched_epochs(*key)
         rate = f" at {rate}" if rate else ""
+        if rate and chosen < len(shown[0].epochs):
+            rate += f", chosen after {chosen:,}"
         accuracies = [spread([100 * x.last[f"{kind}_acc"] for x in shown])
                       for kind in ("test", "train")]  # fmt: skip
         rows.append([what + rate, paper, *accuracies, length(shown[0]), *origin(shown)])
@@ -128,7 +130,7 @@ def length(result):
     done, planned = len(result.epochs), result.experiment.epochs
     if result.stopped:
         return f"stopped in {done}: {result.stopped.split(';')[0]}"
-    return f"{done}" if done == planned else f"{done} of {planned}"
+    return f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
 
 
 def short(figure):
@@ -152,14 +154,14 @@ def hardware(first):
     return ", ".join([*words, f"torch {first['torch']}"])
 
 
-def outcome(*seeds):
-    """Train loss and test accuracy, of a text validation loss, means over the seeds; the epochs of
-    a run that is not finished."""
+def outcome(*seeds, mark=True):
+    """Train loss and test accuracy, of a text validation loss, means over the seeds; `mark`: the
+    epochs of a run that is not finished."""
     broken, cut = next((x for x in seeds if x.stopped), None), ""
     if broken:
         return f"stopped in epoch {len(broken.epochs)}: {broken.stopped.split(' at ')[0]}"
     begun = next((x for x in seeds if not x.finished), None)
-    if begun:
+    if begun and mark:
         cut = f" ({length(begun)} epochs)"
     loss, test, acc = (sum(x) / len(seeds) for x in zip(
         *((x.loss, x.test_loss, x.last["test_acc"]) for x in seeds)))  # fmt: skip
@@ -216,12 +218,17 @@ def searches(results):
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
         words = f"{short(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
+        rates, epochs = results.by_rate(*key), results.searched_epochs(*key)
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"
-        rates = results.by_rate(*key)
+        elif 0 < epochs < runs[0].experiment.epochs:
+            words += f", after {epochs:,} epochs"
+            rates = {rate: [x.until(epochs) for x in some] for rate, some in rates.items()}
+            best = [x.until(epochs) for x in best]
         seeds = len({row.flag("--seed") for row in planned})
         words += f", means over {seeds} seeds" if seeds > 1 else ""
-        cells = [f"**{outcome(*x)}**" if x == best else outcome(*x) for x in rates.values()]
+        cells = [outcome(*x, mark=not best) for x in rates.values()]
+        cells = [f"**{cell}**" if x == best else cell for cell, x in zip(cells, rates.values())]
         what = "train loss, " + ("validation loss" if runs[0].is_text else "test accuracy")
         parts.append(table([words, *rates], [[what, *cells]]))
     return "\n\n".join(["### The searches", TUNED, *parts]) if parts else ""

@@ -46,6 +46,12 @@ class Result(NamedTuple):
         """The last loss in testing, of a text in validation, NaN where it was not finite."""
         return self.column("test_loss")[-1]
 
+    def until(self, epochs):
+        """The run as it stood after so many epochs, or itself where it has no more."""
+        if epochs is None or len(self.epochs) <= epochs:
+            return self
+        return self._replace(epochs=self.epochs[:epochs], stopped=None, finished=False)
+
     @property
     def seconds(self):
         """The seconds of its epochs, training and test."""
@@ -140,18 +146,29 @@ class Results:
             rates.setdefault(result.experiment.flag("--lr"), []).append(result)
         return rates
 
-    def tuned_seeds(self, figure, panel, curve):
-        """The runs, one a seed, of the rate of a grid with the least final train loss, a mean over
-        the seeds. [] unless all runs of the grid are there, those that did not break off are
-        equally long, and a rate ended with finite losses."""
+    def searched_epochs(self, figure, panel, curve):
+        """The epochs that every run of a grid has which did not break off; 0 while one is missing.
+        Where a schedule depends on the length, no run counts before its end."""
         grid = self.of(figure, panel, curve)
         alive = [result for result in grid if not result.stopped]
         if (len(grid) < len(self.planned(figure, panel, curve))
-                or len({len(result.epochs) for result in alive}) != 1):  # fmt: skip
-            return []
-        finite = [runs for runs in self.by_rate(figure, panel, curve).values()
-                  if all(not x.stopped and math.isfinite(x.loss) for x in runs)]  # fmt: skip
-        return min(finite, key=lambda runs: sum(x.loss for x in runs) / len(runs), default=[])
+                or any(x.experiment.scheduled and not x.finished for x in alive)):  # fmt: skip
+            return 0
+        return min((len(x.epochs) for x in alive or grid), default=0)
+
+    def tuned_seeds(self, figure, panel, curve):
+        """The runs, one a seed, of the rate of a grid with the least train loss, a mean over the
+        seeds, after the `searched_epochs`; they may go on from there. [] where there are none, or
+        no rate has finite losses."""
+        epochs = self.searched_epochs(figure, panel, curve)
+
+        def mean(runs):
+            return sum(x.until(epochs).loss for x in runs) / len(runs)
+
+        rates = self.by_rate(figure, panel, curve).values() if epochs else ()
+        finite = [runs for runs in rates
+                  if not any(x.stopped for x in runs) and math.isfinite(mean(runs))]  # fmt: skip
+        return min(finite, key=mean, default=[])
 
     def title(self, *key):
         """Network, data and number of images of a figure's panel, of its first row; the data are

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from runs.files import write_whole
 
@@ -78,11 +78,12 @@ def percent(ax, results=()):
     ax.yaxis.set_major_locator(FixedLocator(range(0, 101, 25)))
 
 
-def log_axis(ax, last, label="epochs", first=1):
-    """A log axis of x from `first` to `last`: ticks at 1, 2, 5 or tens alone, and at `last`."""
+def log_axis(ax, last, label="epochs", first=1, few=False):
+    """A log axis of x from `first` to `last`: ticks at 1, 2, 5 or tens alone, and at `last`; `few`:
+    for a small picture."""
     last = max(last, 2 * first)
     ticks = [k * 10**n for n in range(8) for k in (1, 2, 5) if first <= k * 10**n <= last]
-    tens_alone = len(ticks) > 7
+    tens_alone = len(ticks) > (3 if few else 7)
     ticks = [x for x in ticks if not tens_alone or str(x)[0] == "1"]
     if first == 1 and last < 100 and last not in ticks:
         ticks = [x for x in ticks if last / x > 1.35] + [last]
@@ -102,7 +103,8 @@ def log_values(ax):
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 100:
-        ax.yaxis.set_major_locator(LogLocator(subs=range(1, 9) if high / low < 4 else [1, 2, 5]))
+        even = MaxNLocator(4, steps=[1, 2, 5, 10])
+        ax.yaxis.set_major_locator(even if high / low < 3 else LogLocator(subs=[1, 2, 5]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
 
@@ -119,16 +121,6 @@ def right_axis(ax):
     return right
 
 
-def share_range(axes):
-    """Give these log axes one range, a little wider than their curves."""
-    ranges = [ax.dataLim.intervaly for ax in axes if ax.has_data()]
-    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    for ax in axes:
-        ax.set_ylim(low / 1.3, high * 1.3)
-        ax.yaxis.set_major_locator(LogLocator(numticks=5))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-
-
 def not_run(ax):
     ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center",
             color="#777777", fontstyle="italic")  # fmt: skip
@@ -136,16 +128,41 @@ def not_run(ax):
     ax.tick_params(which="both", bottom=False, labelbottom=False)
 
 
-def spaced(count, shown):
-    """About `shown` of `count` indices, evenly on a log axis."""
-    return sorted({round(n) - 1 for n in np.geomspace(1, count, shown)})
+def shades(count):
+    """Colours from dark to light, in grey too."""
+    return [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.88, count)]
 
 
-def curve(ax, result, key, colour, marker=None, scale=1.0, **look):
+def heat_map(ax, rows, columns, values, form, colormap):
+    """A table of {(row, column): value} whose cells have colours; absent ones stay white."""
+    table = np.array([[values.get((row, column), math.nan) for column in columns] for row in rows])
+    image = ax.imshow(table, cmap=colormap, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
+        if math.isfinite(value):
+            light = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.59, 0.11)) > 0.5
+            ax.text(j, i, f"{value:{form}}", ha="center", va="center", fontsize=6.5,
+                    color=BLACK if light else "#ffffff")  # fmt: skip
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def spaced(count, shown, shift=0.0):
+    """About `shown` of `count` indices, evenly on a log axis, moved by `shift` of their distance;
+    all of a few."""
+    if count <= 2 * shown:
+        return list(range(count))
+    places = (np.arange(shown - bool(shift)) + shift) / (shown - 1)
+    return sorted({round(count**x) - 1 for x in places})
+
+
+def curve(ax, result, key, colour, marker=None, scale=1.0, shift=0.0, **look):
     """A value of a run over its epochs, with a few markers."""
     y = [scale * value for value in result.column(key)]
     if marker:
-        look |= {"marker": marker, "markevery": spaced(len(y), 4), "markersize": 3.6,
+        look |= {"marker": marker, "markevery": spaced(len(y), 4, shift), "markersize": 3.6,
                  "markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}  # fmt: skip
     elif len(y) == 1:
         look |= {"marker": "o", "markersize": 3}
@@ -166,12 +183,18 @@ def seeds(ax, results, key, colour, marker=None, thin=False):
             markevery=max(1, count // 6))  # fmt: skip
 
 
-def band(ax, result, key, colour):
+def end(ax, x, y, colour, marker):
+    """The marker at the end of a line."""
+    ax.plot([x], [y], color=colour, marker=marker, markersize=3.6, markerfacecolor="white",
+            clip_on=False)  # fmt: skip
+
+
+def band(ax, result, key, colour, marker=None):
     """The mean of a value in each epoch, within its range."""
     x = range(1, len(result.epochs) + 1)
     low, high = result.column(f"{key}_min"), result.column(f"{key}_max")
     ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
-    curve(ax, result, f"{key}_mean", colour)
+    curve(ax, result, f"{key}_mean", colour, marker)
 
 
 def train_and_test(ax, result, kind, colour, marker=None, scale=1.0):

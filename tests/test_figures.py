@@ -113,7 +113,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("figure, axes", [
-    ("fig1", 3), ("fig4", 8), ("fig5", 3), ("fig6", 60), ("fig7", 8), ("fig8", 4), ("fig10", 2),
+    ("fig1", 3), ("fig4", 12), ("fig5", 3), ("fig6", 18), ("fig7", 3), ("fig8", 4), ("fig10", 2),
     ("fig11", 3), ("phases", 2),
 ])  # fmt: skip
 def test_figures_are_drawn_at_the_full_scale(figure, axes, drawn):
@@ -121,20 +121,44 @@ def test_figures_are_drawn_at_the_full_scale(figure, axes, drawn):
     assert len(picture.axes) == axes and all(ax.has_data() for ax in picture.axes)
 
 
-def test_a_figure_without_runs_is_none_and_a_part_says_not_run(drawn):
+def test_a_figure_without_runs_is_none_and_a_part_of_it_is_drawn(drawn):
     assert figures.draw("fig5", Made(cut=lambda x: 0)) is None
-    for figure, panel, missing in (("fig6", "4x128", 19), ("fig1", "deep", 1), ("fig4", "fcn", 4)):
+    for figure, panel, axes in (("fig6", "4x128", 6), ("fig1", "deep", 2), ("fig4", "fcn", 3)):
         picture, _ = drawn(figure, Made(cut=lambda x, panel=panel: 5 if x.panel == panel else 0))
+        assert len(picture.axes) == axes
         words = [text.get_text() for ax in picture.axes for text in ax.texts]
-        assert words.count("not run") == missing
-    picture, _ = drawn("fig7", Made(cut=lambda x: 0 if x.panel == "batch 4096" else 5))
-    assert all(len(ax.get_yticks()) > 2 for ax in picture.axes[:4])  # the others keep their axes
+        assert words.count("not run") == (figure == "fig1")
+    sizes = {"2x64": 5, "8x512": 3}  # after the 3 epochs that both have; their squares are empty
+    picture, _ = drawn("fig6", Made(cut=lambda x: sizes.get(x.panel, 0)))
+    assert [text.get_text() for text in picture.axes[0].texts] == ["0.333", "0.333"]
+    words = drawn("fig7", Made(cut=lambda x: 0 if x.panel == "batch 4096" else 5))[1]
+    assert words == ["batch size 32", "batch size 128", "batch size 1,024"]
     drawn("fig7", Made(cut=lambda x: x.epochs if "1" in x.flag("--seed") else 0))
     made = Made(cut=lambda x: 0 if x.curve == SPECTRAL else 99)
     for figure in ("fig1", "fig5", "fig8", "fig10"):
         words = drawn(figure, made)[1]
         assert "AGD" in words and not any(SPECTRAL in x for x in words)
     assert figures.draw("fig11", made) is None
+
+
+def test_figure_4_takes_what_stands_in_for_a_panel_that_was_not_run(drawn):
+    stand_in = "resnet18, 5,000 images"
+    made = Made("full", cut=lambda x: 0 if x.panel.startswith("vgg") else 9)
+    picture, words = drawn("fig4", made)
+    assert len(picture.axes) == 9 and SPECTRAL not in words and "Adam, rate 1e-5" in words
+    made.cut = lambda x: 9 if x.panel in ("fcn", stand_in) else 0
+    picture, words = drawn("fig4", made)
+    assert len(picture.axes) == 6 and SPECTRAL in words and "Adam, rate 1e-5, 1e-4" in words
+    assert picture.axes[1].get_title() == "ResNet-18, CIFAR-10, 5,000 images"
+
+
+def test_the_steps_of_figure_7_go_on_as_epochs_without_a_break():
+    """Eight steps, then the second epoch of 1,000 images in batches of 128 at its middle."""
+    result = Made().only("fig7", "batch 128", "AGD")
+    steps, loss, low, mean, high = figures._iterations(result)
+    assert list(steps[-12:-8]) == [7.5, 12, 20, 28] and np.all(np.diff(steps) > 0)
+    assert loss[-12:-9] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert mean[-12:-10] == pytest.approx([0.2, 0.1]) and len(low) == len(high) == len(steps)
 
 
 def tuned_at(**rates):
@@ -208,13 +232,18 @@ def grid_of(*losses, stopped=None):
     ([[3, 2], [1, None, None], [3, 1.5]], 1, "1e-2"),
     ([[3, None], [3, 2], [3, 4]], None, "1e-1"),
     ([[None], [None], [None]], None, None),
-    ([[3, 2], [1], [3, 1.5]], None, None),  # the second has not come as far
+    ([[3, 2], [4], [2, 5]], None, "1e-2"),  # the second has not come as far
     ([[3, 2], [3, 1.5]], None, None),  # nor has the third begun
     ([], None, None),
 ])  # fmt: skip
-def test_tuned_is_the_least_final_train_loss_of_a_finished_search(losses, stopped, best):
-    result = grid_of(*losses, stopped=stopped).tuned("fig5", "fcn", "Adam")
+def test_tuned_is_the_least_train_loss_where_the_whole_grid_is(losses, stopped, best):
+    """The run of the rate is as long as it went on."""
+    made = grid_of(*losses, stopped=stopped)
+    result = made.tuned("fig5", "fcn", "Adam")
     assert (result and result.experiment.flag("--lr")) == best
+    if best:
+        assert len(result.epochs) == len(losses[int(best[-1])])
+        assert made.searched_epochs("fig5", "fcn", "Adam") == min(map(len, losses))
 
 
 def test_a_rate_with_seeds_is_tuned_by_their_mean():
@@ -281,6 +310,8 @@ HOLDS = [
      lambda x, n: {"train_loss": 0.1} if x[:3] == ("fig1", "rates", "SGD") and "1e0" in x.flags
      else PAPERS(x, n)),
     ("smaller_objective", PAPERS, constant(train_loss=0.5)),
+    ("level_on_images", lambda x, n: {**PAPERS(x, n), "test_acc": 0.5}, lambda x, n: {
+        **PAPERS(x, n), "test_acc": 0.5 if x.figure == "fig4" or x.curve == "AGD" else 0.53}),
     ("wider", size, constant(train_loss=0.5)),
     ("depth_32", size, constant(train_loss=0.5)),
     ("batches", constant(), lambda x, n: {"train_loss": float(n)}),
@@ -316,13 +347,37 @@ def test_comparable_is_judged_on_resnet_18():
     assert judge(claim, far)[0] == "does not hold"
 
 
-def test_unfinished_runs_judge_nothing_and_tell_how_it_stands():
+def test_a_verdict_on_unfinished_runs_is_one_so_far():
+    """After as many epochs as all of them have, whatever came later."""
     verdict, words = judge(CLAIM["wider"], Made(change=size, cut=lambda x: 3))
-    assert verdict == "not run" and words.startswith("so far, 3 of 6 epochs: 15 of 15")
-    uneven = Made(change=size, cut=lambda x: 3 if x.panel == "2x64" else 4)
-    assert judge(CLAIM["wider"], uneven) == ("not run", "")
+    assert verdict == "holds so far" and words.startswith("3 of 6 epochs, 15 of 15")
+
+    def later(x, n):
+        return {"train_loss": 9.0} if n > 3 and x.panel == "4x512" else size(x, n)
+
+    uneven = Made(change=later, cut=lambda x: 3 if x.panel == "2x64" else 4)
+    verdict, words = judge(CLAIM["wider"], uneven)
+    assert verdict == "holds so far" and words.startswith("3 of 6 epochs, 15 of 15")
+    uneven.cut = lambda x: 4
+    assert judge(CLAIM["wider"], uneven)[0] == "does not hold so far"
+
+    # Of a grid the tuned rate alone goes on; where it is chosen is said.
+    made = Made("full", PAPERS)
+    cut = {("Adam", "1e-4"): 4, ("SGD", "1e-1"): 12, ("AGD", None): 12}
+    made.cut = lambda x: cut.get((x.curve, x.flag("--lr")), 2 + (x.curve == "SGD"))
+    verdict, words = judge(CLAIM["smaller_objective"], made)
+    assert verdict == "holds so far"
+    assert words == ("4 of 12 epochs, AGD 0.4000, Adam 0.3000, SGD 0.5000 "
+                     "(rates chosen after 2 epochs)")  # fmt: skip
+    made.cut = lambda x: 12 if x.flag("--lr") in (None, "1e-4", "1e-1") else 2
+    assert judge(CLAIM["smaller_objective"], made)[0] == "holds so far"
+    made.cut = lambda x: 0 if x.flag("--lr") == "1e-3" else 12
+    assert judge(CLAIM["smaller_objective"], made) == ("not run", "")
+
     # A run that was looked at and left aside does not count; a set that is not fitted is none.
     made = Made("full", rise_and_fall, cut=lambda x: 3 if x.figure == "phases" else 12)
+    assert judge(CLAIM["two_phases"], made)[0] == "holds"
+    made.cut = lambda x: 12 if x.figure == "fig5" else 0
     assert judge(CLAIM["two_phases"], made)[0] == "holds"
     assert judge(CLAIM["two_phases"], Made(change=constant(train_acc=0.9)))[0] == "not run"
 
@@ -350,8 +405,13 @@ def test_the_page_marks_cut_runs_and_leaves_out_seeds_of_other_lengths():
     assert "a processor, 1 thread a run, torch 2; 2026-01-01, from epoch 4 a GPU, torch 2 |" in page
     assert "(2 of 6 epochs)" in report.sizes(made)
     made.cut = lambda x: 2 if x.flag("--lr") == "1e-3" else 99
-    assert "not run (5 of 5 runs begun)" in report.numbers(made)
-    assert "**" not in report.searches(made).split("failure.")[1]
+    assert "Adam at 1e-5, chosen after 2 |" in report.numbers(made)
+    fig5 = report.searches(made).split("fig. 5, ")[1]
+    assert fig5.startswith("FCN 8×256, CIFAR-10, Adam, after 2 epochs |")
+    assert "| **0.5000, 40.0 %** | 0.5000, 40.0 % |" in fig5
+    made.cut = lambda x: 0 if x.flag("--lr") == "1e-3" else 99
+    assert "not run (4 of 5 runs begun)" in report.numbers(made)
+    assert "**" not in report.searches(made).split("fig. 5, ")[1].split("fig. 10")[0]
 
 
 def test_runs_on_different_images_are_not_put_together():
