@@ -13,7 +13,7 @@ import main as program
 from agd import AGD, init_weights
 from architecture import build
 from runs.log import RunError
-from scripts import bigram, figures, majorisation, report
+from scripts import bigram, figures, majorisation, publish, report
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import FIGURES, SCALES, SPECTRAL, Experiment, experiments
 from scripts.results import Result, Results, log_name, searched
@@ -54,6 +54,31 @@ def test_the_published_page_is_what_its_logs_say(tmp_path):
     assert report.write(out).read_text() == (ROOT / "results" / "README.md").read_text()
 
 
+def test_publishing_takes_ended_runs_without_what_is_of_this_machine(tmp_path):
+    """A longer log replaces a shorter one; one that is still written does not."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "full/logs").mkdir(parents=True)
+    end = {"kind": "end", "epochs": 2}
+
+    def write(name, *rows):
+        first = {"kind": "run", "name": name, "settings": {},
+                 "flags": {"data_dir": "/home/me", "out": str(here)}}
+        text = "\n".join(json.dumps(x) for x in (first, *rows)) + "\n"
+        (here / f"full/logs/{name}.jsonl").write_text(text)
+
+    write("a", row(1), row(2, train_loss=0.123456789), end)
+    write("b", row(1))
+    assert publish.main([str(here), "--out", str(there)]) is None
+    (path,) = there.rglob("*.jsonl")
+    first, *_, last, _ = map(json.loads, path.read_text().splitlines())
+    assert path == there / "full/logs/a.jsonl" and last["train_loss"] == 0.123457
+    assert first["flags"] == {"data_dir": "~/.cache/agd", "out": (there / "full").as_posix()}
+    write("a", row(1), end)
+    assert not list(publish.publish(here, there))
+    write("a", row(1), row(2), row(3), end)
+    assert list(publish.publish(here, there)) == [path] and '"epoch": 3' in path.read_text()
+
+
 def test_published_logs_are_runs_of_the_table_and_small():
     paths = []
     for scale in SCALES:
@@ -61,7 +86,8 @@ def test_published_logs_are_runs_of_the_table_and_small():
         logs = list((ROOT / "results" / scale / "logs").glob("*.jsonl"))
         assert {path.stem for path in logs} <= names
         paths += logs
-    assert sum(path.stat().st_size for path in paths) < 3e6
+    assert sum(path.stat().st_size for path in paths) < 5e6
+    assert max(path.stat().st_size for path in paths) < 320e3
     for path in paths:
         first = path.read_text().split("\n", 1)[0]
         assert not json.loads(first)["flags"]["data_dir"].startswith("/")

@@ -38,6 +38,7 @@ COMMANDS = {
     "scripts.spectral": "--only", "scripts.sample": "--prompt --tokens --temperature --top_k --out",
     "scripts.reproduce": "--scale --jobs --list --draw --epochs --submit --together",
     "scripts.benchmark": "--out", "scripts.gpu_checks": "--plan --work --out",
+    "scripts.publish": "--out",
     "scripts.suite": "--methods --jobs --time_limit --out --list --draw --time --quick",
     "scripts.scaling": "", "tests.crash": "", "tests.fuzz": "",
 }  # fmt: skip
