@@ -1,6 +1,6 @@
 """The paper's claims, and two on a text, with their verdicts, judged from the runs of the table.
 
-CLAIMS is the table. `judge` gives a claim's verdict: holds, does not hold, or not run.
+CLAIMS is the table, `judge` gives a claim's verdict.
 """
 
 import math
@@ -13,6 +13,7 @@ from scripts.experiments import ADAMW, BASELINES, BATCHES, DEPTHS, SPECTRAL, WID
 from scripts.words import number
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
+LEAST = 0.05  # of the length of a run: nothing is judged before
 NEAR = 0.025  # accuracies that are comparable
 
 
@@ -27,11 +28,14 @@ class Claim(NamedTuple):
 
 
 class Evidence:
-    """The runs of one scale, their first `epochs` alone if any are named. `used` are the runs
-    behind a verdict, `chosen` the epochs after which their rates were, where they went on."""
+    """The runs of one scale: `used` are those behind a verdict.
+
+    Of a figure in `epochs` the runs count as far as the number there. `chosen`: {baseline: epochs
+    after which its rate was chosen}, where the run at that rate went on.
+    """
 
     def __init__(self, results, epochs=None):
-        self.results, self.epochs, self.used, self.chosen = results, epochs, [], None
+        self.results, self.epochs, self.used, self.chosen = results, epochs or {}, [], {}
         self.widths = WIDTHS.get(results.scale)
 
     def grid(self, *key):
@@ -42,7 +46,11 @@ class Evidence:
         return self.take(runs)
 
     def take(self, runs):
-        runs = [run.until(self.epochs) for run in runs]
+        """Runs of a figure, as far as they count."""
+        most = self.epochs.get(runs[0].experiment.figure)
+        if most and runs[0].experiment.scheduled:
+            raise Missing
+        runs = [run.until(most) for run in runs]
         self.used += runs
         return runs
 
@@ -52,13 +60,15 @@ class Evidence:
 
     def tuned(self, *key):
         """The runs, one a seed, at the tuned rate of a grid."""
-        runs = self.results.tuned_seeds(*key)
+        most = self.epochs.get(key[0], math.inf)
+        runs = self.results.tuned_seeds(*key, most)
         if not runs:
             raise Missing
+        runs = self.take(runs)
         epochs = self.results.searched_epochs(*key)
         if epochs < len(runs[0].epochs):
-            self.chosen = min(epochs, self.chosen or epochs)
-        return self.take(runs)
+            self.chosen[key[-1]] = epochs
+        return runs
 
 
 def points(x):
@@ -247,7 +257,7 @@ CLAIMS = [
     Claim("AGD and tuned Adam attain a smaller training objective than tuned SGD.",
           "Holds if both last train losses are below tuned SGD's.", smaller_objective),
     Claim("AGD and tuned Adam have comparable test accuracies on the fully connected networks.",
-          "Holds if AGD's last is above Adam's less 2.5 points, in figures 4 and 5.",
+          "Holds if on FCN 16×512 and 8×256 AGD's last is above Adam's less 2.5 points.",
           level_on_images),
     Claim("Wider is better in train loss.", "Holds if at every depth each width's last train loss "
           "is below that of the width before.", wider),
@@ -276,20 +286,29 @@ CLAIMS = [
 
 
 def judge(claim, results):
-    """("holds" or "does not hold", the numbers), or ("not run", ""). Of runs that are not finished
-    the verdict is one so far, after as many epochs as all of them have; of a grid that is not, it
-    names those after which its rate was chosen."""
-    runs = Evidence(results)
+    """("holds" or "does not hold", the numbers), or ("not run", "").
+
+    Where runs of a figure are not finished, the verdict is one "so far": all its runs count up to
+    the epoch that each of them has. Nothing is judged before LEAST of the planned length.
+    """
     try:
+        runs = Evidence(results)
+        claim.evidence(runs)
+        begun = {run.experiment.figure: run.experiment.epochs
+                 for run in runs.used if not run.finished}  # fmt: skip
+        epochs = {figure: min(len(run.epochs) for run in runs.used
+                              if run.experiment.figure == figure and not run.stopped)
+                  for figure in begun}  # fmt: skip
+        if any(epochs[figure] < LEAST * planned for figure, planned in begun.items()):
+            raise Missing
+        runs = Evidence(results, epochs)
         holds, words = claim.evidence(runs)
-        begun = [run for run in runs.used if not run.finished]
-        if begun:
-            epochs = min(len(run.epochs) for run in runs.used if not run.stopped)
-            holds, words = claim.evidence(Evidence(results, epochs))
-            words = f"{epochs:,} of {begun[0].experiment.epochs:,} epochs, {words}"
-        if runs.chosen:
-            words += f" (rates chosen after {runs.chosen:,} epochs)"
     except Missing:
         return "not run", ""
+    lengths = [f"{epochs[figure]:,} of {planned:,} epochs" for figure, planned in begun.items()]
+    words = ", ".join([*lengths, words])
+    if runs.chosen:
+        words += "; chosen: " + ", ".join(
+            f"{name}'s rate after {n:,} epochs" for name, n in runs.chosen.items())  # fmt: skip
     verdict = "holds" if holds else "does not hold"
     return verdict + (" so far" if begun or runs.chosen else ""), words

@@ -1,7 +1,8 @@
 """Every run of every figure, at two scales: `python -m scripts.experiments [quick|full]` prints it.
 
-`full` is the paper's, `quick` the same pictures from runs that two CPU cores finish in under a
-quarter of an hour a figure. A figure is drawn from these runs and no others.
+`full` is the paper's, with stand-ins where it wants a GPU, `quick` the same pictures from runs that
+two CPU cores finish in under a quarter of an hour a figure. A figure is drawn from these runs and
+no others.
 
 No rate here has a schedule, so that a run is the beginning of a longer one: figures that share a
 run may stop reading it at different epochs. AdamW in figure 10 is tuned with one.
@@ -174,7 +175,7 @@ def main(argv=None):
     for scale in parser.parse_args(argv).scales or SCALES:
         for row in experiments(scale):
             line = f"python main.py {shlex.join(row.flags)} --epochs {row.epochs}"
-            print(f"{scale:5}  {row.figure:6}  {row.panel:13}  {row.curve:19}  {line}")
+            print(f"{scale:5}  {row.figure:6}  {row.panel:23}  {row.curve:19}  {line}")
 
 
 if __name__ == "__main__":

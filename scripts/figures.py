@@ -1,7 +1,6 @@
 """The paper's figures, drawn from the runs of the table: `scripts.reproduce FIGURE --draw`.
 
-Numbered as in the authors' blog post. A function's docstring is its figure's caption. A panel
-without runs says so.
+Numbered as in the authors' blog post. A function's docstring is its figure's caption.
 """
 
 import math
@@ -24,7 +23,7 @@ from scripts.experiments import (
     WIDTHS,
 )
 from scripts.results import searched
-from scripts.style import BLACK, BLUE, DASHED, DOTTED, ETA, RED, WIDTH
+from scripts.style import BLACK, BLUE, DASHED, DOTTED, RED, WIDTH
 from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
 from scripts.words import data_name
 
@@ -196,50 +195,67 @@ STAND_INS = {"resnet18": "resnet18, 5,000 images", "vgg": "vgg, tiny100"}
 
 
 def fig4(results):
-    """Adam, on ImageNet SGD, at the rate of the grid with the least train loss. Below, η, its mean
+    """Adam at the rate of its grid with the least train loss; SGD on ImageNet, and Adam on 5,000
+    images, at the one rate that is run. Spectral AGD is tested at its average. Below, η, its mean
     in each epoch within its range."""
-    panels = []
+    names, drawn = (*RULES, *BASELINES), {}
     for panel in ("fcn", "resnet18", "vgg", "imagenet"):
-        panels += [x for x in (panel, STAND_INS.get(panel)) if x and results.of("fig4", x)][:1]
-    size = {"figsize": (max(0.45, len(panels) / 3) * WIDTH, 4.6), "height_ratios": (1, 1, 0.6)}
-    figure, axes = plt.subplots(3, len(panels), squeeze=False, sharex="col", **size)
-    names = {}
-    for (objective, accuracy, eta), panel in zip(axes.T, panels):
+        for place in filter(None, (panel, STAND_INS.get(panel))):
+            runs = {name: _shown(results, "fig4", place, name) for name in names}
+            if any(runs.values()):
+                drawn[place] = runs
+                break
+    if not drawn:
+        return None
+    size = {"figsize": (max(0.45, len(drawn) / 3) * WIDTH, 4.6), "height_ratios": (1, 1, 0.6)}
+    figure, axes = plt.subplots(3, len(drawn), squeeze=False, sharex="col", **size)
+    for (objective, accuracy, eta), (panel, runs) in zip(axes.T, drawn.items()):
         objective.set_title(results.title("fig4", panel), fontsize=7.5)
-        for name in (*RULES, *BASELINES):
-            result = _shown(results, "fig4", panel, name)
-            if result is None:
-                continue
-            look, rate = style.OPTIMIZERS[name], result.experiment.flag("--lr")
-            names.setdefault(name, {}).setdefault(rate, None)
-            style.curve(objective, result, "train_loss", *look)
-            style.train_and_test(accuracy, result, "acc", *look, 100)
-            if name in RULES:
-                style.band(eta, result, "eta", *look)
+        words = []
+        for name in names:
+            if result := runs[name]:
+                look = style.OPTIMIZERS[name]
+                style.curve(objective, result, "train_loss", *look)
+                style.train_and_test(accuracy, result, "acc", *look, 100)
+                if name in RULES:
+                    style.band(eta, result, "eta", *look)
+            if name in BASELINES and results.of("fig4", panel, name):
+                words.append(f"{name}{_rate(results, result)}")
+        objective.text(0.03, 0.04, "\n".join(words), transform=objective.transAxes, fontsize=7)
         style.log_values(objective)
-        style.log_values(eta)
-        style.log_axis(eta, longest(results.of("fig4", panel)))
+        style.log_axis(eta, max(len(result.epochs) for result in runs.values() if result))
+        if any(runs[name] for name in RULES):
+            style.log_values(eta)
+        else:
+            style.not_run(eta)
     for ax, words in zip(axes[:, 0], ("train loss", "accuracy (%)", "η")):
         ax.set_ylabel(words)
-    keys = [style.optimizer_key(name, f"{name}, rate {', '.join(rates)}" if None not in rates
-                                else name) for name, rates in names.items()]  # fmt: skip
-    style.legend(figure, keys + style.kinds())
+    there = [name for name in names if any(runs[name] for runs in drawn.values())]
+    style.legend(figure, [*map(style.optimizer_key, there), *style.kinds()])
     return figure
 
 
+def _rate(results, result):
+    """The rate of the tuned run of a grid, and when it was chosen if the grid is not finished."""
+    if result is None:
+        return ": search not finished"
+    row = result.experiment
+    epochs = results.searched_epochs(*row[:3])
+    return f", rate {row.flag('--lr')}" + (
+        f" (chosen after {epochs:,} epochs)" if epochs < len(result.epochs) else "")  # fmt: skip
+
+
 def fig5(results):
-    """Adam and SGD at the rate of the grid with the least train loss, in the last epoch that the
-    whole grid has. Spectral AGD is tested at its average. Right: the mean over layers, its mean in
-    each epoch within the range of its steps. Of seeds the first."""
+    """Adam and SGD at the rate of the grid with the least train loss. Spectral AGD is tested at its
+    average. Right: the update of a step, a mean over layers; the line is its mean in an epoch, the
+    band its range. Of several seeds the first is shown."""
     runs, keys = {}, []
     for name in (*RULES, *BASELINES):
         if not results.of("fig5", "fcn", name):
             continue
-        result, words = _shown(results, "fig5", "fcn", name), name
-        if name in BASELINES:
-            rate = f", rate {result.experiment.flag('--lr')}" if result else None
-            words += rate or ": search not finished"
-        keys.append(style.optimizer_key(name, words))
+        result = _shown(results, "fig5", "fcn", name)
+        rate = _rate(results, result) if name in BASELINES else ""
+        keys.append(style.optimizer_key(name, name + rate))
         if result is not None:
             runs[name] = result
     figure, (objective, accuracy, update) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
@@ -260,27 +276,28 @@ def fig5(results):
 
 
 def fig6(results):
-    """Left: after the last epoch that all networks have, brighter is better (η: darker is larger).
-    Right: a depth in each picture, a width in each line; η is the mean in an epoch."""
+    """A row is a quantity; η is its mean in an epoch. Left: networks of all depths and widths after
+    the last epoch that all of them have, brighter is better (η: larger is darker). Right: a picture
+    for each depth, a line for each width."""
     runs = {(depth, width): results.only("fig6", f"{depth}x{width}", "AGD")
             for depth in DEPTHS for width in WIDTHS[results.scale]}  # fmt: skip
     runs = {size: result for size, result in runs.items() if result}
     depths, widths = (sorted(set(sizes)) for sizes in zip(*runs))
-    epochs = min(len(result.epochs) for result in runs.values())
-    figure = plt.figure(figsize=(WIDTH, 4.6))
+    epochs = min((len(x.epochs) for x in runs.values() if not x.stopped), default=1)
+    figure = plt.figure(figsize=(WIDTH, 4.7))
     columns = (0.52 * len(widths), *[0.85] * len(depths))
     grid = figure.add_gridspec(3, len(columns), width_ratios=columns)
     colours = dict(zip(widths, style.shades(len(widths))))
     quantities = (("train loss", "train_loss", 1, ".3f", "viridis_r"),
                   ("test accuracy (%)", "test_acc", 100, ".1f", "viridis"),
-                  ("η", "eta_mean", 1, ".2f", "Blues"))  # fmt: skip
+                  ("η", "eta_mean", 1, ".2f", "YlGnBu"))  # fmt: skip
     for row, (words, key, scale, form, colormap) in enumerate(quantities):
         last = {size: scale * x.until(epochs).column(key)[-1] for size, x in runs.items()}
-        ax = figure.add_subplot(grid[row, 0])
-        style.heat_map(ax, depths, widths, last, form, colormap)
-        ax.set_title(words)
-        ax.set_ylabel("depth")
-        ax.tick_params(labelbottom=row == 2)
+        table = figure.add_subplot(grid[row, 0])
+        style.heat_map(table, depths, widths, last, form, colormap)
+        table.set_title(f"{words}, epoch {epochs:,}")
+        table.set_ylabel("depth")
+        table.tick_params(labelbottom=row == 2)
         first = None
         for column, depth in enumerate(depths, 1):
             first = ax = figure.add_subplot(grid[row, column], sharey=first, sharex=first)
@@ -293,14 +310,14 @@ def fig6(results):
             style.log_axis(ax, longest(runs.values()), "epochs" if row == 2 else "", few=True)
         if key == "train_loss":
             style.log_values(first)
-    figure.axes[2 * (1 + len(depths))].set_xlabel("width")
+    table.set_xlabel("width")
     style.legend(figure, [style.key(f"width {width}", colours[width]) for width in widths])
     return figure
 
 
 def fig7(results):
-    """Means over twelfths of a decade of the steps of the first epoch, then over epochs; η within
-    its range. Of seeds the first."""
+    """Train loss and η: means over steps of the first epoch, then over epochs; η within its range.
+    Of several seeds the first is shown."""
     figure, (objective, eta, accuracy) = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
     runs = {batch: results.only("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
     keys = []
@@ -325,27 +342,22 @@ def fig7(results):
     return figure
 
 
-def bins(count):
-    """Slices of `count` steps, single at first, then a twelfth of a decade wide."""
-    points = max(2, 1 + round(12 * np.log10(count)))
-    edges = sorted({round(x) for x in np.geomspace(1, count + 1, points)})
-    return [slice(low - 1, high - 1) for low, high in zip(edges, edges[1:])]
-
-
 def _iterations(result):
-    """Step, train loss, and least, mean and greatest eta: of the first epoch's steps in bins, then
-    of epochs, each at its middle."""
+    """Step, train loss, and least, mean and greatest eta: of the first epoch's steps, then of
+    epochs, each at its middle; in parts of a decade."""
     steps = [row for row in result.steps if row["epoch"] == 1]
-    parts, count = bins(len(steps)), len(steps)
+    count, epochs = len(steps), len(result.epochs)
+    x = np.concatenate([np.arange(count) + 1, count * (np.arange(2, epochs + 1) - 0.5)])
+    first, later = style.bins(count, 12), style.bins(epochs, 24)[1:]
+    parts = first + [slice(count - 1 + part.start, count - 1 + part.stop) for part in later]
 
     def column(key, of_epoch, reduce=np.mean):
-        values = np.array([math.nan if row[key] is None else row[key] for row in steps])
-        return np.array([reduce(values[part]) for part in parts] + result.column(of_epoch)[1:])
+        values = [math.nan if row[key] is None else row[key] for row in steps]
+        values = np.array(values + result.column(of_epoch)[1:])
+        return np.array([reduce(values[part]) for part in parts])
 
-    first = [(part.start + 1 + part.stop) / 2 for part in parts]
-    later = [count * (n + 0.5) for n in range(1, len(result.epochs))]
     etas = zip(("min", "mean", "max"), (np.min, np.mean, np.max))
-    return (np.array(first + later), column("loss", "train_loss"),
+    return (np.array([x[part].mean() for part in parts]), column("loss", "train_loss"),
             *(column("eta", f"eta_{which}", reduce) for which, reduce in etas))  # fmt: skip
 
 
@@ -376,11 +388,13 @@ def fig8(results):
         seconds += budgets[1]
         colour, marker = style.OPTIMIZERS[name]
         look = {"color": colour, "marker": marker, "markersize": 4.2, "markerfacecolor": "white",
-                "markevery": style.spaced(len(rows), 6), "clip_on": False}  # fmt: skip
+                "clip_on": False}  # fmt: skip
         look |= {"linewidth": 2.2} if name in RULES else {}
-        for column, spent in enumerate(budgets):
-            axes[0, column].plot(spent, [100 * row["test_acc"] for row in rows], **look)
-            axes[1, column].plot(spent, [row["train_loss"] for row in rows], **look)
+        for column, spent in enumerate(style.binned(x)[1] for x in budgets):
+            look["markevery"] = style.spaced(spent, 6)
+            for line, (key, scale) in enumerate((("test_acc", 100), ("train_loss", 1))):
+                values = style.binned([scale * row[key] for row in rows])[1]
+                axes[line, column].plot(spent, values, **look)
     epochs = max((line.get_xdata()[-1] for line in axes[1, 0].lines), default=2)
     style.log_axis(axes[1, 0], epochs, "compute: epochs of training, the search included")
     words = "seconds of the runs, the search included"
@@ -464,7 +478,7 @@ def fig11(results):
     length.plot(epochs, np.sqrt(1 + 3 * np.cumsum(steps * relative**2)), **predicted)
     style.curve(turn, result, "turn", colour)
     turn.plot(epochs, 1 / np.sqrt(3 * steps * epochs), **predicted)
-    style.band(eta, result, "eta", ETA)
+    style.band(eta, result, "eta", colour)
     titles = r"length $\rho(Z)/s$", "turn of $Z$ in a step", "automatic learning rate η"
     for ax, words in zip((length, turn, eta), titles):
         ax.set_title(words)
@@ -478,16 +492,20 @@ def fig11(results):
 
 
 def phases(results):
-    """A part of the training set is fitted soon: η rises, then falls."""
-    figure, ax = plt.subplots(figsize=(WIDTH * 0.55, 2.6))
-    right = style.right_axis(ax)
-    style.eta_loss_accuracy(ax, right, results.only("phases", "fcn", "AGD"))
-    style.percent(ax, results.of("phases"))
-    style.log_axis(ax, longest(results.of("phases")))
-    ax.set_title(results.title("phases", "fcn"))
-    ax.set_ylabel("accuracy (%)")
-    right.set_ylabel("objective and η")
-    style.legend(figure, style.quantities(), 2)
+    """A part of the training set is fitted soon: η, its mean in each epoch within its range, rises,
+    then falls."""
+    result = results.only("phases", "fcn", "AGD")
+    figure, (accuracy, eta) = plt.subplots(1, 2, figsize=(WIDTH * 2 / 3, 2.4))
+    style.train_and_test(accuracy, result, "acc", BLACK, scale=100)
+    style.band(eta, result, "eta", BLACK)
+    style.percent(accuracy, [result])
+    accuracy.set_title("accuracy (%)")
+    eta.set_title("automatic learning rate η")
+    style.log_values(eta)
+    for ax in (accuracy, eta):
+        style.log_axis(ax, len(result.epochs))
+    style.legend(figure, style.kinds())
+    figure.supxlabel(results.title("phases", "fcn"), fontsize=7)
     return figure
 
 

@@ -1,7 +1,8 @@
-"""Copy logs of runs that have ended to the published ones: `python -m scripts.publish FROM`.
+"""Copy logs of the table's runs to the published ones: `python -m scripts.publish FROM`.
 
-FROM is the --out of scripts.reproduce. Numbers of epochs are rounded to six digits, paths of this
-machine become main.py's defaults. A log of as many epochs stays as it is.
+FROM is the --out of scripts.reproduce. A run counts that came to its end or to --epochs, of a
+commit. A published log of as many epochs stays. Numbers are rounded to six digits; what no figure
+reads is left out, and so is where data and output lay.
 """
 
 import sys
@@ -16,24 +17,32 @@ from cli import Parser, a_path, command
 from runs.files import write_whole
 from runs.log import read_rows
 from scripts.experiments import SCALES
-from scripts.results import epochs_done
+from scripts.results import Results, epochs_done, log_name
 
 
-def published(rows, out):
-    """The rows of a log as they are published under the folder `out`."""
+def published(rows, scale):
+    """The rows of a log as they are published."""
     run, *rest = rows
-    run = {**run, "flags": {**run["flags"], "data_dir": "~/.cache/agd", "out": out}}
-    return [run, *({key: float(f"{x:.6g}") if isinstance(x, float) else x
-                    for key, x in row.items()} for row in rest)]  # fmt: skip
+    places = {"data_dir": "~/.cache/agd", "out": f"results/{scale}"}
+    yield {**run, "flags": run["flags"] | places}
+    for row in rest:
+        yield {key: float(f"{x:.6g}") if isinstance(x, float) else x
+               for key, x in row.items() if key != "images_per_second"}  # fmt: skip
 
 
 def publish(source, target):
     """Copy from one --out to another; yields the paths of the new logs."""
-    for path in sorted(path for scale in SCALES for path in source.glob(f"{scale}/logs/*.jsonl")):
-        there, rows = target / path.relative_to(source), read_rows(path)
-        if rows[-1]["kind"] == "end" and epochs_done(there) < epochs_done(path):
-            lines = [json.dumps(row, ensure_ascii=False)
-                     for row in published(rows, there.parent.parent.as_posix())]  # fmt: skip
+    for scale in SCALES:
+        here = Results(source, scale)
+        for name in sorted({log_name(row) for row in here.table}):
+            path, there = here.log(name), Results(target, scale).log(name)
+            if epochs_done(path) <= epochs_done(there):
+                continue
+            rows = read_rows(path)
+            commit = rows[0].get("commit") or "-modified"
+            if not rows[-1].get("final") or commit.endswith("-modified"):
+                continue
+            lines = [json.dumps(row, ensure_ascii=False) for row in published(rows, scale)]
             there.parent.mkdir(parents=True, exist_ok=True)
             write_whole(there, "\n".join([*lines, ""]))
             yield there

@@ -20,8 +20,9 @@ INTRODUCTION = (
     "at 32 pixels, stands in for CIFAR-100, and its accuracies do not compare with that."
 )
 TUNED = (
-    "Tuned means the least train loss (**bold**) over the grid in the last epoch that all its runs "
-    "have, test accuracies unseen; a run whose loss was no longer finite is kept as a failure."
+    "Tuned means the least train loss (**bold**) over the grid, test accuracies unseen, in the "
+    "last epoch that all runs have which did not break off. A run whose loss was no longer finite "
+    "is kept as a failure."
 )
 # The paper's final test accuracies in %, by figure, panel and curve (its section 5 and captions),
 # and the best rates of its grids.
@@ -70,7 +71,8 @@ def claims(scales):
             verdict, words = judge(claim, results)
             row.append(f"**{verdict}**" + (f": {words}" if words else ""))
     words = ("The paper's, then two on a text. A quick verdict is one on the beginning of "
-             "training.")  # fmt: skip
+             "training. A verdict *so far* is one on runs that have not come to the paper's "
+             "length: they are compared after as many epochs as all of them have.")  # fmt: skip
     head = ["claim", *(results.scale for results in scales)]
     return f"## The claims\n\n{words}\n\n" + table(head, rows)
 
@@ -223,7 +225,8 @@ def searches(results):
             words += f" ({len(runs)} of {len(planned)} runs)"
         elif 0 < epochs < runs[0].experiment.epochs:
             words += f", after {epochs:,} epochs"
-            rates = {rate: [x.until(epochs) for x in some] for rate, some in rates.items()}
+            rates = {rate: [x if x.stopped else x.until(epochs) for x in some]
+                     for rate, some in rates.items()}  # fmt: skip
             best = [x.until(epochs) for x in best]
         seeds = len({row.flag("--seed") for row in planned})
         words += f", means over {seeds} seeds" if seeds > 1 else ""
@@ -244,7 +247,8 @@ def pictures(results):
             place = path.relative_to(results.out).as_posix()
             caption = " ".join(DRAWN[figure].__doc__.split())
             parts.append(f"#### {name}\n\n![{name}]({place})\n\n{caption}")
-    return "\n\n".join(["### Figures", *parts]) if parts else ""
+    words = "A line of many epochs goes through means over twenty-fourths of a decade."
+    return "\n\n".join(["### Figures", words, *parts]) if parts else ""
 
 
 def extent(results):

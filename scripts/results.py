@@ -16,6 +16,8 @@ from runs.name import name_and_settings
 from scripts.experiments import experiments
 from scripts.words import data_name
 
+LEAST = 0.01  # of the length of a run: no rate is chosen before
+
 
 class Result(NamedTuple):
     """The logged part of an experiment's run."""
@@ -147,20 +149,21 @@ class Results:
         return rates
 
     def searched_epochs(self, figure, panel, curve):
-        """The epochs that every run of a grid has which did not break off; 0 while one is missing.
-        Where a schedule depends on the length, no run counts before its end."""
+        """The epochs that all runs of a grid have which did not break off. 0 while a run is missing
+        or has less than LEAST of its length, or all of it where its schedule depends on that."""
         grid = self.of(figure, panel, curve)
         alive = [result for result in grid if not result.stopped]
         if (len(grid) < len(self.planned(figure, panel, curve))
                 or any(x.experiment.scheduled and not x.finished for x in alive)):  # fmt: skip
             return 0
-        return min((len(x.epochs) for x in alive or grid), default=0)
+        epochs = min((len(x.epochs) for x in alive or grid), default=0)
+        return epochs if grid and epochs >= LEAST * grid[0].experiment.epochs else 0
 
-    def tuned_seeds(self, figure, panel, curve):
+    def tuned_seeds(self, figure, panel, curve, most=math.inf):
         """The runs, one a seed, of the rate of a grid with the least train loss, a mean over the
-        seeds, after the `searched_epochs`; they may go on from there. [] where there are none, or
-        no rate has finite losses."""
-        epochs = self.searched_epochs(figure, panel, curve)
+        seeds, after the `searched_epochs` or `most`; they may go on from there. [] where there are
+        none, or no rate has finite losses."""
+        epochs = min(self.searched_epochs(figure, panel, curve), most)
 
         def mean(runs):
             return sum(x.until(epochs).loss for x in runs) / len(runs)

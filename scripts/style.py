@@ -37,7 +37,7 @@ OPTIMIZERS = {  # colour and marker
     "NAdamW": (BLUE, "s"),
     "AdamW, tuned": (GREY, None),
 }
-ETA, OBJECTIVE, TRAIN, TEST = BLUE, ORANGE, BLACK, PINK  # as in figures 4, 6 and 7
+MANY = 50  # epochs, above which a line goes through means
 DOTTED = (0, (1, 1.2))
 DASHED = (0, (4, 1.8))
 KINDS = (("train", "-"), ("test", DOTTED))
@@ -109,18 +109,6 @@ def log_values(ax):
         ax.yaxis.set_minor_locator(NullLocator())
 
 
-def right_axis(ax):
-    """A log axis on the right, whose curves lie beneath those of `ax`."""
-    right = ax.twinx()
-    right.set_yscale("log")
-    ax.grid(False)  # it would lie above the curves on the right
-    right.grid(False, axis="y")
-    right.spines["right"].set_visible(True)
-    ax.set_zorder(right.get_zorder() + 1)
-    ax.patch.set_visible(False)
-    return right
-
-
 def not_run(ax):
     ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center",
             color="#777777", fontstyle="italic")  # fmt: skip
@@ -149,24 +137,39 @@ def heat_map(ax, rows, columns, values, form, colormap):
     ax.spines[:].set_visible(False)
 
 
-def spaced(count, shown, shift=0.0):
-    """About `shown` of `count` indices, evenly on a log axis, moved by `shift` of their distance;
-    all of a few."""
-    if count <= 2 * shown:
-        return list(range(count))
+def bins(count, decade):
+    """Slices of `count` items, of one at first, then a part of a decade wide."""
+    points = max(2, 1 + round(decade * np.log10(count)))
+    edges = sorted({round(x) for x in np.geomspace(1, count + 1, points)})
+    return [slice(low - 1, high - 1) for low, high in zip(edges, edges[1:])]
+
+
+def binned(y, reduce=np.mean):
+    """(epochs, values) of values of epochs: all of a few, means of bins of many."""
+    parts = bins(len(y), 24) if len(y) > MANY else [slice(i, i + 1) for i in range(len(y))]
+    return ([(part.start + 1 + part.stop) / 2 for part in parts],
+            [reduce(y[part]) for part in parts])  # fmt: skip
+
+
+def spaced(x, shown, shift=0.0):
+    """About `shown` indices of ascending values, evenly on a log axis, moved by `shift` of their
+    distance; all of a few."""
+    x = np.log(x)
+    if len(x) <= 2 * shown and not shift:
+        return list(range(len(x)))
     places = (np.arange(shown - bool(shift)) + shift) / (shown - 1)
-    return sorted({round(count**x) - 1 for x in places})
+    return sorted({int(abs(x - x[0] - (x[-1] - x[0]) * place).argmin()) for place in places})
 
 
 def curve(ax, result, key, colour, marker=None, scale=1.0, shift=0.0, **look):
     """A value of a run over its epochs, with a few markers."""
-    y = [scale * value for value in result.column(key)]
+    x, y = binned([scale * value for value in result.column(key)])
     if marker:
-        look |= {"marker": marker, "markevery": spaced(len(y), 4, shift), "markersize": 3.6,
+        look |= {"marker": marker, "markevery": spaced(x, 4, shift), "markersize": 3.6,
                  "markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}  # fmt: skip
     elif len(y) == 1:
         look |= {"marker": "o", "markersize": 3}
-    ax.plot(range(1, len(y) + 1), y, color=colour, **look)
+    ax.plot(x, y, color=colour, **look)
 
 
 def seeds(ax, results, key, colour, marker=None, thin=False):
@@ -191,8 +194,8 @@ def end(ax, x, y, colour, marker):
 
 def band(ax, result, key, colour, marker=None):
     """The mean of a value in each epoch, within its range."""
-    x = range(1, len(result.epochs) + 1)
-    low, high = result.column(f"{key}_min"), result.column(f"{key}_max")
+    (x, low), (_, high) = (binned(result.column(f"{key}_{which}"), reduce)
+                           for which, reduce in (("min", np.min), ("max", np.max)))  # fmt: skip
     ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
     curve(ax, result, f"{key}_mean", colour, marker)
 
@@ -201,14 +204,6 @@ def train_and_test(ax, result, kind, colour, marker=None, scale=1.0):
     """The "loss" or "acc" of a run: in training solid, in testing dotted."""
     curve(ax, result, f"train_{kind}", colour, marker, scale)
     curve(ax, result, f"test_{kind}", colour, None, scale, linestyle=DOTTED)
-
-
-def eta_loss_accuracy(ax, right, result):
-    """The log of a run of AGD: accuracies, and objective and eta on the right."""
-    band(right, result, "eta", ETA)
-    curve(right, result, "train_loss", OBJECTIVE)
-    curve(ax, result, "train_acc", TRAIN, scale=100)
-    curve(ax, result, "test_acc", TEST, scale=100, linestyle=DOTTED)
 
 
 def key(label, color, **look):
@@ -223,11 +218,6 @@ def optimizer_key(name, label=None):
 
 def kinds(test=DOTTED, word="test"):
     return [key("train", GREY), key(word, GREY, linestyle=test)]
-
-
-def quantities(test=DOTTED):
-    return [key("automatic learning rate η", ETA), key("objective", OBJECTIVE),
-            key("train accuracy", TRAIN), key("test accuracy", TEST, linestyle=test)]  # fmt: skip
 
 
 def legend(figure, handles, ncols=None):

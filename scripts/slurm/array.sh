@@ -2,7 +2,7 @@
 # The runs of the paper's figures, a task of an array a run: the arguments of scripts.reproduce
 # follow, and its --list shows the numbers. Without --array it is one job, of all of them or --draw.
 #
-#   sbatch --array 0-12%4 --gpus-per-node 1 scripts/slurm/array.sh fig5 --scale full
+#   sbatch --array 0-11%4 --gpus-per-node 1 scripts/slurm/array.sh fig5 --scale full
 #
 # python -m scripts.reproduce ... --submit slurm does that for the runs that are not finished, and
 # draws when they have ended. Without --gpus-per-node it runs on CPUs; --cpus-per-task is theirs.
