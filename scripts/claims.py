@@ -108,7 +108,7 @@ def best_rates(runs):
     for place in [("fig5", "fcn"), ("fig1", "rates")][: 2 if len(networks) == 1 else 1]:
         rate = {}
         for name in BASELINES:
-            runs.grid(*place, name)
+            runs.grid(*place, name)  # the rates that did not go on count, too
             rate[name] = runs.tuned(*place, name)[0].experiment.flag("--lr")
         grid = [row.flag("--lr") for row in runs.results.planned(*place, "SGD")]
         decades = math.log10(float(rate["SGD"]) / float(rate["Adam"]))
@@ -128,12 +128,19 @@ def smaller_objective(runs):
 def level_on_images(runs):
     holds, words = True, []
     for place in (("fig4", "fcn"), ("fig5", "fcn")):
-        agd, adam = runs.agd(*place), runs.tuned(*place, "Adam")[0]
+        before = len(runs.used)
+        try:
+            agd, adam = runs.agd(*place), runs.tuned(*place, "Adam")[0]
+        except Missing:
+            del runs.used[before:]
+            continue
         ours, theirs = agd.last["test_acc"], adam.last["test_acc"]
         holds = holds and ours > theirs - NEAR
         rate = adam.experiment.flag("--lr")
         network = agd.experiment.network
         words.append(f"{network}: AGD {points(ours)}, Adam at {rate} {points(theirs)}")
+    if not words:
+        raise Missing
     return holds, "; ".join(words)
 
 
@@ -257,7 +264,8 @@ CLAIMS = [
     Claim("AGD and tuned Adam attain a smaller training objective than tuned SGD.",
           "Holds if both last train losses are below tuned SGD's.", smaller_objective),
     Claim("AGD and tuned Adam have comparable test accuracies on the fully connected networks.",
-          "Holds if on FCN 16×512 and 8×256 AGD's last is above Adam's less 2.5 points.",
+          "Holds if AGD's last is above Adam's less 2.5 points on FCN 16×512 and 8×256, or on the "
+          "one of them that was run.",
           level_on_images),
     Claim("Wider is better in train loss.", "Holds if at every depth each width's last train loss "
           "is below that of the width before.", wider),

@@ -459,6 +459,10 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
     rise = Made(change=lambda x, n: {**PAPERS(x, n), "test_acc": 0.5 + 0.1 * (
         x.curve == "Adam" and n > 3)}, cut=lambda x: 11)  # fmt: skip
     assert judge(CLAIM["level_on_images"], rise)[0] == "does not hold so far"
+    # A network that was not run is left out, and so is what it has.
+    rise.cut = lambda x: 0 if x.figure == "fig4" and x.curve == "Adam" else 12
+    verdict, words = judge(CLAIM["level_on_images"], rise)
+    assert verdict == "does not hold" and "16×512" not in words and "8×256" in words
     # A run with a schedule is not judged in its middle.
     text = Made(change=on_text(1.7, 1.6), cut=lambda x: 3 if x.curve == SPECTRAL else 6)
     assert judge(CLAIM["level_on_text"], text) == ("not run", "")
