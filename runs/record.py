@@ -25,6 +25,7 @@ from runs.name import LATER, PARTS, wherever
 from runs.provenance import code, hardware, tilde, variables, versions
 
 LARGEST = 2**26  # bytes of a record that is read
+THREAD = "record"  # the name of the thread that writes it
 
 # Flags that choose where a run takes place and what it shows or keeps, and not its result.
 PLACEMENT_FLAGS = ("out", "data_dir", "device", "cpu", "distribute", "workers", "epochs", "fresh",
@@ -117,7 +118,8 @@ class Record:
         done: completed epochs of a run that goes on; the record on disk has their inputs.
         """
         # A daemon: a run that is interrupted does not wait for it.
-        self.thread = threading.Thread(target=self._begin, args=(done,), daemon=True)
+        self.thread = threading.Thread(target=self._begin, args=(done,), daemon=True,
+                                       name=THREAD)  # fmt: skip
         self.thread.start()
 
     def _begin(self, done):

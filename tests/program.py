@@ -1,12 +1,14 @@
 """Helpers of the tests that run main.py: flags, requests at given steps, what a run leaves."""
 
 import json
+import threading
 from pathlib import Path
 
 import torch
 
 import main as program
 from runs.checkpoint import unpack
+from runs.record import THREAD
 from training.control import NOTHING, Requests
 
 QUICK = ["--dataset", "digits", "--depth", "3", "--width", "32", "--epochs", "4"]
@@ -33,7 +35,11 @@ class Plan(Requests):
 def call(*flags, asked=None):
     """main() in this process. Returns its exit code and the Plan of its requests."""
     plan = Plan(asked or {})
-    return program.main([str(flag) for flag in flags], plan), plan
+    code = program.main([str(flag) for flag in flags], plan)
+    for thread in threading.enumerate():  # an interrupted run does not wait for its record
+        if thread.name == THREAD:
+            thread.join()
+    return code, plan
 
 
 def train(*flags, asked=None):
