@@ -178,12 +178,25 @@ def batches(runs):
 
 
 def larger_batches(runs):
-    mean = {}
-    for batch in BATCHES:
-        accs = [run.last["test_acc"] for run in runs.grid("fig7", f"batch {batch}", "AGD")]
-        mean[batch] = sum(accs) / len(accs)
+    """Judged after equal epochs; the accuracies at equal train losses are shown beside it, as an
+    epoch of a larger batch has fewer steps."""
+    seeds = {batch: runs.grid("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
+    mean = {batch: sum(run.last["test_acc"] for run in those) / len(those)
+            for batch, those in seeds.items()}  # fmt: skip
     words = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
+    first = {batch: those[0] for batch, those in seeds.items()}
+    common = max(min(filter(math.isfinite, run.column("train_loss")), default=math.inf)
+                 for run in first.values())  # fmt: skip
+    if math.isfinite(common):
+        words += f"; when train loss is first at most {number(common, 4)}: "
+        words += ", ".join(f"{batch}: {level(run, common)}" for batch, run in first.items())
     return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), words
+
+
+def level(run, loss):
+    """The test accuracy of the first epoch whose train loss is at most `loss`, in words."""
+    row = next(row for x, row in zip(run.column("train_loss"), run.epochs) if x <= loss)
+    return f"{points(row['test_acc'])} (epoch {row['epoch']})"
 
 
 def two_phases(runs):

@@ -412,6 +412,22 @@ def test_a_verdict_follows_from_the_runs(name, good, bad):
     assert judge(CLAIM[name], Made(cut=lambda x: 0)) == ("not run", "")
 
 
+def test_the_accuracies_of_batch_sizes_are_shown_at_equal_train_losses_too():
+    def slower(x, n):
+        """A batch of 4,096 trains half as fast; accuracy follows the loss."""
+        loss = 1 - 0.01 * (n / 2 if x.flag("--train_bs") == "4096" else n)
+        return {"train_loss": loss, "test_acc": 1 - loss}
+
+    verdict, words = judge(CLAIM["larger_batches"], Made(change=slower))
+    assert verdict == "does not hold" and words == (
+        "32: 12.0 %, 128: 12.0 %, 1024: 12.0 %, 4096: 6.0 %; when train loss is first at most "
+        "0.940: 32: 6.0 % (epoch 6), 128: 6.0 % (epoch 6), 1024: 6.0 % (epoch 6), "
+        "4096: 6.0 % (epoch 12)"
+    )
+    never = Made(change=lambda x, n: {"train_loss": None})
+    assert "when" not in judge(CLAIM["larger_batches"], never)[1]
+
+
 def test_comparable_is_judged_on_resnet_18():
     claim = CLAIM["comparable"]
     assert judge(claim, Made("quick"))[0] == "not run"  # there it is another network
