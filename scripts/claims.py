@@ -178,18 +178,18 @@ def batches(runs):
 
 
 def larger_batches(runs):
-    """Judged after equal epochs; the accuracies at equal train losses are shown beside it, as an
-    epoch of a larger batch has fewer steps."""
+    """Judged after equal epochs. An epoch of a larger batch has fewer steps: the accuracies at
+    equal train losses, in however many epochs there are, are shown beside it."""
     seeds = {batch: runs.grid("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
     mean = {batch: sum(run.last["test_acc"] for run in those) / len(those)
             for batch, those in seeds.items()}  # fmt: skip
     words = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
-    first = {batch: those[0] for batch, those in seeds.items()}
+    whole = {batch: runs.results.of("fig7", f"batch {batch}", "AGD")[0] for batch in BATCHES}
     common = max(min(filter(math.isfinite, run.column("train_loss")), default=math.inf)
-                 for run in first.values())  # fmt: skip
+                 for run in whole.values())  # fmt: skip
     if math.isfinite(common):
         words += f"; when train loss is first at most {number(common, 4)}: "
-        words += ", ".join(f"{batch}: {level(run, common)}" for batch, run in first.items())
+        words += ", ".join(f"{batch}: {level(run, common)}" for batch, run in whole.items())
     return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), words
 
 
