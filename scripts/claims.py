@@ -5,6 +5,7 @@ CLAIMS is the table, `judge` gives a claim's verdict.
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import NamedTuple
 
 from scripts import majorisation
@@ -178,25 +179,38 @@ def batches(runs):
 
 
 def larger_batches(runs):
-    """Judged after equal epochs. An epoch of a larger batch has fewer steps: the accuracies at
-    equal train losses, in however many epochs there are, are shown beside it."""
-    seeds = {batch: runs.grid("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
-    mean = {batch: sum(run.last["test_acc"] for run in those) / len(those)
-            for batch, those in seeds.items()}  # fmt: skip
+    """The verdict compares accuracies after equal epochs. An epoch of a larger batch has fewer
+    steps, so the words give the accuracies at one train loss, from all epochs, too."""
+    mean = {batch: fmean(run.last["test_acc"] for run in runs.grid("fig7", f"batch {batch}", "AGD"))
+            for batch in BATCHES}  # fmt: skip
     words = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
-    whole = {batch: runs.results.of("fig7", f"batch {batch}", "AGD")[0] for batch in BATCHES}
-    common = max(min(filter(math.isfinite, run.column("train_loss")), default=math.inf)
-                 for run in whole.values())  # fmt: skip
-    if math.isfinite(common):
-        words += f"; when train loss is first at most {number(common, 4)}: "
-        words += ", ".join(f"{batch}: {level(run, common)}" for batch, run in whole.items())
+    whole = {batch: runs.results.of("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
+    width = max(1, whole[32][0].experiment.epochs // 100)
+    curves = {batch: [smoothed(seeds, key, width) for key in ("train_loss", "test_acc")]
+              for batch, seeds in whole.items()}  # fmt: skip
+    least = [min(filter(math.isfinite, loss), default=math.inf) for loss, _ in curves.values()]
+    if math.isfinite(max(least)):
+        common = math.ceil(1000 * max(least)) / 1000  # not rounded down: each run comes to it
+        words += f"; at a train loss of {common:.3f}"
+        words += f", means over {width} epochs, " if width > 1 else ", "
+        words += ", ".join(f"{batch}: {points(at_loss(*curve, common))}"
+                           for batch, curve in curves.items())  # fmt: skip
     return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), words
 
 
-def level(run, loss):
-    """The test accuracy of the first epoch whose train loss is at most `loss`, in words."""
-    row = next(row for x, row in zip(run.column("train_loss"), run.epochs) if x <= loss)
-    return f"{points(row['test_acc'])} (epoch {row['epoch']})"
+def smoothed(seeds, key, width):
+    """Means of a column over the seeds and over windows of so many epochs."""
+    column = [fmean(values) for values in zip(*(run.column(key) for run in seeds))]
+    return [fmean(column[i : i + width]) for i in range(len(column) - width + 1)]
+
+
+def at_loss(losses, accs, loss):
+    """The accuracy where a run first comes to a loss, on a straight line between two epochs."""
+    i = next(i for i, x in enumerate(losses) if x <= loss)
+    if i == 0 or not math.isfinite(losses[i - 1]):
+        return accs[i]
+    part = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+    return accs[i - 1] + part * (accs[i] - accs[i - 1])
 
 
 def two_phases(runs):

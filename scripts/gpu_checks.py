@@ -79,7 +79,7 @@ PLANS = {  # name -> seconds in all, checks
         Check("resnet18", 100, MAIN + "--arch resnet18 {fast} {long}"),
         Check("adam", 80, MAIN + "--arch resnet18 {fast} {long} --optimizer adam --lr 1e-4"),
         Check("vgg", 55, MAIN + "--arch vgg {fast} {long}"),
-        Check("threads", 45, FIGURE + "fig7 --runs 1,2,3 --jobs 3 {short}"),
+        Check("threads", 45, FIGURE + "fig5 --runs fcn --jobs 3 {short}"),
         Check("fig5", 55, FIGURE + "fig5 --runs fcn --jobs 12 {long}"),
         Check("fig7", 45, FIGURE + "fig7 --runs fcn --jobs 4 {long}"),
         Check("fig1", 40, FIGURE + "fig1 --runs fcn --jobs 4 {long}"),

@@ -35,11 +35,12 @@ class Plan(Requests):
 def call(*flags, asked=None):
     """main() in this process. Returns its exit code and the Plan of its requests."""
     plan = Plan(asked or {})
-    code = program.main([str(flag) for flag in flags], plan)
-    for thread in threading.enumerate():  # an interrupted run does not wait for its record
-        if thread.name == THREAD:
-            thread.join()
-    return code, plan
+    try:
+        return program.main([str(flag) for flag in flags], plan), plan
+    finally:
+        for thread in threading.enumerate():  # an interrupted run does not wait for its record
+            if thread.name == THREAD:
+                thread.join()
 
 
 def train(*flags, asked=None):
