@@ -11,7 +11,7 @@ from typing import NamedTuple
 from scripts import majorisation
 from scripts.bigram import bigram_loss
 from scripts.experiments import ADAMW, BASELINES, BATCHES, DEPTHS, SPECTRAL, WIDTHS
-from scripts.words import number
+from scripts.words import number, short_name
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
 LEAST = 0.05  # of the length of a run: nothing is judged before
@@ -31,8 +31,8 @@ class Claim(NamedTuple):
 class Evidence:
     """The runs of one scale: `used` are those behind a verdict.
 
-    Of a figure in `epochs` the runs count as far as the number there. `chosen`: {baseline: epochs
-    after which its rate was chosen}, where the run at that rate went on.
+    Of a figure in `epochs` the runs count as far as the number there. `chosen`: {(figure,
+    baseline): epochs after which its rate was chosen}, where the run at that rate went on.
     """
 
     def __init__(self, results, epochs=None):
@@ -68,7 +68,7 @@ class Evidence:
         runs = self.take(runs)
         epochs = self.results.searched_epochs(*key)
         if epochs < len(runs[0].epochs):
-            self.chosen[key[-1]] = epochs
+            self.chosen[key[0], key[-1]] = epochs
         return runs
 
 
@@ -340,10 +340,16 @@ def judge(claim, results):
         holds, words = claim.evidence(runs)
     except Missing:
         return "not run", ""
-    lengths = [f"{epochs[figure]:,} of {planned:,} epochs" for figure, planned in begun.items()]
+    several = len({run.experiment.figure for run in runs.used}) > 1
+
+    def of(figure):
+        return f" of {short_name(figure)}" if several else ""
+
+    lengths = [f"{epochs[figure]:,} of {planned:,} epochs{of(figure)}"
+               for figure, planned in begun.items()]  # fmt: skip
     words = ", ".join([*lengths, words])
     if runs.chosen:
-        words += "; chosen: " + ", ".join(
-            f"{name}'s rate after {n:,} epochs" for name, n in runs.chosen.items())  # fmt: skip
+        words += "; chosen: " + ", ".join(f"{name}'s rate{of(figure)} after {n:,} epochs"
+                                          for (figure, name), n in runs.chosen.items())
     verdict = "holds" if holds else "does not hold"
     return verdict + (" so far" if begun or runs.chosen else ""), words

@@ -9,7 +9,7 @@ from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
 from scripts.markdown import table
 from scripts.results import Results
-from scripts.words import number
+from scripts.words import number, short_name
 
 MADE = "Written by `python -m scripts.reproduce`"
 INTRODUCTION = (
@@ -96,7 +96,7 @@ def numbers(results):
         if not in_numbers(*key):
             continue
         (figure, panel, curve), planned, there = key, results.planned(*key), results.of(*key)
-        what = f"{short(figure)}, {results.title(*key)}"
+        what = f"{short_name(figure)}, {results.title(*key)}"
         what += f", {panel}, {curve}" if panel.startswith("batch") else f", {curve}"
         shown, paper = comparable(results, key, there), PAPER.get(key, "")
         if not shown:
@@ -133,10 +133,6 @@ def length(result):
     if result.stopped:
         return f"stopped in {done}: {result.stopped.split(';')[0]}"
     return f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
-
-
-def short(figure):
-    return f"fig. {figure[3:]}" if figure.startswith("fig") else figure
 
 
 def made_with(first):
@@ -219,7 +215,7 @@ def searches(results):
         planned, runs, best = results.planned(*key), results.of(*key), results.tuned_seeds(*key)
         if key[0] == "fig8" or len(planned) < 2 or not runs:
             continue
-        words = f"{short(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
+        words = f"{short_name(key[0])}, {planned[0].network}, {runs[0].data}, {key[2]}"
         rates, epochs = results.by_rate(*key), results.searched_epochs(*key)
         if len(runs) < len(planned):
             words += f" ({len(runs)} of {len(planned)} runs)"

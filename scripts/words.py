@@ -95,6 +95,11 @@ def described(first):
     return words
 
 
+def short_name(figure):
+    """The name of a figure in a table: fig. 5, phases."""
+    return f"fig. {figure[3:]}" if figure.startswith("fig") else figure
+
+
 def rate_name(rate):
     """A learning rate: 1e-3, 2.5e-4, 0.1, 10."""
     if 0.01 <= rate < 1e4 or not rate:

@@ -492,6 +492,13 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
     rise = Made(change=lambda x, n: {**PAPERS(x, n), "test_acc": 0.5 + 0.1 * (
         x.curve == "Adam" and n > 3)}, cut=lambda x: 11)  # fmt: skip
     assert judge(CLAIM["level_on_images"], rise)[0] == "does not hold so far"
+    # Of several figures each has its own length, and its own choice.
+    two = Made("full", PAPERS, cut=lambda x: (4 if x.figure == "fig4" else 6) if x.flag("--lr")
+               in (None, "1e-4") else 3)  # fmt: skip
+    words = judge(CLAIM["level_on_images"], two)[1]
+    assert words.startswith("4 of 12 epochs of fig. 4, 6 of 12 epochs of fig. 5, FCN 16×512: ")
+    assert words.endswith("Adam's rate of fig. 4 after 3 epochs, Adam's rate of fig. 5 after 3 "
+                          "epochs")  # fmt: skip
     # A network that was not run is left out, and so is what it has.
     rise.cut = lambda x: 0 if x.figure == "fig4" and x.curve == "Adam" else 12
     verdict, words = judge(CLAIM["level_on_images"], rise)
