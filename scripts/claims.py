@@ -228,13 +228,13 @@ def two_phases(runs):
 
 
 def rise_and_fall(run):
-    eta = run.column("eta_mean")
-    window = max(1, len(eta) // 20)
-    smooth = [sum(eta[i : i + window]) / window for i in range(len(eta) - window + 1)]
+    epochs = len(run.epochs)
+    window = max(1, epochs // 20)
+    smooth = smoothed([run], "eta_mean", window)
     top = max(range(len(smooth)), key=smooth.__getitem__)
     lowest, epoch = min(smooth[: top + 1]), top + window // 2 + 1
     acc = run.epochs[epoch - 1]["train_acc"]
-    late = top > len(eta) / 10 and acc > 0.5
+    late = top > epochs / 10 and acc > 0.5
     holds = late and smooth[top] >= 1.25 * lowest and smooth[-1] <= 0.9 * smooth[top]
     return holds, (
         f"η {number(lowest, 4)} to {number(smooth[top], 4)} at epoch {epoch} (train accuracy "

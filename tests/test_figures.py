@@ -440,7 +440,7 @@ def test_the_accuracy_at_a_train_loss_lies_between_two_epochs():
     assert claims.at_loss([0.9, 0.7, 0.8, 0.6], [0.1, 0.3, 0.5, 0.2], 0.75) == pytest.approx(0.25)
     assert claims.at_loss([0.7, 0.6], [0.1, 0.3], 0.75) == 0.1
     assert claims.at_loss([math.nan, 0.7], [0.1, 0.3], 0.75) == 0.3
-    seeds = [Made(change=lambda x, n: {"test_acc": n * 1}).find(Made().table[0]),
+    seeds = [Made(change=lambda x, n: {"test_acc": n}).find(Made().table[0]),
              Made(change=lambda x, n: {"test_acc": n * 3}).find(Made().table[0])]  # fmt: skip
     assert claims.smoothed(seeds, "test_acc", 3) == [2 * n for n in range(2, 12)]
 
