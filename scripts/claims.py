@@ -5,6 +5,7 @@ CLAIMS is the table, `judge` gives a claim's verdict.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
@@ -32,12 +33,13 @@ class Evidence:
     """The runs of one scale: `used` are those behind a verdict.
 
     Of a figure in `epochs` the runs count as far as the number there. `chosen`: {(figure,
-    baseline): epochs after which its rate was chosen}, where the run at that rate went on.
+    baseline): epochs after which its rate was chosen}, where the run at that rate went on. `part`
+    says which of the networks a verdict is on, where it is not on all.
     """
 
     def __init__(self, results, epochs=None):
         self.results, self.epochs, self.used, self.chosen = results, epochs or {}, [], {}
-        self.widths = WIDTHS.get(results.scale)
+        self.part = ""
 
     def grid(self, *key):
         """All runs of a (figure, panel, curve): a grid or seeds."""
@@ -58,6 +60,15 @@ class Evidence:
     def agd(self, figure, panel):
         """AGD's run with the first seed."""
         return self.grid(figure, panel, "AGD")[0]
+
+    def if_run(self, look, *args):
+        """look(*args), or None where a run that it needs is not there; then none of its runs
+        counts."""
+        before = len(self.used)
+        try:
+            return look(*args)
+        except Missing:
+            del self.used[before:]
 
     def tuned(self, *key):
         """The runs, one a seed, at the tuned rate of a grid."""
@@ -129,12 +140,10 @@ def smaller_objective(runs):
 def level_on_images(runs):
     holds, words = True, []
     for place in (("fig4", "fcn"), ("fig5", "fcn")):
-        before = len(runs.used)
-        try:
-            agd, adam = runs.agd(*place), runs.tuned(*place, "Adam")[0]
-        except Missing:
-            del runs.used[before:]
+        pair = runs.if_run(lambda *key: (runs.agd(*key), runs.tuned(*key, "Adam")[0]), *place)
+        if pair is None:
             continue
+        agd, adam = pair
         ours, theirs = agd.last["test_acc"], adam.last["test_acc"]
         holds = holds and ours > theirs - NEAR
         rate = adam.experiment.flag("--lr")
@@ -145,23 +154,33 @@ def level_on_images(runs):
     return holds, "; ".join(words)
 
 
-def losses(runs, depths):
-    """{(depth, width): AGD's last train loss}."""
-    return {(depth, width): runs.agd("fig6", f"{depth}x{width}").loss
-            for depth in depths for width in runs.widths}  # fmt: skip
+def losses(runs, depths, least):
+    """{width: {depth: AGD's last train loss}} of the widths that were run at all these depths; of
+    fewer widths than `least` there is nothing to say."""
+
+    def at(width):
+        return {depth: runs.agd("fig6", f"{depth}x{width}").loss for depth in depths}
+
+    planned = WIDTHS[runs.results.scale]
+    loss = {width: each for width in planned if (each := runs.if_run(at, width))}
+    if len(loss) < least:
+        raise Missing
+    if len(loss) < len(planned):
+        runs.part = f"width{'s' * (len(loss) > 1)} {', '.join(map(str, loss))}"
+    return loss
 
 
 def wider(runs):
-    loss, steps = losses(runs, DEPTHS), list(zip(runs.widths, runs.widths[1:]))
-    pairs = {f"{depth}×{wide}": (loss[depth, wide], loss[depth, narrow])
-             for depth in DEPTHS for narrow, wide in steps}  # fmt: skip
+    loss = losses(runs, DEPTHS, least=2)
+    pairs = {f"{depth}×{wide}": (loss[wide][depth], loss[narrow][depth])
+             for depth in DEPTHS for narrow, wide in pairwise(loss)}  # fmt: skip
     return all_less(pairs, "steps in width")
 
 
 def depth_32(runs):
-    loss = losses(runs, (8, 16, 32))
-    pairs = {f"{depth}×{width}": (loss[depth, width], loss[32, width])
-             for width in runs.widths for depth in (8, 16)}  # fmt: skip
+    loss = losses(runs, (8, 16, 32), least=1)
+    pairs = {f"{depth}×{width}": (each[depth], each[32])
+             for width, each in loss.items() for depth in (8, 16)}  # fmt: skip
     return all_less(pairs, "comparisons")
 
 
@@ -295,9 +314,10 @@ CLAIMS = [
           "one of them that was run.",
           level_on_images),
     Claim("Wider is better in train loss.", "Holds if at every depth each width's last train loss "
-          "is below that of the width before.", wider),
+          "is below that of the width before; so far, on the widths that were run.", wider),
     Claim("In train loss, depth 8 and depth 16 are superior to depth 32.",
-          "Holds if both are below it at every width.", depth_32),
+          "Holds if both are below it at every width; so far, at the widths that were run.",
+          depth_32),
     Claim("AGD converges at every batch size.", "Holds if, with every seed, the last epoch's train "
           "loss is below the first's and within 2 % of the least of all epochs, and the last train "
           "accuracy is over 20 %.", batches),
@@ -324,7 +344,8 @@ def judge(claim, results):
     """("holds" or "does not hold", the numbers), or ("not run", "").
 
     Where runs of a figure are not finished, the verdict is one "so far": all its runs count up to
-    the epoch that each of them has. Nothing is judged before LEAST of the planned length.
+    the epoch that each of them has. So it is where it is on a part of the networks. Nothing is
+    judged before LEAST of the planned length.
     """
     try:
         runs = Evidence(results)
@@ -347,9 +368,9 @@ def judge(claim, results):
 
     lengths = [f"{epochs[figure]:,} of {planned:,} epochs{of(figure)}"
                for figure, planned in begun.items()]  # fmt: skip
-    words = ", ".join([*lengths, words])
+    words = ", ".join(filter(None, [*lengths, runs.part, words]))
     if runs.chosen:
         words += "; chosen: " + ", ".join(f"{name}'s rate{of(figure)} after {n:,} epochs"
                                           for (figure, name), n in runs.chosen.items())
     verdict = "holds" if holds else "does not hold"
-    return verdict + (" so far" if begun or runs.chosen else ""), words
+    return verdict + (" so far" if begun or runs.chosen or runs.part else ""), words

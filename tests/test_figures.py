@@ -467,6 +467,17 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
     uneven.cut = lambda x: 4
     assert judge(CLAIM["wider"], uneven)[0] == "does not hold so far"
 
+    # On the widths that were run at all depths, if there are two to compare; the others do not
+    # shorten them.
+    cut = {64: 4, 128: 4, 256: 1, 512: 5}
+    wide = Made("full", size, cut=lambda x: x.figure == "fig6" and cut.get(
+        int(x.panel.split("x")[1]), 0) * (x.panel != "8x256"))  # fmt: skip
+    assert judge(CLAIM["wider"], wide) == (
+        "holds so far", "4 of 12 epochs, widths 64, 128, 512, 10 of 10 steps in width")
+    cut.update({128: 0, 512: 0})
+    assert judge(CLAIM["wider"], wide) == ("not run", "")
+    assert judge(CLAIM["depth_32"], wide)[1] == "4 of 12 epochs, width 64, 2 of 2 comparisons"
+
     # Of a grid the tuned rate alone goes on; where it is chosen is said.
     made = Made("full", PAPERS)
     cut = {("Adam", "1e-4"): 4, ("SGD", "1e-1"): 12, ("AGD", None): 12}
