@@ -60,6 +60,7 @@ WIDTH = 80 / 25.4  # inches
 PANEL, LINE = 1.25, 0.14  # inches: the height of a panel, and of a line of text
 TITLE, LABEL = 50, 48  # characters of a line
 RECORD = ".run.json"
+ALL = math.inf  # epochs: each is drawn
 
 
 def logs(paths):
@@ -169,23 +170,23 @@ def draw(runs):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
             label = labels[i] if labels else None
             for ax, kind in ((axes[0], "loss"), (axes[1], "acc")):
-                style.curve(ax, run, f"train_{kind}", colour, marker, label=label)
-                style.curve(ax, run, f"test_{kind}", colour, linestyle=DASHED)
+                style.curve(ax, run, f"train_{kind}", colour, marker, most=ALL, label=label)
+                style.curve(ax, run, f"test_{kind}", colour, most=ALL, linestyle=DASHED)
             if eta:
-                style.band(axes[2], run, "eta", colour)
+                style.band(axes[2], run, "eta", colour, most=ALL)
         losses = {run.first["settings"].get("loss") for run in results}
         loss = LOSSES.get(losses.pop() if len(losses) == 1 else None, "objective")
         axes[0].set_ylabel(loss)
         low, high = axes[0].get_ylim()
         if math.isfinite(axes[0].dataLim.ymax) and (low <= 0 or high / low > 5):
-            axes[0].set_yscale("log")
+            style.log_values(axes[0])
         if texts and loss == LOSSES["xent"]:
             axes[0].set_ylabel("loss (nats a token)")
             _bits(axes[0], results)
         axes[1].set_ylabel("accuracy")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         kinds = style.kinds(DASHED, "validation" if texts else "test")
-        axes[1].legend(handles=kinds, loc="lower right")
+        axes[1].legend(handles=kinds)
         if any(with_eta):
             axes[2].set_ylabel("learning rate η")
             axes[2].set_ylim(bottom=0)

@@ -144,9 +144,9 @@ def bins(count, decade):
     return [slice(low - 1, high - 1) for low, high in zip(edges, edges[1:])]
 
 
-def binned(y, reduce=np.mean):
-    """(epochs, values) of values of epochs: all of a few, means of bins of many."""
-    parts = bins(len(y), 24) if len(y) > MANY else [slice(i, i + 1) for i in range(len(y))]
+def binned(y, reduce=np.mean, most=MANY):
+    """(epochs, values) of values of epochs: all of a few, means of bins of more than `most`."""
+    parts = bins(len(y), 24) if len(y) > most else [slice(i, i + 1) for i in range(len(y))]
     return ([(part.start + 1 + part.stop) / 2 for part in parts],
             [reduce(y[part]) for part in parts])  # fmt: skip
 
@@ -161,9 +161,9 @@ def spaced(x, shown, shift=0.0):
     return sorted({int(abs(x - x[0] - (x[-1] - x[0]) * place).argmin()) for place in places})
 
 
-def curve(ax, result, key, colour, marker=None, scale=1.0, shift=0.0, **look):
+def curve(ax, result, key, colour, marker=None, scale=1.0, shift=0.0, most=MANY, **look):
     """A value of a run over its epochs, with a few markers."""
-    x, y = binned([scale * value for value in result.column(key)])
+    x, y = binned([scale * value for value in result.column(key)], most=most)
     if marker:
         look |= {"marker": marker, "markevery": spaced(x, 4, shift), "markersize": 3.6,
                  "markerfacecolor": "white", "markeredgewidth": 1.0, "clip_on": False}  # fmt: skip
@@ -192,12 +192,12 @@ def end(ax, x, y, colour, marker):
             clip_on=False)  # fmt: skip
 
 
-def band(ax, result, key, colour, marker=None):
+def band(ax, result, key, colour, marker=None, most=MANY):
     """The mean of a value in each epoch, within its range."""
-    (x, low), (_, high) = (binned(result.column(f"{key}_{which}"), reduce)
+    (x, low), (_, high) = (binned(result.column(f"{key}_{which}"), reduce, most)
                            for which, reduce in (("min", np.min), ("max", np.max)))  # fmt: skip
     ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
-    curve(ax, result, f"{key}_mean", colour, marker)
+    curve(ax, result, f"{key}_mean", colour, marker, most=most)
 
 
 def train_and_test(ax, result, kind, colour, marker=None, scale=1.0):

@@ -54,6 +54,19 @@ def test_plot_draws_loss_accuracy_and_eta(logs, tmp_path):
     assert path.stat().st_size > 5000
 
 
+def test_each_epoch_of_a_long_run_is_drawn_and_small_numbers_in_decimals(logs, tmp_path):
+    first, row = map(json.loads, logs[-1].read_text().splitlines()[:2])
+    rows = [{**row, "epoch": n, "train_loss": 0.8 * 0.97**n} for n in range(1, 81)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, [first, *rows])))
+    loss, _, eta = drawn(path).axes
+    assert list(loss.lines[0].get_ydata()) == [row["train_loss"] for row in rows]
+    assert [*loss.lines[0].get_xdata()] == [*eta.lines[0].get_xdata()] == list(range(1, 81))
+    loss.figure.draw_without_rendering()
+    labels = {label.get_text() for label in loss.get_yticklabels()}
+    assert {"0.1", "0.2", "0.5"} <= labels and not any("10^" in label for label in labels)
+
+
 @pytest.fixture(scope="module")
 def text_logs(tmp_path_factory):
     out = tmp_path_factory.mktemp("texts")
