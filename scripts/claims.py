@@ -368,7 +368,7 @@ def judge(claim, results):
 
     lengths = [f"{epochs[figure]:,} of {planned:,} epochs{of(figure)}"
                for figure, planned in begun.items()]  # fmt: skip
-    words = ", ".join(filter(None, [*lengths, runs.part, words]))
+    words = ", ".join([*lengths, f"{runs.part}: {words}" if runs.part else words])
     if runs.chosen:
         words += "; chosen: " + ", ".join(f"{name}'s rate{of(figure)} after {n:,} epochs"
                                           for (figure, name), n in runs.chosen.items())

@@ -473,10 +473,10 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
     wide = Made("full", size, cut=lambda x: x.figure == "fig6" and cut.get(
         int(x.panel.split("x")[1]), 0) * (x.panel != "8x256"))  # fmt: skip
     assert judge(CLAIM["wider"], wide) == (
-        "holds so far", "4 of 12 epochs, widths 64, 128, 512, 10 of 10 steps in width")
+        "holds so far", "4 of 12 epochs, widths 64, 128, 512: 10 of 10 steps in width")
     cut.update({128: 0, 512: 0})
     assert judge(CLAIM["wider"], wide) == ("not run", "")
-    assert judge(CLAIM["depth_32"], wide)[1] == "4 of 12 epochs, width 64, 2 of 2 comparisons"
+    assert judge(CLAIM["depth_32"], wide)[1] == "4 of 12 epochs, width 64: 2 of 2 comparisons"
 
     # Of a grid the tuned rate alone goes on; where it is chosen is said.
     made = Made("full", PAPERS)
