@@ -267,8 +267,11 @@ def bound(runs):
     states = list(measured["states"].values()) if measured else []
     if len(states) < 2:
         raise Missing
-    if measured["run"]["epochs"] < majorisation.planned(runs.results).epochs:
+    epochs, planned = measured["run"]["epochs"], majorisation.planned(runs.results).epochs
+    if epochs < LEAST * planned:
         raise Missing
+    if epochs < planned:
+        runs.part = f"{epochs:,} of {planned:,} epochs"
     points = [zip(state["t"], state["loss"], state["bound"]) for state in states]
     beyond = [loss <= bound for curve in points for t, loss, bound in curve if t > 0]
     reach = max(state["t"][-1] / state["eta"] for state in states)

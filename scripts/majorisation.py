@@ -27,6 +27,7 @@ from scripts.results import log_name
 from training.losses import mse
 from training.optimizers import make_optimizer
 
+FILE = "fig3.json"  # of a folder of results
 IMAGES = 10_000  # the first of the training set, uncropped
 CHUNK = 1000
 POINTS = 41  # of a curve, from t = 0
@@ -94,7 +95,7 @@ def planned(results):
 
 def read(results):
     """The measurement of these results, or None. Raises RunError where it is damaged."""
-    path = results.folder / "fig3.json"
+    path = results.folder / FILE
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
         measured["run"]["epochs"], measured["states"].items()
@@ -109,7 +110,7 @@ def measure(results, data_dir, deadline=None):
     """Measure figure 3's network at its start and at its last checkpoint; writes
     `<folder>/fig3.json` unless it holds that already, and returns its path. Raises RunError without
     the weights, TimeoutError after the `deadline`."""
-    row, path = planned(results), results.folder / "fig3.json"
+    row, path = planned(results), results.folder / FILE
     name = log_name(row)
     weights = results.folder / "checkpoints" / f"{name}.pt"
     if not weights.exists():

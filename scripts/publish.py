@@ -1,8 +1,9 @@
-"""Copy logs of the table's runs to the published ones: `python -m scripts.publish FROM`.
+"""Copy logs of the table's runs, and figure 3's measurement, to the published ones:
+`python -m scripts.publish FROM`.
 
 FROM is the --out of scripts.reproduce. A run counts that came to its end or to --epochs, of a
-commit. A published log of as many epochs stays. Numbers are rounded to six digits; what no figure
-reads is left out, and so is where data and output lay.
+commit. What is published of as many epochs stays. Numbers of a log are rounded to six digits; what
+no figure reads is left out, and so is where data and output lay.
 """
 
 import sys
@@ -16,6 +17,7 @@ import json
 from cli import Parser, a_path, command
 from runs.files import write_whole
 from runs.log import read_rows
+from scripts import majorisation
 from scripts.experiments import SCALES
 from scripts.results import Results, epochs_done, log_name
 
@@ -30,22 +32,33 @@ def published(rows, scale):
                for key, x in row.items() if key != "images_per_second"}  # fmt: skip
 
 
+def measured_epochs(results):
+    """The epochs after which figure 3 was measured, or 0."""
+    measured = majorisation.read(results)
+    return measured["run"]["epochs"] if measured else 0
+
+
 def publish(source, target):
-    """Copy from one --out to another; yields the paths of the new logs."""
+    """Copy from one --out to another; yields the paths of what is new."""
     for scale in SCALES:
-        here = Results(source, scale)
+        here, there = Results(source, scale), Results(target, scale)
+        if measured_epochs(here) > measured_epochs(there):
+            path = there.folder / majorisation.FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (here.folder / majorisation.FILE).read_bytes())
+            yield path
         for name in sorted({log_name(row) for row in here.table}):
-            path, there = here.log(name), Results(target, scale).log(name)
-            if epochs_done(path) <= epochs_done(there):
+            log, path = here.log(name), there.log(name)
+            if epochs_done(log) <= epochs_done(path):
                 continue
-            rows = read_rows(path)
+            rows = read_rows(log)
             commit = rows[0].get("commit") or "-modified"
             if not rows[-1].get("final") or commit.endswith("-modified"):
                 continue
             lines = [json.dumps(row, ensure_ascii=False) for row in published(rows, scale)]
-            there.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(there, "\n".join([*lines, ""]))
-            yield there
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "\n".join([*lines, ""]))
+            yield path
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from runs.files import write_whole
 from runs.log import RunError
+from scripts import majorisation
 from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
@@ -258,7 +259,7 @@ def extent(results):
         missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in finished)
         rest = "; ".join([*missing][:4])
         rest += f"; {len(missing) - 4} more" if len(missing) > 4 else ""
-        if figure == "fig3" and not (results.folder / "fig3.json").exists():
+        if figure == "fig3" and not (results.folder / majorisation.FILE).exists():
             rest = "not measured"
         if planned:
             rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])

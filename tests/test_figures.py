@@ -98,6 +98,13 @@ def test_publishing_takes_ended_runs_without_what_is_of_this_machine(tmp_path):
     write(names[0], row(1), row(2), row(3), end)
     assert list(publish.publish(here.out, there)) == [path] and '"epoch": 3' in path.read_text()
 
+    # Figure 3's measurement, where it is of a longer run.
+    mine, theirs = here.folder / "fig3.json", there / "full" / "fig3.json"
+    for epochs, copied in ((2, True), (1, False), (3, True)):
+        mine.write_text(json.dumps({"run": {"epochs": epochs}, "states": {}}))
+        assert list(publish.publish(here.out, there)) == [theirs] * copied
+    assert theirs.read_bytes() == mine.read_bytes()
+
 
 def test_published_logs_are_runs_of_the_table_and_small():
     paths = []
@@ -533,7 +540,8 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
 
 @pytest.mark.parametrize("loss, epochs, states, verdict", [
     (0.8, 14, ("before", "after"), "holds"), (0.95, 14, ("before", "after"), "does not hold"),
-    (0.8, 4, ("before", "after"), "not run"), (0.8, 14, ("before",), "not run"),
+    (0.8, 1, ("before", "after"), "holds so far"), (0.8, 0, ("before", "after"), "not run"),
+    (0.8, 14, ("before",), "not run"),
 ])  # fmt: skip
 def test_the_bound_is_judged_at_every_point(loss, epochs, states, verdict, tmp_path):
     made = Made(out=tmp_path)
