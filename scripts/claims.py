@@ -138,6 +138,8 @@ def smaller_objective(runs):
 
 
 def level_on_images(runs):
+    """The words give the accuracies at one train loss, from all epochs, too: a gap there is not one
+    of speed."""
     holds, words = True, []
     for place in (("fig4", "fcn"), ("fig5", "fcn")):
         pair = runs.if_run(lambda *key: (runs.agd(*key), runs.tuned(*key, "Adam")[0]), *place)
@@ -149,6 +151,8 @@ def level_on_images(runs):
         rate = adam.experiment.flag("--lr")
         network = agd.experiment.network
         words.append(f"{network}: AGD {points(ours)}, Adam at {rate} {points(theirs)}")
+        where, accs = at_one_loss([[runs.results.find(x.experiment)] for x in (agd, adam)])
+        words[-1] += f" ({where}, {' and '.join(map(points, accs))})" if where else ""
     if not words:
         raise Missing
     return holds, "; ".join(words)
@@ -203,17 +207,11 @@ def larger_batches(runs):
     mean = {batch: fmean(run.last["test_acc"] for run in runs.grid("fig7", f"batch {batch}", "AGD"))
             for batch in BATCHES}  # fmt: skip
     words = ", ".join(f"{batch}: {points(acc)}" for batch, acc in mean.items())
-    whole = {batch: runs.results.of("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
-    width = max(1, whole[32][0].experiment.epochs // 100)
-    curves = {batch: [smoothed(seeds, key, width) for key in ("train_loss", "test_acc")]
-              for batch, seeds in whole.items()}  # fmt: skip
-    least = [min(filter(math.isfinite, loss), default=math.inf) for loss, _ in curves.values()]
-    if math.isfinite(max(least)):
-        common = math.ceil(1000 * max(least)) / 1000  # not rounded down: each run comes to it
-        words += f"; at a train loss of {common:.3f}"
-        words += f", means over {width} epochs, " if width > 1 else ", "
-        words += ", ".join(f"{batch}: {points(at_loss(*curve, common))}"
-                           for batch, curve in curves.items())  # fmt: skip
+    where, accs = at_one_loss([runs.results.of("fig7", f"batch {batch}", "AGD")
+                               for batch in BATCHES])  # fmt: skip
+    if where:
+        each = ", ".join(f"{batch}: {points(acc)}" for batch, acc in zip(BATCHES, accs))
+        words += f"; {where}, {each}"
     return min(mean[1024], mean[4096]) > max(mean[32], mean[128]), words
 
 
@@ -221,6 +219,21 @@ def smoothed(seeds, key, width):
     """Means of a column over the seeds and over windows of so many epochs."""
     column = [fmean(values) for values in zip(*(run.column(key) for run in seeds))]
     return [fmean(column[i : i + width]) for i in range(len(column) - width + 1)]
+
+
+def at_one_loss(curves):
+    """(the words for the least train loss that all of some curves come to, the test accuracies of
+    each there), smoothed over a hundredth of the planned epochs; a curve is the runs of its seeds.
+    ("", []) where one has no loss that is finite."""
+    width = max(1, curves[0][0].experiment.epochs // 100)
+    pairs = [[smoothed(seeds, key, width) for key in ("train_loss", "test_acc")]
+             for seeds in curves]  # fmt: skip
+    least = max(min(filter(math.isfinite, losses), default=math.inf) for losses, _ in pairs)
+    if not math.isfinite(least):
+        return "", []
+    least = math.ceil(1000 * least) / 1000  # not rounded down: each comes to it
+    words = f"at a train loss of {least:.3f}" + (f", means over {width} epochs" * (width > 1))
+    return words, [at_loss(*pair, least) for pair in pairs]
 
 
 def at_loss(losses, accs, loss):

@@ -517,6 +517,16 @@ def test_a_verdict_on_unfinished_runs_is_one_so_far():
     assert words.startswith("4 of 12 epochs of fig. 4, 6 of 12 epochs of fig. 5, FCN 16×512: ")
     assert words.endswith("Adam's rate of fig. 4 after 3 epochs, Adam's rate of fig. 5 after 3 "
                           "epochs")  # fmt: skip
+    # A slow optimiser is compared at one train loss, too, from all epochs.
+    def slow(x, n):
+        n = n // 2 if x.curve == "AGD" else n
+        return {"train_loss": 1 - n / 20 + (x.flag("--lr") not in (None, "1e-4")),
+                "test_acc": 0.3 + n / 50}  # fmt: skip
+
+    verdict, words = judge(CLAIM["level_on_images"], Made("quick", slow))
+    assert verdict == "does not hold"
+    assert words.endswith("FCN 8×256: AGD 42.0 %, Adam at 1e-4 54.0 % (at a train loss of 0.700, "
+                          "42.0 % and 42.0 %)")  # fmt: skip
     # A network that was not run is left out, and so is what it has.
     rise.cut = lambda x: 0 if x.figure == "fig4" and x.curve == "Adam" else 12
     verdict, words = judge(CLAIM["level_on_images"], rise)
