@@ -34,7 +34,7 @@ class Evidence:
 
     Of a figure in `epochs` the runs count as far as the number there. `chosen`: {(figure,
     baseline): epochs after which its rate was chosen}, where the run at that rate went on. `part`
-    says which of the networks a verdict is on, where it is not on all.
+    says what a verdict is on, networks or epochs, where it is not on all that is planned.
     """
 
     def __init__(self, results, epochs=None):
@@ -330,9 +330,9 @@ CLAIMS = [
           "one of them that was run.",
           level_on_images),
     Claim("Wider is better in train loss.", "Holds if at every depth each width's last train loss "
-          "is below that of the width before; so far, on the widths that were run.", wider),
+          "is below that of the width before; so far, on the widths that all depths have.", wider),
     Claim("In train loss, depth 8 and depth 16 are superior to depth 32.",
-          "Holds if both are below it at every width; so far, at the widths that were run.",
+          "Holds if both are below it at every width; so far, at the widths that all three have.",
           depth_32),
     Claim("AGD converges at every batch size.", "Holds if, with every seed, the last epoch's train "
           "loss is below the first's and within 2 % of the least of all epochs, and the last train "
@@ -360,7 +360,7 @@ def judge(claim, results):
     """("holds" or "does not hold", the numbers), or ("not run", "").
 
     Where runs of a figure are not finished, the verdict is one "so far": all its runs count up to
-    the epoch that each of them has. So it is where it is on a part of the networks. Nothing is
+    the epoch that each of them has. So it is where a part of the networks was run. Nothing is
     judged before LEAST of the planned length.
     """
     try:
