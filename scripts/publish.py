@@ -63,7 +63,7 @@ def publish(source, target):
 
 def main(argv=None):
     parser = Parser(prog=command("scripts.publish"), description=__doc__)
-    parser.add_argument("source", type=a_path, metavar="FROM", help="as in reproduced")
+    parser.add_argument("source", type=a_path, metavar="FROM", help="a folder, such as reproduced")
     parser.add_argument("--out", type=a_path, default="results", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if not Path(args.source).is_dir():
