@@ -210,7 +210,7 @@ def fig4(results):
     size = {"figsize": (max(0.45, len(drawn) / 3) * WIDTH, 4.6), "height_ratios": (1, 1, 0.6)}
     figure, axes = plt.subplots(3, len(drawn), squeeze=False, sharex="col", **size)
     for (objective, accuracy, eta), (panel, runs) in zip(axes.T, drawn.items()):
-        objective.set_title(results.title("fig4", panel), fontsize=7.5)
+        objective.set_title(results.title("fig4", panel).replace(", ", "\n", 1), fontsize=7.5)
         words = []
         for name in names:
             if result := runs[name]:
@@ -220,7 +220,7 @@ def fig4(results):
                 if name in RULES:
                     style.band(eta, result, "eta", *look)
             if name in BASELINES and results.of("fig4", panel, name):
-                words.append(f"{name}{_rate(results, result)}")
+                words.append(f"{name}{_rate(results, result)}".replace(" (", "\n("))
         objective.text(0.03, 0.04, "\n".join(words), transform=objective.transAxes, fontsize=7)
         style.log_values(objective)
         style.log_axis(eta, max(len(result.epochs) for result in runs.values() if result))
