@@ -209,7 +209,7 @@ def test_figure_4_takes_what_stands_in_for_a_panel_that_was_not_run(drawn):
                                or x.panel == "resnet18" and "1e-3" in x.flags) else 0  # fmt: skip
     picture, words = drawn("fig4", made)
     assert len(picture.axes) == 6 and words == ["AGD", SPECTRAL, "Adam", "train", "test"]
-    assert picture.axes[1].get_title() == "ResNet-18, CIFAR-10, 5,000 images"
+    assert picture.axes[1].get_title() == "ResNet-18\nCIFAR-10, 5,000 images"
     assert [ax.texts[0].get_text() for ax in picture.axes[:2]] == [
         "Adam: search not finished", "Adam, rate 1e-4"]  # fmt: skip
     made.cut = lambda x: 9 if x.panel == "imagenet" and x.curve == "SGD" else 0
