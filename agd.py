@@ -1852,7 +1852,7 @@ def _fill(p, whole):
 def recalibrate(net: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute the running statistics of all batch norms of a network, as means over `batches`: of
     inputs, or (inputs, labels). After `SpectralAGD.eval()`, whose weights it has not run with, and
-    before a test of AGD's, whose steps are too long for running statistics to follow.
+    before a test of AGD's weights, of which running statistics trail behind while η is large.
     Raises ValueError where a network with batch norm gets no batch."""
     if not any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in net.modules()):
         return
