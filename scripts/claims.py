@@ -53,6 +53,9 @@ class Evidence:
         most = self.epochs.get(runs[0].experiment.figure)
         if most and runs[0].experiment.scheduled:
             raise Missing
+        if any(len(run.epochs) < LEAST * run.experiment.epochs and not run.finished
+               for run in runs):  # fmt: skip
+            raise Missing  # it has only begun
         runs = [run.until(most) for run in runs]
         self.used += runs
         return runs
@@ -231,9 +234,9 @@ def at_one_loss(curves):
     least = max(min(filter(math.isfinite, losses), default=math.inf) for losses, _ in pairs)
     if not math.isfinite(least):
         return "", []
-    least = math.ceil(1000 * least) / 1000  # not rounded down: each comes to it
-    words = f"at a train loss of {least:.3f}" + (f", means over {width} epochs" * (width > 1))
-    return words, [at_loss(*pair, least) for pair in pairs]
+    shown = math.ceil(1000 * least) / 1000  # not rounded down: each comes to it
+    words = f"at a train loss of {shown:.3f}" + (f", means over {width} epochs" * (width > 1))
+    return words, [at_loss(*pair, max(shown, least)) for pair in pairs]
 
 
 def at_loss(losses, accs, loss):
@@ -360,8 +363,8 @@ def judge(claim, results):
     """("holds" or "does not hold", the numbers), or ("not run", "").
 
     Where runs of a figure are not finished, the verdict is one "so far": all its runs count up to
-    the epoch that each of them has. So it is where a part of the networks was run. Nothing is
-    judged before LEAST of the planned length.
+    the epoch that each of them has. So it is where a part of the networks was run. A run counts
+    from LEAST of its planned length on.
     """
     try:
         runs = Evidence(results)
@@ -371,8 +374,6 @@ def judge(claim, results):
         epochs = {figure: min(len(run.epochs) for run in runs.used
                               if run.experiment.figure == figure and not run.stopped)
                   for figure in begun}  # fmt: skip
-        if any(epochs[figure] < LEAST * planned for figure, planned in begun.items()):
-            raise Missing
         runs = Evidence(results, epochs)
         holds, words = claim.evidence(runs)
     except Missing:

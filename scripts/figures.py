@@ -22,7 +22,7 @@ from scripts.experiments import (
     TEXT_PEERS,
     WIDTHS,
 )
-from scripts.results import searched
+from scripts.results import common_epochs, searched
 from scripts.style import BLACK, BLUE, DASHED, DOTTED, RED, WIDTH
 from scripts.style import fingerprint as fingerprint  # of the benchmark's picture
 from scripts.words import data_name
@@ -57,17 +57,17 @@ def _shown(results, *key):
 
 def fig1(results):
     """Train accuracy solid, test accuracy dotted. AGD, the paper's rule and the spectral one,
-    beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers; then the last accuracy at
-    every rate from 1e-7 to 10, with those of AGD as level lines."""
-    panels = list(dict.fromkeys(row.panel for row in results.planned("fig1")))
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH / 3 * len(panels), 2.3))
-    for ax, panel in zip(axes, panels):
+    beside the default rates of Adam (0.001) and SGD (0.1) on 32 layers. Against learning rates,
+    where a grid was run: the last accuracy, of both AGDs as level lines; a cross where training
+    broke off."""
+    panels = list(dict.fromkeys(result.experiment.panel for result in results.of("fig1")))
+    size = {"figsize": (max(0.45, len(panels) / 3) * WIDTH, 2.3)}
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, **size)
+    for ax, panel in zip(axes[0], panels):
         style.percent(ax, results.of("fig1"))
         ax.set_title(results.title("fig1", panel))
         runs = results.of("fig1", panel)
-        if not runs:
-            style.not_run(ax)
-        elif panel == "rates":
+        if panel == "rates":
             _rates(ax, results)
         else:
             for x in runs:
@@ -78,7 +78,7 @@ def fig1(results):
                 style.curve(ax, x, "train_acc", colour, marker, 100, shift, **look)
                 style.curve(ax, x, "test_acc", colour, None, 100, linestyle=DOTTED)
             style.log_axis(ax, longest(runs))
-    axes[0].set_ylabel("accuracy (%)")
+    axes[0, 0].set_ylabel("accuracy (%)")
     names = [name for name in (*RULES, *BASELINES) if results.of("fig1", curve=name)]
     keys = [*map(style.optimizer_key, names), *style.kinds()]
     style.legend(figure, keys, 3 if len(panels) < 3 else 6)
@@ -86,23 +86,28 @@ def fig1(results):
 
 
 def _rates(ax, results):
-    """Final accuracy against the learning rate; a run that broke off counts as it ended."""
+    """Final accuracy against the learning rate; a run that broke off counts as it ended. Where two
+    defaults stay at chance, a broad line under a narrow one."""
     for name in (*BASELINES, *RULES):
         runs = [result for result in results.of("fig1", "rates", name) if result.finished]
         colour, marker = style.OPTIMIZERS[name]
+        size = 1.6 if name == "Adam" else 1
         for kind, line in style.KINDS:
             y = [100 * result.last[f"{kind}_acc"] for result in runs]
             if name in RULES:
                 for level in y[:1]:
-                    ax.axhline(level, color=colour, linestyle=line)
+                    ax.axhline(level, color=colour, linestyle=line, linewidth=1.0)
             else:
                 x = [float(result.experiment.flag("--lr")) for result in runs]
-                ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2,
-                        markerfacecolor="white")  # fmt: skip
+                ax.plot(x, y, color=colour, linestyle=line, marker=marker, markersize=3.2 * size,
+                        markerfacecolor="white", linewidth=1.4 * size)  # fmt: skip
+                ends = [acc if result.stopped else math.nan for acc, result in zip(y, runs)]
+                ax.plot(x, ends, color=BLACK, linestyle="none", marker="x", zorder=3)
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
-    ax.set_xlabel("learning rate of Adam and SGD")
+    epochs = longest(results.of("fig1", "rates"))
+    ax.set_xlabel(f"rate of Adam and SGD, {epochs:,} epochs")
 
 
 def fig2(results):
@@ -195,9 +200,8 @@ STAND_INS = {"resnet18": "resnet18, 5,000 images", "vgg": "vgg, tiny100"}
 
 
 def fig4(results):
-    """Adam at the rate of its grid with the least train loss; SGD on ImageNet, and Adam on 5,000
-    images, at the one rate that is run. Spectral AGD is tested at its average. Below, η, its mean
-    in each epoch within its range."""
+    """Adam at the rate of its grid with the least train loss, or at the one rate that was run.
+    Spectral AGD is tested at its average. Below, η, its mean in each epoch within its range."""
     names, drawn = (*RULES, *BASELINES), {}
     for panel in ("fcn", "resnet18", "vgg", "imagenet"):
         for place in filter(None, (panel, STAND_INS.get(panel))):
@@ -261,8 +265,9 @@ def fig5(results):
     figure, (objective, accuracy, update) = plt.subplots(1, 3, figsize=(WIDTH, 2.5))
     for name, result in runs.items():
         look = style.OPTIMIZERS[name]
-        style.curve(objective, result, "train_loss", *look)
-        style.curve(accuracy, result, "test_acc", *look, 100)
+        shift = 0.5 if name == "SGD" else 0  # its line is close to Adam's: markers between those
+        style.curve(objective, result, "train_loss", *look, shift=shift)
+        style.curve(accuracy, result, "test_acc", *look, 100, shift)
         style.band(update, result, "update", *look)
     style.log_values(objective)
     style.log_values(update)
@@ -272,18 +277,19 @@ def fig5(results):
     for ax in (objective, accuracy, update):
         style.log_axis(ax, longest(runs.values()))
     style.legend(figure, keys)
+    figure.supxlabel(results.title("fig5", "fcn"), fontsize=7)
     return figure
 
 
 def fig6(results):
     """A row is a quantity; η is its mean in an epoch. Left: networks of all depths and widths after
-    the last epoch that all of them have, brighter is better (η: larger is darker). Right: a picture
-    for each depth, a line for each width."""
+    the last epoch that all of them have, brighter is better (η: larger is darker). Right: the way
+    there, a picture for each depth, a line for each width."""
     runs = {(depth, width): results.only("fig6", f"{depth}x{width}", "AGD")
             for depth in DEPTHS for width in WIDTHS[results.scale]}  # fmt: skip
     runs = {size: result for size, result in runs.items() if result}
     depths, widths = (sorted(set(sizes)) for sizes in zip(*runs))
-    epochs = min((len(x.epochs) for x in runs.values() if not x.stopped), default=1)
+    epochs = common_epochs(runs.values())
     figure = plt.figure(figsize=(WIDTH, 4.7))
     columns = (0.52 * len(widths), *[0.85] * len(depths))
     grid = figure.add_gridspec(3, len(columns), width_ratios=columns)
@@ -303,21 +309,23 @@ def fig6(results):
             first = ax = figure.add_subplot(grid[row, column], sharey=first, sharex=first)
             for width in widths:
                 if result := runs.get((depth, width)):
+                    result = result.until(epochs)
                     style.curve(ax, result, key, colours[width], scale=scale, linewidth=1.0)
             ax.tick_params(labelleft=column == 1, labelbottom=row == 2)
             if row == 0:
                 ax.set_title(f"depth {depth}")
-            style.log_axis(ax, longest(runs.values()), "epochs" if row == 2 else "", few=True)
+            style.log_axis(ax, epochs, "epochs" if row == 2 else "", few=True)
         if key == "train_loss":
             style.log_values(first)
     table.set_xlabel("width")
     style.legend(figure, [style.key(f"width {width}", colours[width]) for width in widths])
+    figure.supxlabel(f"FCN depth×width, {next(iter(runs.values())).data}", fontsize=7)
     return figure
 
 
 def fig7(results):
-    """Train loss and η: means over steps of the first epoch, then over epochs; η within its range.
-    Of several seeds the first is shown."""
+    """Train loss and η: means over steps of the first epoch, then over epochs; η within its range,
+    which widens where a point begins to stand for an epoch. Of several seeds the first is shown."""
     figure, (objective, eta, accuracy) = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
     runs = {batch: results.only("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
     keys = []
@@ -328,7 +336,7 @@ def fig7(results):
                               markerfacecolor="white"))  # fmt: skip
         style.curve(accuracy, result, "test_acc", colour, marker, 100)
         steps, loss, low, mean, high = _iterations(result)
-        eta.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        style.span(eta, steps, low, high, colour)
         for ax, y in ((objective, loss), (eta, mean)):
             ax.plot(steps, y, color=colour)
             style.end(ax, steps[-1], y[-1], colour, marker)
@@ -339,6 +347,7 @@ def fig7(results):
     accuracy.set_title("test accuracy (%)")
     style.log_axis(accuracy, longest(results.of("fig7")))
     style.legend(figure, keys)
+    figure.supxlabel(results.title("fig7", f"batch {BATCHES[0]}"), fontsize=7)
     return figure
 
 
@@ -401,8 +410,8 @@ def fig8(results):
     style.log_axis(axes[1, 1], max(seconds, default=2), words, min(seconds, default=1))
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("train loss")
-    style.log_values(axes[1, 0])
     style.legend(figure, keys, 4)
+    figure.supxlabel(results.title("fig8", "fcn"), fontsize=7)
     return figure
 
 
@@ -431,7 +440,7 @@ def fig10(results):
                     style.seeds(steps, others, "test_loss", look[0], thin=True)
             _last(rates, grid, *look)
         else:
-            _last(rates, dict.fromkeys(ROOTS, runs), look[0])
+            _last(rates, dict.fromkeys(ROOTS, runs), *look, level=True)
         keys.append(style.optimizer_key(name, words))
         if runs:
             style.seeds(steps, runs, "test_loss", *look)
@@ -451,15 +460,16 @@ def fig10(results):
     return figure
 
 
-def _last(ax, runs, colour, marker=None):
+def _last(ax, runs, colour, marker=None, level=False):
     """The last validation losses of {rate: runs, one a seed} that are finished: the mean within the
-    range."""
+    range; a level line has its marker at its end alone."""
     ended = {x: [run.test_loss for run in some if run.finished] for x, some in runs.items()}
     x = [float(rate) for rate, losses in ended.items() if losses]
     y = [losses for losses in ended.values() if losses]
     low, mean, high = ([f(losses) for losses in y] for f in (min, np.mean, max))
     ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
-    ax.plot(x, mean, color=colour, marker=marker, markersize=3.6, markerfacecolor="white")
+    ax.plot(x, mean, color=colour, marker=marker, markersize=3.6, markerfacecolor="white",
+            markevery=[len(x) - 1] if level and x else None)  # fmt: skip
 
 
 def fig11(results):

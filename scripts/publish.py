@@ -1,9 +1,9 @@
 """Copy logs of the table's runs, and figure 3's measurement, to the published ones:
 `python -m scripts.publish FROM`.
 
-FROM is the --out of scripts.reproduce. A run counts that came to its end or to --epochs, of a
-commit. What is published of as many epochs stays. Numbers of a log are rounded to six digits; what
-no figure reads is left out, and so is where data and output lay.
+FROM is the --out of scripts.reproduce. A run counts that came to its end or to --epochs, from a
+commit alone. What is published of as many epochs stays. Numbers of a log are rounded to six digits;
+what no figure reads is left out, and so is where data and output lay.
 """
 
 import sys
@@ -52,8 +52,9 @@ def publish(source, target):
             if epochs_done(log) <= epochs_done(path):
                 continue
             rows = read_rows(log)
-            commit = rows[0].get("commit") or "-modified"
-            if not rows[-1].get("final") or commit.endswith("-modified"):
+            sittings = [{"commit": None, **rows[0]}, *rows[0].get("resumed", [])]
+            commits = [x["commit"] or "-modified" for x in sittings if "commit" in x]
+            if not rows[-1].get("final") or any(x.endswith("-modified") for x in commits):
                 continue
             lines = [json.dumps(row, ensure_ascii=False) for row in published(rows, scale)]
             path.parent.mkdir(parents=True, exist_ok=True)

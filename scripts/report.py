@@ -9,7 +9,7 @@ from scripts.claims import CLAIMS, judge
 from scripts.experiments import DEPTHS, FIGURES, PEERS, RULES, SCALES, WIDTHS
 from scripts.figures import DRAWN
 from scripts.markdown import table
-from scripts.results import Results
+from scripts.results import Results, common_epochs
 from scripts.words import number, short_name
 
 MADE = "Written by `python -m scripts.reproduce`"
@@ -73,7 +73,8 @@ def claims(scales):
             row.append(f"**{verdict}**" + (f": {words}" if words else ""))
     words = ("The paper's, then two on a text. A quick verdict is one on the beginning of "
              "training. A verdict *so far* is one on runs that have not come to the paper's "
-             "length: they are compared after as many epochs as all of them have.")  # fmt: skip
+             "length: they are compared after as many epochs as all of them have. Accuracies at "
+             "one train loss are from all epochs, those beyond that, too.")  # fmt: skip
     head = ["claim", *(results.scale for results in scales)]
     return f"## The claims\n\n{words}\n\n" + table(head, rows)
 
@@ -201,11 +202,15 @@ def sizes(results):
     """Figure 6 in numbers."""
     if not results.of("fig6"):
         return ""
-    widths, rows = WIDTHS[results.scale], []
+    widths, rows, there = WIDTHS[results.scale], [], results.of("fig6")
+    epochs = common_epochs(there)
     for depth in DEPTHS:
         runs = [results.only("fig6", f"{depth}x{width}", "AGD") for width in widths]
-        rows.append([f"depth {depth}", *(outcome(x) if x else "not run" for x in runs)])
-    head = ["train loss, test accuracy", *(f"width {width}" for width in widths)]
+        cells = (outcome(x.until(epochs), mark=False) if x else "not run" for x in runs)
+        rows.append([f"depth {depth}", *cells])
+    planned = there[0].experiment.epochs
+    cut = f", after {epochs:,} of {planned:,} epochs" if epochs < planned else ""
+    head = ["train loss, test accuracy" + cut, *(f"width {width}" for width in widths)]
     return "### Width and depth\n\n" + table(head, rows)
 
 
@@ -244,7 +249,8 @@ def pictures(results):
             place = path.relative_to(results.out).as_posix()
             caption = " ".join(DRAWN[figure].__doc__.split())
             parts.append(f"#### {name}\n\n![{name}]({place})\n\n{caption}")
-    words = "A line of many epochs goes through means over twenty-fourths of a decade."
+    words = ("A line of many epochs goes through means over twenty-fourths of a decade. It ends "
+             "where its run stands.")  # fmt: skip
     return "\n\n".join(["### Figures", words, *parts]) if parts else ""
 
 
@@ -252,16 +258,18 @@ def extent(results):
     """How much of the table has been run, and how long it took."""
     rows = []
     for figure in FIGURES:
-        planned = results.planned(figure)
-        done = [x for x in results.of(figure) if x.finished]
-        finished = {x.experiment for x in done}
-        seconds = sum(x.seconds for x in done)
-        missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in finished)
+        planned, there = results.planned(figure), results.of(figure)
+        finished, seconds = sum(x.finished for x in there), sum(x.seconds for x in there)
+        begun = {x.experiment for x in there}
+        missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in begun)
         rest = "; ".join([*missing][:4])
         rest += f"; {len(missing) - 4} more" if len(missing) > 4 else ""
-        if figure == "fig3" and not (results.folder / majorisation.FILE).exists():
-            rest = "not measured"
+        what = figure
+        if figure == "fig3":
+            measured = majorisation.read(results)
+            what += f", measured after {measured['run']['epochs']} epochs" if measured else ""
         if planned:
-            rows.append([figure, f"{len(done)} of {len(planned)}", f"{seconds / 60:.0f}", rest])
-    head = ["figure", "runs", "minutes of its runs, added up", "not run"]
+            rows.append([what, str(len(planned)), str(finished), str(len(there) - finished),
+                         f"{seconds / 60:.0f}", rest])  # fmt: skip
+    head = ["figure", "runs", "finished", "begun", "minutes of its runs, added up", "not begun"]
     return "### What has been run\n\n" + table(head, rows)

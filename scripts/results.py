@@ -182,6 +182,11 @@ class Results:
         return words + (f", {int(part):,} images" if part else "")
 
 
+def common_epochs(runs):
+    """The last epoch that all runs have which did not break off."""
+    return min((len(x.epochs) for x in runs if not x.stopped), default=1)
+
+
 def searched(grid):
     """The progress of a grid search: after each epoch of all its points (epochs spent, seconds
     spent, row of the point with the least train loss), as far as every unbroken point goes."""

@@ -10,8 +10,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from runs.files import write_whole
 
@@ -91,22 +99,25 @@ def log_axis(ax, last, label="epochs", first=1, few=False):
     ax.set_xlim(first, last)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
-    powers = tens_alone and last >= 1000
+    powers = tens_alone and last >= 10_000
     ax.xaxis.set_major_formatter(FuncFormatter(
-        lambda x, _: f"$10^{{{math.log10(x):.0f}}}$" if powers and x != 1 else f"{x:g}"
+        lambda x, _: f"$10^{{{math.log10(x):.0f}}}$" if powers else f"{x:g}"
     ))  # fmt: skip
     ax.set_xlabel(label)
 
 
 def log_values(ax):
-    """A log axis of y: decimal labels where it spans less than two decades."""
+    """A log axis of y: decimal labels where it spans less than two decades, the more of them the
+    less it spans; short ticks between them."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 100:
-        even = MaxNLocator(4, steps=[1, 2, 5, 10])
-        ax.yaxis.set_major_locator(even if high / low < 3 else LogLocator(subs=[1, 2, 5]))
+        even = MaxNLocator(5, steps=[1, 2, 5, 10])
+        tens = LogLocator(subs=[1, 2, 5] if high / low > 10 else [1, 2, 3, 5, 7])
+        ax.yaxis.set_major_locator(even if high / low < 3 else tens)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def not_run(ax):
@@ -118,7 +129,7 @@ def not_run(ax):
 
 def shades(count):
     """Colours from dark to light, in grey too."""
-    return [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.88, count)]
+    return [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.82, count)]
 
 
 def heat_map(ax, rows, columns, values, form, colormap):
@@ -192,11 +203,17 @@ def end(ax, x, y, colour, marker):
             clip_on=False)  # fmt: skip
 
 
+def span(ax, x, low, high, colour):
+    """A range: a light area within thin lines, which tell one from another where they overlap."""
+    ax.fill_between(x, low, high, facecolor=to_rgba(colour, 0.2), edgecolor=to_rgba(colour, 0.5),
+                    linewidth=0.4)  # fmt: skip
+
+
 def band(ax, result, key, colour, marker=None, most=MANY):
     """The mean of a value in each epoch, within its range."""
     (x, low), (_, high) = (binned(result.column(f"{key}_{which}"), reduce, most)
                            for which, reduce in (("min", np.min), ("max", np.max)))  # fmt: skip
-    ax.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
+    span(ax, x, low, high, colour)
     curve(ax, result, f"{key}_mean", colour, marker, most=most)
 
 
