@@ -12,10 +12,10 @@ from typing import NamedTuple
 from scripts import majorisation
 from scripts.bigram import bigram_loss
 from scripts.experiments import ADAMW, BASELINES, BATCHES, DEPTHS, SPECTRAL, WIDTHS
+from scripts.results import BEGINNING
 from scripts.words import number, short_name
 
 CHANCE = 0.1  # of CIFAR-10, in a guess among ten classes
-LEAST = 0.05  # of the length of a run: nothing is judged before
 NEAR = 0.025  # accuracies that are comparable
 
 
@@ -53,9 +53,8 @@ class Evidence:
         most = self.epochs.get(runs[0].experiment.figure)
         if most and runs[0].experiment.scheduled:
             raise Missing
-        if any(len(run.epochs) < LEAST * run.experiment.epochs and not run.finished
-               for run in runs):  # fmt: skip
-            raise Missing  # it has only begun
+        if any(run.only_begun for run in runs):
+            raise Missing
         runs = [run.until(most) for run in runs]
         self.used += runs
         return runs
@@ -284,7 +283,7 @@ def bound(runs):
     if len(states) < 2:
         raise Missing
     epochs, planned = measured["run"]["epochs"], majorisation.planned(runs.results).epochs
-    if epochs < LEAST * planned:
+    if epochs < BEGINNING * planned:
         raise Missing
     if epochs < planned:
         runs.part = f"{epochs:,} of {planned:,} epochs"
@@ -364,7 +363,7 @@ def judge(claim, results):
 
     Where runs of a figure are not finished, the verdict is one "so far": all its runs count up to
     the epoch that each of them has. So it is where a part of the networks was run. A run counts
-    from LEAST of its planned length on.
+    from BEGINNING of its planned length on.
     """
     try:
         runs = Evidence(results)

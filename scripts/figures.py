@@ -86,10 +86,12 @@ def fig1(results):
 
 
 def _rates(ax, results):
-    """Final accuracy against the learning rate; a run that broke off counts as it ended. Where two
-    defaults stay at chance, a broad line under a narrow one."""
+    """Accuracy against the learning rate, after the epochs that all runs have; a run that broke off
+    counts as it ended. Where Adam and SGD both stay at chance, a broad line lies under a narrow
+    one."""
+    epochs = common_epochs(results.of("fig1", "rates"))
     for name in (*BASELINES, *RULES):
-        runs = [result for result in results.of("fig1", "rates", name) if result.finished]
+        runs = [x.until(epochs) for x in results.of("fig1", "rates", name) if not x.only_begun]
         colour, marker = style.OPTIMIZERS[name]
         size = 1.6 if name == "Adam" else 1
         for kind, line in style.KINDS:
@@ -106,7 +108,6 @@ def _rates(ax, results):
     ax.set_xscale("log")
     ax.set_xticks([1e-7, 1e-5, 1e-3, 1e-1, 1e1])
     ax.minorticks_off()
-    epochs = longest(results.of("fig1", "rates"))
     ax.set_xlabel(f"rate of Adam and SGD, {epochs:,} epochs")
 
 
@@ -288,6 +289,7 @@ def fig6(results):
     runs = {(depth, width): results.only("fig6", f"{depth}x{width}", "AGD")
             for depth in DEPTHS for width in WIDTHS[results.scale]}  # fmt: skip
     runs = {size: result for size, result in runs.items() if result}
+    runs = {size: x for size, x in runs.items() if not x.only_begun} or runs
     depths, widths = (sorted(set(sizes)) for sizes in zip(*runs))
     epochs = common_epochs(runs.values())
     figure = plt.figure(figsize=(WIDTH, 4.7))
@@ -328,7 +330,7 @@ def fig7(results):
     which widens where a point begins to stand for an epoch. Of several seeds the first is shown."""
     figure, (objective, eta, accuracy) = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
     runs = {batch: results.only("fig7", f"batch {batch}", "AGD") for batch in BATCHES}
-    keys = []
+    there, keys = [batch for batch in BATCHES if runs[batch]], []
     for (batch, result), colour, marker in zip(runs.items(), style.shades(len(runs)), "os^D"):
         if result is None:
             continue
@@ -347,7 +349,7 @@ def fig7(results):
     accuracy.set_title("test accuracy (%)")
     style.log_axis(accuracy, longest(results.of("fig7")))
     style.legend(figure, keys)
-    figure.supxlabel(results.title("fig7", f"batch {BATCHES[0]}"), fontsize=7)
+    figure.supxlabel(results.title("fig7", f"batch {there[0]}"), fontsize=7)
     return figure
 
 
@@ -380,7 +382,7 @@ def fig8(results):
     Schedule-free AdamW and of spectral AGD is that of the weights that they train, their test
     accuracy that of those that they average."""
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex="col", sharey="row")
-    keys, seconds = [], []
+    keys, longest_budget, seconds = [], 2, []
     for name in (*RULES, *PEERS, *BASELINES):
         runs = results.of("fig8", "fcn", name)
         planned = len(results.planned("fig8", "fcn", name))
@@ -394,6 +396,7 @@ def fig8(results):
         if not points:
             continue
         *budgets, rows = zip(*points)
+        longest_budget = max(longest_budget, *budgets[0])
         seconds += budgets[1]
         colour, marker = style.OPTIMIZERS[name]
         look = {"color": colour, "marker": marker, "markersize": 4.2, "markerfacecolor": "white",
@@ -404,8 +407,7 @@ def fig8(results):
             for line, (key, scale) in enumerate((("test_acc", 100), ("train_loss", 1))):
                 values = style.binned([scale * row[key] for row in rows])[1]
                 axes[line, column].plot(spent, values, **look)
-    epochs = max((line.get_xdata()[-1] for line in axes[1, 0].lines), default=2)
-    style.log_axis(axes[1, 0], epochs, "compute: epochs of training, the search included")
+    style.log_axis(axes[1, 0], longest_budget, "compute: epochs of training, the search included")
     words = "seconds of the runs, the search included"
     style.log_axis(axes[1, 1], max(seconds, default=2), words, min(seconds, default=1))
     axes[0, 0].set_ylabel("test accuracy (%)")

@@ -1,5 +1,6 @@
 """`<out>/README.md`: the paper's numbers beside the runs that are there, and what is missing."""
 
+from collections import Counter
 from pathlib import Path
 
 from runs.files import write_whole
@@ -206,8 +207,9 @@ def sizes(results):
     epochs = common_epochs(there)
     for depth in DEPTHS:
         runs = [results.only("fig6", f"{depth}x{width}", "AGD") for width in widths]
-        cells = (outcome(x.until(epochs), mark=False) if x else "not run" for x in runs)
-        rows.append([f"depth {depth}", *cells])
+        rows.append([f"depth {depth}", *(
+            "not run" if x is None else "begun" if x.only_begun
+            else outcome(x.until(epochs), mark=False) for x in runs)])  # fmt: skip
     planned = there[0].experiment.epochs
     cut = f", after {epochs:,} of {planned:,} epochs" if epochs < planned else ""
     head = ["train loss, test accuracy" + cut, *(f"width {width}" for width in widths)]
@@ -249,8 +251,8 @@ def pictures(results):
             place = path.relative_to(results.out).as_posix()
             caption = " ".join(DRAWN[figure].__doc__.split())
             parts.append(f"#### {name}\n\n![{name}]({place})\n\n{caption}")
-    words = ("A line of many epochs goes through means over twenty-fourths of a decade. It ends "
-             "where its run stands.")  # fmt: skip
+    words = ("A line of many epochs goes through means over twenty-fourths of a decade, the last "
+             "of them where its run stands.")  # fmt: skip
     return "\n\n".join(["### Figures", words, *parts]) if parts else ""
 
 
@@ -261,9 +263,10 @@ def extent(results):
         planned, there = results.planned(figure), results.of(figure)
         finished, seconds = sum(x.finished for x in there), sum(x.seconds for x in there)
         begun = {x.experiment for x in there}
-        missing = dict.fromkeys(f"{x.panel}, {x.curve}" for x in planned if x not in begun)
-        rest = "; ".join([*missing][:4])
-        rest += f"; {len(missing) - 4} more" if len(missing) > 4 else ""
+        missing = Counter(f"{x.panel}, {x.curve}" for x in planned if x not in begun)
+        rest = "; ".join(what + f" ({n})" * (n > 1) for what, n in [*missing.items()][:4])
+        more = sum([*missing.values()][4:])
+        rest += f"; {more} more" if more else ""
         what = figure
         if figure == "fig3":
             measured = majorisation.read(results)

@@ -17,6 +17,7 @@ from scripts.experiments import experiments
 from scripts.words import data_name
 
 LEAST = 0.01  # of the length of a run: no rate is chosen before
+BEGINNING = 0.05  # of the length of a run: nothing is judged or compared before
 
 
 class Result(NamedTuple):
@@ -47,6 +48,10 @@ class Result(NamedTuple):
     def test_loss(self):
         """The last loss in testing, of a text in validation, NaN where it was not finite."""
         return self.column("test_loss")[-1]
+
+    @property
+    def only_begun(self):
+        return not self.finished and len(self.epochs) < BEGINNING * self.experiment.epochs
 
     def until(self, epochs):
         """The run as it stood after so many epochs, or itself where it has no more."""
@@ -183,8 +188,10 @@ class Results:
 
 
 def common_epochs(runs):
-    """The last epoch that all runs have which did not break off."""
-    return min((len(x.epochs) for x in runs if not x.stopped), default=1)
+    """The last epoch that all runs have which did not break off, nor have only begun."""
+    runs = list(runs)
+    alive = [len(x.epochs) for x in runs if not x.stopped and not x.only_begun]
+    return min(alive, default=max(len(x.epochs) for x in runs))
 
 
 def searched(grid):

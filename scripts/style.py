@@ -62,6 +62,7 @@ def fingerprint(picture):
         drawn += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
         drawn += [text.get_text() for text in ax.texts]
     drawn += [text.get_text() for legend in picture.legends for text in legend.get_texts()]
+    drawn += [text.get_text() for text in picture.texts]
     return hashlib.sha256("\n".join(drawn).encode()).hexdigest()
 
 
@@ -108,7 +109,7 @@ def log_axis(ax, last, label="epochs", first=1, few=False):
 
 def log_values(ax):
     """A log axis of y: decimal labels where it spans less than two decades, the more of them the
-    less it spans; short ticks between them."""
+    less it spans, and short ticks at the digits between."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 100:

@@ -223,6 +223,12 @@ def test_a_figure_without_runs_is_none_and_a_part_of_it_is_drawn(drawn):
     picture, _ = drawn("fig6", Made(cut=lambda x: sizes.get(x.panel, 0)))
     assert [text.get_text() for text in picture.axes[0].texts] == ["0.333", "0.333"]
     assert picture.axes[0].get_title() == "train loss, epoch 3"
+    # Nor does one that has only begun, of which the table says so.
+    begun = Made(cut=lambda x: 1 if x.panel == "4x64" else 4)
+    begun.find = lambda x, find=begun.find: find(x)._replace(
+        experiment=x._replace(epochs=41 if x.panel == "4x64" else 4))  # fmt: skip
+    assert drawn("fig6", begun)[0].axes[0].get_title() == "train loss, epoch 4"
+    assert "| depth 4 | begun | 0.2500, 40.0 % |" in report.sizes(begun)
     words = drawn("fig7", Made(cut=lambda x: 0 if x.panel == "batch 4096" else 5))[1]
     assert words == ["batch size 32", "batch size 128", "batch size 1,024"]
     drawn("fig7", Made(cut=lambda x: x.epochs if "1" in x.flag("--seed") else 0))
