@@ -51,6 +51,7 @@ class Result(NamedTuple):
 
     @property
     def only_begun(self):
+        """Whether it is too short yet to be judged or compared."""
         return not self.finished and len(self.epochs) < BEGINNING * self.experiment.epochs
 
     def until(self, epochs):
